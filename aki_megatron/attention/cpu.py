@@ -1,0 +1,130 @@
+"""The CPU kernel: PyTorch's flash attention in few calls, merged by log-sum-exp, with a backward written by hand.
+
+Softmax over a union of columns is a weighted mean of the softmaxes over its parts; the weights follow from the
+log-sum-exp of each part. PyTorch does not differentiate that quantity, so the backward is ours: every part runs the
+flash backward with the *merged* output and log-sum-exp, and the gradients add up.
+
+Rows that see nothing get output 0 and log-sum-exp +inf, so that exp(score - lse) is 0 and no gradient passes them.
+Without look-ahead there is nothing to merge and what runs is plain causal flash, bit for bit.
+
+Letters: B rows, T tokens, Hq query heads, Hkv key heads, d head width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from aki_megatron.attention.cpu_plan import Call, CpuPlan, flat_tokens, plan_calls
+from aki_megatron.attention.layout import ModalityLayout
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What PyTorch's CPU flash kernel computes in; the log-sum-exp is float32, or float64 for float64."""
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def attend_cpu(q: Tensor, k: Tensor, v: Tensor, layout: ModalityLayout) -> Tensor:
+    """Exact attention under a layout: q [B, Hq, T, d], k and v [B, Hkv, T, d] -> [B, Hq, T, d], token-major."""
+    return _FlashPieces.apply(q, k, v, layout.made("cpu", lambda: plan_calls(layout.pieces)))
+
+
+class _FlashPieces(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: CpuPlan) -> Tensor:
+        q, k, v = (_readable(x, plan) for x in (q, k, v))
+        out, lse = _merged(*(_permuted(x, plan.order) for x in (q, k, v)), plan)
+        out, lse = _permuted(out, plan.inverse), _permuted(lse, plan.inverse)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.plan = plan
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        plan: CpuPlan = ctx.plan
+        grad = _readable(grad, plan)
+        q, k, v, out, lse = ctx.saved_tensors
+        gradients = _gradients(*(_permuted(x, plan.order) for x in (grad, q, k, v, out, lse)), plan)
+        return *(_permuted(x, plan.inverse) for x in gradients), None
+
+
+def _readable(x: Tensor, plan: CpuPlan) -> Tensor:
+    """x [B, H, T, d] with unit stride in d, and tokens before heads in memory where the plan gathers tokens."""
+    if plan.gathers or plan.order is not None:
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _permuted(x: Tensor, order: Tensor | None) -> Tensor:
+    """Token-major x [B, H, T, ...] with the tokens of each row in another order."""
+    if order is None:
+        return x
+    tokens = x.transpose(1, 2)
+    return flat_tokens(x).index_select(0, order).view(tokens.shape).transpose(1, 2)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    mask = None if call.mask is None else call.mask.to(q.dtype)
+    return _forward(call.rows(q), call.columns(k), call.columns(v), 0.0, call.causal, attn_mask=mask)
+
+
+def _merged(q: Tensor, k: Tensor, v: Tensor, plan: CpuPlan) -> tuple[Tensor, Tensor]:
+    """Output [B, Hq, T, d] and log-sum-exp [B, Hq, T] over all calls."""
+    if plan.whole:
+        out, lse = _forward(q, k, v, 0.0, True)
+    else:
+        batch, heads, tokens, width = q.shape
+        out = q.new_zeros(batch, tokens, heads, width).transpose(1, 2)
+        precision = torch.promote_types(q.dtype, torch.float32)
+        lse = q.new_full((batch, tokens, heads), -torch.inf, dtype=precision).transpose(1, 2)
+        for call in plan.base:
+            part, part_lse = _flash(q, k, v, call)
+            call.put_rows(out, part)
+            call.put_rows(lse, part_lse)
+    if plan.whole and len(plan.dead):
+        flat_tokens(out).index_fill_(0, plan.dead, 0.0)
+        flat_tokens(lse).index_fill_(0, plan.dead, -torch.inf)
+    for call in plan.extra:
+        part, part_lse = _flash(q, k, v, call)
+        ours, ours_lse = call.rows(out), call.rows(lse)
+        weight = torch.sigmoid(part_lse - ours_lse).unsqueeze(-1)
+        # the weight is float32 or wider; a mean of low-precision parts is rounded once, at the end
+        mean = torch.lerp(ours.to(weight.dtype), part.to(weight.dtype), weight)
+        call.put_rows(out, mean.to(out.dtype))
+        call.put_rows(lse, torch.logaddexp(ours_lse, part_lse))
+    if len(plan.silent):
+        flat_tokens(lse).index_fill_(0, plan.silent, torch.inf)
+    return out, lse
+
+
+def _gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: CpuPlan
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv, token-major."""
+    if plan.whole:
+        # rows of a stray or silent place are in this call too; see ``_harmless``
+        dq, dk, dv = _backward(grad, q, k, v, out, _harmless(lse, plan), 0.0, True)
+    else:
+        dq, dk, dv = (x.new_zeros(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k, v))
+    for call in (*plan.base, *plan.extra):
+        mask = None if call.mask is None else call.mask.to(q.dtype)
+        own, seen, seen_v = call.rows(q), call.columns(k), call.columns(v)
+        parts = _backward(
+            call.rows(grad), own, seen, seen_v, call.rows(out), call.rows(lse), 0.0, call.causal, attn_mask=mask
+        )
+        call.add_rows(dq, parts[0])
+        call.add_columns(dk, parts[1])
+        call.add_columns(dv, parts[2])
+    return dq, dk, dv
+
+
+def _harmless(lse: Tensor, plan: CpuPlan) -> Tensor:
+    """The log-sum-exp with +inf also on stray rows, which the whole base call covers but which do not look there."""
+    if len(plan.dead) == len(plan.silent):
+        return lse
+    copy = lse.clone(memory_format=torch.preserve_format)
+    flat_tokens(copy).index_fill_(0, plan.dead, torch.inf)
+    return copy

@@ -1,0 +1,1 @@
+"""State at rest: weights and training state on disk."""

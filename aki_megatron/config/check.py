@@ -1,0 +1,183 @@
+"""Relations between the keys of a run. Every check yields sentences: the keys, their values, the way out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from aki_megatron.config.combinations import refusals
+from aki_megatron.config.deepspeed import problems_of_settings
+from aki_megatron.errors import ConfigError
+
+if TYPE_CHECKING:
+    from aki_megatron.config.run import RunConfig
+
+
+def report(where: str, problems: list[str]) -> str:
+    """One message for all problems of one file."""
+    if len(problems) == 1:
+        return f"{where}: {problems[0]}"
+    return "\n".join([f"{where}: {len(problems)} problems", *(f"  - {problem}" for problem in problems)])
+
+
+class ContradictionError(ConfigError):
+    """Keys that are well formed one by one and wrong together."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__(report("this run contradicts itself", problems))
+        self.problems = problems
+
+
+def divisors(*numbers: int) -> list[int]:
+    """Numbers that divide all of ``numbers``."""
+    return [n for n in range(1, min(numbers) + 1) if not any(number % n for number in numbers)]
+
+
+def data_problems(run: RunConfig) -> Iterator[str]:
+    """Captions come from shards and are learnt causally; conversations come from sources."""
+    data = run.data
+    if data.kind == "captions":
+        if run.attention.rule != "causal":
+            yield (
+                f"data.kind=captions cannot be trained with attention.rule={run.attention.rule}: image places would "
+                "look ahead at the caption, which is what is learnt, so the answer would leak; "
+                "set attention.rule to causal."
+            )
+        if not data.shards:
+            yield "data.kind=captions needs data.shards, the tars to read; for example [captions/{00000..00007}.tar]."
+        if data.sources:
+            yield "data.kind=captions reads data.shards; remove data.sources, or set data.kind to conversations."
+    else:
+        if not data.sources:
+            yield "data.kind=conversations needs data.sources; for example [{name: vqav2, weight: 1}]."
+        if data.shards:
+            yield "data.kind=conversations reads data.sources; remove data.shards, or set data.kind to captions."
+    twice = [name for name, count in Counter(source.name for source in data.sources).items() if count > 1]
+    if twice:
+        yield f"data.sources names {', '.join(twice)} more than once; keep one entry with the sum of the weights."
+    if any(not pattern.strip() for pattern in data.shards):
+        yield "data.shards holds an empty pattern; remove it."
+
+
+def length_problems(run: RunConfig) -> Iterator[str]:
+    """A sample fits the positions of the decoder. What one section can check alone, it checks itself (model.py)."""
+    longest, latents = run.data.max_text_tokens, run.model.resampler.latents
+    positions = run.model.decoder.rope.max_positions
+    if longest + latents > positions:
+        yield (
+            f"data.max_text_tokens={longest} + model.resampler.latents={latents} = {longest + latents} places exceed "
+            f"model.decoder.rope.max_positions={positions}; "
+            f"set data.max_text_tokens to {max(1, positions - latents)} or less."
+        )
+
+
+def schedule_problems(run: RunConfig) -> Iterator[str]:
+    """The learning-rate curve rises, then falls, within the run."""
+    optimizer, steps = run.optimizer, run.train.steps
+    if optimizer.warmup_steps >= steps:
+        yield (
+            f"optimizer.warmup_steps={optimizer.warmup_steps} must be less than train.steps={steps}; "
+            f"add --optimizer.warmup_steps {steps // 10}."
+        )
+    if optimizer.min_lr > optimizer.lr:
+        yield (
+            f"optimizer.min_lr={optimizer.min_lr:g} exceeds optimizer.lr={optimizer.lr:g}, the peak of the curve; "
+            f"add --optimizer.min_lr {optimizer.lr / 10:g}."
+        )
+    if run.train.global_batch < run.train.micro_batch:
+        yield (
+            f"train.micro_batch={run.train.micro_batch} exceeds train.global_batch={run.train.global_batch}, the "
+            f"samples of one optimizer step over all ranks; choose micro_batch from {divisors(run.train.global_batch)}."
+        )
+    elif run.train.global_batch % run.train.micro_batch:
+        yield (
+            f"train.micro_batch={run.train.micro_batch} does not divide train.global_batch={run.train.global_batch}; "
+            f"choose micro_batch from {divisors(run.train.global_batch)}."
+        )
+
+
+def init_problems(run: RunConfig) -> Iterator[str]:
+    """Weights come from one place."""
+    init = run.init
+    parts = [name for name in ("vision", "language") if getattr(init, name) is not None]
+    if init.weights is not None and parts:
+        names = " and ".join(f"init.{name}={getattr(init, name)}" for name in parts)
+        yield (
+            f"init.weights={init.weights} brings every weight and excludes {names}; keep one and set the other to null."
+        )
+
+
+def parallel_problems(run: RunConfig) -> Iterator[str]:
+    """Heads and layers can be dealt out evenly enough."""
+    decoder, parallel = run.model.decoder, run.parallel
+    sizes = divisors(decoder.heads, decoder.kv_heads, decoder.mlp_width)
+    if parallel.tensor not in sizes:
+        yield (
+            f"parallel.tensor={parallel.tensor} does not divide model.decoder.heads={decoder.heads}, "
+            f"kv_heads={decoder.kv_heads} and mlp_width={decoder.mlp_width}; choose tensor from {sizes}."
+        )
+    if parallel.pipeline > decoder.layers:
+        yield (
+            f"parallel.pipeline={parallel.pipeline} stages for model.decoder.layers={decoder.layers}; "
+            f"every stage needs a layer: choose pipeline from 1 to {decoder.layers}."
+        )
+
+
+CHECKS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
+    data_problems,
+    length_problems,
+    schedule_problems,
+    init_problems,
+    parallel_problems,
+)
+
+
+def problems(run: RunConfig) -> list[str]:
+    """Everything that is wrong with a run whatever the number of ranks."""
+    found = [sentence for check in CHECKS for sentence in check(run)]
+    found += problems_of_settings(run.deepspeed, run)
+    # Last, and only for what divides: a size that can never work deserves its own message.
+    return found or refusals(run)
+
+
+def data_size(run: RunConfig, world_size: int) -> int:
+    """Data-parallel ranks among ``world_size`` ranks."""
+    return world_size // (run.parallel.tensor * run.parallel.pipeline)
+
+
+def check_world(run: RunConfig, world_size: int) -> None:
+    """Raise ConfigError where the run does not fit on ``world_size`` ranks; names the nearest values that do."""
+    replica = run.parallel.tensor * run.parallel.pipeline
+    if world_size % replica:
+        below = world_size // replica * replica
+        near = " or ".join(str(n) for n in (below, below + replica) if n)
+        raise ConfigError(
+            f"{world_size} ranks cannot be dealt into replicas of parallel.tensor={run.parallel.tensor} x "
+            f"parallel.pipeline={run.parallel.pipeline} = {replica} ranks; start {near} ranks, or change the two."
+        )
+    ranks, batch, micro = data_size(run, world_size), run.train.global_batch, run.train.micro_batch
+    if batch % (micro * ranks):
+        raise ConfigError(_batch_message(batch, micro, ranks))
+    asked = run.deepspeed.get("gradient_accumulation_steps")
+    if asked is not None and asked != batch // (micro * ranks):
+        raise ConfigError(
+            f"ds_config gradient_accumulation_steps={asked} but train.global_batch={batch} / "
+            f"(train.micro_batch={micro} x {ranks} data ranks) = {batch // (micro * ranks)}; "
+            'write "auto" in the ds_config, or change one of them.'
+        )
+
+
+def _batch_message(batch: int, micro: int, ranks: int) -> str:
+    unit = micro * ranks
+    near = " or ".join(str(n) for n in (batch // unit * unit, (batch // unit + 1) * unit) if n)
+    ways = [f"--train.global_batch {near}"]
+    if batch % ranks == 0:
+        best = max(n for n in divisors(batch // ranks) if n <= micro)
+        ways.append(f"--train.micro_batch {best}")
+    else:
+        ways.append(f"a number of data ranks from {[n for n in divisors(batch) if n <= max(ranks, 1)]}")
+    return (
+        f"train.global_batch={batch} is not a multiple of train.micro_batch={micro} x {ranks} data ranks = {unit}; "
+        f"use {', or '.join(ways)}."
+    )

@@ -1,0 +1,134 @@
+"""Fields in words: what a key may hold, where it stands, and what a person may have meant by a wrong one."""
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import annotated_types
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+PLAIN = {
+    int: ("a whole number", "INT"),
+    float: ("a number", "NUMBER"),
+    bool: ("true or false", "true|false"),
+    str: ("text", "TEXT"),
+    Path: ("a path", "PATH"),
+}
+"""Type -> (in a sentence, on the command line)."""
+
+SIGNS: tuple[tuple[type, str, str], ...] = (
+    (annotated_types.Gt, "gt", ">"),
+    (annotated_types.Ge, "ge", ">="),
+    (annotated_types.Lt, "lt", "<"),
+    (annotated_types.Le, "le", "<="),
+)
+"""Kind of bound, the attribute that holds it, its sign."""
+
+
+def sections(annotation: Any) -> type[BaseModel] | None:
+    """The section class a field holds, or None for a value."""
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key that holds a value, dotted, in the order of the classes."""
+    for name, info in model.model_fields.items():
+        inner = sections(info.annotation)
+        if inner is None:
+            yield prefix + name, info
+        else:
+            yield from fields(inner, f"{prefix}{name}.")
+
+
+def _parts(annotation: Any, metadata: Iterable[Any] = ()) -> tuple[list[Any], list[Any], bool]:
+    """Types without Annotated and None, their bounds, and whether None is allowed."""
+    if get_origin(annotation) is Annotated:
+        return _parts(annotation.__origin__, [*metadata, *annotation.__metadata__])
+    if get_origin(annotation) in (Union, UnionType):
+        inner = [_parts(a) for a in get_args(annotation) if a is not NoneType]
+        types = [t for found, _, _ in inner for t in found]
+        return types, [m for _, found, _ in inner for m in found], NoneType in get_args(annotation)
+    return [annotation], list(metadata), False
+
+
+def _bounds(metadata: Iterable[Any]) -> str:
+    texts = [f"{sign} {getattr(m, name)}" for m in metadata for kind, name, sign in SIGNS if isinstance(m, kind)]
+    return (" " + " and ".join(texts)) if texts else ""
+
+
+def _one(annotation: Any) -> tuple[str, str]:
+    if annotation in PLAIN:
+        return PLAIN[annotation]
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        words = [str(a) for a in arguments]
+        return f"one of {', '.join(words)}", "|".join(words)
+    if get_origin(annotation) is tuple:
+        inner = sections(arguments[0])
+        if inner is not None:
+            return f"a list of {{{', '.join(inner.model_fields)}}}", "LIST"
+        return f"a list, each {_one(arguments[0])[0]}", "LIST"
+    inner = sections(annotation)
+    if inner is not None:
+        return f"a mapping with the keys {', '.join(inner.model_fields)}", "MAPPING"
+    return "a mapping", "MAPPING"
+
+
+def allowed(info: FieldInfo) -> str:
+    """What a field may hold, to follow "must be": ``a number > 0``, ``one of bf16, fp32``."""
+    types, metadata, optional = _parts(info.annotation, info.metadata)
+    return " or ".join(_one(t)[0] + _bounds(metadata) for t in types) + (" or null" if optional else "")
+
+
+def metavar(info: FieldInfo) -> str:
+    """The same for the command line, short."""
+    types, _, _ = _parts(info.annotation, info.metadata)
+    return "|".join(_one(t)[1] for t in types)
+
+
+def is_text(info: FieldInfo) -> bool:
+    """True where a flag's text is the value itself and is not read as YAML: names and paths."""
+    types, _, _ = _parts(info.annotation, info.metadata)
+    return all(t in (str, Path) for t in types)
+
+
+def takes_null(info: FieldInfo) -> bool:
+    """True where null means: nothing."""
+    return _parts(info.annotation, info.metadata)[2]
+
+
+def shown(value: Any) -> str:
+    """A value as YAML and JSON write it, for messages; long ones are cut."""
+    if isinstance(value, Path):
+        value = str(value)
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        text = repr(value)
+    return text if len(text) <= 80 else text[:76] + " ..."
+
+
+def suggestion(key: str, known: Iterable[str]) -> str:
+    """``; did you mean data.root?`` for an unknown dotted key, or the keys that stand beside it."""
+    candidates = list(known)
+    parent, _, last = key.rpartition(".")
+    beside = [k for k in candidates if k.rpartition(".")[0] == parent]
+    near = difflib.get_close_matches(key, beside, n=1, cutoff=0.75)
+    elsewhere = [k for k in candidates if k.rpartition(".")[2] == last]
+    far = difflib.get_close_matches(key, candidates, n=1, cutoff=0.7)
+    for found in (near, elsewhere, far):
+        if found:
+            return f"; did you mean {' or '.join(found[:3])}?"
+    names = [k.rpartition(".")[2] for k in beside]
+    return f"; the keys of {parent} are {', '.join(names)}." if parent and names else "."
+
+
+def element(annotation: Any) -> type[BaseModel] | None:
+    """The section class of a list's elements, or None."""
+    types, _, _ = _parts(annotation)
+    found = [sections(get_args(t)[0]) for t in types if get_origin(t) is tuple]
+    return found[0] if found else None

@@ -1,0 +1,184 @@
+"""Sizes of the three parts of the model: SigLIP encoder, Perceiver resampler, decoder of the Phi-3 family."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from aki_megatron.config.section import Floats, Section
+from aki_megatron.errors import ConfigError
+
+
+def _divides(part: str, whole: str, size: int, pieces: str, count: int) -> None:
+    if size % count:
+        raise ConfigError(
+            f"{part}.{whole}={size} cannot be divided into {part}.{pieces}={count}; "
+            f"choose {pieces} from {[n for n in range(1, size + 1) if size % n == 0]}."
+        )
+
+
+class VisionConfig(Section):
+    """SigLIP vision transformer; the defaults are google/siglip-so400m-patch14-384."""
+
+    image_size: PositiveInt = 384
+    patch_size: PositiveInt = 14
+    width: PositiveInt = 1152
+    layers: PositiveInt = 27
+    heads: PositiveInt = 16
+    mlp_width: PositiveInt = 4304
+    norm_eps: PositiveFloat = 1e-6
+    pooling_head: bool = True
+    """Hold the weights of SigLIP's attention pooling. They take no part in AKI's forward pass;
+    they are kept so that a converted release is complete."""
+
+    @model_validator(mode="after")
+    def _relations(self) -> "VisionConfig":
+        _divides("model.vision", "width", self.width, "heads", self.heads)
+        if self.image_size < self.patch_size:
+            raise ConfigError(
+                f"model.vision.image_size={self.image_size} holds no patch of patch_size={self.patch_size}; "
+                "choose image_size >= patch_size."
+            )
+        return self
+
+    @property
+    def patches(self) -> int:
+        """Features per image: whole patches only, as a convolution without padding cuts them."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+class ResamplerConfig(Section):
+    """Perceiver resampler of AKI: 144 latents, six layers of cross-attention and feed-forward."""
+
+    latents: PositiveInt = 144
+    layers: PositiveInt = 6
+    heads: PositiveInt = 8
+    head_width: PositiveInt = 64
+    mlp_ratio: PositiveInt = 4
+    norm_eps: PositiveFloat = 1e-5
+
+
+class RopeConfig(Section):
+    """Rotary position embedding. ``longrope`` divides each frequency by a factor: the short ones up to
+    ``original_max_positions``, the long ones beyond, and scales cos and sin by
+    sqrt(1 + ln(max / original) / ln(original))."""
+
+    kind: Literal["default", "longrope"] = "default"
+    theta: PositiveFloat = 10000.0
+    max_positions: PositiveInt = 4096
+    original_max_positions: PositiveInt = 4096
+    short_factor: Floats = ()
+    """One factor per frequency (half the head width); longrope only."""
+    long_factor: Floats = ()
+
+    @model_validator(mode="after")
+    def _relations(self) -> "RopeConfig":
+        if self.kind == "default" and (self.short_factor or self.long_factor):
+            raise ConfigError(
+                "model.decoder.rope has short_factor or long_factor but kind=default, which uses none; "
+                "write kind: longrope or leave the factors out."
+            )
+        if self.kind == "longrope" and not 1 < self.original_max_positions <= self.max_positions:
+            raise ConfigError(
+                f"model.decoder.rope.original_max_positions={self.original_max_positions} must lie in "
+                f"[2, max_positions={self.max_positions}] for kind=longrope."
+            )
+        return self
+
+
+# fmt: off
+PHI35_MINI_ROPE = RopeConfig(
+    kind="longrope",
+    theta=10000.0,
+    max_positions=131072,
+    original_max_positions=4096,
+    short_factor=(
+        1.0, 1.0199999809265137, 1.0299999713897705, 1.0299999713897705, 1.0499999523162842, 1.0499999523162842,
+        1.0499999523162842, 1.0499999523162842, 1.0499999523162842, 1.0699999332427979, 1.0999999046325684,
+        1.1099998950958252, 1.1599998474121094, 1.1599998474121094, 1.1699998378753662, 1.2899998426437378,
+        1.339999794960022, 1.679999828338623, 1.7899998426437378, 1.8199998140335083, 1.8499997854232788,
+        1.8799997568130493, 1.9099997282028198, 1.9399996995925903, 1.9899996519088745, 2.0199997425079346,
+        2.0199997425079346, 2.0199997425079346, 2.0199997425079346, 2.0199997425079346, 2.0199997425079346,
+        2.0299997329711914, 2.0299997329711914, 2.0299997329711914, 2.0299997329711914, 2.0299997329711914,
+        2.0299997329711914, 2.0299997329711914, 2.0299997329711914, 2.0299997329711914, 2.0799996852874756,
+        2.0899996757507324, 2.189999580383301, 2.2199995517730713, 2.5899994373321533, 2.729999542236328,
+        2.749999523162842, 2.8399994373321533,
+    ),
+    long_factor=(
+        1.0800000429153442, 1.1100000143051147, 1.1399999856948853, 1.340000033378601, 1.5899999141693115,
+        1.600000023841858, 1.6200000047683716, 2.620000123977661, 3.2300000190734863, 3.2300000190734863,
+        4.789999961853027, 7.400000095367432, 7.700000286102295, 9.09000015258789, 12.199999809265137,
+        17.670000076293945, 24.46000099182129, 28.57000160217285, 30.420001983642578, 30.840002059936523,
+        32.590003967285156, 32.93000411987305, 42.320003509521484, 44.96000289916992, 50.340003967285156,
+        50.45000457763672, 57.55000305175781, 57.93000411987305, 58.21000289916992, 60.1400032043457,
+        62.61000442504883, 62.62000274658203, 62.71000289916992, 63.1400032043457, 63.1400032043457,
+        63.77000427246094, 63.93000411987305, 63.96000289916992, 63.970001220703125, 64.02999877929688,
+        64.06999969482422, 64.08000183105469, 64.12000274658203, 64.41000366210938, 64.4800033569336,
+        64.51000213623047, 64.52999877929688, 64.83999633789062,
+    ),
+)
+# fmt: on
+"""The published values of microsoft/Phi-3.5-mini-instruct (config.json, rope_scaling): 48 factors for head width 96."""
+
+
+class DecoderConfig(Section):
+    """Decoder of the Phi-3 family; the defaults are microsoft/Phi-3.5-mini-instruct as AKI-4B holds it.
+
+    A decoder of another head width needs a ``rope`` of its own: the default holds 48 factors for head width 96.
+    """
+
+    width: PositiveInt = 3072
+    layers: PositiveInt = 32
+    heads: PositiveInt = 32
+    kv_heads: PositiveInt = 32
+    mlp_width: PositiveInt = 8192
+    norm_eps: PositiveFloat = 1e-5
+    vocab_rows: PositiveInt = 32064
+    """Rows of the embedding and head tables, rows that no token uses included."""
+    base_tokens: PositiveInt = 32012
+    """Tokens that the tables hold: ids below it read the tables."""
+    extra_tokens: int = Field(default=2, ge=0)
+    """Tokens with rows of their own beside the tables (AKI: <image>, <|endofchunk|>):
+    ids base_tokens ... base_tokens + extra_tokens - 1."""
+    head_bias: bool = True
+    tie_embeddings: bool = False
+    rope: RopeConfig = PHI35_MINI_ROPE
+
+    @model_validator(mode="after")
+    def _relations(self) -> "DecoderConfig":
+        _divides("model.decoder", "width", self.width, "heads", self.heads)
+        _divides("model.decoder", "heads", self.heads, "kv_heads", self.kv_heads)
+        if self.head_width % 2:
+            raise ConfigError(
+                f"model.decoder: width / heads = {self.head_width} must be even, rotary embedding turns pairs."
+            )
+        if self.num_tokens > self.vocab_rows:
+            raise ConfigError(
+                f"model.decoder: base_tokens + extra_tokens = {self.num_tokens} exceeds vocab_rows={self.vocab_rows}; "
+                "choose vocab_rows at least as large."
+            )
+        for name in ("short_factor", "long_factor") if self.rope.kind == "longrope" else ():
+            got, needed = len(getattr(self.rope, name)), self.head_width // 2
+            if got != needed:
+                raise ConfigError(
+                    f"model.decoder.rope.{name} has {got} values, a head width of {self.head_width} needs {needed}; "
+                    "give that many, or write rope: {kind: default}."
+                )
+        return self
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head."""
+        return self.width // self.heads
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the model can predict."""
+        return self.base_tokens + self.extra_tokens
+
+
+class ModelConfig(Section):
+    """A whole model; the default sizes are AKI-4B."""
+
+    vision: VisionConfig = VisionConfig()
+    resampler: ResamplerConfig = ResamplerConfig()
+    decoder: DecoderConfig = DecoderConfig()

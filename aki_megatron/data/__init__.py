@@ -1,0 +1,1 @@
+"""Bytes to batch: annotation files, tars and pictures on disk become samples, mixed, padded and prefetched."""

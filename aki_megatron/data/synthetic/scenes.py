@@ -1,0 +1,136 @@
+"""Scenes of coloured shapes and letters on a 3x3 grid, and how they are painted.
+
+A scene is a pure function of (seed, split, index): drawing scene 7 does not need scenes 0 to 6, and a larger pool
+begins with the same scenes as a smaller one. Rules: three to six objects; a kind is one of four shapes or, with
+probability 0.3, one of four letters; no two objects of one scene share kind and colour.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+GRID = 3
+"""Rows and columns of a scene."""
+CELL_PIXELS = 12
+IMAGE_PIXELS = GRID * CELL_PIXELS
+
+COLORS = ("red", "green", "blue", "yellow", "cyan")
+SHAPES = ("circle", "square", "triangle", "cross")
+LETTERS = ("a", "b", "c", "d")
+KINDS = SHAPES + LETTERS
+PLACES = ("top-left", "top", "top-right", "left", "center", "right", "bottom-left", "bottom", "bottom-right")
+"""Names of the cells in raster order."""
+
+LETTER_PROBABILITY = 0.3
+MIN_OBJECTS, MAX_OBJECTS = 3, 6
+
+_RGB = {
+    "red": (230, 40, 40),
+    "green": (40, 200, 60),
+    "blue": (50, 80, 240),
+    "yellow": (235, 220, 40),
+    "cyan": (50, 220, 220),
+}
+_GLYPH_PIXELS = 10
+_FONT = {  # five pixels wide, seven high
+    "a": "01110 10001 10001 11111 10001 10001 10001",
+    "b": "11110 10001 11110 10001 10001 10001 11110",
+    "c": "01111 10000 10000 10000 10000 10000 01111",
+    "d": "11110 10001 10001 10001 10001 10001 11110",
+}
+_SPLITS = {"train": 0, "val": 1, "tokenizer": 2}
+
+Pixels = NDArray[np.uint8]
+"""A picture, uint8 [IMAGE_PIXELS, IMAGE_PIXELS, 3], red, green, blue."""
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One thing in a scene: what it is and in which cell it stands."""
+
+    kind: str
+    color: str
+    row: int
+    column: int
+
+    @property
+    def name(self) -> str:
+        """Colour and kind: names an object of a scene without ambiguity."""
+        return f"{self.color} {self.kind}"
+
+    @property
+    def place(self) -> str:
+        """Name of the cell, one of PLACES."""
+        return PLACES[self.row * GRID + self.column]
+
+    @property
+    def cell_box(self) -> tuple[int, int, int, int]:
+        """x, y, width, height of the cell in pixels."""
+        return self.column * CELL_PIXELS, self.row * CELL_PIXELS, CELL_PIXELS, CELL_PIXELS
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Objects in raster order."""
+
+    objects: tuple[SceneObject, ...]
+
+
+def scene_rng(seed: int, split: str, index: int) -> np.random.Generator:
+    """The random stream of one scene; split is train, val (held out) or tokenizer."""
+    return np.random.default_rng([seed, _SPLITS[split], index])
+
+
+def draw_scene(rng: np.random.Generator) -> Scene:
+    """Draw the objects of a scene and their cells."""
+    count = int(rng.integers(MIN_OBJECTS, MAX_OBJECTS + 1))
+    cells = sorted(rng.permutation(GRID * GRID)[:count].tolist())
+    taken: set[tuple[str, str]] = set()
+    while len(taken) < count:
+        kinds = LETTERS if rng.random() < LETTER_PROBABILITY else SHAPES
+        taken.add((kinds[int(rng.integers(len(kinds)))], COLORS[int(rng.integers(len(COLORS)))]))
+    names = sorted(taken)
+    order = rng.permutation(count).tolist()  # sorted first: a set has no order of its own
+    return Scene(
+        tuple(
+            SceneObject(*names[which], row=cell // GRID, column=cell % GRID)
+            for which, cell in zip(order, cells, strict=True)
+        )
+    )
+
+
+def paint(scene: Scene, rng: np.random.Generator) -> Pixels:
+    """Paint a scene: grey background, each object displaced by 0 to 2 pixels and dimmed by up to a quarter, noise."""
+    size = (IMAGE_PIXELS, IMAGE_PIXELS, 3)
+    canvas = np.full(size, rng.integers(0, 70), dtype=np.float32)
+    slack = CELL_PIXELS - _GLYPH_PIXELS
+    for thing in scene.objects:
+        down, right = rng.integers(0, slack + 1, size=2).tolist()
+        top, left = thing.row * CELL_PIXELS + down, thing.column * CELL_PIXELS + right
+        color = np.asarray(_RGB[thing.color], dtype=np.float32) * rng.uniform(0.75, 1.0)
+        canvas[top : top + _GLYPH_PIXELS, left : left + _GLYPH_PIXELS][_GLYPHS[thing.kind]] = color
+    noise = 8 * rng.standard_normal(size, dtype=np.float32)
+    return np.clip(canvas + noise, 0, 255).astype(np.uint8)
+
+
+def _glyphs() -> dict[str, NDArray[np.bool_]]:
+    """Which pixels of a 10x10 field each kind covers."""
+    y, x = np.mgrid[0:_GLYPH_PIXELS, 0:_GLYPH_PIXELS]
+    middle = (_GLYPH_PIXELS - 1) / 2
+    across, down = abs(x - middle), abs(y - middle)
+    glyphs = {
+        "circle": np.hypot(across, down) <= 4.6,
+        "square": (across <= 3.6) & (down <= 3.6),
+        "triangle": across <= y / 2 + 0.3,
+        "cross": (across <= 1.2) | (down <= 1.2),
+    }
+    for letter, font in _FONT.items():
+        rows = [[bit == "1" for bit in row] for row in font.split()]
+        rows.append(rows[-1])  # the foot is two pixels high
+        glyphs[letter] = np.zeros((_GLYPH_PIXELS, _GLYPH_PIXELS), dtype=bool)
+        glyphs[letter][1:9, 2:7] = rows
+    return glyphs
+
+
+_GLYPHS = _glyphs()

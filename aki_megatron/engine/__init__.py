@@ -1,0 +1,1 @@
+"""One optimizer step, however the model is spread."""

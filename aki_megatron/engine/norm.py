@@ -1,0 +1,21 @@
+"""Exact global gradient norm and clipping over gradients that lie in disjoint pieces on many ranks."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def squared_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Sum of squares of all elements, float64 scalar; the ranks' sums add up to the square of the global norm."""
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    norms = torch._foreach_norm(list(gradients), 2)
+    return torch.stack([norm.double() for norm in norms]).square().sum()
+
+
+def clip_factor(norm: float, limit: float) -> float:
+    """What to multiply gradients by so that their norm is at most ``limit`` (torch.nn.utils.clip_grad_norm_'s formula)."""
+    assert math.isfinite(norm)
+    return min(1.0, limit / (norm + 1e-6))

@@ -1,0 +1,23 @@
+"""Mistakes a user can mend. On the lowest floor and without torch, so that a wrong flag is refused in a moment.
+
+Everything above imports these names from ``aki_megatron.flow``; config, which must stay light, imports them here.
+"""
+
+
+class UserError(Exception):
+    """A mistake a user can mend. Launchers and tools print its message, no traceback, exit code 2.
+
+    The message says what was got, what is allowed, and what to change.
+    """
+
+
+class ConfigError(UserError):
+    """A run configuration that is wrong in itself or contradicts another part."""
+
+
+class DataError(UserError):
+    """Missing, unreadable or malformed data; the message names the file and the key."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, incomplete, corrupt, or of another model."""

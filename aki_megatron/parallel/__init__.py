@@ -1,0 +1,1 @@
+"""How the model is spread over ranks: discovery of the launcher, process groups, topology."""

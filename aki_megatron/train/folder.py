@@ -1,0 +1,70 @@
+"""The run folder: where each file of a run lives, and its metrics as one line per optimizer step.
+
+    config.yaml  metrics.jsonl  checkpoints/step_000100/  logs/rank_0.log  report.html  DONE
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from aki_megatron.flow import StepReport
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per optimizer step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoint folders."""
+        return self.path / "checkpoints"
+
+    @property
+    def report(self) -> Path:
+        """A page for a person."""
+        return self.path / "report.html"
+
+    @property
+    def done(self) -> Path:
+        """Exists once the last step is saved."""
+        return self.path / "DONE"
+
+    def log(self, rank: int) -> Path:
+        """Log of one rank."""
+        return self.path / "logs" / f"rank_{rank}.log"
+
+
+def metrics_line(step: int, report: StepReport) -> dict[str, Any]:
+    """The metrics of one step: step, loss, grad_norm, lr, supervised_tokens, tokens, images, seconds, tokens_per_second, skipped."""
+    return {"step": step} | asdict(report) | {"tokens_per_second": report.tokens / max(report.seconds, 1e-9)}
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Every whole line of a metrics file; a last line cut by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    # What follows the last newline was never finished: a crash in the middle of a write.
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def rewind_metrics(path: Path, step: int) -> None:
+    """Drop the lines after ``step``: those steps are done again from the checkpoint, and each may appear once."""
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    os.replace(aside, path)

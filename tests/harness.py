@@ -170,11 +170,16 @@ def _leave_world() -> None:
     """Destroy the process group and what deepspeed remembers of it, so that the process can join another world."""
     import torch.distributed as dist
     from deepspeed.comm import comm
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.utils import groups
 
     gc.collect()
     groups._release_process_group_references()
     comm.cdb = None
+    # it numbers modules and parameters over the life of a process; ranks of one world must agree on the numbers
+    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+    Init.param_id = 0
     if dist.is_initialized():
         dist.destroy_process_group()
 

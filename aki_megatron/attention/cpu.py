@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from aki_megatron.attention.cpu_plan import Call, CpuPlan, flat_tokens, plan_calls
+from aki_megatron.attention.cpu_plan import Call, CpuPlan, flat_tokens, plan_calls, plan_mask, token_major
 from aki_megatron.attention.layout import ModalityLayout
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -29,6 +29,11 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 def attend_cpu(q: Tensor, k: Tensor, v: Tensor, layout: ModalityLayout) -> Tensor:
     """Exact attention under a layout: q [B, Hq, T, d], k and v [B, Hkv, T, d] -> [B, Hq, T, d], token-major."""
     return _FlashPieces.apply(q, k, v, layout.made("cpu", lambda: plan_calls(layout.pieces)))
+
+
+def attend_cpu_masked(q: Tensor, k: Tensor, v: Tensor, layout: ModalityLayout) -> Tensor:
+    """The same in one flash call with the whole mask [B, 1, T, T], made once for all layers: for short rows."""
+    return _FlashPieces.apply(q, k, v, layout.made(("cpu", q.dtype), lambda: plan_mask(layout.dense(), q.dtype)))
 
 
 class _FlashPieces(torch.autograd.Function):
@@ -52,10 +57,16 @@ class _FlashPieces(torch.autograd.Function):
 
 
 def _readable(x: Tensor, plan: CpuPlan) -> Tensor:
-    """x [B, H, T, d] with unit stride in d, and tokens before heads in memory where the plan gathers tokens."""
-    if plan.gathers or plan.order is not None:
-        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    """x [B, H, T, d] as the flash kernel and the plan's calls can read it."""
+    if plan.gathers:
+        return token_major(x)
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _fill(x: Tensor, places: tuple[Tensor, Tensor], value: float) -> None:
+    """Set the given tokens of x [B, H, T, ...]."""
+    if len(places[0]):
+        x.transpose(1, 2)[places] = value
 
 
 def _permuted(x: Tensor, order: Tensor | None) -> Tensor:
@@ -74,7 +85,10 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]
 def _merged(q: Tensor, k: Tensor, v: Tensor, plan: CpuPlan) -> tuple[Tensor, Tensor]:
     """Output [B, Hq, T, d] and log-sum-exp [B, Hq, T] over all calls."""
     if plan.whole:
-        out, lse = _forward(q, k, v, 0.0, True)
+        out, lse = _forward(q, k, v, 0.0, plan.mask is None, attn_mask=plan.mask)
+        out = token_major(out) if plan.gathers else out
+        _fill(out, plan.dead, 0.0)
+        _fill(lse, plan.dead, -torch.inf)
     else:
         batch, heads, tokens, width = q.shape
         out = q.new_zeros(batch, tokens, heads, width).transpose(1, 2)
@@ -84,9 +98,6 @@ def _merged(q: Tensor, k: Tensor, v: Tensor, plan: CpuPlan) -> tuple[Tensor, Ten
             part, part_lse = _flash(q, k, v, call)
             call.put_rows(out, part)
             call.put_rows(lse, part_lse)
-    if plan.whole and len(plan.dead):
-        flat_tokens(out).index_fill_(0, plan.dead, 0.0)
-        flat_tokens(lse).index_fill_(0, plan.dead, -torch.inf)
     for call in plan.extra:
         part, part_lse = _flash(q, k, v, call)
         ours, ours_lse = call.rows(out), call.rows(lse)
@@ -95,8 +106,7 @@ def _merged(q: Tensor, k: Tensor, v: Tensor, plan: CpuPlan) -> tuple[Tensor, Ten
         mean = torch.lerp(ours.to(weight.dtype), part.to(weight.dtype), weight)
         call.put_rows(out, mean.to(out.dtype))
         call.put_rows(lse, torch.logaddexp(ours_lse, part_lse))
-    if len(plan.silent):
-        flat_tokens(lse).index_fill_(0, plan.silent, torch.inf)
+    _fill(lse, plan.silent, torch.inf)
     return out, lse
 
 
@@ -106,7 +116,9 @@ def _gradients(
     """dq, dk, dv, token-major."""
     if plan.whole:
         # rows of a stray or silent place are in this call too; see ``_harmless``
-        dq, dk, dv = _backward(grad, q, k, v, out, _harmless(lse, plan), 0.0, True)
+        quiet = _harmless(lse, plan)
+        parts = _backward(grad, q, k, v, out, quiet, 0.0, plan.mask is None, attn_mask=plan.mask)
+        dq, dk, dv = (token_major(part) for part in parts) if plan.gathers else parts
     else:
         dq, dk, dv = (x.new_zeros(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k, v))
     for call in (*plan.base, *plan.extra):
@@ -123,8 +135,8 @@ def _gradients(
 
 def _harmless(lse: Tensor, plan: CpuPlan) -> Tensor:
     """The log-sum-exp with +inf also on stray rows, which the whole base call covers but which do not look there."""
-    if len(plan.dead) == len(plan.silent):
+    if len(plan.dead[0]) == len(plan.silent[0]):
         return lse
     copy = lse.clone(memory_format=torch.preserve_format)
-    flat_tokens(copy).index_fill_(0, plan.dead, torch.inf)
+    _fill(copy, plan.dead, torch.inf)
     return copy

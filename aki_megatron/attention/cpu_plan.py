@@ -95,25 +95,27 @@ class CpuPlan:
 
     order    [B * T] or None: flat position at each working place
     inverse  [B * T] or None: working place of each flat position
-    whole    True when the base is one causal call over all rows
+    whole    True when the base is one call over all rows
+    mask     None, or an additive mask [B, 1, T, T] for that call, which is causal otherwise
     base     otherwise: causal calls, each row in one at most
     extra    calls to merge in, each row in one at most
-    dead     rows in no base call, or in ``whole`` by accident
-    silent   rows that see nothing: their output is 0
+    dead     rows b and tokens t in no segment; the call of ``whole`` runs over them all the same
+    silent   those of them that see nothing: their output is 0
     """
 
     order: Tensor | None
     inverse: Tensor | None
     whole: bool
+    mask: Tensor | None
     base: tuple[Call, ...]
     extra: tuple[Call, ...]
-    dead: Tensor
-    silent: Tensor
+    dead: tuple[Tensor, Tensor]
+    silent: tuple[Tensor, Tensor]
 
     @property
     def gathers(self) -> bool:
-        """Whether some call needs tokens to be the slow dimension in memory."""
-        return any(isinstance(call, Bundle) for call in (*self.base, *self.extra))
+        """Whether some call takes tokens by index, which needs them to be the slow dimension in memory."""
+        return self.order is not None or any(isinstance(call, Bundle) for call in (*self.base, *self.extra))
 
     @property
     def calls(self) -> int:
@@ -125,6 +127,14 @@ def flat_tokens(x: Tensor) -> Tensor:
     """View [B * T, H, ...] of token-major x [B, H, T, ...]."""
     tokens = x.transpose(1, 2)
     return tokens.view(-1, *tokens.shape[2:])
+
+
+def token_major(x: Tensor) -> Tensor:
+    """x [B, H, T, ...], copied only if its tokens cannot be reached by one index as ``flat_tokens`` does."""
+    tokens = x.shape[2]
+    if x.stride(-1) == 1 and (x.shape[0] == 1 or tokens == 1 or x.stride(0) == tokens * x.stride(2)):
+        return x
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
@@ -141,20 +151,35 @@ def plan_calls(pieces: Pieces) -> CpuPlan:
         inverse[order] = torch.arange(len(order))
     whole = pieces.one_span_per_row
     strays = [Bundle(_index(stray.rows[None]), _index(stray.columns[None]), False) for stray in pieces.strays]
-    heard = np.concatenate([stray.rows for stray in pieces.strays]) if strays else np.zeros(0, dtype=np.int64)
+    heard = np.concatenate([stray.rows for stray in pieces.strays]) if strays else pieces.dead[:0]
     return CpuPlan(
         order,
         inverse,
         whole,
+        None,
         base=() if whole else tuple(_base(pieces)),
         extra=(*_rectangles(pieces), *_triangles(pieces), *strays),
-        dead=_index(pieces.dead),
-        silent=_index(np.setdiff1d(pieces.dead, heard)),
+        dead=_row_and_token(pieces.dead, pieces.width),
+        silent=_row_and_token(np.setdiff1d(pieces.dead, heard) if strays else pieces.dead, pieces.width),
     )
+
+
+def plan_mask(mask: Tensor, dtype: torch.dtype) -> CpuPlan:
+    """One call with the whole bool mask [B, T, T]: the fastest way while a row fits one key block of the kernel."""
+    silent = ~mask.any(-1)
+    # the kernel makes NaN of an empty row: let it see all, its output is overwritten
+    bias = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~(mask | silent[..., None]), -torch.inf)
+    places = silent.nonzero(as_tuple=True)
+    return CpuPlan(None, None, True, bias[:, None], base=(), extra=(), dead=places, silent=places)
 
 
 def _index(places: Ints) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(places))
+
+
+def _row_and_token(places: Ints, width: int) -> tuple[Tensor, Tensor]:
+    row, token = np.divmod(places, max(width, 1))
+    return _index(row), _index(token)
 
 
 def _window(row: int, start: int, end: int, low: int, high: int, causal: bool) -> Window:

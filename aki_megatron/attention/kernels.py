@@ -3,12 +3,88 @@
 Letters: B rows, T tokens, Hq query heads, Hkv key heads (a divisor of Hq), d head width.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
+from aki_megatron.attention.cpu import DTYPES, attend_cpu, attend_cpu_masked
+from aki_megatron.attention.cuda import attend_cuda
 from aki_megatron.attention.dense import attend_dense
+from aki_megatron.attention.flex import attend_flex
 from aki_megatron.attention.layout import ModalityLayout
+from aki_megatron.flow import UserError
+
+MASKED_WIDTH = 512
+"""Rows up to this many tokens with look-ahead go to ``masked`` on a CPU. It is the key block of PyTorch's CPU flash
+kernel: inside one block a causal call computes all pairs anyway, so a mask costs almost nothing, while merging pieces
+costs calls (measured: docs/benchmarks/attention_cpu.md)."""
+
+
+class BackendError(UserError):
+    """A kernel that cannot do what is asked; nothing else is tried in its place."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A kernel and what it can do. ``devices`` and ``dtypes`` are complete: all else is refused."""
+
+    run: Callable[[Tensor, Tensor, Tensor, ModalityLayout], Tensor]
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+
+
+BACKENDS: dict[str, Backend] = {
+    "dense": Backend(attend_dense, ("cpu", "cuda"), DTYPES),
+    "cpu": Backend(attend_cpu, ("cpu",), DTYPES),
+    "masked": Backend(attend_cpu_masked, ("cpu",), DTYPES),
+    "cuda": Backend(attend_cuda, ("cuda",), (torch.bfloat16, torch.float16)),
+    "flex": Backend(attend_flex, ("cuda",), (torch.float32, torch.bfloat16, torch.float16)),
+}
+"""dense: SDPA with the whole mask. cpu: flash pieces merged by log-sum-exp. masked: one CPU flash call with the whole
+mask, for short rows. cuda: the varlen flash kernel. flex: FlexAttention, a cross-check."""
+
+
+def choose(layout: ModalityLayout, device: torch.device) -> str:
+    """The backend of ``auto``: cuda on CUDA; on a CPU masked for short rows with look-ahead, cpu otherwise."""
+    if device.type == "cpu":
+        return "masked" if layout.has_look_ahead and layout.shape[1] <= MASKED_WIDTH else "cpu"
+    return device.type
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: ModalityLayout, *, backend: str = "auto") -> Tensor:
-    """softmax(q k^T / sqrt(d), masked by ``layout``) v: q [B, Hq, T, d], k and v [B, Hkv, T, d] -> [B, Hq, T, d]."""
-    return attend_dense(q, k, v, layout)
+    """softmax(q k^T / sqrt(d), masked by ``layout``) v: q [B, Hq, T, d], k and v [B, Hkv, T, d] -> [B, Hq, T, d].
+
+    Rows of no segment give 0. Raises BackendError when the backend cannot do it on this device, dtype or shape.
+    """
+    name = choose(layout, q.device) if backend == "auto" else backend
+    if name not in BACKENDS:
+        raise BackendError(
+            f"attention backend {name!r} is unknown for device {q.device} and rule {layout.rule!r}; "
+            f"choose auto or one of {sorted(BACKENDS)}."
+        )
+    chosen = BACKENDS[name]
+    case = f"attention backend {name!r} on {q.device} with rule {layout.rule!r}"
+    if q.device.type not in chosen.devices:
+        able = sorted(other for other, its in BACKENDS.items() if q.device.type in its.devices)
+        raise BackendError(f"{case}: it runs on {chosen.devices} only; choose auto or one of {able}.")
+    if q.dtype not in chosen.dtypes or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise BackendError(
+            f"{case}: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; it takes three of one of {chosen.dtypes}. "
+            "Cast them, or choose backend 'dense'."
+        )
+    _check_shapes(q, k, v, layout, case)
+    return chosen.run(q, k, v, layout)
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, layout: ModalityLayout, case: str) -> None:
+    batch, heads, tokens, width = q.shape
+    kv_heads = k.shape[1]
+    fits = (batch, tokens) == layout.shape and k.shape == v.shape == (batch, kv_heads, tokens, width)
+    if not fits or heads % kv_heads:
+        raise BackendError(
+            f"{case}: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} for a layout of "
+            f"{layout.shape[0]} rows and {layout.shape[1]} tokens; q must be [rows, heads, tokens, width], "
+            "k and v [rows, key heads, tokens, width], and the key heads a divisor of the heads."
+        )

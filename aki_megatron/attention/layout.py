@@ -16,7 +16,7 @@ from torch import Tensor
 from aki_megatron.attention.certificate import certify
 from aki_megatron.attention.pieces import Pieces, lay_out
 from aki_megatron.attention.reading import LayoutError, read_ids
-from aki_megatron.attention.rules import NO_LOOK, RULES, RuleOptions, Selection
+from aki_megatron.attention.rules import RULES, RuleOptions, Selection
 from aki_megatron.flow import Modality
 
 Made = TypeVar("Made")
@@ -71,7 +71,7 @@ class ModalityLayout:
         modality, segment = _host(modality_ids, np.int8), _host(segment_ids, np.int32)
         marks = _host(scored, np.bool_)
         reading = read_ids(modality, segment)
-        look = RULES[rule](reading, options) if len(reading.place) else NO_LOOK
+        look = RULES[rule](reading, options)
         certify(look.edges, reading.place, marks, rule=rule)
         padding = np.flatnonzero((modality == Modality.PAD).reshape(-1) & (segment >= 0).reshape(-1))
         pad_rows = np.stack((padding, segment.reshape(-1)[padding]), axis=1)

@@ -32,12 +32,12 @@ class Spans:
         return len(self.starts)
 
 
-def cut(boundary: Bools) -> Spans:
+def cut(boundary: Bools, tokens: int) -> Spans:
     """Spans of M tokens from the [M - 1] places where token i + 1 begins something new."""
     inner = np.flatnonzero(boundary) + 1
     edges = np.empty(len(inner) + 2, dtype=np.int64)
-    edges[0], edges[1:-1], edges[-1] = 0, inner, len(boundary) + 1
-    return Spans(edges[:-1], edges[1:])
+    edges[0], edges[1:-1], edges[-1] = 0, inner, tokens
+    return Spans(edges[:-1], edges[1:]) if tokens else Spans(inner, inner)
 
 
 def spread(counts: Ints) -> tuple[Ints, Ints]:
@@ -73,17 +73,17 @@ class Reading:
     @cached_property
     def segments(self) -> Spans:
         """S segments."""
-        return cut(self._new_segment)
+        return cut(self._new_segment, len(self.place))
 
     @cached_property
     def turns(self) -> Spans:
         """U turns: a prompt and the response to it. A turn ends where a response is followed by something else."""
-        return cut(self._new_turn)
+        return cut(self._new_turn, len(self.place))
 
     @cached_property
     def runs(self) -> Spans:
         """R runs: neighbours of one modality in one turn."""
-        return cut(self._new_turn | (self.modality[1:] != self.modality[:-1]))
+        return cut(self._new_turn | (self.modality[1:] != self.modality[:-1]), len(self.place))
 
     @cached_property
     def run_modality(self) -> NDArray[np.int8]:

@@ -151,7 +151,7 @@ def look_general(reading: Reading, options: RuleOptions) -> Look:
     key = turn * 1024 + rank
     order = np.argsort(key, kind="stable")
     key = key[order]
-    groups = cut(key[1:] != key[:-1])
+    groups = cut(key[1:] != key[:-1], len(key))
     prompt = np.flatnonzero(key[groups.starts] % 1024 < 512)
     starts, ends, owner = groups.starts[prompt], groups.ends[prompt], key[groups.starts[prompt]] // 1024
     followed = np.flatnonzero(owner[:-1] == owner[1:])

@@ -124,7 +124,7 @@ def _vision_source(folder: Path, config: VisionConfig) -> _Source:
     # published folders and older transformers write the prefix, transformers 5 leaves it out of vision-only folders
     prefix = "vision_model." if any(name.startswith("vision_model.") for name in files.shapes) else ""
     # the text tower of a full SigLIP is not used, nor is the pooling head where the configuration leaves it out
-    unused = ("text_model.", "logit_scale", "logit_bias") if prefix else ()
+    unused: tuple[str, ...] = ("text_model.", "logit_scale", "logit_bias") if prefix else ()
     unused += () if config.pooling_head else (f"{prefix}head.",)
     return _Source(files, _vision_names(config, prefix), unused)
 

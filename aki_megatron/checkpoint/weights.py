@@ -1,7 +1,7 @@
 """Weights under other names: the table of rules, and strict reading of safetensors files.
 
-A rule is a row (our name, their name, how tensor parallelism cuts it); ``{i}`` stands for the layer number. The same rows
-serve Hugging Face folders and the official AKI release, which differ in what they put in front of their names.
+A rule is a row (our name, their name, how tensor parallelism cuts it); ``{i}`` stands for the layer number. The same
+rows serve Hugging Face folders and the official AKI release, which differ in what they put in front of their names.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -121,7 +121,7 @@ def check_shapes(got: Mapping[str, Shape], wanted: Mapping[str, Shape], source: 
         raise CheckpointError(
             f"The tensors of {source} are not those of the configured model ({len(complaints)} differences):\n"
             + "\n".join(shown)
-            + "\nChoose the folder or file that belongs to the model section of the configuration, or change the latter."
+            + "\nChoose the folder or file that belongs to the model section of the configuration, or change that."
         )
 
 

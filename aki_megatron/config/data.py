@@ -19,6 +19,7 @@ class SourceConfig(Section):
     """One fine-tuning dataset and its share of the mixture."""
 
     name: SourceName
+    """Dataset whose reader is used."""
     weight: PositiveFloat
     """Relative; the weights of a run are normalized (papers, Table 4)."""
 
@@ -27,6 +28,7 @@ class DataConfig(Section):
     """Either captions from webdataset tars (pretraining) or conversations from annotation files (fine-tuning)."""
 
     kind: Literal["captions", "conversations"]
+    """captions for pretraining, conversations for fine-tuning."""
     root: FilePath
     """Folder that holds the annotation files and images of every source; relative shard patterns start here too."""
     shards: Strings = ()
@@ -36,6 +38,7 @@ class DataConfig(Section):
     tokenizer: FilePath
     """Hugging Face tokenizer folder with Phi-3's special tokens."""
     system_message: str = SYSTEM_MESSAGE
+    """Opens every conversation."""
     max_text_tokens: PositiveInt
     """Longest text in tokens, markers included, image places not (papers, Table 3: 128 and 512)."""
     max_bad_fraction: float = Field(default=0.001, ge=0, le=1)

@@ -14,6 +14,7 @@ class RunSection(Section):
     """Where the run lives: config.yaml, metrics.jsonl, checkpoints/, logs/, report.html, DONE."""
 
     dir: FilePath
+    """The folder; a run that is started again in the same folder goes on from its newest checkpoint."""
 
 
 class InitConfig(Section):
@@ -31,12 +32,14 @@ class AttentionConfig(Section):
     """Who may attend to whom."""
 
     rule: Literal["causal", "mma"]
+    """causal: each place sees what stands before it. mma: image places see the prompt of their turn as well."""
 
 
 class TrainConfig(Section):
     """Length, batch and precision of a run."""
 
     steps: PositiveInt
+    """Optimizer steps of the whole run."""
     global_batch: PositiveInt
     """Samples per optimizer step over all ranks."""
     micro_batch: PositiveInt
@@ -44,27 +47,39 @@ class TrainConfig(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: bf16 weights and activations, fp32 master weights, fp32 gradient accumulation."""
     seed: NonNegativeInt = 42
+    """Decides the initial weights and the order of samples."""
 
 
 class OptimizerConfig(Section):
     """AdamW and its learning-rate curve: linear from min_lr to lr, then cosine back to min_lr (papers, Table 3)."""
 
     lr: PositiveFloat
+    """Peak learning rate, reached after the warm-up."""
     min_lr: NonNegativeFloat
+    """Learning rate of the first and of the last step."""
     warmup_steps: NonNegativeInt
+    """Optimizer steps from min_lr to lr; fewer than train.steps."""
     weight_decay: NonNegativeFloat
+    """AdamW's decoupled weight decay; embeddings are not decayed."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW's decay rate of the first moment."""
     beta2: float = Field(default=0.999, ge=0, lt=1)
+    """AdamW's decay rate of the second moment."""
     eps: PositiveFloat = 1e-8
+    """AdamW's term for numerical stability."""
     clip_norm: PositiveFloat = 1.0
+    """Gradients are scaled down to this global L2 norm."""
 
 
 class ParallelConfig(Section):
     """How the model and its optimizer state are spread over ranks."""
 
     tensor: PositiveInt = 1
+    """Ranks that share every layer (tensor parallelism)."""
     pipeline: PositiveInt = 1
+    """Stages the layers are dealt into (pipeline parallelism)."""
     zero_stage: Literal[1, 2, 3] = 3
+    """DeepSpeed ZeRO over the data-parallel ranks: 1 splits optimizer state, 2 gradients too, 3 weights too."""
 
 
 class CheckpointConfig(Section):
@@ -73,6 +88,7 @@ class CheckpointConfig(Section):
     every: PositiveInt
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep_last: PositiveInt = 2
+    """Older checkpoints are deleted once a newer one is complete."""
 
 
 class LogConfig(Section):
@@ -81,8 +97,11 @@ class LogConfig(Section):
     every: PositiveInt = 10
     """Steps between console lines and TensorBoard or wandb points."""
     tensorboard: bool = True
+    """Write TensorBoard event files under the run folder."""
     wandb: Literal["offline", "online", "disabled"] = "offline"
+    """Weights & Biases: offline writes under the run folder, online uploads."""
     wandb_project: str = "aki-megatron"
+    """Project the run is logged to."""
 
 
 class RunConfig(Section):

@@ -35,6 +35,14 @@ class Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Refuse aliases: a run says every value where it stands, and a value cannot hold itself."""
+        if self.check_event(yaml.AliasEvent):
+            event = self.get_event()
+            message = "aliases (*name) are not read; write the value out"
+            raise yaml.composer.ComposerError(None, None, message, event.start_mark)
+        return super().compose_node(parent, index)
+
 
 for tag, (pattern, first) in SCALARS.items():
     Loader.add_implicit_resolver(tag, re.compile(f"^(?:{pattern})$"), ["" if c == "\0" else c for c in first])
@@ -87,12 +95,8 @@ def _survey(root: yaml.Node | None) -> tuple[list[str], dict[Location, int]]:
     problems: list[str] = []
     lines: dict[Location, int] = {}
     open_nodes: list[tuple[Location, yaml.Node | None]] = [((), root)]
-    seen: set[int] = set()  # an alias leads to a node that was surveyed already
     while open_nodes:
         location, node = open_nodes.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
         if isinstance(node, yaml.SequenceNode):
             for index, child in enumerate(node.value):
                 lines[(*location, index)] = child.start_mark.line + 1

@@ -50,6 +50,30 @@ def decode_image(image: Path | bytes, size: int, *, key: str) -> Picture:
         raise UnreadableImage(f"{_name(image, key)} is not a readable JPEG or PNG: {error}") from error
 
 
+class PictureCache:
+    """Decodes, and keeps small pictures: datasets ask several questions about one picture.
+
+    Pictures of more than ``largest_bytes`` are never kept (so few of them fit that none is met again in time), and
+    nothing is dropped once ``budget_bytes`` are full. Safe to share between threads.
+    """
+
+    def __init__(self, size: int, *, budget_bytes: int = 2**27, largest_bytes: int = 2**16) -> None:
+        self.size = size
+        one = 3 * size * size
+        self._room = budget_bytes // one if one <= largest_bytes else 0
+        self._kept: dict[Path | str, Picture] = {}
+
+    def decode(self, image: Path | bytes, *, key: str) -> Picture:
+        """As decode_image. Encoded bytes are told apart by their sample's key. Raises UnreadableImage."""
+        name = image if isinstance(image, Path) else key
+        picture = self._kept.get(name)
+        if picture is None:
+            picture = decode_image(image, self.size, key=key)
+            if len(self._kept) < self._room:
+                self._kept[name] = picture
+        return picture
+
+
 def normalize(pictures: Sequence[Picture], size: int) -> Tensor:
     """float32 [N, 3, size, size] in [-1, 1]: bytes / 255, mean 0.5, standard deviation 0.5. N may be 0."""
     if not pictures:

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import weakref
 from collections.abc import Iterator
 
 from aki_megatron.data.batch import collate
@@ -45,7 +46,7 @@ class Loader:
         self._data_size = data_size
         self._prefetch_steps = prefetch_steps
         self._pin_memory = pin_memory
-        self._running: list[_Prefetch] = []
+        self._running: weakref.WeakSet[_Prefetch] = weakref.WeakSet()
 
     def numbers(self, step: int, micro: int) -> range:
         """The sample numbers of one micro-batch of this rank."""
@@ -62,14 +63,14 @@ class Loader:
         Preparation starts at once. What goes wrong in the background is raised here, at the step it belongs to.
         """
         running = _Prefetch(self, start, stop)
-        self._running = [other for other in self._running if other.alive] + [running]
+        self._running.add(running)
         return running
 
     def close(self) -> None:
         """Stop all background work and wait for it. The loader can be used again."""
-        for running in self._running:
+        for running in list(self._running):
             running.close()
-        self._running = []
+        self._running.clear()
 
     @property
     def prefetch_steps(self) -> int:
@@ -106,11 +107,6 @@ class _Prefetch(Iterator[list[Batch]]):
         if isinstance(item, BaseException):
             raise item
         raise StopIteration
-
-    @property
-    def alive(self) -> bool:
-        """Whether the thread still works."""
-        return self._thread.is_alive()
 
     def close(self) -> None:
         """Stop the thread and wait for it; a consumer that still waits gets the end."""

@@ -12,7 +12,7 @@ from fractions import Fraction
 from hashlib import blake2b
 from math import lcm
 
-from aki_megatron.flow import ConfigError
+from aki_megatron.errors import ConfigError
 
 SMALLEST_BLOCK = 1000
 LARGEST_BLOCK = 100_000

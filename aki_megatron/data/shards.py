@@ -45,6 +45,7 @@ class ShardIndex:
     """
 
     def __init__(self, patterns: Sequence[str], root: Path) -> None:
+        self.root = root
         self.tars = expand_shards(patterns, root)
         self._entries: list[_Entry] = []
         for shard, tar in enumerate(self.tars):
@@ -61,12 +62,13 @@ class ShardIndex:
         return self.caption(index)
 
     def caption(self, index: int) -> Caption:
-        """Sample number ``index``; DataError names tar and key if it is incomplete or its text is not UTF-8."""
+        """Sample number ``index``, its key ``shard/key``; DataError names both if it is incomplete or not UTF-8."""
         entry = self._entries[index]
         if entry.fault:
             raise DataError(entry.fault)
         tar = self.tars[entry.shard]
-        key = f"captions/{tar.stem}/{entry.key}"
+        shard = tar.relative_to(self.root) if tar.is_relative_to(self.root) else tar
+        key = f"{shard.with_suffix('').as_posix()}/{entry.key}"
         try:
             text = self._read(entry, entry.text).decode("utf-8")
         except UnicodeDecodeError as error:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
-from aki_megatron.data.image import decode_image
+from aki_megatron.data.image import PictureCache
 from aki_megatron.data.mixture import Mixture
 from aki_megatron.data.shards import ShardIndex
 from aki_megatron.data.template import Template
@@ -95,7 +95,7 @@ class _Stream(Generic[Element]):
         self._sources: list[Elements[Element]] = [sources[name] for name in mixture.names]
         self._render: Callable[[Element], Sample | None] = render
         self._mixture = mixture
-        self._image_size = image_size
+        self._pictures = PictureCache(image_size)
 
     def sample(self, n: int) -> Sample:
         """Sample n of the run, its image decoded. Raises TooManyLost."""
@@ -122,7 +122,7 @@ class _Stream(Generic[Element]):
         sample = self._render(element)
         if sample is None or element.image is None:
             return sample
-        return replace(sample, image=decode_image(element.image, self._image_size, key=element.key))
+        return replace(sample, image=self._pictures.decode(element.image, key=element.key))
 
 
 class CaptionStream(_Stream[Caption]):

@@ -4,7 +4,7 @@ What it adds to an ordinary DeepSpeed engine:
 - The loss is a sum until the last moment: DeepSpeed averages gradients over data ranks, so the loss is multiplied by
   data ranks / supervised tokens of the whole step.
 - Exact global norm and clipping of our own, in the all-reduce that carries the loss; a gradient that is not finite makes all ranks skip.
-- ZeRO-3 gathers each parameter once per step: a pin keeps it from being released between micro-batches.
+- ZeRO-3 gathers each parameter once per step: all of them before the first micro-batch, and nothing is released in between.
 
 The model is built whole on every rank and handed to deepspeed.initialize, which partitions it.
 Private parts of DeepSpeed are touched here and nowhere else, and only in versions proven by the equality tests.
@@ -32,8 +32,8 @@ from aki_megatron.parallel.topology import Topology
 PROVEN_VERSIONS = ("0.19.8",)
 """DeepSpeed versions whose private parts used here are known to be right."""
 
-PIN = "aki_megatron"
-"""Entry in a ZeRO-3 parameter's set of active modules; while it is there the parameter is not released."""
+GATHER_ELEMENTS = 2**27
+"""Most elements of one all-gather of parameters; bounds the memory of its buffer."""
 
 
 class ZeroEngine:
@@ -109,7 +109,7 @@ class ZeroEngine:
         # DeepSpeed averages gradients over data ranks; multiply that average away
         scale = self._topology.data / max(supervised, 1)
         total = torch.zeros((), device=self._topology.device)
-        self._pin()
+        self._partitions.gather(list(self._parameters.values()))
         for index, batch in enumerate(microbatches):
             batch = batch.to(self._topology.device)
             self._engine.set_gradient_accumulation_boundary(index == len(microbatches) - 1)
@@ -135,11 +135,6 @@ class ZeroEngine:
                 f"The gradient was not finite in {self._skipped_in_a_row} steps in a row, so training has diverged. Lower "
                 "optimizer.lr, lengthen optimizer.warmup_steps, or look at the data; the last checkpoint is from before."
             )
-
-    def _pin(self) -> None:
-        if self._zero_stage == 3:
-            for parameter in self._parameters.values():
-                parameter.ds_active_sub_modules.add(PIN)  # type: ignore[attr-defined]
 
     def state(self) -> dict[str, Tensor]:
         """Master weights, moments and step; frozen parameters have a weight only. See Engine.state."""
@@ -216,6 +211,9 @@ class _Partitions:
         """Averaged gradients of this rank's share; changed in place, they are what the next step applies."""
         return [gradient for group in self._optimizer.averaged_gradients.values() for gradient in group]
 
+    def gather(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Have the weights whole for the coming step: in ZeRO 1 and 2 they are."""
+
     def masters(self) -> list[Tensor]:
         """Flat float32 master weights."""
         return self._optimizer.single_partition_of_fp32_groups
@@ -238,6 +236,17 @@ class _Stage3Partitions(_Partitions):
         super().__init__(optimizer)
         # its own norm costs an all-reduce per sub-group and is not used: clipping and skipping are decided here
         optimizer._get_norm_groups = lambda: [torch.zeros(())]
+        # with every parameter whole during the step, its hooks around each module's forward and backward have nothing to do
+        optimizer.parameter_offload._remove_module_hooks()
+
+    def gather(self, parameters: Sequence[nn.Parameter]) -> None:
+        chunk: list[Any] = []
+        for parameter in parameters:
+            if sum(p.ds_numel for p in chunk) >= GATHER_ELEMENTS:
+                chunk[0].all_gather_coalesced(chunk).wait()
+                chunk = []
+            chunk.append(parameter)
+        chunk[0].all_gather_coalesced(chunk).wait()
 
     def masters(self) -> list[Tensor]:
         return self._optimizer.fp32_partitioned_groups_flat
@@ -288,6 +297,8 @@ def _settings(zero_stage: int, precision: str) -> dict[str, Any]:
     if zero_stage == 3:
         # its own linear layer rounds differently from torch's
         zero["memory_efficient_linear"] = False
+        # it would gather small parameters after the step, one collective each
+        zero["stage3_param_persistence_threshold"] = 0
     elif zero_stage == 2 or precision == "fp32":
         zero["compute_grad_norm"] = False
     settings: dict[str, Any] = {

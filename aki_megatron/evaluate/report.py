@@ -109,7 +109,9 @@ def write_report(
     mask: tuple[bytes, str] | None = None,
 ) -> None:
     """Write one self-contained page. ``mask`` is a PNG and the sentence above it."""
-    template = Environment(loader=PackageLoader("aki_megatron.evaluate", "."), autoescape=True).get_template("report.html.j2")
+    template = Environment(loader=PackageLoader("aki_megatron.evaluate", "."), autoescape=True).get_template(
+        "report.html.j2"
+    )
     page = template.render(
         title=title,
         runs=[

@@ -50,5 +50,7 @@ def score(answers: Sequence[Answer]) -> list[TaskScore]:
     for task, group in by_task.items():
         majority_answer, count = Counter(answer.gold for answer in group).most_common(1)[0]
         correct = sum(answer.correct for answer in group)
-        scores.append(TaskScore(task, len(group), 100 * correct / len(group), 100 * count / len(group), majority_answer))
+        scores.append(
+            TaskScore(task, len(group), 100 * correct / len(group), 100 * count / len(group), majority_answer)
+        )
     return scores

@@ -1,1 +1,1 @@
-"""From a batch to a loss or logits: vision encoder, resampler, decoder, and the stage that joins them. Knows no rank."""
+"""From a batch to a loss or logits: vision encoder, resampler, decoder, the stage that joins them. Knows no rank."""

@@ -8,7 +8,7 @@ arguments, which its hooks do not look at), and every parameter takes part in ev
 holds: without an image the encoder and the resampler run on none, without a supervised token the head runs on no row.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +140,7 @@ class Stage(nn.Module):
             # Both modules own the one Parameter, so that ZeRO-3 gathers it around either forward. Stages that hold
             # only one of the two have copies; keeping those equal is the engine's work.
             head.output.weight = front.embedding.table.weight
-            if head.extra is not None:
+            if head.extra is not None and front.embedding.extra is not None:
                 head.extra.weight = front.embedding.extra
 
     def forward(self, inputs: Tensor, ids: Tensor, pixels: Tensor | None = None) -> Tensor:
@@ -195,12 +195,18 @@ class Stage(nn.Module):
         pixels: Tensor | None,
         *,
         layout: ModalityLayout | None,
-        caches: Iterable[LayerCache] | None = None,
+        caches: Sequence[LayerCache] | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        hidden = inputs if self.front is None else self.front(inputs, ids[..., 0], pixels)
+        if self.front is None:
+            hidden = inputs
+        elif layout is None:
+            hidden = self.front.embedding(inputs)  # a generated token is never an image
+        else:
+            hidden = self.front(inputs, ids[..., 0], pixels)
         cos, sin = self.rotary(ids[..., 2], ids[..., 1], hidden.dtype)
-        for block, cache in zip(self.blocks.values(), caches or [None] * len(self.blocks), strict=True):
+        memory: Sequence[LayerCache | None] = [None] * len(self.blocks) if caches is None else caches
+        for block, cache in zip(self.blocks.values(), memory, strict=True):
             hidden = block(hidden, cos, sin, layout=layout, cache=cache, lengths=lengths)
         return hidden
 

@@ -79,8 +79,9 @@ def start(launch: Launch, *, tensor: int, pipeline: int, timeout_seconds: float 
     data = data_size(launch.world_size, tensor=tensor, pipeline=pipeline)
     device = _device(launch)
     timeout = timedelta(seconds=timeout_seconds)
-    # DeepSpeed insists on this variable, which not every launcher sets
+    # DeepSpeed insists on the first variable; without the second it starts a program in every step to count CPU nodes
     os.environ["LOCAL_RANK"] = str(launch.local_rank)
+    os.environ.setdefault("LOCAL_SIZE", str(max(launch.local_world_size, 1)))
     if launch.world_size == 1:
         store: dist.Store = dist.HashStore()
         dist.init_process_group(_backend(device), store=store, rank=0, world_size=1, timeout=timeout)

@@ -1,6 +1,6 @@
 """The run folder: where each file of a run lives, and its metrics as one line per optimizer step.
 
-    config.yaml  metrics.jsonl  checkpoints/step_000100/  logs/rank_0.log  report.html  DONE
+config.yaml  metrics.jsonl  checkpoints/step_000100/  logs/rank_0.log  report.html  DONE
 """
 
 import json
@@ -49,7 +49,7 @@ class RunFolder:
 
 
 def metrics_line(step: int, report: StepReport) -> dict[str, Any]:
-    """The metrics of one step: step, loss, grad_norm, lr, supervised_tokens, tokens, images, seconds, tokens_per_second, skipped."""
+    """The metrics of one step: its number, the fields of the report, tokens_per_second."""
     return {"step": step} | asdict(report) | {"tokens_per_second": report.tokens / max(report.seconds, 1e-9)}
 
 

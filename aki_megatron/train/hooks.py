@@ -69,7 +69,9 @@ class LogHook:
 
     def after_step(self, step: int, report: StepReport) -> None:
         """One line."""
-        logger.info("step %d loss %.6f norm %.4f skipped %s seconds %.3f", step, report.loss, report.grad_norm, report.skipped, report.seconds)
+        logger.info("step %d loss %.6f norm %.4f seconds %.3f", step, report.loss, report.grad_norm, report.seconds)
+        if report.skipped:
+            logger.warning("step %d skipped: a gradient was not finite", step)
 
     def on_end(self, step: int) -> None:
         """Mark the end."""

@@ -41,13 +41,13 @@ class Run:
     steps: int
     learning_rate: Callable[[int], float]
     """Rate of the optimizer step with this number, counted from 0."""
-    restore: Callable[[], int]
-    """Loads the newest checkpoint into the engine; returns how many steps are done (0 without one)."""
+    step: int
+    """Optimizer steps that the engine's state has seen already: 0, or those of the checkpoint it was restored from."""
 
 
 def train(run: Run) -> None:
-    """Train until ``run.steps`` optimizer steps are done, resuming from the newest checkpoint."""
-    step = run.restore()
+    """Train until ``run.steps`` optimizer steps are done."""
+    step = run.step
     for hook in run.hooks:
         hook.on_start(step)
     try:

@@ -22,7 +22,7 @@ from typing import Any
 
 from aki_megatron.data.synthetic import questions as ask
 from aki_megatron.data.synthetic import writers
-from aki_megatron.data.synthetic.scenes import Scene, draw_scene, paint, scene_rng
+from aki_megatron.data.synthetic.scenes import Scene, SceneObject, draw_scene, paint, scene_rng
 from aki_megatron.data.synthetic.tokenizer import write_tokenizer
 from aki_megatron.flow import DataError
 
@@ -30,6 +30,7 @@ VERSION = 1
 """Raised when the same seed would give other bytes."""
 MANIFEST = "manifest.json"
 _PARTIAL = ".partial"
+_PICTURES = ("VQA/train2014", "VQA/val2014", "A-OKVQA/train2017", "A-OKVQA/val2017", "vsr/val2017")
 _FIRST_HELD_OUT_ID = 500_001
 _SHARD_SCENES = 2500
 _QUESTIONS_PER_SCENE = 3
@@ -60,7 +61,7 @@ class _Rows:
     vqav2: list[tuple[int, list[ask.Question]]] = field(default_factory=list)
     vsr: list[list[tuple[int, list[ask.Statement]]]] = field(default_factory=lambda: [[], []])
     aokvqa: list[tuple[int, list[ask.Choice]]] = field(default_factory=list)
-    refcoco: list[tuple[int, str, list[Any]]] = field(default_factory=list)
+    refcoco: list[tuple[int, str, list[SceneObject]]] = field(default_factory=list)
     captions: list[tuple[str, str, bytes, str]] = field(default_factory=list)
     tasks: Counter[str] = field(default_factory=Counter)
 
@@ -75,7 +76,9 @@ def is_complete(root: Path, size: DatasetSize) -> bool:
         return False
     found = DatasetSize(**manifest["size"])
     if found != size:
-        raise DataError(f"{root} holds another data set: {found}, asked for {size}. Delete it or choose another folder.")
+        raise DataError(
+            f"{root} holds another data set: {found}, asked for {size}. Delete it or choose another folder."
+        )
     files = manifest["sha256"].items()
     intact = all((root / name).is_file() and _sha256(root / name) == digest for name, digest in files)
     return intact and all(_count_pictures(root / name) == number for name, number in manifest["pictures"].items())
@@ -98,9 +101,14 @@ def make_dataset(root: Path, size: DatasetSize, progress: Callable[[int], None])
     partial.mkdir(parents=True, exist_ok=True)
     for entry in partial.iterdir():  # the folder itself stays: it says that what lies beside it is ours
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    for name in _PICTURES:
+        (partial / name).mkdir(parents=True)
     counts: dict[str, int] = {}
     for split, number, before in (("train", size.scenes, 0), ("val", size.held_out, size.scenes)):
-        rows = _draw_split(partial, size.seed, split, number, lambda done, before=before: progress(before + done))
+        rows = _Rows()
+        for index in range(number):
+            _draw(partial, size.seed, split, index, rows)
+            progress(before + index + 1)
         counts |= _write_annotations(partial, split, rows)
     write_tokenizer(partial / "tokenizer")
     _write_manifest(partial, size, counts)
@@ -114,40 +122,33 @@ def make_dataset(root: Path, size: DatasetSize, progress: Callable[[int], None])
     return counts
 
 
-def _draw_split(root: Path, seed: int, split: str, number: int, progress: Callable[[int], None]) -> _Rows:
-    """Draw, encode and save the scenes of one split, and ask everything that is asked about them.
+def _draw(root: Path, seed: int, split: str, index: int, rows: _Rows) -> None:
+    """Draw, encode and save one scene, and add everything that is asked about it to ``rows``.
 
-    The remainder of the scene's index by five says what it is for: 0 and 1 also serve VSR and A-OKVQA, 4 is a PNG (and
+    The remainder of the index by five says what the scene is for: 0 and 1 also serve VSR and A-OKVQA, 4 is a PNG (and
     so cannot serve VQAv2, whose file names end in .jpg); all serve captions and RefCOCO.
     """
-    rows = _Rows()
-    first_id = 1 if split == "train" else _FIRST_HELD_OUT_ID
-    for name in ("VQA/train2014", "VQA/val2014", "A-OKVQA/train2017", "A-OKVQA/val2017", "vsr/val2017"):
-        (root / name).mkdir(parents=True, exist_ok=True)
-    for index in range(number):
-        rng = scene_rng(seed, split, index)
-        scene = draw_scene(rng)
-        pixels = paint(scene, rng)
-        text_rng = random.Random(f"{seed}/{split}/{index}")
-        use, image_id = index % 5, first_id + index
-        extension = "png" if use == 4 else "jpg"
-        image = writers.encode_png(pixels) if use == 4 else writers.encode_jpeg(pixels)
-        rows.captions.append((f"{index:09}", extension, image, ask.caption(scene)))
-        coco_name = f"COCO_train2014_{image_id:012}.{extension}"
-        things = ask.regions(scene, text_rng, most=_OTHERS_PER_SCENE)
-        rows.refcoco.append((image_id, coco_name, things))
-        (root / "VQA/train2014" / coco_name).write_bytes(image)
-        if use != 4:
-            rows.vqav2.append((image_id, _open_questions(scene, text_rng, rows.tasks)))
-            if split == "val":
-                (root / f"VQA/val2014/COCO_val2014_{image_id:012}.jpg").write_bytes(image)
-        if use < 2:
-            rows.vsr[use].append((image_id, [ask.statement(scene, text_rng) for _ in range(_OTHERS_PER_SCENE)]))
-            rows.aokvqa.append((image_id, [ask.choice(scene, text_rng) for _ in range(_OTHERS_PER_SCENE)]))
-            for folder in ("A-OKVQA/train2017",) if split == "train" else ("A-OKVQA/val2017", "vsr/val2017"):
-                (root / folder / f"{image_id:012}.jpg").write_bytes(image)
-        progress(index + 1)
-    return rows
+    rng = scene_rng(seed, split, index)
+    scene = draw_scene(rng)
+    pixels = paint(scene, rng)
+    text_rng = random.Random(f"{seed}/{split}/{index}")
+    use, image_id = index % 5, index + (1 if split == "train" else _FIRST_HELD_OUT_ID)
+    extension = "png" if use == 4 else "jpg"
+    image = writers.encode_png(pixels) if use == 4 else writers.encode_jpeg(pixels)
+    rows.captions.append((f"{index:09}", extension, image, ask.caption(scene)))
+    coco_name = f"COCO_train2014_{image_id:012}.{extension}"
+    rows.refcoco.append((image_id, coco_name, ask.regions(scene, text_rng, most=_OTHERS_PER_SCENE)))
+    files = [f"VQA/train2014/{coco_name}"]
+    if use != 4:
+        rows.vqav2.append((image_id, _open_questions(scene, text_rng, rows.tasks)))
+        files += [f"VQA/val2014/COCO_val2014_{image_id:012}.jpg"] if split == "val" else []
+    if use < 2:
+        rows.vsr[use].append((image_id, [ask.statement(scene, text_rng) for _ in range(_OTHERS_PER_SCENE)]))
+        rows.aokvqa.append((image_id, [ask.choice(scene, text_rng) for _ in range(_OTHERS_PER_SCENE)]))
+        folders = ("A-OKVQA/train2017",) if split == "train" else ("A-OKVQA/val2017", "vsr/val2017")
+        files += [f"{folder}/{image_id:012}.jpg" for folder in folders]
+    for name in files:
+        (root / name).write_bytes(image)
 
 
 def _open_questions(scene: Scene, rng: random.Random, asked: Counter[str]) -> list[ask.Question]:
@@ -184,12 +185,11 @@ def _write_annotations(root: Path, split: str, rows: _Rows) -> dict[str, int]:
 
 def _write_manifest(root: Path, size: DatasetSize, counts: dict[str, int]) -> None:
     files = sorted(path for path in root.rglob("*") if path.is_file() and path.suffix not in (".jpg", ".png"))
-    folders = sorted({path.parent for path in root.glob("*/*/*") if path.suffix in (".jpg", ".png")})
     manifest = {
         "version": VERSION,
         "size": {"scenes": size.scenes, "held_out": size.held_out, "seed": size.seed},
         "counts": counts,
-        "pictures": {path.relative_to(root).as_posix(): _count_pictures(path) for path in folders},
+        "pictures": {name: _count_pictures(root / name) for name in _PICTURES},
         "sha256": {path.relative_to(root).as_posix(): _sha256(path) for path in files},
     }
     (root / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")

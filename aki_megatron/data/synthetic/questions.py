@@ -5,10 +5,12 @@ The tasks follow a small study of attention masks: counting, colour, existence, 
 """
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from aki_megatron.data.synthetic.scenes import COLORS, KINDS, LETTERS, SHAPES, Scene, SceneObject
+from aki_megatron.data.synthetic.scenes import COLORS, GRID, KINDS, LETTERS, PLACES, SHAPES, Scene, SceneObject
+from aki_megatron.flow import DataError
 
 CHOICES = 4
 """Options of a multiple-choice question."""
@@ -18,6 +20,8 @@ _COUNT_KEPT = (0.35, 0.55, 0.9, 1.0, 1.0)
 
 _STEPS = (("left of", 0, -1), ("right of", 0, 1), ("above", -1, 0), ("below", 1, 0))
 """Relation, and where its first object stands seen from the second: rows down, columns right."""
+
+_NAMED = re.compile(r"(?P<place>\S+) \((?P<color>\w+) (?P<kind>\w+)\)")
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,20 @@ def caption(scene: Scene) -> str:
     The name follows a bracket, not a space, so that its first token is the one with which an answer begins.
     """
     return ", ".join(f"{thing.place} ({thing.name})" for thing in scene.objects) + "."
+
+
+def read_caption(text: str) -> Scene:
+    """The scene that a caption names; the inverse of ``caption``. Raises DataError for any other text."""
+    parts = [_NAMED.fullmatch(part) for part in text.removesuffix(".").split(", ")]
+    objects = []
+    for part in parts:
+        if part is None or part["place"] not in PLACES or part["color"] not in COLORS or part["kind"] not in KINDS:
+            raise DataError(
+                f"Not the caption of a drawn scene: {text[:200]!r}; draw the data anew (tools/make_data.py)."
+            )
+        cell = PLACES.index(part["place"])
+        objects.append(SceneObject(part["kind"], part["color"], cell // GRID, cell % GRID))
+    return Scene(tuple(objects))
 
 
 def count(scene: Scene, rng: random.Random) -> Question | None:
@@ -149,7 +167,7 @@ def statement(scene: Scene, rng: random.Random) -> Statement:
 
 
 def choice(scene: Scene, rng: random.Random) -> Choice:
-    """Which object is in a place. Wrong options stand elsewhere in the scene; short scenes are filled with absent ones."""
+    """Which object is in a place. Wrong options stand elsewhere in the scene; absent ones fill up short scenes."""
     right = rng.choice(scene.objects)
     wrong = [thing.name for thing in scene.objects if thing is not right]
     rng.shuffle(wrong)

@@ -94,7 +94,7 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     order = rng.permutation(count).tolist()  # sorted first: a set has no order of its own
     return Scene(
         tuple(
-            SceneObject(*names[which], row=cell // GRID, column=cell % GRID)
+            SceneObject(names[which][0], names[which][1], cell // GRID, cell % GRID)
             for which, cell in zip(order, cells, strict=True)
         )
     )

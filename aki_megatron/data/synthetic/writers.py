@@ -55,7 +55,7 @@ def write_tar(path: Path, samples: Iterable[tuple[str, str, bytes, str]]) -> Non
 
 
 def write_vqav2(folder: Path, subtype: str, rows: Sequence[tuple[int, Sequence[Question]]]) -> list[Path]:
-    """The question and the annotation file of one subset, ``subtype`` train2014 or val2014; rows are (image id, questions).
+    """The question and the annotation file of one subset, train2014 or val2014, from rows of (image id, questions).
 
     question_type holds the name of the task.
     """
@@ -134,7 +134,7 @@ def write_aokvqa(path: Path, split: str, rows: Sequence[tuple[int, Sequence[Choi
 
 
 def write_refcoco(path: Path, rows: Sequence[tuple[int, str, Sequence[SceneObject]]]) -> Path:
-    """A RefCOCO file in MDETR's layout from (image id, file name, objects): one image entry per phrase, paired by order.
+    """A RefCOCO file in MDETR's layout from (image id, file name, objects): an image entry per phrase, paired by order.
 
     The box is the object's cell, not its outline: nine boxes with round corners, which a model of this size learns in
     minutes; the outlines' jitter of two pixels would spread the same nine regions over hundreds of corner pairs.

@@ -1,0 +1,46 @@
+# make setup      .venv with everything, at the versions of constraints.txt (Python >= 3.11 and a C compiler are enough)
+# make demo       draw data, train a small model end to end, write runs/demo/report.html
+# make test       every test            make test-fast   without worker processes and launchers
+# make lint       ruff and mypy         make format      let ruff rewrite
+
+SHELL := bash
+BIN := $(CURDIR)/.venv/bin
+# The deepspeed launcher starts `python`, and DeepSpeed's JIT looks for `ninja`: both must be the ones of .venv.
+export PATH := $(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast lint format
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	@python=; for candidate in python3.11 python3.12 python3.13 python3; do \
+	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then echo "error: Python 3.11 or newer is needed; none of python3.11, python3.12, python3.13, python3 is." >&2; exit 2; fi; \
+	if [ ! -x .venv/bin/python ]; then echo "making .venv with $$("$$python" --version)"; "$$python" -m venv .venv; fi
+	.venv/bin/python -m pip install --quiet -c constraints.txt torch
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,gpu,eval]'
+	@touch $@
+	@echo "ready: .venv"
+
+demo: setup
+	python tools/demo.py
+
+test: setup
+	python -m pytest
+
+test-fast: setup
+	python -m pytest -m "not distributed and not end_to_end"
+
+lint: setup
+	ruff check .
+	ruff format --check .
+	mypy
+
+format: setup
+	ruff check --fix .
+	ruff format .

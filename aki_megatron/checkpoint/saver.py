@@ -1,0 +1,249 @@
+"""Training state at rest: logical tensors by torch.distributed.checkpoint, facts as JSON, a sha256 for every file.
+
+A checkpoint is written under a name that nobody reads, forced to disk, renamed, and only then pointed to by ``latest``: a kill at any
+moment leaves the previous one whole. Files are checked before they are read, and nothing is unpickled but tensors
+(``weights_only``) and torch's own index, whose unpickler knows only the names of that index.
+"""
+
+import json
+import pickle
+import random
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from aki_megatron.checkpoint import files
+from aki_megatron.flow import CheckpointError
+
+INDEX, EXTRA = ".metadata", "extra.json"
+WEIGHT = "weight."
+"""Master weights are the logical tensors ``weight.<parameter>``."""
+
+INDEX_NAMES = {
+    "torch.distributed.checkpoint.metadata": {
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"} | {name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)},
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},
+}
+"""Everything an index may name."""
+
+
+class Saver:
+    """Checkpoints of one run: ``folder``/step_000100 and so on. Every method but ``latest`` is collective."""
+
+    def __init__(self, folder: Path, *, keep_last: int) -> None:
+        self.folder = folder
+        self.keep_last = keep_last
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], extra: Mapping[str, Any]) -> Path:
+        """Write a checkpoint and drop old ones.
+
+        tensors  of the same names on all ranks; DTensors are written by their owners, others once
+        extra    facts that JSON can hold; those of rank 0 are kept
+
+        Errors: CheckpointError on every rank when any rank cannot write (full disk); earlier checkpoints stay.
+        """
+        aside = self.folder / f".writing_{files.folder_name(step)}"
+        _on_first_rank(lambda: _fresh(aside))
+        try:
+            dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(aside))
+        except (OSError, dcp.api.CheckpointException) as error:
+            raise CheckpointError(
+                f"{aside} cannot be written: {_cause(error)}. Earlier checkpoints are whole."
+            ) from None
+        own = _agreed(lambda: {path.name: files.digest(path) for path in aside.glob(f"__{_rank()}_*")})
+        shares = _gather((own, _random_state()))
+
+        def finish() -> None:
+            listed = {name: entry for share, _ in shares for name, entry in share.items()}
+            files.write_json(aside / EXTRA, {"extra": dict(extra), "random": [state for _, state in shares]})
+            listed |= {name: files.digest(aside / name) for name in (INDEX, EXTRA)}
+            files.write_json(aside / files.MANIFEST, {"step": step, "files": listed})
+            files.publish(aside, files.folder_name(step))
+            files.keep_newest(self.folder, self.keep_last)
+
+        _on_first_rank(finish)
+        return self.folder / files.folder_name(step)
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        return files.newest(self.folder)
+
+    def load(self, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Fill ``tensors`` in place from the checkpoint at ``path``, whatever layout wrote it; returns ``extra``.
+
+        The random generators of this rank are restored when the number of ranks is the one that saved.
+
+        Errors: CheckpointError on every rank when a file is missing or corrupt (it names the file and the checkpoint to go back to),
+        or when names or shapes are those of another model.
+        """
+        listed = _agreed(lambda: files.read_manifest(path))
+        # every file is read by one rank; together they have read all
+        _agreed(lambda: files.verify(path, sorted(listed)[_rank() :: _ranks()], listed))
+        reader = IndexedReader(path)
+        _agreed(lambda: _refuse_other_model(path, reader.read_metadata(), tensors))
+        dcp.load(dict(tensors), storage_reader=reader)
+        facts = json.loads((path / EXTRA).read_text())
+        if len(facts["random"]) == _ranks():
+            _restore_random_state(facts["random"][_rank()])
+        return facts["extra"]
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Master weights by parameter name, whole, float32, in one process without torch.distributed.
+
+    ``path`` is a checkpoint, a folder of checkpoints, or a run folder (its newest checkpoint is taken).
+
+    Errors: CheckpointError when there is no whole checkpoint.
+    """
+    path = find(path)
+    listed = files.read_manifest(path)
+    files.verify(path, sorted(listed), listed)
+    reader = IndexedReader(path)
+    index = reader.read_metadata().state_dict_metadata
+    weights = {
+        name: torch.empty(entry.size, dtype=torch.float32)
+        for name, entry in index.items()
+        if name.startswith(WEIGHT) and isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(dict(weights), storage_reader=reader, no_dist=True)
+    return {name.removeprefix(WEIGHT): tensor for name, tensor in weights.items()}
+
+
+def find(path: Path) -> Path:
+    """The checkpoint meant by a checkpoint, a folder of checkpoints, or a run folder.
+
+    Errors: CheckpointError when there is none.
+    """
+    if (path / files.MANIFEST).is_file() or path.name.startswith(files.PREFIX):
+        return path
+    for folder in (path / "checkpoints", path):
+        if found := files.newest(folder):
+            return found
+    raise CheckpointError(
+        f"No complete checkpoint in {path}: looked for {files.PREFIX}*/{files.MANIFEST} there and in {path / 'checkpoints'}."
+    )
+
+
+class IndexedReader(dcp.FileSystemReader):
+    """Reads torch's index with an unpickler that knows only the names an index is made of."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The index of the checkpoint.
+
+        Errors: CheckpointError when it names anything else.
+        """
+        with (Path(self.path) / INDEX).open("rb") as file:
+            metadata = _IndexUnpickler(file).load()
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in INDEX_NAMES.get(module, ()):
+            raise CheckpointError(
+                f"The checkpoint's {INDEX} asks for {module}.{name}, which no index needs: do not trust it."
+            )
+        return super().find_class(module, name)
+
+
+def _refuse_other_model(path: Path, index: Metadata, tensors: Mapping[str, Tensor]) -> None:
+    saved = {name: tuple(getattr(entry, "size", ())) for name, entry in index.state_dict_metadata.items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if saved == wanted:
+        return
+    missing, foreign = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
+    shapes = [
+        f"{n} {saved[n]} instead of {wanted[n]}" for n in sorted(saved.keys() & wanted.keys()) if saved[n] != wanted[n]
+    ]
+    parts = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in (("missing", missing), ("not in this model", foreign), ("of another shape", shapes))
+        if names
+    ]
+    raise CheckpointError(
+        f"{path} is of another model: {'; '.join(parts)}. Use the model section of the config.yaml beside it, or another run.dir."
+    )
+
+
+def _fresh(aside: Path) -> None:
+    """An empty folder; what a killed save left behind goes."""
+    for stale in aside.parent.glob(".writing_*"):
+        shutil.rmtree(stale)
+    aside.mkdir(parents=True)
+
+
+def _random_state() -> dict[str, Any]:
+    state: dict[str, Any] = {"torch": torch.get_rng_state().numpy().tobytes().hex(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
+    return state
+
+
+def _restore_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch"]), dtype=torch.uint8))
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(state["cuda"]), dtype=torch.uint8))
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _gather(mine: Any) -> list[Any]:
+    """Every rank's object by rank, on every rank."""
+    if not dist.is_initialized():
+        return [mine]
+    everyone: list[Any] = [None] * _ranks()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def _agreed(action: Callable[[], Any]) -> Any:
+    """Result of ``action``; when it fails on any rank, the first failure is raised on all, so that none waits for another."""
+    result, failure = None, None
+    try:
+        result = action()
+    except (CheckpointError, OSError, pickle.UnpicklingError) as error:
+        failure = str(error)
+    failures = [text for text in _gather(failure) if text is not None]
+    if failures:
+        raise CheckpointError(failures[0])
+    return result
+
+
+def _on_first_rank(action: Callable[[], None]) -> None:
+    _agreed(action if _rank() == 0 else lambda: None)
+
+
+def _cause(error: BaseException) -> str:
+    """One line for an error that DCP wraps once per rank."""
+    failures = getattr(error, "failures", None)
+    first = next(iter(failures.values())) if failures else error
+    return str(first[0] if isinstance(first, tuple) else first).splitlines()[-1]

@@ -1,0 +1,116 @@
+"""What a launcher calls: check, join the world, build, train, and tell a user's mistake from a fault of ours."""
+
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from aki_megatron.config.check import check_world
+from aki_megatron.config.run import RunConfig
+from aki_megatron.config.save import check_resume
+from aki_megatron.config.start import USER_ERROR, refuse
+from aki_megatron.data.shards import expand_shards
+from aki_megatron.data.sources import missing_files
+from aki_megatron.flow import DataError, UserError
+from aki_megatron.parallel.topology import Launch, discover_launch, start
+from aki_megatron.train.build import build_run
+from aki_megatron.train.folder import RunFolder
+from aki_megatron.train.loop import train
+
+logger = logging.getLogger("aki_megatron")
+
+
+def missing_inputs(config: RunConfig) -> list[str]:
+    """Every file and folder the run would read and does not find, with the key that names it."""
+    init, data = config.init, config.data
+    wanted = {"init.vision": init.vision, "init.language": init.language, "init.weights": init.weights,
+              "data.tokenizer": data.tokenizer, "data.root": data.root}  # fmt: skip
+    missing = [f"{path} ({key})" for key, path in wanted.items() if path is not None and not path.exists()]
+    if data.kind == "captions":
+        absent = [path for path in expand_shards(data.shards, data.root) if not path.exists()]
+        missing += [f"{path} (data.shards)" for path in absent[:3]]
+        if len(absent) > 3:
+            missing.append(f"... and {len(absent) - 3:,} more of data.shards")
+    else:
+        missing += missing_files(data.root, [source.name for source in data.sources], "train")
+    return missing
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Raise one DataError with everything that is missing, before any process group or model exists."""
+    if missing := missing_inputs(config):
+        raise DataError(
+            f"This run needs {len(missing)} things that are not there (looked for from {Path.cwd()}):\n  "
+            + "\n  ".join(missing)
+            + "\nPut them there, or point the keys in brackets elsewhere (for example --data.root /datasets).\n"
+            "To see the whole system work without any of them: make demo"
+        )
+
+
+def log_to_file(folder: RunFolder, rank: int) -> None:
+    """Send this rank's log to its own file."""
+    path = folder.log(rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
+def prepare(config: RunConfig, launch: Launch) -> None:
+    """Every check that needs neither data nor model."""
+    check_world(config, launch.world_size)
+    check_resume(RunFolder(config.run.dir).config, config)
+    check_inputs(config)
+
+
+class RankError(UserError):
+    """A mistake that one rank met while training; its message names the rank."""
+
+    def __init__(self, rank: int, error: UserError) -> None:
+        super().__init__(f"rank {rank}: {type(error).__name__}: {error}")
+
+
+def run_training(config: RunConfig, launch: Launch, console: Console) -> None:
+    """Train one run to its end in the world of ``launch``."""
+    log_to_file(RunFolder(config.run.dir), launch.rank)
+    topology = start(launch, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
+    try:
+        run = build_run(config, topology, console)
+        try:
+            train(run)
+        except UserError as error:
+            # Building fails on all ranks alike; a step may fail on one (a file only it reads), and that one must speak.
+            raise RankError(launch.rank, error) from error
+        # No rank leaves before rank 0 has written the end of the run: launchers end everybody when one exits.
+        topology.barrier()
+    except BaseException:
+        logger.exception("rank %d stopped", launch.rank)
+        raise
+    finally:
+        topology.shutdown()
+
+
+def main(config: RunConfig, environ: Mapping[str, str]) -> int:
+    """Run a launcher's run.
+
+    Returns 0, or USER_ERROR after printing the message of a UserError; any other error is ours and propagates.
+    """
+    console = Console(file=sys.stdout, width=160 if not sys.stdout.isatty() else None, highlight=False)
+    try:
+        launch = discover_launch(environ)
+        done = RunFolder(config.run.dir).done
+        if done.exists():
+            if launch.rank == 0:
+                console.print(f"{config.run.dir} is done already ({done} exists). --run.dir starts another run.")
+            return 0
+        prepare(config, launch)
+        run_training(config, launch, console)
+    except RankError as error:
+        print(f"error on {error}", file=sys.stderr, flush=True)
+        return USER_ERROR
+    except UserError as error:
+        return refuse(error, environ)
+    return 0

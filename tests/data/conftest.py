@@ -1,0 +1,38 @@
+"""What the tests of the data path share: the tokenizer, templates, and a folder of sources."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from data_files import PHI3_LIKE, write_sources
+
+from aki_megatron.config.data import SYSTEM_MESSAGE
+from aki_megatron.data.template import Template
+from aki_megatron.data.text import Tokenizer
+
+IMAGE_TOKENS = 3
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(PHI3_LIKE)
+
+
+@pytest.fixture
+def make_template(tokenizer: Tokenizer) -> Callable[..., Template]:
+    def make(max_text_tokens: int = 512, system_message: str = SYSTEM_MESSAGE) -> Template:
+        return Template(tokenizer, IMAGE_TOKENS, max_text_tokens, system_message)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def source_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("sources")
+    write_sources(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def make_session_template(tokenizer: Tokenizer) -> Template:
+    return Template(tokenizer, IMAGE_TOKENS, 512, SYSTEM_MESSAGE)

@@ -1,0 +1,114 @@
+"""Tars by random access: order, brace patterns, every kind of damage named by tar and key."""
+
+from pathlib import Path
+
+import pytest
+from data_files import pairs, picture_bytes, write_tar
+
+from aki_megatron.data.shards import ShardIndex
+from aki_megatron.flow import DataError
+
+
+def test_captions_by_number(tmp_path: Path) -> None:
+    for shard in range(3):
+        write_tar(tmp_path / f"captions/{shard:05}.tar", pairs(4, first=4 * shard))
+    index = ShardIndex(["captions/{00000..00002}.tar"], tmp_path)
+    assert len(index) == 12
+    for number in (11, 0, 5):
+        caption = index.caption(number)
+        assert caption.key == f"captions/{number // 4:05}/{number:06}"
+        assert caption.text == f"The red cat {number}.\n" and caption.image == picture_bytes(number)
+    assert len(ShardIndex(["captions/{00000,00002}.tar", "captions/00001.tar"], tmp_path)) == 12
+    index.close()
+    assert index.caption(3).text == "The red cat 3.\n"
+
+
+def test_members_in_any_order_other_members_ignored(tmp_path: Path) -> None:
+    members = [
+        ("a/1.json", b"{}"),
+        ("a/1.txt", b"one"),
+        ("a/1.png", b"png"),
+        ("a/2.JPEG", b"jpeg"),
+        ("a/2.txt", "zw\u00f6lf".encode()),
+    ]
+    index = ShardIndex([str(write_tar(tmp_path / "x.tar", members))], tmp_path / "elsewhere")
+    assert [(index.caption(i).text, index.caption(i).image) for i in range(2)] == [
+        ("one", b"png"),
+        ("zw\u00f6lf", b"jpeg"),
+    ]
+
+
+def test_long_names(tmp_path: Path) -> None:
+    long = "folder/" * 30 + "picture"
+    write_tar(tmp_path / "x.tar", [(f"{long[:150]}.jpg", b"i"), (f"{long[:150]}.txt", b"t")])
+    assert ShardIndex(["x.tar"], tmp_path).caption(0).text == "t"
+
+
+def test_missing_tars_are_listed(tmp_path: Path) -> None:
+    write_tar(tmp_path / "00000.tar", pairs(1))
+    with pytest.raises(DataError, match=r"(?s)2 of 3 tars .*00001\.tar\n.*00002\.tar"):
+        ShardIndex(["{00000..00002}.tar"], tmp_path)
+    with pytest.raises(DataError, match="No shards given"):
+        ShardIndex([], tmp_path)
+
+
+def test_missing_member_names_tar_and_key(tmp_path: Path) -> None:
+    members = [*pairs(1), ("000007.jpg", b"x"), ("000008.txt", b"x"), ("000009.txt", b"\xff"), ("000009.jpg", b"x")]
+    index = ShardIndex(["x.tar"], write_tar(tmp_path / "x.tar", members).parent)
+    assert len(index) == 4 and index.caption(0).text
+    with pytest.raises(DataError, match=r"x\.tar, key 000007: no txt member \(found: jpg\)"):
+        index.caption(1)
+    with pytest.raises(DataError, match=r"x\.tar, key 000008: no jpg, png or jpeg member"):
+        index.caption(2)
+    with pytest.raises(DataError, match=r"x\.tar, key 000009: the text is not UTF-8"):
+        index.caption(3)
+
+
+@pytest.mark.parametrize("cut", [100, 600, 1024, 1500, 2600, 5000, 6700, 10240 - 512])
+def test_truncated_tar_keeps_what_is_whole_and_names_the_place(tmp_path: Path, cut: int) -> None:
+    whole = write_tar(tmp_path / "whole.tar", pairs(3))
+    (tmp_path / "good.tar").write_bytes(whole.read_bytes())
+    count = len(whole.read_bytes())
+    (tmp_path / "bad.tar").write_bytes(whole.read_bytes()[: count - cut])
+    index = ShardIndex(["good.tar", "bad.tar"], tmp_path)
+    readable, faults = 0, []
+    for number in range(len(index)):
+        try:
+            caption = index.caption(number)
+            original = ShardIndex(["whole.tar"], tmp_path).caption(number % 3)
+            assert (caption.text, caption.image) == (original.text, original.image)
+            readable += 1
+        except DataError as error:
+            faults.append(str(error))
+    assert 3 <= readable <= 6
+    assert readable == 6 or faults
+    assert all("bad.tar, key " in fault for fault in faults)
+    # a cut into the data always shows; only the padding after tar's end mark may be lost without one
+    assert faults or cut <= 10240 - 1024
+
+
+def test_not_a_tar_at_all(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(b"hello" * 1000)
+    with pytest.raises(DataError, match=r"No readable sample .*x\.tar, key \(first\)"):
+        ShardIndex(["x.tar"], tmp_path)
+    (tmp_path / "empty.tar").write_bytes(b"")
+    with pytest.raises(DataError, match="No readable sample"):
+        ShardIndex(["empty.tar"], tmp_path)
+
+
+def test_tar_that_shrinks_during_the_run(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "x.tar", pairs(3))
+    index = ShardIndex(["x.tar"], tmp_path)
+    with tar.open("r+b") as file:
+        file.truncate(2000)
+    with pytest.raises(DataError, match=r"x\.tar, key 000002: cut off"):
+        index.caption(2)
+
+
+def test_many_tars_share_few_file_handles(tmp_path: Path) -> None:
+    for shard in range(80):
+        write_tar(tmp_path / f"{shard:03}.tar", pairs(1, first=shard))
+    index = ShardIndex(["{000..079}.tar"], tmp_path)
+    for _ in range(2):
+        assert [index.caption(number).text for number in range(80)] == [f"The red cat {n}.\n" for n in range(80)]
+    assert len(index._open) <= 64

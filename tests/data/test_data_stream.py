@@ -1,0 +1,144 @@
+"""Sample n is a pure function of (seed, n); bad samples are counted, replaced the same way, and budgeted."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from data_files import PICTURE_SIZE, pairs, picture_bytes, write_sources, write_tar
+
+from aki_megatron.data.shards import ShardIndex
+from aki_megatron.data.sources import SOURCES, open_sources
+from aki_megatron.data.stream import TOLERATED, CaptionStream, ConversationStream, Losses, TooManyLost
+from aki_megatron.flow import Picture
+
+WEIGHTS = {"vqav2": 0.4, "vsr": 0.1, "aokvqa": 0.2, "refcoco": 0.3}
+
+
+@pytest.fixture
+def conversations(source_root: Path, make_template):
+    def make(root: Path = source_root, *, seed: int = 1, budget: float = 0.001, **template) -> ConversationStream:
+        return ConversationStream(
+            open_sources(root, list(SOURCES), "train"),
+            WEIGHTS,
+            make_template(**template),
+            seed=seed,
+            image_size=PICTURE_SIZE,
+            max_bad_fraction=budget,
+        )
+
+    return make
+
+
+@pytest.fixture
+def captions(tmp_path: Path, make_template):
+    def make(*, seed: int = 1, budget: float = 0.001) -> CaptionStream:
+        index = ShardIndex(["c/{00000..00001}.tar"], tmp_path)
+        return CaptionStream(index, make_template(128), seed=seed, image_size=PICTURE_SIZE, max_bad_fraction=budget)
+
+    write_tar(tmp_path / "c/00000.tar", pairs(5))
+    write_tar(tmp_path / "c/00001.tar", pairs(6, first=5))
+    return make
+
+
+def test_a_sample_depends_on_seed_and_number_only(conversations) -> None:
+    one, other = conversations(), conversations()
+    forward = [one.sample(n) for n in range(60)]
+    backward = [other.sample(n) for n in reversed(range(60))][::-1]
+    assert forward == backward == [one.sample(n) for n in range(60)]
+    assert forward != [conversations(seed=2).sample(n) for n in range(60)]
+    assert isinstance(forward[0].image, Picture) and forward[0].image.size == PICTURE_SIZE
+
+
+def test_shares_and_coverage(conversations) -> None:
+    stream = conversations()
+    drawn = Counter(stream.sample(n).key for n in range(1000))
+    shares = Counter(key.split("/")[0] for key in drawn.elements())
+    assert shares == {"vqav2": 400, "vsr": 100, "aokvqa": 200, "refcoco": 300}
+    for source in WEIGHTS:
+        visits = [count for key, count in drawn.items() if key.startswith(source + "/")]
+        assert len(visits) == 12 and max(visits) - min(visits) <= 1
+    assert stream.losses.by_source.total() == 0 and stream.losses.asked == 1000
+
+
+def test_captions_each_once_per_pass(captions) -> None:
+    stream = captions()
+    keys = [stream.sample(n).key for n in range(22)]
+    assert sorted(keys[:11]) == sorted(keys[11:]) == sorted(set(keys)) and keys[:11] != keys[11:]
+    assert all(key.startswith("c/0000") for key in keys)
+
+
+def test_an_unreadable_image_is_counted_and_replaced_the_same_way(conversations, tmp_path: Path) -> None:
+    write_sources(tmp_path)
+    clean = [conversations(tmp_path).sample(n) for n in range(12)]
+    bad = tmp_path / "VQA/train2014/COCO_train2014_000000000003.jpg"
+    bad.write_bytes(picture_bytes(3)[:100])
+    stream, again = conversations(tmp_path, budget=1.0), conversations(tmp_path, budget=1.0)
+    samples = [stream.sample(n) for n in range(200)]
+    assert samples == [again.sample(n) for n in reversed(range(200))][::-1]
+    assert not any(sample.key in ("vqav2/what_color_is_the/30", "refcoco/region/3") for sample in samples)
+    for before, after in zip(clean, samples, strict=False):  # only the bad ones changed, and within their source
+        assert before == after or before.key.endswith(("/3", "/30"))
+        assert before.key.split("/")[0] == after.key.split("/")[0]
+    assert set(stream.losses.by_source) == {"vqav2", "refcoco"}
+    assert stream.losses.by_source == again.losses.by_source
+    assert all(str(bad) in reason for reason in stream.losses.first)
+
+
+def test_damaged_shards_are_counted_and_replaced(captions, tmp_path: Path) -> None:
+    tar = tmp_path / "c/00001.tar"
+    tar.write_bytes(tar.read_bytes()[:8000])
+    stream = captions(budget=0.5)
+    samples = [stream.sample(n) for n in range(40)]
+    assert len({sample.key for sample in samples}) >= 5
+    assert 0 < stream.losses.by_source["captions"] < 20
+    assert "00001.tar, key 0000" in stream.losses.first[0]
+
+
+def test_a_sample_with_nothing_to_learn_is_counted_and_replaced(conversations, tmp_path: Path) -> None:
+    write_sources(tmp_path)
+    lines = (tmp_path / "vsr/train-random.jsonl").read_text().splitlines()
+    lines[4] = lines[4].replace("dish", "dish " * 400)
+    (tmp_path / "vsr/train-random.jsonl").write_text("\n".join(lines))
+    stream = conversations(tmp_path, budget=1.0, max_text_tokens=200)
+    keys = {stream.sample(n).key for n in range(300)}
+    assert "vsr/relation/5" not in keys and "vsr/relation/4" in keys
+    assert stream.losses.by_source.keys() == {"vsr"} and "nothing left to learn" in stream.losses.first[0]
+
+
+def test_budget(conversations, tmp_path: Path) -> None:
+    write_sources(tmp_path)
+    (tmp_path / "VQA/train2014/COCO_train2014_000000000003.jpg").write_bytes(b"")
+    stream = conversations(tmp_path, budget=0.001)
+    stopped = None
+    for n in range(1000):
+        try:
+            stream.sample(n)
+        except TooManyLost as error:
+            stopped = str(error)
+            break
+    assert stopped is not None and stream.losses.by_source.total() == TOLERATED + 1
+    assert f"{TOLERATED + 1} bad elements in" in stopped and "max_bad_fraction=0.001" in stopped
+    assert stopped.count("000000000003.jpg") == 5  # the first few, each with its file
+    strict = conversations(tmp_path, budget=0.0)
+    with pytest.raises(TooManyLost, match="1 bad elements in"):
+        for n in range(1000):
+            strict.sample(n)
+
+
+def test_the_budget_is_a_share_once_there_are_many() -> None:
+    losses = Losses(0.01, asked=10_000)
+    for _ in range(100):
+        losses.record("vsr", "x")
+    with pytest.raises(TooManyLost, match="101 bad elements in 10000 samples .vsr 101."):
+        losses.record("vsr", "x")
+
+
+def test_a_source_without_any_readable_sample_ends_the_run(conversations, tmp_path: Path) -> None:
+    write_sources(tmp_path, count=2)
+    for file in (tmp_path / "VQA/train2014").iterdir():
+        file.unlink()
+    stream = conversations(tmp_path, budget=1.0)
+    stream.losses.asked = 10**9
+    with pytest.raises(TooManyLost, match="gave no readable sample in 100 attempts"):
+        for n in range(50):
+            stream.sample(n)

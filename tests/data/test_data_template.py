@@ -1,0 +1,185 @@
+"""Golden rendered text, spans and targets of every format; truncation; several turns; refused text."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aki_megatron.config.data import SYSTEM_MESSAGE
+from aki_megatron.data.template import Template
+from aki_megatron.data.text import Tokenizer
+from aki_megatron.flow import IGNORE, Caption, Conversation, DataError, Modality, Sample, Turn
+
+SYSTEM_BLOCK = f"<s> <|system|>\n{SYSTEM_MESSAGE}<|end|>\n<|user|>\n"
+TEXT, RESPONSE, IMAGE = int(Modality.TEXT), int(Modality.RESPONSE), int(Modality.IMAGE)
+
+
+def asked(prompt: str, response: str, image: bytes | None = b"x") -> Conversation:
+    return Conversation("vqav2/count/7", (Turn(prompt, response),), image)
+
+
+def learnt(sample: Sample) -> list[int]:
+    return [target for target in sample.targets if target != IGNORE]
+
+
+def check_targets(sample: Sample) -> None:
+    """Every RESPONSE place is the target of the place before it, and nothing else is a target."""
+    following = list(zip(sample.token_ids[1:], sample.modality_ids[1:], strict=True))
+    assert sample.targets == [token if kind == RESPONSE else IGNORE for token, kind in following] + [IGNORE]
+
+
+def test_fine_tuning_text_is_the_papers(make_template) -> None:
+    template = make_template()
+    parts = template.conversation_parts(asked("Answer the question using a single word or phrase. How many?", "3"))
+    assert "".join(part.text for part in parts) == (
+        SYSTEM_BLOCK + "<image>\nAnswer the question using a single word or phrase. How many?<|end|>\n"
+        "<|assistant|>\n3<|endoftext|>"
+    )
+    assert [part.modality for part in parts] == [TEXT, IMAGE, TEXT, RESPONSE]
+    text_only = template.conversation_parts(asked("What is 12?", "12", image=None))
+    assert "".join(part.text for part in text_only) == (
+        SYSTEM_BLOCK + "What is 12?<|end|>\n<|assistant|>\n12<|endoftext|>"
+    )
+
+
+def test_fine_tuning_spans_and_targets(make_template, tokenizer: Tokenizer) -> None:
+    template: Template = make_template()
+    sample = template.render_conversation(asked("What color is the cat?", "red"))
+    assert sample is not None
+    names = [tokenizer.token(token) for token in sample.token_ids]
+    answer = tokenizer.encode_with_offsets("red")[0]
+    at = names.index("<image>")
+    assert names[:3] == ["<s>", "\u2581", "<|system|>"] and names[at - 1] == "<|user|>"
+    assert names[at : at + 4] == ["<image>"] * 3 + ["<0x0A>"]  # 3 latents; the newline is a token of its own
+    end = len(names) - len(answer) - 1
+    assert names[end - 2 : end] == ["<|end|>", "<|assistant|>"]  # the newline after <|assistant|> is gone
+    expected = [TEXT] * at + [IMAGE] * 3 + [TEXT] * (end - at - 3) + [RESPONSE] * (len(answer) + 1)
+    assert sample.modality_ids == expected
+    assert learnt(sample) == [*answer, tokenizer.eos]
+    assert sample.targets[end - 1] == answer[0]  # <|assistant|> predicts the first token of the answer
+    check_targets(sample)
+
+
+def test_caption_text_spans_and_targets(make_template, tokenizer: Tokenizer) -> None:
+    template: Template = make_template()
+    caption = Caption("captions/0/1", "  The red cat.\n", b"x")
+    assert "".join(part.text for part in template.caption_parts(caption)) == (
+        "<s><image>The red cat.<|endofchunk|><|endoftext|>"
+    )
+    sample = template.render_caption(caption)
+    assert sample is not None
+    words = tokenizer.encode_with_offsets("The red cat.")[0]
+    assert sample.token_ids == [tokenizer.bos, *[tokenizer.image] * 3, *words, tokenizer.endofchunk, tokenizer.eos]
+    assert sample.modality_ids == [TEXT] + [IMAGE] * 3 + [RESPONSE] * (len(words) + 2)
+    # the last image place predicts the first token of the caption
+    assert sample.targets == [IGNORE] * 3 + [*words, tokenizer.endofchunk, tokenizer.eos, IGNORE]
+
+
+WORDS = st.lists(
+    st.sampled_from(["The", " red", " cat", "\n", " ", "12", "\u4e16", "a", "0.333", "?"]), min_size=1, max_size=9
+).map("".join)
+
+
+@given(prompts=st.lists(WORDS, min_size=1, max_size=3), responses=st.lists(WORDS, min_size=3, max_size=3))
+def test_spans_by_offset_equal_counting_token_by_token(
+    make_session_template, tokenizer: Tokenizer, prompts: list[str], responses: list[str]
+) -> None:
+    """The number of tokens up to the end of each part, by tokenizing ever longer prefixes of the string."""
+    template: Template = make_session_template
+    turns = tuple(Turn(prompt, response) for prompt, response in zip(prompts, responses, strict=False))
+    conversation = Conversation("key", turns, b"x")
+    prefix, modalities = "", []
+    for part in template.conversation_parts(conversation):
+        prefix += part.text
+        tokens = len(tokenizer.encode_with_offsets(prefix)[0])
+        modalities += [int(part.modality)] * (tokens - len(modalities))
+    at = modalities.index(IMAGE)
+    modalities[at:at] = [IMAGE] * 2
+    sample = template.render_conversation(conversation)
+    if sample is None:
+        assert not any(response.strip() for _, response in zip(prompts, responses, strict=False))
+        return
+    assert sample.modality_ids == modalities
+    check_targets(sample)
+
+
+def test_several_turns_learn_responses_only(make_template, tokenizer: Tokenizer) -> None:
+    template: Template = make_template(system_message="")
+    turns = (Turn("What color?", "red"), Turn("How many?", "12"))
+    conversation = Conversation("llava/1", turns, b"x")
+    assert "".join(part.text for part in template.conversation_parts(conversation)) == (
+        "<s> <|user|>\n<image>\nWhat color?<|end|>\n<|assistant|>\nred<|end|>\n"
+        "<|user|>\nHow many?<|end|>\n<|assistant|>\n12<|endoftext|>"
+    )
+    sample = template.render_conversation(conversation)
+    assert sample is not None
+    red, twelve = (tokenizer.encode_with_offsets(text)[0] for text in ("red", "12"))
+    assert learnt(sample) == [*red, tokenizer.end, *twelve, tokenizer.eos]
+    prompt = template.render_prompt(conversation)
+    assert prompt.token_ids == sample.token_ids[: -len(twelve) - 1]
+    assert prompt.modality_ids == sample.modality_ids[: -len(twelve) - 1]  # the first answer is still a RESPONSE
+    assert set(prompt.targets) == {IGNORE}
+
+
+def test_prompt_is_the_training_sample_up_to_the_assistant_marker(make_template, tokenizer: Tokenizer) -> None:
+    template: Template = make_template()
+    conversation = asked("What color is the cat?", "red")
+    prompt, sample = template.render_prompt(conversation), template.render_conversation(conversation)
+    assert sample is not None
+    assert prompt.token_ids == sample.token_ids[: len(prompt.token_ids)]
+    assert prompt.token_ids[-1] == tokenizer.assistant
+    assert sample.modality_ids[len(prompt.token_ids) :] == [RESPONSE] * len(learnt(sample))
+
+
+def length(sample: Sample) -> int:
+    """Text tokens: the places of the image count as one."""
+    return len(sample.token_ids) - (2 if IMAGE in sample.modality_ids else 0)
+
+
+def test_truncation_keeps_the_end_marker(make_template, tokenizer: Tokenizer) -> None:
+    conversation = asked("What color is the cat?", "red blue green white black")
+    whole = make_template().render_conversation(conversation)
+    assert whole is not None
+    answer = len(learnt(whole)) - 1
+    for cut in range(answer):
+        template = make_template(max_text_tokens=length(whole) - cut)
+        sample = template.render_conversation(conversation)
+        assert sample is not None and length(sample) == template.max_text_tokens
+        assert learnt(sample) == [*learnt(whole)[: answer - cut], tokenizer.eos]
+        check_targets(sample)
+    # nothing but the end marker would be learnt, then not even that
+    for cut in range(answer, length(whole) - 1):
+        assert make_template(max_text_tokens=length(whole) - cut).render_conversation(conversation) is None
+
+
+def test_truncated_caption_keeps_both_end_markers(make_template, tokenizer: Tokenizer) -> None:
+    sample = make_template(max_text_tokens=6).render_caption(Caption("key", "The red cat is beside the dog", b"x"))
+    assert sample is not None and length(sample) == 6
+    words = tokenizer.encode_with_offsets("The red cat")[0][:2]
+    assert learnt(sample) == [*words, tokenizer.endofchunk, tokenizer.eos]
+
+
+def test_truncation_inside_a_later_prompt_ends_after_the_last_response(make_template, tokenizer: Tokenizer) -> None:
+    turns = (Turn("What color?", "red"), Turn("How many cats are there? " * 20, "12"))
+    sample = make_template(60, system_message="").render_conversation(Conversation("key", turns, b"x"))
+    assert sample is not None
+    assert learnt(sample) == [*tokenizer.encode_with_offsets("red")[0], tokenizer.eos]
+    assert sample.modality_ids[-1] == RESPONSE
+    check_targets(sample)
+
+
+def test_nothing_to_learn_is_none(make_template) -> None:
+    assert make_template().render_conversation(asked("What?", " \n")) is None
+    assert make_template().render_caption(Caption("key", "  ", b"x")) is None
+
+
+@pytest.mark.parametrize("text", ["an <image> in words", "x<|end|>", "</s>", "<pad>", "<|placeholder3|>"])
+def test_text_that_holds_a_special_token_is_refused(make_template, text: str) -> None:
+    for conversation in (asked(text, "red"), asked("What?", text)):
+        with pytest.raises(DataError, match=r"Sample vqav2/count/7: .* contains the special token <"):
+            make_template().render_conversation(conversation)
+    with pytest.raises(DataError, match="special token"):
+        make_template().render_caption(Caption("key", text, b"x"))
+
+
+def test_boxes_are_plain_text(make_template) -> None:
+    assert make_template().render_conversation(asked("<bbox>[0.000, 0.333][0.250, 1.000]</bbox>", "red")) is not None

@@ -1,0 +1,137 @@
+"""The fast tokenizer gives the slow one's ids, ids go by name, and broken folders are refused in words."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from data_files import PHI3_LIKE
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aki_megatron.config.model import DecoderConfig
+from aki_megatron.data.text import ASSISTANT, END, ENDOFCHUNK, IMAGE, SYSTEM, USER, Tokenizer
+from aki_megatron.flow import ConfigError, DataError
+
+SLOW = json.loads((PHI3_LIKE / "slow_ids.json").read_text())
+
+
+def test_ids_are_added_in_the_order_of_the_release(tokenizer: Tokenizer) -> None:
+    # 500 pieces + 11 added tokens of Phi-3.5; with its 32000 pieces these would be 32011, 32012, 32013 and 32014
+    assert (tokenizer.pad, tokenizer.image, tokenizer.endofchunk, tokenizer.size) == (511, 512, 513, 514)
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.assistant, tokenizer.end) == (1, 500, 501, 507)
+
+
+@pytest.mark.parametrize("case", SLOW, ids=range(len(SLOW)))
+def test_fast_ids_equal_the_slow_tokenizer_of_the_release(tokenizer: Tokenizer, case: dict) -> None:
+    text = case["text"]
+    # the slow tokenizer puts a lone space before a leading <|system|>; the template writes it out
+    start = "<s> " if text.startswith(SYSTEM) else "<s>"
+    ids, _ = tokenizer.encode_with_offsets(f"{start}{text}<|endoftext|>")
+    assert ids == case["ids"]
+
+
+def slow_ids(model: sentencepiece.SentencePieceProcessor, tokenizer: Tokenizer, text: str) -> list[int]:
+    """transformers' slow Llama tokenizer (legacy=False), written anew: cut at special tokens, sentencepiece between."""
+    specials = {USER: True, END: True, ASSISTANT: True, IMAGE: False, ENDOFCHUNK: False}  # name -> swallows white space
+    guard = model.encode("<unk>")
+    ids: list[int] = []
+    for piece in re.split("(" + "|".join(map(re.escape, specials)) + ")", text):
+        if piece in specials:
+            ids.append(tokenizer.id(piece))
+        elif piece:
+            swallowed = bool(ids) and specials.get(tokenizer.token(ids[-1]), False)
+            ids += model.encode("<unk>" + (piece.lstrip() if swallowed else piece))[len(guard) :]
+    return ids
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model() -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_file=str(PHI3_LIKE / "tokenizer.model"))
+
+
+WORDS = st.lists(
+    st.sampled_from(
+        ["\n", " ", "  ", "The", "red", " cat", "12", "0.333", "\u4e16", "\u00e9", "\t", "dish.", "<bbox>["]
+    ),
+    max_size=8,
+).map("".join)
+
+
+@given(question=WORDS, answer=WORDS, caption=WORDS)
+def test_fast_ids_equal_sentencepiece_on_any_text(
+    tokenizer: Tokenizer,
+    sentencepiece_model: sentencepiece.SentencePieceProcessor,
+    question: str,
+    answer: str,
+    caption: str,
+) -> None:
+    for text in (
+        f"{USER}\n{IMAGE}\n{question}{END}\n{ASSISTANT}\n{answer}",
+        f"{IMAGE}{caption}{ENDOFCHUNK}",
+    ):
+        ids, starts = tokenizer.encode_with_offsets(text)
+        assert ids == slow_ids(sentencepiece_model, tokenizer, text)
+        assert starts == sorted(starts)
+
+
+def test_newline_vanishes_after_a_chat_token_and_stays_after_the_image(tokenizer: Tokenizer) -> None:
+    names = [tokenizer.token(i) for i in tokenizer.encode_with_offsets(f"{USER}\n{IMAGE}\ncat{END}\n")[0]]
+    assert names[:3] == [USER, IMAGE, "<0x0A>"] and names[-1] == END
+
+
+def test_decode_leaves_special_tokens_out(tokenizer: Tokenizer) -> None:
+    ids, _ = tokenizer.encode_with_offsets("red cat \u4e16<|endoftext|>")
+    assert tokenizer.decode(ids) == "red cat \u4e16"
+
+
+def test_same_ids_with_a_model_config_beside_the_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    # a whole model folder: transformers then takes another class for it
+    folder = shutil.copytree(PHI3_LIKE, tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps({"model_type": "phi3"}))
+    other = Tokenizer(folder)
+    for case in SLOW:
+        assert other.encode_with_offsets(case["text"]) == tokenizer.encode_with_offsets(case["text"])
+
+
+def test_missing_folder_and_missing_fast_tokenizer_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        Tokenizer(tmp_path / "nowhere")
+    folder = shutil.copytree(PHI3_LIKE, tmp_path / "slow_only")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=r"no tokenizer\.json \(found: .*tokenizer\.model"):
+        Tokenizer(folder)
+    (folder / "tokenizer.json").write_text("{ broken")
+    with pytest.raises(DataError, match="cannot be read"):
+        Tokenizer(folder)
+
+
+def test_a_missing_special_token_is_named(tmp_path: Path) -> None:
+    folder = shutil.copytree(PHI3_LIKE, tmp_path / "other")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text((folder / name).read_text().replace(ASSISTANT, "<|bot|>"))
+    with pytest.raises(DataError, match=re.escape(f"lacks the special tokens {ASSISTANT};")):
+        Tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("rows", "base", "extra", "says"),
+    [
+        (640, 512, 1, r"512 \+ 1 = 513, but the tokenizer .* has 514 tokens"),
+        (640, 511, 3, "base_tokens=511, but the extra rows start at <image>, whose id in .* is 512"),
+        (500, 512, 2, "vocab_rows=500 rows cannot hold base_tokens=512"),
+    ],
+)
+def test_model_of_another_vocabulary_is_refused(
+    tokenizer: Tokenizer, rows: int, base: int, extra: int, says: str
+) -> None:
+    decoder = DecoderConfig.model_construct(vocab_rows=rows, base_tokens=base, extra_tokens=extra)
+    with pytest.raises(ConfigError, match=says):
+        tokenizer.check_vocabulary(decoder)
+
+
+@pytest.mark.parametrize(("base", "extra"), [(512, 2), (514, 0)])
+def test_model_of_this_vocabulary_is_accepted(tokenizer: Tokenizer, base: int, extra: int) -> None:
+    tokenizer.check_vocabulary(DecoderConfig(vocab_rows=640, base_tokens=base, extra_tokens=extra))

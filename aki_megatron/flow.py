@@ -48,7 +48,7 @@ class Conversation:
     """One fine-tuning sample before tokenization.
 
     ``image`` is an encoded picture (JPEG or PNG): a file, its bytes, or None for text only.
-    ``key`` names the sample for errors and the ledger: ``source/annotation id``.
+    ``key`` names the sample for errors and the ledger: ``source/task/annotation id``.
     """
 
     key: str

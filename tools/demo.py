@@ -47,6 +47,7 @@ def stages(ranks: int) -> list[Stage]:
     """The demo, in order."""
     python, bin_folder = sys.executable, Path(sys.executable).parent
     deepspeed = [str(bin_folder / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())]
+    zero3 = ["--ds_config", "configs/zero3.json"]
     return [
         Stage("draw pictures, captions, questions, and train a tokenizer on them",
               [python, "tools/make_data.py", "--out", str(DATA)], DATA / "manifest.json"),
@@ -54,10 +55,10 @@ def stages(ranks: int) -> list[Stage]:
               [python, "tools/train_encoder.py", "--data", str(DATA), "--out", str(DATA / "encoder")],
               DATA / "encoder" / "model.safetensors"),
         Stage("pretrain on captions, causal attention, ZeRO-3",
-              [*deepspeed, "launcher/pretrain.py", "--ds_config", "configs/zero3.json", "--config", "configs/demo/pretrain.yaml"],
+              [*deepspeed, "launcher/pretrain.py", *zero3, "--config", "configs/demo/pretrain.yaml"],
               PRETRAIN / "DONE"),
         Stage("fine-tune on questions, modality-mutual attention, ZeRO-3",
-              [*deepspeed, "launcher/sft.py", "--ds_config", "configs/zero3.json", "--config", "configs/demo/sft.yaml"],
+              [*deepspeed, "launcher/sft.py", *zero3, "--config", "configs/demo/sft.yaml"],
               SFT / "DONE"),
         Stage("answer the held-out questions and write the report",
               [python, "tools/evaluate.py", str(SFT), "--with_run", str(PRETRAIN), "--report", str(REPORT)], REPORT),
@@ -87,17 +88,17 @@ def main() -> int:
         if stage.proof.exists():
             console.print(f"[green]done already[/green] {number}/{len(todo)}: {stage.title}")
             continue
-        console.print(f"\n[bold blue]{number}/{len(todo)} {stage.title}[/bold blue]\n[dim]$ {' '.join(stage.command)}[/dim]")
+        console.print(f"\n[bold blue]{number}/{len(todo)} {stage.title}[/bold blue]")
+        console.print(f"[dim]$ {' '.join(stage.command)}[/dim]")
         began = time.monotonic()
         code = subprocess.run(stage.command, env=environment).returncode
         if code or not stage.proof.exists():
-            console.print(
-                f"[red]stage {number} stopped[/red] (exit code {code}, {stage.proof} "
-                f"{'exists' if stage.proof.exists() else 'was not written'}); its message is above. `make demo` continues from here."
-            )
+            console.print(f"[red]stage {number} stopped[/red] with exit code {code}; what it said is above.")
+            console.print("`make demo` continues from here.")
             return code or 1
         console.print(f"[green]done[/green] in {time.monotonic() - began:.0f} s")
-    console.print(f"\n[bold green]The demo is done[/bold green] ({time.monotonic() - started:.0f} s this time). Open [bold]{REPORT}[/bold]")
+    console.print(f"\n[bold green]The demo is done[/bold green] ({time.monotonic() - started:.0f} s this time).")
+    console.print(f"Open [bold]{REPORT}[/bold]")
     console.print(f"To do it again from the start: rm -r {RUNS} {DATA}")
     return 0
 

@@ -2,8 +2,8 @@
 
 from aki_megatron.attention.cache import LayerCache, attend_cached
 from aki_megatron.attention.certificate import LeakError
-from aki_megatron.attention.kernels import attend
+from aki_megatron.attention.kernels import BackendError, attend
 from aki_megatron.attention.layout import ModalityLayout
 from aki_megatron.attention.reading import LayoutError
 
-__all__ = ["LayerCache", "LayoutError", "LeakError", "ModalityLayout", "attend", "attend_cached"]
+__all__ = ["BackendError", "LayerCache", "LayoutError", "LeakError", "ModalityLayout", "attend", "attend_cached"]

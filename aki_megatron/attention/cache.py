@@ -14,7 +14,14 @@ class LayerCache:
     """Keys and values [B, Hkv, C, d] of one layer; row b holds ``lengths[b]`` valid tokens, from place 0 on."""
 
     def __init__(
-        self, batch: int, kv_heads: int, capacity: int, head_width: int, *, dtype: torch.dtype, device: torch.device | str
+        self,
+        batch: int,
+        kv_heads: int,
+        capacity: int,
+        head_width: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> None:
         self.keys = torch.zeros(batch, kv_heads, capacity, head_width, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)

@@ -40,7 +40,7 @@ class _FlashPieces(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: CpuPlan) -> Tensor:
         q, k, v = (_readable(x, plan) for x in (q, k, v))
-        out, lse = _merged(*(_permuted(x, plan.order) for x in (q, k, v)), plan)
+        out, lse = _merged([_permuted(x, plan.order) for x in (q, k, v)], plan)
         out, lse = _permuted(out, plan.inverse), _permuted(lse, plan.inverse)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan = plan
@@ -52,7 +52,7 @@ class _FlashPieces(torch.autograd.Function):
         plan: CpuPlan = ctx.plan
         grad = _readable(grad, plan)
         q, k, v, out, lse = ctx.saved_tensors
-        gradients = _gradients(*(_permuted(x, plan.order) for x in (grad, q, k, v, out, lse)), plan)
+        gradients = _gradients([_permuted(x, plan.order) for x in (grad, q, k, v, out, lse)], plan)
         return *(_permuted(x, plan.inverse) for x in gradients), None
 
 
@@ -82,8 +82,9 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]
     return _forward(call.rows(q), call.columns(k), call.columns(v), 0.0, call.causal, attn_mask=mask)
 
 
-def _merged(q: Tensor, k: Tensor, v: Tensor, plan: CpuPlan) -> tuple[Tensor, Tensor]:
-    """Output [B, Hq, T, d] and log-sum-exp [B, Hq, T] over all calls."""
+def _merged(inputs: list[Tensor], plan: CpuPlan) -> tuple[Tensor, Tensor]:
+    """Output [B, Hq, T, d] and log-sum-exp [B, Hq, T] over all calls, from q, k, v."""
+    q, k, v = inputs
     if plan.whole:
         out, lse = _forward(q, k, v, 0.0, plan.mask is None, attn_mask=plan.mask)
         out = token_major(out) if plan.gathers else out
@@ -110,10 +111,9 @@ def _merged(q: Tensor, k: Tensor, v: Tensor, plan: CpuPlan) -> tuple[Tensor, Ten
     return out, lse
 
 
-def _gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: CpuPlan
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv, token-major."""
+def _gradients(saved: list[Tensor], plan: CpuPlan) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv, token-major, from the gradient of the output, q, k, v, the output and the log-sum-exp."""
+    grad, q, k, v, out, lse = saved
     if plan.whole:
         # rows of a stray or silent place are in this call too; see ``_harmless``
         quiet = _harmless(lse, plan)

@@ -169,7 +169,8 @@ def plan_mask(mask: Tensor, dtype: torch.dtype) -> CpuPlan:
     silent = ~mask.any(-1)
     # the kernel makes NaN of an empty row: let it see all, its output is overwritten
     bias = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~(mask | silent[..., None]), -torch.inf)
-    places = silent.nonzero(as_tuple=True)
+    row, token = silent.nonzero(as_tuple=True)
+    places = (row, token)
     return CpuPlan(None, None, True, bias[:, None], base=(), extra=(), dead=places, silent=places)
 
 
@@ -262,5 +263,7 @@ def _bundle(pieces: Pieces, members: Ints, height: int, breadth: int) -> Bundle:
     filling = low + np.arange(breadth) >= high
     mask = None
     if filling.any():
-        mask = torch.zeros(len(members), 1, 1, breadth).masked_fill_(torch.from_numpy(filling)[:, None, None], -torch.inf)
+        mask = torch.zeros(len(members), 1, 1, breadth).masked_fill_(
+            torch.from_numpy(filling)[:, None, None], -torch.inf
+        )
     return Bundle(_index(row_index), _index(pieces.columns[entry]), False, mask)

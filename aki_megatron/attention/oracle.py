@@ -60,7 +60,7 @@ def token_facts(modality_ids: np.ndarray, segment_ids: np.ndarray, rule: str, op
         modality=spread_out(reading.modality.astype(np.int64)),
         turn=spread_out(_numbers(reading, reading.turns)),
         image=spread_out(_numbers(reading, images)),
-        ring=spread_out(_ring_of(reading, images) if rule == "cca" else _numbers(reading, Spans(*np.zeros((2, 0), int)))),
+        ring=spread_out(_ring_of(reading, images if rule == "cca" else Spans(images.starts[:0], images.ends[:0]))),
         visible=spread_out(visible) == 1,
     )
 

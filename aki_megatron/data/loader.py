@@ -2,7 +2,6 @@
 
 import queue
 import threading
-import weakref
 from collections.abc import Iterator
 
 from aki_megatron.data.batch import collate
@@ -10,7 +9,6 @@ from aki_megatron.data.stream import SampleStream
 from aki_megatron.flow import Batch
 
 _PATIENCE_SECONDS = 0.1
-_END = object()
 
 
 class Loader:
@@ -46,7 +44,7 @@ class Loader:
         self._data_size = data_size
         self._prefetch_steps = prefetch_steps
         self._pin_memory = pin_memory
-        self._running: weakref.WeakSet[_Prefetch] = weakref.WeakSet()
+        self._work: list[_Work] = []
 
     def numbers(self, step: int, micro: int) -> range:
         """The sample numbers of one micro-batch of this rank."""
@@ -62,15 +60,17 @@ class Loader:
 
         Preparation starts at once. What goes wrong in the background is raised here, at the step it belongs to.
         """
-        running = _Prefetch(self, start, stop)
-        self._running.add(running)
-        return running
+        self._work = [work for work in self._work if work.thread.is_alive()]
+        self._work.append(_Work(self, start, stop))
+        return _Prefetched(self._work[-1])
 
     def close(self) -> None:
         """Stop all background work and wait for it. The loader can be used again."""
-        for running in list(self._running):
-            running.close()
-        self._running.clear()
+        for work in self._work:
+            work.cancelled.set()
+        for work in self._work:
+            work.thread.join()
+        self._work = []
 
     @property
     def prefetch_steps(self) -> int:
@@ -85,57 +85,53 @@ class Loader:
         return Batch(*(getattr(batch, name).pin_memory() for name in batch.__dataclass_fields__))
 
 
-class _Prefetch(Iterator[list[Batch]]):
-    """One pass of a loader: a thread that fills a queue, and the iterator that empties it."""
+class _Work:
+    """One pass of a loader: a thread that fills a queue of steps until it is done or cancelled."""
 
     def __init__(self, loader: Loader, start: int, stop: int | None) -> None:
-        self._ready: queue.Queue[object] = queue.Queue(maxsize=loader.prefetch_steps)
-        self._cancelled = threading.Event()
+        self.ready: queue.Queue[list[Batch] | BaseException | None] = queue.Queue(maxsize=loader.prefetch_steps)
+        self.cancelled = threading.Event()
+        self.thread = threading.Thread(target=self._fill, args=(loader, start, stop), name="loader", daemon=True)
+        self.thread.start()
+
+    def _fill(self, loader: Loader, start: int, stop: int | None) -> None:
+        step = start
+        try:
+            while not self.cancelled.is_set() and (stop is None or step < stop):
+                self._put(loader.load(step))
+                step += 1
+            self._put(None)
+        except BaseException as error:  # every failure belongs to the consumer, which raises it
+            self._put(error)
+
+    def _put(self, item: list[Batch] | BaseException | None) -> None:
+        while not self.cancelled.is_set():
+            try:
+                self.ready.put(item, timeout=_PATIENCE_SECONDS)
+                return
+            except queue.Full:
+                continue
+
+
+class _Prefetched(Iterator[list[Batch]]):
+    """Empties the queue of one pass. The thread does not hold it: dropping the iterator cancels the work."""
+
+    def __init__(self, work: _Work) -> None:
+        self._work = work
         self._finished = False
-        # the thread holds the queue and the event, not this object: an abandoned iterator is collected and stops it
-        arguments = (loader, start, stop, self._ready, self._cancelled)
-        self._thread = threading.Thread(target=_fill, args=arguments, name="loader", daemon=True)
-        self._thread.start()
 
     def __next__(self) -> list[Batch]:
-        if self._finished:
-            raise StopIteration
-        item = self._ready.get()
-        if isinstance(item, list):
-            return item
-        self._finished = True
-        if isinstance(item, BaseException):
-            raise item
+        while not self._finished and not self._work.cancelled.is_set():
+            try:
+                item = self._work.ready.get(timeout=_PATIENCE_SECONDS)
+            except queue.Empty:
+                continue
+            if isinstance(item, list):
+                return item
+            self._finished = True
+            if item is not None:
+                raise item
         raise StopIteration
 
-    def close(self) -> None:
-        """Stop the thread and wait for it; a consumer that still waits gets the end."""
-        self._cancelled.set()
-        self._thread.join()
-        self._finished = True
-
     def __del__(self) -> None:
-        if hasattr(self, "_cancelled"):
-            self._cancelled.set()
-
-
-def _fill(
-    loader: Loader, start: int, stop: int | None, ready: "queue.Queue[object]", cancelled: threading.Event
-) -> None:
-    step = start
-    try:
-        while not cancelled.is_set() and (stop is None or step < stop):
-            _put(ready, loader.load(step), cancelled)
-            step += 1
-        _put(ready, _END, cancelled)
-    except BaseException as error:  # every failure belongs to the consumer, which raises it
-        _put(ready, error, cancelled)
-
-
-def _put(ready: "queue.Queue[object]", item: object, cancelled: threading.Event) -> None:
-    while not cancelled.is_set():
-        try:
-            ready.put(item, timeout=_PATIENCE_SECONDS)
-            return
-        except queue.Full:
-            continue
+        self._work.cancelled.set()

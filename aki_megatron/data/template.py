@@ -18,7 +18,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from aki_megatron.data.text import ASSISTANT, BOS, END, ENDOFCHUNK, EOS, IMAGE, SYSTEM, USER, Tokenizer
-from aki_megatron.flow import IGNORE, Caption, Conversation, DataError, Modality, Sample
+from aki_megatron.flow import IGNORE, Caption, ConfigError, Conversation, DataError, Modality, Sample
+
+FEWEST_TEXT_TOKENS = 5
+"""<s>, <image>, one token of a caption, <|endofchunk|>, <|endoftext|>."""
 
 
 class Part(NamedTuple):
@@ -44,6 +47,14 @@ class Template:
     image_tokens: int
     max_text_tokens: int
     system_message: str
+
+    def __post_init__(self) -> None:
+        assert self.image_tokens > 0, self.image_tokens
+        if self.max_text_tokens < FEWEST_TEXT_TOKENS:
+            raise ConfigError(
+                f"data.max_text_tokens={self.max_text_tokens} leaves no room for text beside the markers; "
+                f"set it to {FEWEST_TEXT_TOKENS} or more (papers: 128 for captions, 512 for conversations)."
+            )
 
     def conversation_parts(self, conversation: Conversation) -> list[Part]:
         """The string, in parts. Inner responses end with <|end|> (learnt), the last with <|endoftext|>.
@@ -93,7 +104,6 @@ class Template:
         """A pretraining sample; None if the caption is empty. <|endofchunk|> and <|endoftext|> survive truncation."""
         ids, modalities = self._tokenize(self.caption_parts(caption))
         if len(ids) > self.max_text_tokens:
-            assert self.max_text_tokens >= 4, self.max_text_tokens
             del ids[self.max_text_tokens - 2 : -2], modalities[self.max_text_tokens - 2 : -2]
         markers = (self.tokenizer.endofchunk, self.tokenizer.eos)
         return self._sample(caption, ids, modalities, markers)

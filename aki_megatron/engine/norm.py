@@ -11,8 +11,7 @@ def squared_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     """Sum of squares of all elements, float64 scalar; the ranks' sums add up to the square of the global norm."""
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
-    norms = torch._foreach_norm(list(gradients), 2)
-    return torch.stack([norm.double() for norm in norms]).square().sum()
+    return torch.stack(torch._foreach_norm(list(gradients), 2, dtype=torch.float64)).square().sum()
 
 
 def clip_factor(norm: float, limit: float) -> float:

@@ -10,6 +10,8 @@ The model is built whole on every rank and handed to deepspeed.initialize, which
 Private parts of DeepSpeed are touched here and nowhere else, and only in versions proven by the equality tests.
 """
 
+import contextlib
+import io
 import logging
 import math
 import time
@@ -63,8 +65,12 @@ class ZeroEngine:
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self._skipped_in_a_row = 0
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        assert all(parameter.dim() for parameter in model.parameters()), "DeepSpeed cannot broadcast a scalar parameter"
         settings = _merge(deepspeed_config, _settings(zero_stage, precision))
-        self._engine, self._optimizer, _, _ = self._deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        with contextlib.redirect_stdout(io.StringIO()):  # one of its optimizers prints memory tables
+            self._engine, self._optimizer, _, _ = self._deepspeed.initialize(
+                model=model, optimizer=optimizer, config=settings
+            )
         _restore_buffers(model, buffers)
         self._parameters = dict(model.named_parameters())
         self._partitions = _partitions(self._optimizer)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aki_megatron.config.model import ResamplerConfig
+from aki_megatron.model.full_attention import attend_all
 
 
 class ResamplerAttention(nn.Module):
@@ -31,7 +32,7 @@ class ResamplerAttention(nn.Module):
         latents = self.norm_latents(latents)
         keys, values = self.key_value(torch.cat([self.norm_media(media), latents], dim=1)).chunk(2, dim=-1)
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.query(latents), keys, values))
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.out(attend_all(q, k, v).transpose(1, 2).flatten(2))
 
 
 class ResamplerFeedForward(nn.Module):

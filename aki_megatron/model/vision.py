@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aki_megatron.config.model import VisionConfig
+from aki_megatron.model.full_attention import attend_all
 
 
 class VisionAttention(nn.Module):
@@ -26,7 +27,7 @@ class VisionAttention(nn.Module):
         q, k, v = (
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.out(attend_all(q, k, v).transpose(1, 2).flatten(2))
 
 
 class VisionFeedForward(nn.Module):

@@ -79,21 +79,11 @@ def build_loader(config: RunConfig, stream: SampleStream, tokenizer: Tokenizer, 
     )
 
 
-def newest_checkpoint(folder: Path) -> Path:
-    """The newest checkpoint of a run folder, or the folder itself where it is a checkpoint."""
-    checkpoints = RunFolder(folder).checkpoints
-    if not checkpoints.is_dir():
-        return folder
-    newest = Saver(checkpoints).latest()
-    if newest is None:
-        raise CheckpointError(
-            f"{checkpoints} holds no finished checkpoint: let that run reach its first one (checkpoint.every)."
-        )
-    return newest
-
-
 def load_weights(model: Stage, checkpoint: Path) -> None:
-    """Copy every weight of a checkpoint into the model. Errors: CheckpointError with the names that do not fit."""
+    """Copy every weight of a checkpoint (or of the newest one of a run folder) into the model.
+
+    Errors: CheckpointError where there is none, or with the names that do not fit.
+    """
     weights = read_weights(checkpoint)
     own = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     saved = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -116,7 +106,7 @@ def build_initialized_model(config: RunConfig, *, resuming: bool) -> Stage:
         return model
     init = config.init
     if init.weights is not None:
-        load_weights(model, newest_checkpoint(init.weights))
+        load_weights(model, init.weights)
     elif init.vision is not None or init.language is not None:
         fresh = load_pretrained(model, vision=init.vision, language=init.language)
         logger.info("random initialization of %d tensors: %s", len(fresh), ", ".join(fresh))
@@ -159,8 +149,13 @@ def build_hooks(
 ) -> list[Hook]:
     """Hooks in the order in which they act: a step is recorded before it is saved, and DONE comes last."""
     folder, log, steps = RunFolder(config.run.dir), config.log, config.train.steps
-    saving = SaveHook(lambda step: saver.save(step, engine.state(), {"step": step}), config.checkpoint.every, steps)
-    if topology.rank != 0:
+    first = topology.rank == 0
+
+    def save(step: int) -> Path:
+        return saver.save(step, engine.state(), {"step": step})
+
+    saving = SaveHook(save, config.checkpoint.every, steps, console if first else None)
+    if not first:
         return [LogHook(), saving]
     hooks: list[Hook] = [LogHook(), MetricsHook(folder.metrics), ConsoleHook(steps, log.every, console)]
     if log.tensorboard:
@@ -183,7 +178,7 @@ def build_run(config: RunConfig, topology: Topology, console: Console) -> Run:
         folder.config.write_text(dump(config))
         parameters = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        console.print(f"model: {parameters:,} parameters, {trained:,} of them trained", highlight=False)
+        console.print(f"model: {parameters:,} parameters, {trained:,} of them trained")
     engine = build_engine(config, model, topology)
     o = config.optimizer
     curve: Callable[[int], float] = partial(

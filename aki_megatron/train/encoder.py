@@ -37,9 +37,10 @@ class EncoderRecipe:
 
     steps: int = 600
     batch: int = 128
-    lr: float = 2e-3
+    lr: float = 3e-3
     warmup_steps: int = 50
     weight_decay: float = 0.01
+    beta2: float = 0.98
     seed: int = 0
 
 
@@ -109,7 +110,9 @@ def train_encoder(
         torch.manual_seed(recipe.seed)
         encoder, head = VisionEncoder(config), CellHead(config.width, config.heads)
     trained = [*encoder.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=recipe.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        trained, lr=0.0, betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay, fused=True
+    )
     for step, chosen in enumerate(_batches(len(cells.pictures), recipe)):
         rate = learning_rate(
             step, lr=recipe.lr, min_lr=recipe.lr / 100, warmup_steps=recipe.warmup_steps, steps=recipe.steps

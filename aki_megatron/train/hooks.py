@@ -11,7 +11,7 @@ from typing import TextIO
 
 from rich.console import Console
 
-from aki_megatron.flow import StepReport
+from aki_megatron.flow import CheckpointError, StepReport
 from aki_megatron.train.folder import RunFolder, metrics_line, rewind_metrics
 
 logger = logging.getLogger("aki_megatron.train")
@@ -35,7 +35,7 @@ class ConsoleHook:
     def on_start(self, step: int) -> None:
         """Say where the run stands."""
         where = f"resuming after step {step:,}" if step else "starting"
-        self.console.print(f"[bold]{where}[/bold], {self.steps:,} steps in all", highlight=False)
+        self.console.print(f"[bold]{where}[/bold], {self.steps:,} steps in all")
         self.last = time.monotonic()
 
     def after_step(self, step: int, report: StepReport) -> None:
@@ -53,7 +53,7 @@ class ConsoleHook:
             f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {report.loss:7.4f}  norm {report.grad_norm:8.3f}  "
             f"lr {report.lr:.2e}  {self.tokens / max(self.seconds, 1e-9):9,.0f} tokens/s  left {left}"
         )
-        self.console.print(line + (f"  [red]skipped {self.skipped}[/red]" if self.skipped else ""), highlight=False)
+        self.console.print(line + (f"  [red]skipped {self.skipped}[/red]" if self.skipped else ""))
         self.tokens, self.seconds = 0, 0.0
 
     def on_end(self, step: int) -> None:
@@ -128,20 +128,32 @@ class TensorBoardHook:
 
 
 class SaveHook:
-    """A checkpoint every ``every`` steps and after the last one; every rank (saving is collective)."""
+    """A checkpoint every ``every`` steps and after the last one; every rank (saving is collective).
 
-    def __init__(self, save: Callable[[int], None], every: int, steps: int) -> None:
+    A checkpoint that cannot be written (full disk) is reported and training goes on; only the last one must succeed.
+    """
+
+    def __init__(self, save: Callable[[int], object], every: int, steps: int, console: Console | None) -> None:
         self.save = save
         self.every = every
         self.steps = steps
+        self.console = console
 
     def on_start(self, step: int) -> None:
         """Nothing to do."""
 
     def after_step(self, step: int, report: StepReport) -> None:
         """Save when it is time."""
-        if step % self.every == 0 or step == self.steps:
+        if step % self.every and step != self.steps:
+            return
+        try:
             self.save(step)
+        except CheckpointError as error:
+            if step == self.steps:
+                raise
+            logger.error("no checkpoint at step %d: %s", step, error)
+            if self.console:
+                self.console.print(f"[bold red]no checkpoint at step {step}, training goes on:[/bold red] {error}")
 
     def on_end(self, step: int) -> None:
         """Nothing: the last step is saved already."""
@@ -165,4 +177,4 @@ class DoneHook:
         """The run is finished when DONE exists: success is judged by it everywhere."""
         self.write_report(self.folder)
         self.folder.done.write_text(f"{step}\n")
-        self.console.print(f"[green]done[/green] after {step:,} steps: {self.folder.report}", highlight=False)
+        self.console.print(f"[green]done[/green] after {step:,} steps: {self.folder.report}")

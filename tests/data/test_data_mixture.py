@@ -60,9 +60,7 @@ def test_shares_hold_over_any_stretch() -> None:
         assert abs(share - 0.7) < 0.05
 
 
-@pytest.mark.parametrize(
-    "weights", [[1.0, 1.0, 1.0], [3.14159265358979, 2.718281828459045], [1e6, 25.0], [0.1 + 0.2, 0.7]]
-)
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [3.14159265358979, 2.718281828], [1e6, 25.0], [0.1 + 0.2, 0.7]])
 def test_any_positive_weights(weights: list[float]) -> None:
     mixture = Mixture({str(n): weight for n, weight in enumerate(weights)}, seed=0)
     assert 1000 <= mixture.block <= 100_000 and sum(mixture.places) == mixture.block
@@ -109,13 +107,14 @@ def test_the_same_in_another_process() -> None:
         "d = [m.draw(n) for n in range(40)]\n"
         "print([(x.source, m.element(x.source, x.visit, 1234), m.substitute(3, 1, 99)) for x in d])"
     )
-    answers = {
-        subprocess.run(
-            [sys.executable, "-c", program], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(answers) == 1 and answers.pop().count("(") == 40
+    here = Mixture({"a": 0.7, "b": 0.3}, seed=9)
+    draws = [here.draw(n) for n in range(40)]
+    expected = [(d.source, here.element(d.source, d.visit, 1234), here.substitute(3, 1, 99)) for d in draws]
+    for hash_seed in ("1", "2"):
+        command = [sys.executable, "-c", program]
+        environment = {"PYTHONHASHSEED": hash_seed}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == str(expected)
 
 
 def test_positions_far_into_a_run_cost_nothing() -> None:

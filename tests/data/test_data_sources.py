@@ -4,17 +4,23 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from data_files import write_sources
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aki_megatron.config.data import SourceName
 from aki_megatron.data.sources import FILES, SOURCES, open_sources, task_of
 from aki_megatron.data.sources.aokvqa import lettered
 from aki_megatron.data.sources.refcoco import box_text
 from aki_megatron.data.sources.vsr import question
 from aki_megatron.flow import ConfigError, Conversation, DataError
+
+
+def test_every_source_a_config_may_name_exists() -> None:
+    assert set(get_args(SourceName)) == set(SOURCES) == set(FILES)
 
 
 def first(root: Path, name: str) -> Conversation:

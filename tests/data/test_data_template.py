@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from aki_megatron.config.data import SYSTEM_MESSAGE
 from aki_megatron.data.template import Template
 from aki_megatron.data.text import Tokenizer
-from aki_megatron.flow import IGNORE, Caption, Conversation, DataError, Modality, Sample, Turn
+from aki_megatron.flow import IGNORE, Caption, ConfigError, Conversation, DataError, Modality, Sample, Turn
 
 SYSTEM_BLOCK = f"<s> <|system|>\n{SYSTEM_MESSAGE}<|end|>\n<|user|>\n"
 TEXT, RESPONSE, IMAGE = int(Modality.TEXT), int(Modality.RESPONSE), int(Modality.IMAGE)
@@ -165,6 +165,11 @@ def test_truncation_inside_a_later_prompt_ends_after_the_last_response(make_temp
     assert learnt(sample) == [*tokenizer.encode_with_offsets("red")[0], tokenizer.eos]
     assert sample.modality_ids[-1] == RESPONSE
     check_targets(sample)
+
+
+def test_a_length_without_room_for_text_is_refused(make_template) -> None:
+    with pytest.raises(ConfigError, match="max_text_tokens=4 leaves no room"):
+        make_template(max_text_tokens=4)
 
 
 def test_nothing_to_learn_is_none(make_template) -> None:

@@ -12,6 +12,7 @@ import io
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,8 +48,9 @@ SPACE = "\u2581"
 
 _CUT = "\x1f"
 """Marks where no piece may cross; never part of a text."""
-_SCENES = 300
+_SCENES = 1000
 """Scenes whose text trains the model: a draw of their own, so that the tokenizer does not depend on the data's seed."""
+_CONSTANTS_EVERY = 10
 _LONGEST_PIECE = 256
 _CONTEXT = 4096
 
@@ -63,11 +65,11 @@ def _any(words: tuple[str, ...]) -> str:
 
 
 _UNIT = re.compile(
-    "("  # what is never cut, before what would match inside it
-    rf"{re.escape(SYSTEM_MESSAGE)}|\n(?:{_WORD}|{re.escape(_LETTER)})|\n{_REGION} <bbox>|\? {_YES_OR_NO}"
-    r"| Is there a| (?:left of|right of|above|below) the|\[[^\]]*\]|</bbox>"
-    rf"| ?(?:{_any(PLACES)})(?: \()?| ?(?:{_any(COLORS)})| (?:{_any(SHAPES)})|\b ?[abcd]\b|\)[,.]"
-    ")"
+    # what never varies, before what would match inside it
+    rf"{re.escape(SYSTEM_MESSAGE)}|\n(?:{_WORD}|{re.escape(_LETTER)})|\n{_REGION} <bbox>|\? {_YES_OR_NO}| Is there a"
+    # what does
+    rf"|( (?:left of|right of|above|below) the|\[[^\]]*\]|</bbox>| ?(?:{_any(PLACES)})(?: \()?"
+    rf"| ?(?:{_any(COLORS)})| (?:{_any(SHAPES)})|\b ?[abcd]\b|\)[,.]|\b\d\b)"
 )
 
 
@@ -95,7 +97,7 @@ def train_sentencepiece() -> bytes:
     """Train the byte-pair model; the same bytes every time."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=(_CUT + _CUT.join(part for part in _UNIT.split(text) if part) for text in training_texts()),
+        sentence_iterator=_training_lines(),
         model_writer=model,
         model_type="bpe",
         vocab_size=BASE_TOKENS,
@@ -119,13 +121,35 @@ def train_sentencepiece() -> bytes:
     return model.getvalue()
 
 
+def units(text: str) -> list[tuple[str, bool]]:
+    """A text in the pieces that are to be one token each, and whether the piece is one of the words that vary."""
+    found, end = [], 0
+    for match in _UNIT.finditer(text):
+        found += [(text[end : match.start()], False), (match.group(), match.group(1) is not None)]
+        end = match.end()
+    return [(piece, varies) for piece, varies in [*found, (text[end:], False)] if piece]
+
+
+def _training_lines() -> Iterator[str]:
+    """The texts, cut. Of what never varies only every tenth occurrence stays.
+
+    Merges go by frequency, and those of the words must come first: "e a" of "Please answer" would otherwise tear
+    "blue a" apart.
+    """
+    seen: Counter[str] = Counter()
+    for text in training_texts():
+        kept = [piece for piece, varies in units(text) if varies or seen[piece] % _CONSTANTS_EVERY == 0]
+        seen.update(piece for piece, _ in units(text))
+        if kept:
+            yield _CUT + _CUT.join(kept)
+
+
 def training_texts() -> Iterator[str]:
-    """Texts as the templates put them between special tokens: captions, prompts and answers of a few hundred scenes."""
+    """Texts as the templates put them between special tokens: captions, prompts and answers of a thousand scenes."""
     for index in range(_SCENES):
         scene = draw_scene(scene_rng(0, "tokenizer", index))
         rng = random.Random(f"tokenizer/{index}")
-        if index % 10 == 0:
-            yield SYSTEM_MESSAGE
+        yield SYSTEM_MESSAGE
         yield ask.caption(scene)
         for question in filter(None, (task(scene, rng) for task in ask.TASKS.values())):
             yield f"\n{_WORD} {question.text}"

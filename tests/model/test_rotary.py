@@ -1,0 +1,63 @@
+"""Angles, written a second time from the definition."""
+
+import math
+
+import pytest
+import torch
+
+from aki_megatron.config.model import PHI35_MINI_ROPE, RopeConfig
+from aki_megatron.model.rotary import Rotary, rotate
+
+LONGROPE = RopeConfig(
+    kind="longrope",
+    max_positions=128,
+    original_max_positions=8,
+    short_factor=(1.0, 2.0),
+    long_factor=(4.0, 5.0),
+)
+
+
+def angles(config: RopeConfig, width: int, position: int, factors: tuple[float, ...]) -> list[float]:
+    return [position / (factor * config.theta ** (2 * index / width)) for index, factor in enumerate(factors)]
+
+
+def test_default_turns_pairs_half_a_head_apart() -> None:
+    rotary = Rotary(RopeConfig(theta=100.0), 4)
+    positions = torch.tensor([[0, 1, 7]], dtype=torch.int32)
+    cos, sin = rotary(positions, torch.zeros_like(positions), torch.float64)
+    x = torch.randn(1, 3, 2, 4, dtype=torch.float64)
+    turned = rotate(x, cos, sin)
+    for place, position in enumerate((0, 1, 7)):
+        for pair, angle in enumerate(angles(rotary.config, 4, position, (1.0, 1.0))):
+            first, second = x[0, place, :, pair], x[0, place, :, pair + 2]
+            expected = first * math.cos(angle) - second * math.sin(angle)
+            torch.testing.assert_close(turned[0, place, :, pair], expected, rtol=0, atol=1e-6)
+            expected = second * math.cos(angle) + first * math.sin(angle)
+            torch.testing.assert_close(turned[0, place, :, pair + 2], expected, rtol=0, atol=1e-6)
+
+
+def test_longrope_goes_by_segment() -> None:
+    """Two segments packed in one row: the one longer than 8 takes the long factors, all of it."""
+    rotary = Rotary(LONGROPE, 4)
+    positions = torch.cat([torch.arange(9), torch.arange(8), torch.zeros(2)])[None].int()
+    segments = torch.tensor([[0] * 9 + [1] * 8 + [-1] * 2], dtype=torch.int32)
+    cos, _ = rotary(positions, segments, torch.float32)
+    scale = math.sqrt(1 + math.log(128 / 8) / math.log(8))
+    for place in range(17):
+        factors = LONGROPE.long_factor if place < 9 else LONGROPE.short_factor
+        expected = [math.cos(angle) * scale for angle in angles(LONGROPE, 4, int(positions[0, place]), factors)]
+        torch.testing.assert_close(cos[0, place, 0], torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_a_single_generated_token_far_out_takes_the_long_factors() -> None:
+    rotary = Rotary(LONGROPE, 4)
+    positions = torch.tensor([[8], [7]], dtype=torch.int32)
+    cos, _ = rotary(positions, torch.zeros_like(positions), torch.float32)
+    scale = rotary.scale
+    for row, (position, factors) in enumerate(((8, LONGROPE.long_factor), (7, LONGROPE.short_factor))):
+        expected = [math.cos(angle) * scale for angle in angles(LONGROPE, 4, position, factors)]
+        torch.testing.assert_close(cos[row, 0, 0], torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_scale_of_phi_35_mini() -> None:
+    assert Rotary(PHI35_MINI_ROPE, 96).scale == pytest.approx(1.19024, abs=1e-5)

@@ -1,0 +1,53 @@
+"""A tiny model and batches for it."""
+
+import torch
+
+from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
+from aki_megatron.flow import IGNORE, NO_SEGMENT, Batch, Modality
+
+LATENTS, IMAGE_TOKEN, PAD_TOKEN = 4, 40, 39
+VISION = VisionConfig(image_size=12, patch_size=4, width=16, layers=2, heads=2, mlp_width=24)
+RESAMPLER = ResamplerConfig(latents=LATENTS, layers=2, heads=2, head_width=8)
+DECODER = DecoderConfig(
+    width=32,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    mlp_width=48,
+    vocab_rows=45,
+    base_tokens=40,
+    extra_tokens=2,
+    rope=RopeConfig(),
+)
+CONFIG = ModelConfig(vision=VISION, resampler=RESAMPLER, decoder=DECODER)
+
+
+def tiny(**decoder: object) -> ModelConfig:
+    """CONFIG with some of the decoder's fields changed."""
+    return CONFIG.model_copy(update={"decoder": DecoderConfig(**(dict(DECODER) | decoder))})
+
+
+def fine_tuning_batch(*, images: bool = True, supervised: bool = True) -> Batch:
+    """Three rows: image + question + answer, text only, image + longer answer; right padded."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for prompt, answer, has_image in ((6, 3, True), (8, 5, False), (5, 6, True)):
+        length = prompt + answer
+        tokens = torch.randint(0, 39, (length,), generator=generator).tolist()
+        modality = [int(Modality.TEXT)] * prompt + [int(Modality.RESPONSE)] * answer
+        targets = [IGNORE] * (prompt - 1) + tokens[prompt:] + [IGNORE]
+        if has_image and images:
+            tokens[2:2] = [IMAGE_TOKEN] * LATENTS
+            modality[2:2] = [int(Modality.IMAGE)] * LATENTS
+            targets[2:2] = [IGNORE] * LATENTS
+        rows.append((tokens, modality, [0] * len(tokens), list(range(len(tokens))), targets))
+    width = max(len(row[0]) for row in rows) + 1
+    fillers = (PAD_TOKEN, int(Modality.PAD), NO_SEGMENT, 0, IGNORE)
+    columns = [
+        torch.tensor([row[index] + [filler] * (width - len(row[index])) for row in rows])
+        for index, filler in enumerate(fillers)
+    ]
+    if not supervised:
+        columns[4] = torch.full_like(columns[4], IGNORE)
+    pixels = torch.randn(2 if images else 0, 3, 12, 12, generator=generator)
+    return Batch(*columns, pixels)

@@ -1,0 +1,120 @@
+"""One function tells which process of which world this is, under every launcher."""
+
+import pytest
+
+from aki_megatron.flow import ConfigError
+from aki_megatron.parallel.launch import Launch, discover_launch, first_host
+
+TORCHRUN = {
+    "RANK": "3",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "4",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "gpu01",
+    "MASTER_PORT": "29500",
+    "TORCHELASTIC_RUN_ID": "none",
+}
+DEEPSPEED = {
+    "RANK": "3",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "4",
+    "LOCAL_SIZE": "2",
+    "CROSS_RANK": "1",
+    "CROSS_SIZE": "2",
+    "MASTER_ADDR": "gpu01",
+    "MASTER_PORT": "29500",
+}
+MPIRUN = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "MASTER_ADDR": "gpu01",
+    "MASTER_PORT": "29500",
+}
+SRUN = {
+    "SLURM_PROCID": "3",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_NODELIST": "gpu[01-02]",
+    "MASTER_PORT": "29500",
+}
+BATCH_SCRIPT = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "77"}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "environ", "local_world_size"),
+    [("torchrun", TORCHRUN, 2), ("deepspeed", DEEPSPEED, 2), ("mpirun", MPIRUN, 2), ("srun", SRUN, 0)],
+)
+def test_every_launcher_says_the_same(launcher, environ, local_world_size):
+    want = Launch(
+        rank=3,
+        local_rank=1,
+        world_size=4,
+        local_world_size=local_world_size,
+        launcher=launcher,
+        master_address="gpu01",
+        master_port=29500,
+    )
+    assert discover_launch(environ) == want
+
+
+def test_no_launcher_is_a_world_of_one():
+    assert discover_launch({"HOME": "/root"}) == Launch(0, 0, 1, 1, "single")
+
+
+def test_a_batch_script_without_srun_is_a_world_of_one():
+    assert discover_launch(BATCH_SCRIPT).launcher == "single"
+
+
+def test_launchers_started_by_srun_win_over_it():
+    daemon = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}
+    for launcher, environ in (("torchrun", TORCHRUN), ("deepspeed", DEEPSPEED), ("mpirun", MPIRUN)):
+        found = discover_launch(daemon | environ)
+        assert (found.launcher, found.rank, found.world_size) == (launcher, 3, 4)
+
+
+@pytest.mark.parametrize("environ", [MPIRUN, SRUN])
+def test_variables_by_hand_that_agree_are_fine(environ):
+    assert discover_launch(environ | {"RANK": "3", "WORLD_SIZE": "4"}).rank == 3
+
+
+@pytest.mark.parametrize("environ", [MPIRUN, SRUN])
+def test_contradicting_variables_are_listed(environ):
+    with pytest.raises(ConfigError, match="RANK=0") as caught:
+        discover_launch(environ | {"RANK": "0", "WORLD_SIZE": "4"})
+    rank_variable = "OMPI_COMM_WORLD_RANK" if environ is MPIRUN else "SLURM_PROCID"
+    assert f"{rank_variable}=3" in str(caught.value) and "WORLD_SIZE=4" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"RANK": "0"}, "without WORLD_SIZE"),
+        ({"WORLD_SIZE": "2"}, "without RANK"),
+        (TORCHRUN | {"RANK": "three"}, "RANK='three' must be a whole number"),
+        (TORCHRUN | {"RANK": "4"}, r"rank 4 must lie in \[0, 4\)"),
+        ({name: value for name, value in MPIRUN.items() if name != "MASTER_ADDR"}, "MASTER_ADDR is not set"),
+    ],
+)
+def test_broken_environments_are_refused(environ, message):
+    with pytest.raises(ConfigError, match=message):
+        discover_launch(environ)
+
+
+def test_mpirun_on_one_machine_needs_no_master():
+    one_machine = {name: value for name, value in MPIRUN.items() if not name.startswith("MASTER")}
+    one_machine["OMPI_COMM_WORLD_LOCAL_SIZE"] = "4"
+    one, other = (discover_launch(one_machine | {"PMIX_NAMESPACE": job}) for job in ("job1", "job2"))
+    assert one.master_address == "127.0.0.1"
+    assert one.master_port != other.master_port, "two jobs on one machine need different ports"
+    assert one == discover_launch(one_machine | {"PMIX_NAMESPACE": "job1", "OMPI_COMM_WORLD_RANK": "3"})
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [("gpu03", "gpu03"), ("gpu[03-07,9],login", "gpu03"), ("a,b", "a"), ("n[1,5]-ib", "n1-ib"), ("", "")],
+)
+def test_first_host(hosts, first):
+    assert first_host(hosts) == first

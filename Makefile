@@ -22,8 +22,9 @@ setup: .venv/.ready
 	done; \
 	if [ -z "$$python" ]; then echo "error: Python 3.11 or newer is needed; none of python3.11, python3.12, python3.13, python3 is." >&2; exit 2; fi; \
 	if [ ! -x .venv/bin/python ]; then echo "making .venv with $$("$$python" --version)"; "$$python" -m venv .venv; fi
-	.venv/bin/python -m pip install --quiet -c constraints.txt torch
-	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,gpu,eval]'
+	@echo "installing PyTorch, then everything else, at the versions of constraints.txt (some minutes, once)"
+	@.venv/bin/python -m pip install --quiet -c constraints.txt torch
+	@.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,gpu,eval]'
 	@touch $@
 	@echo "ready: .venv"
 

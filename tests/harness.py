@@ -1,7 +1,8 @@
 """One pool of worker processes per pytest run: importing torch and deepspeed takes seconds, so processes are reused.
 
-``run_on(ranks, function, *args)`` runs ``function(topology, *args)`` on ranks 0 ... ranks-1 of a fresh world and returns their
-results in rank order. The function must be at the top level of a module, its arguments and result must pickle.
+``run_on(ranks, function, *args)`` runs ``function(topology, *args)`` on ranks 0 ... ranks-1 of a fresh world and
+returns their results in rank order. The function must be at the top level of a module; its arguments and its result
+must pickle.
 """
 
 import faulthandler
@@ -26,7 +27,7 @@ GRACE_SECONDS = 15.0
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
-class RanksFailed(Exception):
+class RanksFailedError(Exception):
     """At least one rank raised or hung; the message holds every rank's traceback."""
 
 
@@ -46,7 +47,7 @@ class Pool:
     def run(self, ranks: int, function: Callable[..., Any], *args: Any, timeout_seconds: float = 120.0) -> list[Any]:
         """Results of ``function(topology, *args)`` by rank.
 
-        Errors: RanksFailed when a rank raised, died, or did not answer in time; its workers are replaced.
+        Errors: RanksFailedError when a rank raised, died, or did not answer in time; its workers are replaced.
         """
         assert 1 <= ranks <= MAX_RANKS
         workers = [self._worker(rank) for rank in range(ranks)]
@@ -58,7 +59,7 @@ class Pool:
             for rank, worker in enumerate(workers):
                 worker.kill()
                 self._workers[rank] = None
-            raise RanksFailed("".join(f"\n--- rank {r}: {text}" for r, (ok, text) in enumerate(answers) if not ok))
+            raise RanksFailedError("".join(f"\n--- rank {r}: {text}" for r, (ok, text) in enumerate(answers) if not ok))
         return [result for _, result in answers]
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The house keeps its plan: floors, vendor doors, one reader of the environment, lengths; each guard is shown firing."""
+"""The house keeps its plan: floors, vendor doors, one reader of the environment, lengths. Each guard fires here."""
 
 import ast
 from collections.abc import Iterator

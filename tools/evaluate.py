@@ -76,7 +76,7 @@ def show(scores: list[TaskScore]) -> None:
         table.add_row(
             s.task,
             f"{s.questions:,}",
-            f"{s.accuracy:.1f} ± {s.half_width:.1f} %",
+            f"{s.accuracy:.1f} +- {s.half_width:.1f} %",
             f"{s.majority:.1f} % ({s.majority_answer})",
         )
     console.print(table)

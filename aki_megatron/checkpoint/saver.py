@@ -1,15 +1,17 @@
 """Training state at rest: logical tensors by torch.distributed.checkpoint, facts as JSON, a sha256 for every file.
 
-A checkpoint is written under a name that nobody reads, forced to disk, renamed, and only then pointed to by ``latest``: a kill at any
-moment leaves the previous one whole. Files are checked before they are read, and nothing is unpickled but tensors
-(``weights_only``) and torch's own index, whose unpickler knows only the names of that index.
+A checkpoint is written under a name that nobody reads, forced to disk, renamed, and only then pointed to by ``latest``:
+a kill at any moment leaves the previous one whole. Files are checked before they are read, and nothing is unpickled but
+tensors (``weights_only``) and torch's own index, whose unpickler knows only the names of that index.
 """
 
 import json
 import pickle
 import random
 import shutil
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,8 @@ class Saver:
         aside = self.folder / f".writing_{files.folder_name(step)}"
         _on_first_rank(lambda: _fresh(aside))
         try:
-            dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(aside))
+            with _quietly():
+                dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(aside), no_dist=not dist.is_initialized())
         except (OSError, dcp.api.CheckpointException) as error:
             raise CheckpointError(
                 f"{aside} cannot be written: {_cause(error)}. Earlier checkpoints are whole."
@@ -91,15 +94,16 @@ class Saver:
 
         The random generators of this rank are restored when the number of ranks is the one that saved.
 
-        Errors: CheckpointError on every rank when a file is missing or corrupt (it names the file and the checkpoint to go back to),
-        or when names or shapes are those of another model.
+        Errors: CheckpointError on every rank when a file is missing or corrupt (it names the file and the checkpoint to
+        go back to), or when names or shapes are those of another model.
         """
         listed = _agreed(lambda: files.read_manifest(path))
         # every file is read by one rank; together they have read all
         _agreed(lambda: files.verify(path, sorted(listed)[_rank() :: _ranks()], listed))
         reader = IndexedReader(path)
         _agreed(lambda: _refuse_other_model(path, reader.read_metadata(), tensors))
-        dcp.load(dict(tensors), storage_reader=reader)
+        with _quietly():
+            dcp.load(dict(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
         facts = json.loads((path / EXTRA).read_text())
         if len(facts["random"]) == _ranks():
             _restore_random_state(facts["random"][_rank()])
@@ -123,7 +127,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         for name, entry in index.items()
         if name.startswith(WEIGHT) and isinstance(entry, TensorStorageMetadata)
     }
-    dcp.load(dict(weights), storage_reader=reader, no_dist=True)
+    with _quietly():
+        dcp.load(dict(weights), storage_reader=reader, no_dist=True)
     return {name.removeprefix(WEIGHT): tensor for name, tensor in weights.items()}
 
 
@@ -138,7 +143,8 @@ def find(path: Path) -> Path:
         if found := files.newest(folder):
             return found
     raise CheckpointError(
-        f"No complete checkpoint in {path}: looked for {files.PREFIX}*/{files.MANIFEST} there and in {path / 'checkpoints'}."
+        f"No complete checkpoint in {path}: looked for {files.PREFIX}*/{files.MANIFEST} there and in its folder "
+        "checkpoints."
     )
 
 
@@ -182,7 +188,8 @@ def _refuse_other_model(path: Path, index: Metadata, tensors: Mapping[str, Tenso
         if names
     ]
     raise CheckpointError(
-        f"{path} is of another model: {'; '.join(parts)}. Use the model section of the config.yaml beside it, or another run.dir."
+        f"{path} is of another model: {'; '.join(parts)}. Use the model section of that run's config.yaml, or start in "
+        "another run.dir."
     )
 
 
@@ -208,6 +215,14 @@ def _restore_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(state["cuda"]), dtype=torch.uint8))
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without torch's warning that it works in one process, which is what was asked."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -226,7 +241,7 @@ def _gather(mine: Any) -> list[Any]:
 
 
 def _agreed(action: Callable[[], Any]) -> Any:
-    """Result of ``action``; when it fails on any rank, the first failure is raised on all, so that none waits for another."""
+    """Result of ``action``; a failure on any rank is raised on all, so that none waits for another."""
     result, failure = None, None
     try:
         result = action()

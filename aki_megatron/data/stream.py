@@ -58,10 +58,19 @@ class Losses:
     asked: int = 0
     by_source: Counter[str] = field(default_factory=Counter)
     first: list[str] = field(default_factory=list)
+    latest: str = ""
+
+    def describe(self) -> str:
+        """How many bad elements were met, by source, and the latest; empty while there is none."""
+        if not self.latest:
+            return ""
+        counts = ", ".join(f"{name} {count}" for name, count in sorted(self.by_source.items()))
+        return f"{self.by_source.total()} bad elements in {self.asked} samples ({counts}); the latest: {self.latest}"
 
     def record(self, source: str, reason: str) -> None:
         """Count one bad element; TooManyLost when the budget is spent."""
         self.by_source[source] += 1
+        self.latest = reason
         if len(self.first) < _NAMED:
             self.first.append(reason)
         bad = self.by_source.total()

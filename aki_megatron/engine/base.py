@@ -16,7 +16,10 @@ class DivergedError(UserError):
 
 
 class Engine(Protocol):
-    """One optimizer step, however the model is spread. Every method is collective: all ranks call it, in the same order."""
+    """One optimizer step, however the model is spread.
+
+    Every method is collective: all ranks call it, in the same order.
+    """
 
     def train_step(self, microbatches: Sequence[Batch], lr: float) -> StepReport:
         """Forward and backward over this rank's micro-batches, then one optimizer step at learning rate ``lr``.

@@ -1,6 +1,7 @@
 """Logical tensors: what a checkpoint holds, by names and shapes that no layout changes.
 
-Each tensor is whole in meaning and sharded by rows over the data ranks in memory (a DTensor), so that any other layout can read it.
+Each tensor is whole in meaning and sharded by rows over the data ranks in memory (a DTensor), so that any other layout
+can read it.
 """
 
 import torch
@@ -9,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 WEIGHT, MOMENTS, STEP = "weight", ("exp_avg", "exp_avg_sq"), "optimizer.step"
-"""``weight.<parameter>`` is the float32 master weight; the moments are AdamW's; ``optimizer.step`` counts its updates."""
+"""``weight.<parameter>``: float32 master weight; moments: AdamW's; ``optimizer.step``: number of its updates."""
 
 
 def key(kind: str, parameter: str) -> str:

@@ -15,6 +15,6 @@ def squared_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def clip_factor(norm: float, limit: float) -> float:
-    """What to multiply gradients by so that their norm is at most ``limit`` (torch.nn.utils.clip_grad_norm_'s formula)."""
+    """What to multiply gradients by to bring their norm to at most ``limit``, as torch's clip_grad_norm_ does."""
     assert math.isfinite(norm)
     return min(1.0, limit / (norm + 1e-6))

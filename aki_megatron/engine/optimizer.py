@@ -1,4 +1,4 @@
-"""AdamW as the papers' code sets it up: two parameter groups and a cosine curve that starts and ends at the minimum rate."""
+"""AdamW as the papers' code sets it up: two parameter groups, a cosine that starts and ends at the minimum rate."""
 
 import math
 from typing import Any
@@ -31,7 +31,7 @@ def adamw(model: nn.Module, *, weight_decay: float, beta1: float, beta2: float, 
 
 
 def learning_rate(step: int, *, lr: float, min_lr: float, warmup_steps: int, steps: int) -> float:
-    """Rate of optimizer step ``step`` (0-based): linear from min_lr to lr at warmup_steps, then cosine to min_lr at ``steps``.
+    """Rate of step ``step`` (0-based): linear from min_lr to lr at warmup_steps, then cosine to min_lr at ``steps``.
 
     Unlike the official code's curve it stays at min_lr past the end instead of rising again.
     """

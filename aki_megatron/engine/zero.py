@@ -3,10 +3,14 @@
 What it adds to an ordinary DeepSpeed engine:
 - The loss is a sum until the last moment: DeepSpeed averages gradients over data ranks, so the loss is multiplied by
   data ranks / supervised tokens of the whole step.
-- Exact global norm and clipping of our own, in the all-reduce that carries the loss; a gradient that is not finite makes all ranks skip.
-- ZeRO-3 gathers each parameter once per step: all of them before the first micro-batch, and nothing is released in between.
+- An exact global norm and clipping of our own, in the all-reduce that carries the loss. A gradient that is not finite
+  anywhere makes all ranks skip the step.
+- ZeRO-3 gathers each parameter once per step: all of them before the first micro-batch, and nothing is released until
+  the step is done. DeepSpeed's hooks around each module, and with them its demand that all ranks run the same modules
+  in the same order, are gone. In between steps weights are sharded, during a step they are whole.
+- In bf16 the master weights start as the model's float32 weights, not as those weights rounded to bf16.
 
-The model is built whole on every rank and handed to deepspeed.initialize, which partitions it.
+The model is built whole on every rank's CPU and handed to deepspeed.initialize, which partitions it.
 Private parts of DeepSpeed are touched here and nowhere else, and only in versions proven by the equality tests.
 """
 
@@ -28,6 +32,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from aki_megatron.engine import logical
 from aki_megatron.engine.base import MAX_SKIPPED_IN_A_ROW, DivergedError
 from aki_megatron.engine.norm import clip_factor, squared_norm
+from aki_megatron.engine.settings import deepspeed_settings
 from aki_megatron.flow import Batch, ConfigError, Modality, StepReport, stack_ids
 from aki_megatron.parallel.topology import Topology
 
@@ -54,8 +59,11 @@ class ZeroEngine:
     ) -> None:
         """Wrap ``model`` (float32, on the CPU, same weights on every rank); it is partitioned in place.
 
-        ``optimizer`` holds the trainable parameters of the model. ``deepspeed_config`` are further DeepSpeed settings in its own
-        format; what the run decides (see ``_settings``) overrides them.
+        optimizer         over the trainable parameters of the model
+        clip_norm         limit of the global gradient norm
+        deepspeed_config  further DeepSpeed settings in its own format; what the run decides overrides them
+
+        Errors: ConfigError for settings or versions of DeepSpeed that are not proven.
         """
         self._deepspeed = _deepspeed()
         self._topology = topology
@@ -64,24 +72,29 @@ class ZeroEngine:
         self._zero_stage = zero_stage
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self._skipped_in_a_row = 0
+        self._mesh = DeviceMesh.from_group(topology.data_group, topology.device.type)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        exact = self._exact_weights(model)
         assert all(parameter.dim() for parameter in model.parameters()), "DeepSpeed cannot broadcast a scalar parameter"
-        settings = _merge(deepspeed_config, _settings(zero_stage, precision))
+        settings = deepspeed_settings(deepspeed_config, zero_stage=zero_stage, precision=precision, ranks=topology.data)
         with contextlib.redirect_stdout(io.StringIO()):  # one of its optimizers prints memory tables
             self._engine, self._optimizer, _, _ = self._deepspeed.initialize(
                 model=model, optimizer=optimizer, config=settings
             )
         _restore_buffers(model, buffers)
         self._parameters = dict(model.named_parameters())
-        self._partitions = _partitions(self._optimizer)
-        self._mesh = DeviceMesh.from_group(topology.data_group, topology.device.type)
+        self._partitions = _partitions(self._optimizer, list(self._parameters.values()))
         self._create_moments()
+        for name in list(exact):
+            self._put(self._parameters[name], logical.gather(exact.pop(name)))
+        self._partitions.refresh()
 
     def train_step(self, microbatches: Sequence[Batch], lr: float) -> StepReport:
         """One optimizer step; see Engine.train_step.
 
         Errors: DivergedError when the gradient was not finite in MAX_SKIPPED_IN_A_ROW steps in a row.
         """
+        assert microbatches, "a step needs at least one micro-batch per rank"
         started = time.perf_counter()
         counts = [
             [b.supervised_tokens, int((b.modality_ids != Modality.PAD).sum()), len(b.pixels)] for b in microbatches
@@ -111,11 +124,11 @@ class ZeroEngine:
         )
 
     def _accumulate(self, microbatches: Sequence[Batch], supervised: float) -> Tensor:
-        """Forward and backward over all micro-batches; returns this rank's summed loss. Gradients are those of the mean loss."""
+        """Forward and backward over all micro-batches. Returns this rank's summed loss; gradients are of the mean."""
         # DeepSpeed averages gradients over data ranks; multiply that average away
         scale = self._topology.data / max(supervised, 1)
         total = torch.zeros((), device=self._topology.device)
-        self._partitions.gather(list(self._parameters.values()))
+        self._partitions.gather()
         for index, batch in enumerate(microbatches):
             batch = batch.to(self._topology.device)
             self._engine.set_gradient_accumulation_boundary(index == len(microbatches) - 1)
@@ -138,8 +151,8 @@ class ZeroEngine:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise DivergedError(
-                f"The gradient was not finite in {self._skipped_in_a_row} steps in a row, so training has diverged. Lower "
-                "optimizer.lr, lengthen optimizer.warmup_steps, or look at the data; the last checkpoint is from before."
+                f"The gradient was not finite in {self._skipped_in_a_row} steps in a row: training has diverged. Lower "
+                "optimizer.lr, lengthen optimizer.warmup_steps, or look at the data, and resume from a checkpoint."
             )
 
     def state(self) -> dict[str, Tensor]:
@@ -196,6 +209,13 @@ class ZeroEngine:
         else:
             utils.safe_set_local_optimizer_state(parameter, share, moment)
 
+    def _exact_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """Trainable weights before DeepSpeed rounds them to bf16 and makes master weights of the rounded ones."""
+        if self._dtype == torch.float32:
+            return {}
+        named = [(name, weight.detach()) for name, weight in model.named_parameters() if weight.requires_grad]
+        return {name: logical.shard_rows(weight.to(self._topology.device), self._mesh) for name, weight in named}
+
     def _create_moments(self) -> None:
         """AdamW creates its state in the first step; a checkpoint may be loaded or saved before that."""
         for master in self._partitions.masters():
@@ -208,16 +228,19 @@ class ZeroEngine:
 
 
 class _Partitions:
-    """What our arithmetic needs from one of DeepSpeed's three optimizers: this rank's disjoint share of gradients and masters."""
+    """What our arithmetic needs from one of DeepSpeed's optimizers: this rank's disjoint share of the state.
 
-    def __init__(self, optimizer: Any) -> None:
+    This one is ZeRO-2, and ZeRO-1 unless weights are bf16.
+    """
+
+    def __init__(self, optimizer: Any, parameters: Sequence[nn.Parameter]) -> None:
         self._optimizer = optimizer
 
     def gradients(self) -> list[Tensor]:
         """Averaged gradients of this rank's share; changed in place, they are what the next step applies."""
         return [gradient for group in self._optimizer.averaged_gradients.values() for gradient in group]
 
-    def gather(self, parameters: Sequence[nn.Parameter]) -> None:
+    def gather(self) -> None:
         """Have the weights whole for the coming step: in ZeRO 1 and 2 they are."""
 
     def masters(self) -> list[Tensor]:
@@ -238,21 +261,17 @@ class _Partitions:
 
 
 class _Stage3Partitions(_Partitions):
-    def __init__(self, optimizer: Any) -> None:
-        super().__init__(optimizer)
+    def __init__(self, optimizer: Any, parameters: Sequence[nn.Parameter]) -> None:
+        super().__init__(optimizer, parameters)
+        self._chunks = _chunks(parameters)
         # its own norm costs an all-reduce per sub-group and is not used: clipping and skipping are decided here
         optimizer._get_norm_groups = lambda: [torch.zeros(())]
-        # with every parameter whole during the step, its hooks around each module's forward and backward have nothing to do
+        # with every parameter whole during the step, hooks around each module's forward and backward have nothing to do
         optimizer.parameter_offload._remove_module_hooks()
 
-    def gather(self, parameters: Sequence[nn.Parameter]) -> None:
-        chunk: list[Any] = []
-        for parameter in parameters:
-            if sum(p.ds_numel for p in chunk) >= GATHER_ELEMENTS:
-                chunk[0].all_gather_coalesced(chunk).wait()
-                chunk = []
-            chunk.append(parameter)
-        chunk[0].all_gather_coalesced(chunk).wait()
+    def gather(self) -> None:
+        for chunk in self._chunks:
+            chunk[0].all_gather_coalesced(chunk).wait()
 
     def masters(self) -> list[Tensor]:
         return self._optimizer.fp32_partitioned_groups_flat
@@ -281,6 +300,19 @@ class _Bf16Stage1Partitions(_Partitions):
         self._optimizer.clear_lp_grads()
 
 
+def _chunks(parameters: Sequence[Any]) -> list[list[Any]]:
+    """Parameters cut into runs of about GATHER_ELEMENTS elements."""
+    chunks: list[list[Any]] = [[]]
+    elements = 0
+    for parameter in parameters:
+        if elements >= GATHER_ELEMENTS:
+            chunks.append([])
+            elements = 0
+        chunks[-1].append(parameter)
+        elements += parameter.ds_numel
+    return chunks
+
+
 PARTITIONS = {
     "DeepSpeedZeroOptimizer": _Partitions,
     "DeepSpeedZeroOptimizer_Stage3": _Stage3Partitions,
@@ -288,45 +320,14 @@ PARTITIONS = {
 }
 
 
-def _partitions(optimizer: Any) -> _Partitions:
+def _partitions(optimizer: Any, parameters: Sequence[nn.Parameter]) -> _Partitions:
     name = type(optimizer).__name__
     if name not in PARTITIONS:
         raise ConfigError(
-            f"DeepSpeed chose the optimizer {name}; proven are {sorted(PARTITIONS)}. Remove the setting that asks for it."
+            f"The DeepSpeed settings lead to its optimizer {name}; proven are {', '.join(PARTITIONS)}. Remove the "
+            "setting that asks for it from the file given to --ds_config."
         )
-    return PARTITIONS[name](optimizer)
-
-
-def _settings(zero_stage: int, precision: str) -> dict[str, Any]:
-    """DeepSpeed settings that the run decides."""
-    zero: dict[str, Any] = {"stage": zero_stage}
-    if zero_stage == 3:
-        # its own linear layer rounds differently from torch's
-        zero["memory_efficient_linear"] = False
-        # it would gather small parameters after the step, one collective each
-        zero["stage3_param_persistence_threshold"] = 0
-    elif zero_stage == 2 or precision == "fp32":
-        zero["compute_grad_norm"] = False
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,  # only its throughput messages read it
-        "gradient_accumulation_steps": 1,  # the boundary is set by hand
-        "gradient_clipping": 0.0,  # the default is 1.0
-        "steps_per_print": 10**9,
-        "zero_optimization": zero,
-    }
-    if precision == "bf16":
-        settings["bf16"] = {"enabled": True, "check_grad_overflow": False}
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    return settings
-
-
-def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``over`` wins, section by section."""
-    merged = dict(under)
-    for name, value in over.items():
-        nested = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
-        merged[name] = _merge(merged[name], value) if nested else value
-    return merged
+    return PARTITIONS[name](optimizer, parameters)
 
 
 def _restore_buffers(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:

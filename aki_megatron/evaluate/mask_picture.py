@@ -32,7 +32,7 @@ class MaskPanel:
 
 
 def _short(label: str) -> str:
-    label = label.replace("▁", " ").replace("\n", "\\n").replace("$", r"\$").strip()
+    label = label.replace("\u2581", " ").replace("\n", "\\n").replace("$", r"\$").strip()
     return label if len(label) <= LABEL_LENGTH else label[: LABEL_LENGTH - 3] + "..."
 
 
@@ -46,15 +46,23 @@ def _paint(mask: Tensor, modality_ids: Sequence[int]) -> np.ndarray:
     return np.where(seen, 1 - strength * (1 - columns[None]), 1.0)
 
 
-def draw_masks(panels: Sequence[MaskPanel], modality_ids: Sequence[int], labels: Sequence[str]) -> bytes:
-    """PNG of masks over one row of tokens, side by side; a strongly coloured square is a look ahead.
+def draw_masks(
+    panels: Sequence[MaskPanel], modality_ids: Sequence[int], labels: Sequence[str], *, columns: int = 0
+) -> bytes:
+    """PNG of masks over one row of tokens; a strongly coloured square is a look ahead.
 
-    modality_ids and labels have one entry per token, in the order of the masks' rows.
+    modality_ids and labels have one entry per token, in the order of the masks' rows. ``columns`` panels stand side by
+    side before the next line begins; 0 puts all on one line.
     """
     size = len(modality_ids)
     side = max(3.0, size * INCHES_PER_TOKEN)
-    figure = Figure(figsize=(len(panels) * (side + 1.2), side + 1.8), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    columns = columns or len(panels)
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(columns * (side + 1.2), lines * (side + 1.4) + 0.4), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    for empty in axes[len(panels) :]:
+        empty.set_axis_off()
+    axes = axes[: len(panels)]
     names = [_short(label) for label in labels]
     for axis, panel in zip(axes, panels, strict=True):
         axis.imshow(_paint(panel.mask, modality_ids), interpolation="nearest")

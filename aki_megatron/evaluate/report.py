@@ -42,14 +42,15 @@ def smooth(values: Sequence[float], weight: float = 0.95) -> list[float]:
 
 
 def curves(metrics: Sequence[dict[str, Any]]) -> bytes:
-    """PNG of loss, gradient norm and learning rate over steps."""
+    """PNG of loss, gradient norm and learning rate over the steps that were not skipped."""
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
-    steps = [line["step"] for line in metrics]
+    taken = [line for line in metrics if not line["skipped"]]
+    steps = [line["step"] for line in taken]
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     panels = figure.subplots(1, 3)
     for panel, name in zip(panels, ("loss", "grad_norm", "lr"), strict=True):
-        values = [line[name] for line in metrics]
+        values = [line[name] for line in taken]
         panel.plot(steps, values, linewidth=0.7, alpha=1.0 if name == "lr" else 0.35, color="#3b6fd4")
         if name != "lr":
             panel.plot(steps, smooth(values), linewidth=1.6, color="#1e3a8a")
@@ -61,6 +62,11 @@ def curves(metrics: Sequence[dict[str, Any]]) -> bytes:
     return buffer.getvalue()
 
 
+def final_loss(metrics: Sequence[dict[str, Any]]) -> float:
+    """Smoothed loss at the end, skipped steps left out; nan where every step was skipped."""
+    return (smooth([line["loss"] for line in metrics if not line["skipped"]]) or [float("nan")])[-1]
+
+
 def summary(metrics: Sequence[dict[str, Any]]) -> dict[str, str]:
     """The figures of a run that a reader looks for first."""
     if not metrics:
@@ -69,7 +75,7 @@ def summary(metrics: Sequence[dict[str, Any]]) -> dict[str, str]:
     tokens = sum(line["tokens"] for line in metrics)
     return {
         "steps": f"{metrics[-1]['step']:,}",
-        "final loss (smoothed)": f"{smooth([line['loss'] for line in metrics])[-1]:.4f}",
+        "final loss (smoothed)": f"{final_loss(metrics):.4f}",
         "tokens": f"{tokens:,}",
         "supervised tokens": f"{sum(line['supervised_tokens'] for line in metrics):,}",
         "images": f"{sum(line['images'] for line in metrics):,}",

@@ -33,8 +33,8 @@ def prompt_batch(conversations: Sequence[Conversation], template: Template, imag
     samples = []
     for conversation in conversations:
         sample = template.render_prompt(conversation)
-        if sample.image is not None:
-            sample = replace(sample, image=decode_image(sample.image, image_size, key=sample.key))
+        if conversation.image is not None:
+            sample = replace(sample, image=decode_image(conversation.image, image_size, key=sample.key))
         samples.append(sample)
     return collate(samples, pad_id=template.tokenizer.pad, image_size=image_size)
 

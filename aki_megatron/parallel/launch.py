@@ -1,8 +1,8 @@
-"""Which process of which world this is, read from the variables a launcher sets. Pure: takes the environment, returns facts.
+"""Which process of which world this is, by the variables a launcher sets. Pure: takes the environment, returns facts.
 
-Launchers nest: a batch script's ``srun`` may start ``torchrun``, and ``mpirun`` starts its daemons through ``srun``. So torchrun and
-deepspeed, which start their own processes, always win; ``mpirun`` wins over ``srun``; plain RANK, WORLD_SIZE, ... set by hand must agree
-with the launcher that started the process.
+Launchers nest: a batch script's ``srun`` may start ``torchrun``, and ``mpirun`` starts its daemons through ``srun``. So
+torchrun and deepspeed, which start their own processes, always win; ``mpirun`` wins over ``srun``; plain RANK,
+WORLD_SIZE, ... set by hand must agree with the launcher that started the process.
 """
 
 import re
@@ -64,7 +64,8 @@ class Launch:
 def discover_launch(environ: Mapping[str, str]) -> Launch:
     """The launch this process belongs to.
 
-    Works under torchrun, deepspeed, mpirun (Open MPI), srun, RANK and friends set by hand, or none of them (a world of one).
+    Works under torchrun, deepspeed, mpirun (Open MPI) and srun, with RANK and friends set by hand, and with none of
+    them (a world of one).
 
     Errors: ConfigError that lists the variables when they are incomplete, not numbers, or contradict each other.
     """
@@ -84,8 +85,8 @@ def _launch(name: LauncherName, environ: Mapping[str, str], variables: Mapping[s
     facts = {fact: _number(environ, variable) for fact, variable in variables.items() if variable in environ}
     if missing := [variables[fact] for fact in ("rank", "world_size") if fact not in facts]:
         raise ConfigError(
-            f"{_listed(environ)} set without {', '.join(missing)}: set both RANK and WORLD_SIZE (and LOCAL_RANK, MASTER_ADDR, "
-            "MASTER_PORT), or none of them for a single process."
+            f"{_listed(environ)} set without {', '.join(missing)}: set RANK and WORLD_SIZE (and LOCAL_RANK, "
+            "MASTER_ADDR, MASTER_PORT), or none of them for a single process."
         )
     _refuse_contradiction(name, facts, environ)
     address, port = _master(name, facts, environ)
@@ -107,8 +108,8 @@ def _refuse_contradiction(name: LauncherName, facts: Mapping[str, int], environ:
     for fact, variable in GENERIC.items():
         if variable in environ and fact in facts and _number(environ, variable) != facts[fact]:
             raise ConfigError(
-                f"The variables of {name} contradict {variable}={environ[variable]}: {_listed(environ)}. Unset {variable}, "
-                f"or start the processes with the launcher that {variable} belongs to."
+                f"The variables of {name} contradict {variable}={environ[variable]}: {_listed(environ)}. "
+                f"Unset {variable}, or start the processes with the launcher that {variable} belongs to."
             )
 
 
@@ -121,8 +122,8 @@ def _master(name: LauncherName, facts: Mapping[str, int], environ: Mapping[str, 
         address = "127.0.0.1"
     if not address:
         raise ConfigError(
-            f"{name} starts {facts['world_size']} processes on several machines but MASTER_ADDR is not set ({_listed(environ)}): "
-            "export MASTER_ADDR=<host of rank 0> (mpirun: -x MASTER_ADDR=...)."
+            f"{name} starts {facts['world_size']} processes on several machines but MASTER_ADDR is not set "
+            f"({_listed(environ)}): export MASTER_ADDR=<host of rank 0> (mpirun: -x MASTER_ADDR=...)."
         )
     if "MASTER_PORT" in environ:
         return address, _number(environ, "MASTER_PORT")

@@ -72,7 +72,7 @@ class Topology:
 
 
 def start(launch: Launch, *, tensor: int, pipeline: int, timeout_seconds: float = TIMEOUT_SECONDS) -> Topology:
-    """Join the world of ``launch`` and build the groups: NCCL and one GPU per process with CUDA, gloo on the CPU without.
+    """Join the world of ``launch`` and build the groups: NCCL and one GPU per process with CUDA, else gloo on the CPU.
 
     Errors: ConfigError for sizes that do not fit the number of processes, or more processes on a machine than GPUs.
     """
@@ -120,8 +120,8 @@ def data_size(world_size: int, *, tensor: int, pipeline: int) -> int:
             )
     if world_size % (tensor * pipeline):
         raise ConfigError(
-            f"{world_size} processes cannot be split into parallel.tensor={tensor} x parallel.pipeline={pipeline} x data: "
-            f"start a multiple of {tensor * pipeline} processes."
+            f"{world_size} processes cannot be split into parallel.tensor={tensor} x parallel.pipeline={pipeline} "
+            f"x data; start a multiple of {tensor * pipeline} processes."
         )
     return world_size // (tensor * pipeline)
 
@@ -133,8 +133,8 @@ def _device(launch: Launch) -> torch.device:
         return torch.device("cpu")
     if launch.local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"local rank {launch.local_rank} has no GPU: this machine shows {torch.cuda.device_count()}. Start at most that many "
-            "processes per machine, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on the CPU."
+            f"local rank {launch.local_rank} has no GPU: this machine shows {torch.cuda.device_count()}. Start at most "
+            "that many processes per machine, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on the CPU."
         )
     device = torch.device("cuda", launch.local_rank)
     torch.cuda.set_device(device)

@@ -57,7 +57,7 @@ def build_stream(config: RunConfig, template: Template) -> SampleStream:
     if data.kind == "captions":
         index = ShardIndex(data.shards, data.root)
         return CaptionStream(index, template, seed=seed, image_size=size, max_bad_fraction=data.max_bad_fraction)
-    weights = {source.name: source.weight for source in data.sources}
+    weights: dict[str, float] = {source.name: source.weight for source in data.sources}
     sources = open_sources(data.root, list(weights), "train")
     return ConversationStream(
         sources, weights, template, seed=seed, image_size=size, max_bad_fraction=data.max_bad_fraction
@@ -145,19 +145,20 @@ def report_of(folder: RunFolder) -> None:
 
 
 def build_hooks(
-    config: RunConfig, engine: ZeroEngine, saver: Saver, topology: Topology, console: Console
+    config: RunConfig, engine: ZeroEngine, stream: SampleStream, saver: Saver, topology: Topology, console: Console
 ) -> list[Hook]:
     """Hooks in the order in which they act: a step is recorded before it is saved, and DONE comes last."""
     folder, log, steps = RunFolder(config.run.dir), config.log, config.train.steps
     first = topology.rank == 0
+    logs = LogHook(stream.losses.describe, console)
 
     def save(step: int) -> Path:
         return saver.save(step, engine.state(), {"step": step})
 
     saving = SaveHook(save, config.checkpoint.every, steps, console if first else None)
     if not first:
-        return [LogHook(), saving]
-    hooks: list[Hook] = [LogHook(), MetricsHook(folder.metrics), ConsoleHook(steps, log.every, console)]
+        return [logs, saving]
+    hooks: list[Hook] = [logs, MetricsHook(folder.metrics), ConsoleHook(steps, log.every, console)]
     if log.tensorboard:
         hooks.append(TensorBoardHook(folder.path / "tensorboard", log.every))
     if log.wandb != "disabled":
@@ -187,7 +188,7 @@ def build_run(config: RunConfig, topology: Topology, console: Console) -> Run:
     return Run(
         engine=engine,
         loader=build_loader(config, stream, tokenizer, topology),
-        hooks=build_hooks(config, engine, saver, topology, console),
+        hooks=build_hooks(config, engine, stream, saver, topology, console),
         steps=config.train.steps,
         learning_rate=curve,
         step=restore(engine, saver, checkpoint),

@@ -4,6 +4,7 @@ config.yaml  metrics.jsonl  checkpoints/step_000100/  logs/rank_0.log  report.ht
 """
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,8 +50,12 @@ class RunFolder:
 
 
 def metrics_line(step: int, report: StepReport) -> dict[str, Any]:
-    """The metrics of one step: its number, the fields of the report, tokens_per_second."""
-    return {"step": step} | asdict(report) | {"tokens_per_second": report.tokens / max(report.seconds, 1e-9)}
+    """The metrics of one step: its number, the fields of the report, tokens_per_second.
+
+    Loss and norm are None where they are not finite (a skipped step): JSON has no such numbers.
+    """
+    line = {"step": step} | asdict(report) | {"tokens_per_second": report.tokens / max(report.seconds, 1e-9)}
+    return {name: value if math.isfinite(value) else None for name, value in line.items()}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

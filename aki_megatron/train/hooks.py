@@ -61,17 +61,31 @@ class ConsoleHook:
 
 
 class LogHook:
-    """Every step into this rank's log file; every rank."""
+    """Every step into this rank's log file, and every bad sample this rank meets; every rank.
+
+    ``describe_losses`` says which samples this rank could not read, and is empty while there are none.
+    """
+
+    def __init__(self, describe_losses: Callable[[], str], console: Console) -> None:
+        self.describe_losses = describe_losses
+        self.console = console
+        self.described = ""
 
     def on_start(self, step: int) -> None:
         """Mark the start: a log holds every attempt of a run."""
         logger.info("start after step %d", step)
 
     def after_step(self, step: int, report: StepReport) -> None:
-        """One line."""
+        """One line, and another where something was wrong."""
         logger.info("step %d loss %.6f norm %.4f seconds %.3f", step, report.loss, report.grad_norm, report.seconds)
         if report.skipped:
             logger.warning("step %d skipped: a gradient was not finite", step)
+        described = self.describe_losses()
+        # The count grows with every sample; what is worth saying is that a bad one came.
+        if described and described.partition(" in ")[0] != self.described.partition(" in ")[0]:
+            self.described = described
+            logger.warning("step %d: %s", step, described)
+            self.console.print(f"[yellow]step {step}:[/yellow] {described}", soft_wrap=True)
 
     def on_end(self, step: int) -> None:
         """Mark the end."""
@@ -93,7 +107,7 @@ class MetricsHook:
     def after_step(self, step: int, report: StepReport) -> None:
         """Append a line and hand it to the operating system, so that a killed process loses none."""
         assert self.file is not None
-        self.file.write(json.dumps(metrics_line(step, report)) + "\n")
+        self.file.write(json.dumps(metrics_line(step, report), allow_nan=False) + "\n")
         self.file.flush()
 
     def on_end(self, step: int) -> None:
@@ -119,7 +133,7 @@ class TensorBoardHook:
         """Add a point of every metric when it is time."""
         if step % self.every == 0:
             for name, value in metrics_line(step, report).items():
-                if name != "step":
+                if name != "step" and value is not None:
                     self.writer.add_scalar(name, float(value), step)
 
     def on_end(self, step: int) -> None:

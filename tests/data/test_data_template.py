@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aki_megatron.config.data import SYSTEM_MESSAGE
-from aki_megatron.data.template import Template
+from aki_megatron.data.template import FEWEST_TEXT_TOKENS, Template
 from aki_megatron.data.text import Tokenizer
 from aki_megatron.flow import IGNORE, Caption, ConfigError, Conversation, DataError, Modality, Sample, Turn
 
@@ -147,7 +147,7 @@ def test_truncation_keeps_the_end_marker(make_template, tokenizer: Tokenizer) ->
         assert learnt(sample) == [*learnt(whole)[: answer - cut], tokenizer.eos]
         check_targets(sample)
     # nothing but the end marker would be learnt, then not even that
-    for cut in range(answer, length(whole) - 1):
+    for cut in range(answer, length(whole) - FEWEST_TEXT_TOKENS):
         assert make_template(max_text_tokens=length(whole) - cut).render_conversation(conversation) is None
 
 

@@ -3,6 +3,7 @@
 The micro-batches of a step are numbered over all data ranks, so that any number of ranks trains on the same samples.
 """
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -114,8 +115,11 @@ def outcome(engine: ZeroEngine, reports: list[StepReport]) -> Trained:
     return Trained([report.loss for report in reports], [report.grad_norm for report in reports], weights)
 
 
-def train_plainly(steps: Iterable[int] = range(STEPS)) -> Trained:
-    """One process, no engine, no DeepSpeed: the plain twin."""
+def train_plainly(steps: Iterable[int] = range(STEPS), precision: str = "fp32") -> Trained:
+    """One process, no engine, no DeepSpeed: the plain twin.
+
+    In bf16 a copy of the model runs forward and backward; weights and gradients are kept in fp32.
+    """
     model = tiny_model()
     optimizer = adamw(model, **OPTIMIZER)
     losses, norms = [], []
@@ -125,14 +129,31 @@ def train_plainly(steps: Iterable[int] = range(STEPS)) -> Trained:
         optimizer.zero_grad()
         losses.append(0.0)
         for batch in batches:
-            loss = model(batch.token_ids, stack_ids(batch), batch.pixels) / supervised
+            runner = model if precision == "fp32" else _bf16_copy(model)
+            loss = (
+                runner(batch.token_ids, stack_ids(batch), batch.pixels.to(next(runner.parameters()).dtype)) / supervised
+            )
             loss.backward()
             losses[-1] += loss.item()
+            if runner is not model:
+                _add_gradients(model, runner)
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)))
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
         optimizer.step()
     return Trained(losses, norms, {name: weight.detach().clone() for name, weight in model.named_parameters()})
+
+
+def _bf16_copy(model: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(model).bfloat16()
+    copied.zero_grad()
+    return copied
+
+
+def _add_gradients(model: nn.Module, runner: nn.Module) -> None:
+    for master, copied in zip(model.parameters(), runner.parameters(), strict=True):
+        if master.requires_grad:
+            master.grad = copied.grad.float() + (0 if master.grad is None else master.grad)
 
 
 def difference(got: Trained, want: Trained) -> float:

@@ -51,6 +51,14 @@ def test_metrics_hold_each_step_once_after_a_resume(tmp_path: Path) -> None:
     assert lines[0]["tokens_per_second"] == 80
 
 
+def test_a_skipped_step_is_strict_json(tmp_path: Path) -> None:
+    hook = MetricsHook(tmp_path / "metrics.jsonl")
+    hook.on_start(0)
+    hook.after_step(1, report(float("nan"), skipped=True))
+    (line,) = read_metrics(hook.path)
+    assert line["loss"] is None and line["skipped"] is True
+
+
 def test_a_missing_metrics_file_is_an_empty_one(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert read_metrics(path) == []

@@ -1,0 +1,235 @@
+"""Checkpoints are whole or not there, checked before they are read, and readable without torch.distributed."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from aki_megatron.checkpoint import files, saver
+from aki_megatron.checkpoint.saver import IndexedReader, Saver, read_weights
+from aki_megatron.flow import CheckpointError
+
+
+def tensors(value: float = 1.0) -> dict[str, torch.Tensor]:
+    return {
+        "weight.layer.weight": torch.full((3, 4), value),
+        "exp_avg.layer.weight": torch.full((3, 4), value / 2),
+        "optimizer.step": torch.tensor(value),
+    }
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Saver:
+    """Two checkpoints: steps 50 and 100."""
+    keeper = Saver(tmp_path / "checkpoints", keep_last=2)
+    for step in (50, 100):
+        keeper.save(step, tensors(step), {"step": step, "digest": "abc"})
+    return keeper
+
+
+def listed(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_round_trip(run):
+    into = {name: torch.zeros_like(tensor) for name, tensor in tensors().items()}
+    assert run.load(run.latest(), into) == {"step": 100, "digest": "abc"}
+    assert all(torch.equal(into[name], tensor) for name, tensor in tensors(100).items())
+    assert run.latest().name == "step_000100"
+
+
+def test_random_generators_go_on_where_they_were(tmp_path):
+    torch.manual_seed(5)
+    keeper = Saver(tmp_path, keep_last=1)
+    keeper.save(1, tensors(), {})
+    want = torch.rand(3)
+    torch.manual_seed(9)
+    keeper.load(keeper.latest(), tensors())
+    assert torch.equal(torch.rand(3), want)
+
+
+def test_only_the_newest_stay(run):
+    run.save(150, tensors(), {})
+    assert listed(run.folder) == ["latest", "step_000100", "step_000150"]
+
+
+def test_saving_a_step_again_replaces_it(run):
+    run.save(100, tensors(7), {"step": 100})
+    assert read_weights(run.folder)["layer.weight"][0, 0] == 7
+    assert listed(run.folder) == ["latest", "step_000050", "step_000100"]
+
+
+@pytest.mark.parametrize("level", ["run", "folder", "checkpoint"])
+def test_weights_of_a_run_a_folder_or_a_checkpoint(run, level):
+    path = {"run": run.folder.parent, "folder": run.folder, "checkpoint": run.folder / "step_000050"}[level]
+    weights = read_weights(path)
+    assert list(weights) == ["layer.weight"]
+    assert weights["layer.weight"].dtype == torch.float32
+    assert weights["layer.weight"][0, 0] == (50 if level == "checkpoint" else 100)
+
+
+def flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "extra.json"])
+def test_a_flipped_byte_is_found_and_the_previous_checkpoint_offered(run, name):
+    flip_a_byte(run.latest() / name)
+    with pytest.raises(CheckpointError, match=f"{name} is corrupt.*step_000050 is whole: delete step_000100"):
+        run.load(run.latest(), tensors())
+    with pytest.raises(CheckpointError, match=name):
+        read_weights(run.folder)
+
+
+def test_no_previous_checkpoint_is_offered_when_it_is_corrupt_too(run):
+    flip_a_byte(run.folder / "step_000050" / "__0_0.distcp")
+    flip_a_byte(run.latest() / "__0_0.distcp")
+    with pytest.raises(CheckpointError, match="no other whole checkpoint"):
+        run.load(run.latest(), tensors())
+
+
+def test_a_missing_or_short_file_is_named(run):
+    data = run.latest() / "__0_0.distcp"
+    os.truncate(data, 10)
+    with pytest.raises(CheckpointError, match="has 10 bytes instead of"):
+        run.load(run.latest(), tensors())
+    data.unlink()
+    with pytest.raises(CheckpointError, match="__0_0.distcp is missing"):
+        run.load(run.latest(), tensors())
+
+
+def test_a_folder_without_a_manifest_is_no_checkpoint(run):
+    newest = run.latest()
+    (newest / files.MANIFEST).unlink()
+    assert run.latest().name == "step_000050"
+    with pytest.raises(CheckpointError, match="not a complete checkpoint.*step_000050 is whole"):
+        run.load(newest, tensors())
+
+
+def test_a_broken_manifest(run):
+    (run.latest() / files.MANIFEST).write_text("{")
+    with pytest.raises(CheckpointError, match=f"{files.MANIFEST} is corrupt"):
+        run.load(run.latest(), tensors())
+
+
+def test_nothing_there(tmp_path):
+    assert Saver(tmp_path / "none", keep_last=1).latest() is None
+    with pytest.raises(CheckpointError, match="No complete checkpoint"):
+        read_weights(tmp_path)
+    with pytest.raises(CheckpointError, match="is no folder"):
+        read_weights(tmp_path / "step_000001")
+
+
+def test_another_model_is_refused(run):
+    other = tensors() | {"weight.layer.bias": torch.zeros(3), "optimizer.step": torch.zeros(2)}
+    del other["exp_avg.layer.weight"]
+    with pytest.raises(CheckpointError, match="of another model") as caught:
+        run.load(run.latest(), other)
+    message = str(caught.value)
+    assert "1 missing (weight.layer.bias)" in message
+    assert "1 not in this model (exp_avg.layer.weight)" in message
+    assert "optimizer.step () instead of (2,)" in message
+
+
+@pytest.mark.parametrize("broken", ["write_json", "publish"])
+def test_a_save_that_dies_leaves_the_previous_one(run, monkeypatch, broken):
+    monkeypatch.setattr(files, broken, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run.save(150, tensors(), {})
+    monkeypatch.undo()
+    assert run.latest().name == "step_000100"
+    run.load(run.latest(), tensors())
+    run.save(150, tensors(), {})
+    assert listed(run.folder) == ["latest", "step_000100", "step_000150"], "leftovers of the dead save go"
+
+
+def test_a_kill_between_publishing_and_moving_latest(run):
+    (run.folder / "latest").write_text("step_000050\n")
+    assert run.latest().name == "step_000050"
+    (run.folder / "latest").write_text("step_999999\n")
+    assert run.latest().name == "step_000100"
+
+
+def test_a_full_disk_is_one_message(run, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saver.dcp, "save", full)
+    with pytest.raises(
+        CheckpointError, match="cannot be written: .*No space left on device.*Earlier checkpoints are whole"
+    ):
+        run.save(150, tensors(), {})
+    assert run.latest().name == "step_000100"
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def test_an_index_that_asks_for_code_is_refused(run):
+    """Even with a manifest that fits."""
+    path = run.latest()
+    (path / saver.INDEX).write_bytes(pickle.dumps(Evil()))
+    manifest = json.loads((path / files.MANIFEST).read_text())
+    manifest["files"][saver.INDEX] = files.digest(path / saver.INDEX)
+    (path / files.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="posix.system, which no index needs"):
+        run.load(path, tensors())
+    with pytest.raises(CheckpointError, match="do not trust"):
+        IndexedReader(path).read_metadata()
+
+
+def save_and_corrupt(topology, folder: Path) -> str:
+    keeper = Saver(folder, keep_last=2)
+    for step in (1, 2):
+        keeper.save(step, tensors(), {"step": step})
+    names = sorted(path.name for path in keeper.latest().iterdir())
+    assert names == [".metadata", "__0_0.distcp", "extra.json", "manifest.json"] or "__1_0.distcp" in names
+    topology.barrier()
+    if topology.rank == 0:
+        flip_a_byte(keeper.latest() / ".metadata")
+    topology.barrier()
+    try:
+        keeper.load(keeper.latest(), tensors())
+    except CheckpointError as error:
+        return str(error)
+    return "loaded"
+
+
+@pytest.mark.distributed
+def test_all_ranks_fail_together(run_on, tmp_path):
+    for message in run_on(2, save_and_corrupt, tmp_path):
+        assert ".metadata is corrupt" in message and "step_000001 is whole" in message
+
+
+def one_rank_cannot_write(topology, folder: Path) -> str:
+    keeper = Saver(folder, keep_last=2)
+    if topology.rank == 1:
+
+        def full(_path):
+            raise OSError(28, "No space left on device")
+
+        files.digest = full
+    try:
+        keeper.save(1, tensors(), {})
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        import importlib
+
+        importlib.reload(files)
+    return "saved"
+
+
+@pytest.mark.distributed
+def test_a_full_disk_of_one_rank_fails_the_save_on_all(run_on, tmp_path):
+    (tmp_path / "run").mkdir()
+    messages = run_on(2, one_rank_cannot_write, tmp_path / "run")
+    assert all("No space left on device" in message for message in messages), messages
+    assert Saver(tmp_path / "run", keep_last=1).latest() is None

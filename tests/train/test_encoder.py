@@ -1,0 +1,179 @@
+"""Stage 0: the encoder learns the cells, and its folder is a SigLIP folder for transformers and for us."""
+
+import json
+import runpy
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import safe_open
+from transformers import AutoImageProcessor, SiglipVisionModel
+
+from aki_megatron.checkpoint.huggingface import load_pretrained
+from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig
+from aki_megatron.data.image import load_image
+from aki_megatron.data.synthetic.dataset import DatasetSize, make_dataset
+from aki_megatron.data.synthetic.questions import caption
+from aki_megatron.data.synthetic.scenes import COLORS, KINDS, draw_scene, scene_rng
+from aki_megatron.flow import UserError
+from aki_megatron.model.stage import build_model
+from aki_megatron.train.encoder import (
+    DEMO_ENCODER,
+    Cells,
+    EncoderRecipe,
+    cell_accuracy,
+    load_cells,
+    train_encoder,
+)
+
+TOOL = Path(__file__).parents[2] / "tools" / "train_encoder.py"
+SIZE = DatasetSize(scenes=300, held_out=40, seed=3)
+
+TINY = EncoderRecipe(steps=6, batch=16, warmup_steps=2)
+"""Long enough to write a folder, not to learn."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("encoder") / "data"
+    make_dataset(root, SIZE, lambda done: None)
+    return root
+
+
+@pytest.fixture(scope="module")
+def cells(data: Path) -> Cells:
+    return load_cells(data, "captions")
+
+
+@pytest.fixture(scope="module")
+def tool() -> dict[str, Any]:
+    return runpy.run_path(str(TOOL))
+
+
+@pytest.fixture(scope="module")
+def folder(data: Path, tool: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("folder") / "encoder"
+    tool["run"](data, out, TINY, least_accuracy=0)
+    return out
+
+
+def test_labels_are_what_was_drawn(cells: Cells) -> None:
+    assert len(cells.pictures) == len(cells.labels) == SIZE.scenes
+    for number in range(0, SIZE.scenes, 37):
+        scene = draw_scene(scene_rng(SIZE.seed, "train", number))
+        wanted = torch.zeros(9, 2, dtype=torch.int64)
+        for thing in scene.objects:
+            place = 3 * thing.row + thing.column
+            wanted[place] = torch.tensor([1 + KINDS.index(thing.kind), 1 + COLORS.index(thing.color)])
+        torch.testing.assert_close(cells.labels[number], wanted, msg=caption(scene))
+
+
+def test_training_learns_repeats_itself_and_leaves_the_random_state(cells: Cells) -> None:
+    few = Cells(cells.pictures[:8], cells.labels[:8])
+    recipe = EncoderRecipe(steps=160, batch=8, warmup_steps=10)
+    losses: list[float] = []
+    before = torch.get_rng_state()
+    encoder, head = train_encoder(few, DEMO_ENCODER, recipe, lambda step, loss: losses.append(loss))
+    torch.testing.assert_close(torch.get_rng_state(), before)
+    assert len(losses) == recipe.steps and losses[-1] < 0.1 * losses[0]
+    assert cell_accuracy(encoder, head, few).cell > 0.9, "eight pictures are learnt by heart"
+    again, _ = train_encoder(few, DEMO_ENCODER, recipe, lambda step, loss: None)
+    for name, tensor in encoder.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], tensor, rtol=0, atol=0)
+
+
+def test_accuracy_counts_what_is_named_right(cells: Cells) -> None:
+    class Oracle(torch.nn.Module):
+        """Knows the labels; is wrong about the kind in the first cell of every picture."""
+
+        def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            kinds = F.one_hot(cells.labels[: len(pixels), :, 0], len(KINDS) + 1).float()
+            kinds[:, 0] = kinds[:, 0].roll(1, dims=-1)
+            return kinds, F.one_hot(cells.labels[: len(pixels), :, 1], len(COLORS) + 1).float()
+
+    oracle = Oracle()
+    found = cell_accuracy(torch.nn.Identity(), oracle, cells)
+    occupied = cells.labels[..., 0] > 0
+    assert found.color == 1.0 and found.cell == pytest.approx(8 / 9)
+    assert found.kind == pytest.approx(1 - (occupied[:, 0].sum() / occupied.sum()).item())
+
+
+def test_every_part_that_gives_features_is_trained(cells: Cells) -> None:
+    recipe = EncoderRecipe(steps=2, batch=8, warmup_steps=0)
+    one, _ = train_encoder(cells, DEMO_ENCODER, EncoderRecipe(1, 8, warmup_steps=0, lr=0.0), lambda *_: None)
+    two, _ = train_encoder(cells, DEMO_ENCODER, recipe, lambda *_: None)
+    moved = {name for name, tensor in two.state_dict().items() if not torch.equal(tensor, one.state_dict()[name])}
+    assert {name for name in one.state_dict() if not name.startswith("pooling.")} == moved
+
+
+def test_the_folder_is_a_siglip_folder(folder: Path, data: Path) -> None:
+    pixels = torch.stack([load_image(path, 36) for path in sorted((data / "VQA/train2014").iterdir())[:12]])
+    theirs, report = SiglipVisionModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    with safe_open(folder / "model.safetensors", "pt") as tensors:
+        names = set(tensors.keys())
+    assert all(name.startswith("vision_model.") for name in names) and "vision_model.head.probe" in names
+    sizes = {"width": 32, "layers": 1, "heads": 2, "kv_heads": 2, "mlp_width": 64, "vocab_rows": 16, "base_tokens": 14}
+    decoder = DecoderConfig(**sizes, extra_tokens=2, rope=RopeConfig(kind="default"))
+    resampler = ResamplerConfig(latents=4, layers=1, heads=2, head_width=16)
+    ours = build_model(ModelConfig(vision=DEMO_ENCODER, resampler=resampler, decoder=decoder), rule="causal")
+    fresh = load_pretrained(ours, vision=folder)
+    assert not [name for name in fresh if "vision" in name]
+    with torch.no_grad():
+        wanted = theirs(pixel_values=pixels).last_hidden_state
+        got = ours.front.vision(pixels)
+    assert wanted.shape == (12, 36, DEMO_ENCODER.width)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+
+
+def test_the_folders_preprocessor_is_ours(folder: Path, data: Path) -> None:
+    processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, use_fast=False)
+    for path in sorted((data / "VQA/train2014").iterdir())[:5]:
+        with Image.open(path) as picture:
+            theirs = processor(picture, return_tensors="pt")["pixel_values"][0]
+        torch.testing.assert_close(load_image(path, 36), theirs, rtol=0, atol=1e-6)
+
+
+def test_a_second_run_does_nothing_and_another_recipe_trains_anew(
+    tool: dict[str, Any], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "encoder"
+    tool["run"](data, out, TINY, least_accuracy=0)
+    first = (out / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    tool["run"](data, out, TINY, least_accuracy=0)
+    assert "complete, nothing to do" in capsys.readouterr().out
+    tool["run"](data, out, replace(TINY, steps=7), least_accuracy=0)
+    assert (out / "model.safetensors").read_bytes() != first
+    assert json.loads((out / "training.json").read_text())["recipe"]["steps"] == 7
+
+
+def test_an_encoder_that_learned_too_little_is_not_written(tool: dict[str, Any], data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"97% are demanded; train longer"):
+        tool["run"](data, tmp_path / "encoder", TINY, least_accuracy=0.97)
+    assert not (tmp_path / "encoder").exists()
+
+
+def test_wrong_arguments_are_answered_in_words(
+    tool: dict[str, Any],
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "holiday.jpg").write_bytes(b"")
+    wrong = {
+        ("--data", str(tmp_path), "--out", str(tmp_path / "encoder")): "run: python tools/make_data.py",
+        ("--data", str(data), "--out", str(tmp_path)): "no encoder of this tool",
+        ("--data", str(data), "--out", str(tmp_path / "encoder"), "--steps", "20"): "more than the warm-up",
+    }
+    for options, message in wrong.items():
+        monkeypatch.setattr(sys, "argv", ["train_encoder", *options])
+        assert tool["main"]() == 2
+        assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]

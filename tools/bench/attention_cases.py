@@ -1,0 +1,85 @@
+"""What the attention benchmarks run: ids shaped like AKI's samples at the widths of Phi-3.5-mini (head width 96).
+
+Letters: B rows, T tokens, H heads, d head width.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aki_megatron.attention import ModalityLayout
+from aki_megatron.flow import Modality
+
+SYSTEM_TOKENS, IMAGE_TOKENS, QUESTION_TOKENS = 12, 144, 100
+HEAD_WIDTH = 96
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch: rows of samples of the given lengths, right padded to ``width``. ``heads`` is for a CPU."""
+
+    name: str
+    rows: tuple[tuple[int, ...], ...]
+    width: int
+    heads: int
+
+    def ids(self) -> tuple[Tensor, Tensor]:
+        """Modality int8 and segment int32 [B, T]: system text, image, question, response in every sample."""
+        modality = torch.zeros(len(self.rows), self.width, dtype=torch.int8)
+        segment = torch.full((len(self.rows), self.width), -1, dtype=torch.int32)
+        for b, lengths in enumerate(self.rows):
+            start = 0
+            for number, length in enumerate(lengths):
+                image, question = start + SYSTEM_TOKENS, start + SYSTEM_TOKENS + IMAGE_TOKENS
+                modality[b, start : start + length] = Modality.RESPONSE
+                modality[b, start : question + QUESTION_TOKENS] = Modality.TEXT
+                modality[b, image:question] = Modality.IMAGE
+                segment[b, start : start + length] = number
+                start += length
+        return modality, segment
+
+    def layout(self, rule: str) -> ModalityLayout:
+        """The layout of a rule; every row that predicts a response of its own sample is scored."""
+        modality, segment = self.ids()
+        scored = torch.zeros(modality.shape, dtype=torch.bool)
+        scored[:, :-1] = (modality[:, 1:] == Modality.RESPONSE) & (segment[:, 1:] == segment[:, :-1])
+        return ModalityLayout.build(modality, segment, rule=rule, scored=scored)
+
+
+def split(total: int, low: int, high: int, seed: int) -> tuple[int, ...]:
+    """Lengths between ``low`` and ``high`` that fill ``total`` tokens as far as they go."""
+    rng = random.Random(seed)
+    lengths: list[int] = []
+    while sum(lengths) + high <= total:
+        lengths.append(rng.randint(low, high))
+    return tuple(lengths)
+
+
+def cases() -> list[Case]:
+    """The table of docs/benchmarks."""
+    ragged = random.Random(0)
+    return [
+        Case("656", ((656,),) * 8, 656, 4),
+        Case("656 ragged", tuple((ragged.randint(300, 656),) for _ in range(8)), 656, 4),
+        Case("2048", ((2048,),) * 2, 2048, 2),
+        Case("4096", ((4096,),), 4096, 2),
+        Case("8192", ((8192,),), 8192, 1),
+        Case("packed 4096", (split(4096, 400, 656, 1),), 4096, 2),
+        Case("packed 16384", (split(16384, 400, 656, 2),), 16384, 2),
+    ]
+
+
+def inputs(case: Case, heads: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """q, k, v (leaves) and a gradient [B, H, T, d], token-major as the model makes them."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (len(case.rows), case.width, heads, HEAD_WIDTH)
+    made = [torch.randn(shape, generator=generator).to(device, dtype).transpose(1, 2) for _ in range(4)]
+    return [*(x.requires_grad_() for x in made[:3]), made[3]]
+
+
+def step(run: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> None:
+    """One forward and backward pass; the gradients are thrown away."""
+    torch.autograd.grad(run(q, k, v), (q, k, v), grad)

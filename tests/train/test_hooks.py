@@ -12,17 +12,6 @@ from aki_megatron.train.folder import read_metrics, rewind_metrics
 from aki_megatron.train.hooks import ConsoleHook, MetricsHook, SaveHook
 
 FIELDS = ["step", "loss", "grad_norm", "lr", "supervised_tokens", "tokens", "images", "seconds", "skipped"]
-    "step",
-    "loss",
-    "grad_norm",
-    "lr",
-    "supervised_tokens",
-    "tokens",
-    "images",
-    "seconds",
-    "skipped",
-    "tokens_per_second",
-]
 
 
 def report(loss: float = 1.5, *, skipped: bool = False) -> StepReport:

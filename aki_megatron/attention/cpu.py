@@ -5,6 +5,9 @@ log-sum-exp of each part. PyTorch does not differentiate that quantity, so the b
 flash backward with the *merged* output and log-sum-exp, and the gradients add up.
 
 Rows that see nothing get output 0 and log-sum-exp +inf, so that exp(score - lse) is 0 and no gradient passes them.
+The parts beyond the causal past are small, and run in the dtype of their log-sum-exp, float32 or wider: that spares a
+rounding, and on CPUs without bfloat16 matrix units it is three times as fast as the bfloat16 backward.
+
 Without look-ahead there is nothing to merge and what runs is plain causal flash, bit for bit.
 
 Letters: B rows, T tokens, Hq query heads, Hkv key heads, d head width.
@@ -77,9 +80,9 @@ def _permuted(x: Tensor, order: Tensor | None) -> Tensor:
     return flat_tokens(x).index_select(0, order).view(tokens.shape).transpose(1, 2)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    mask = None if call.mask is None else call.mask.to(q.dtype)
-    return _forward(call.rows(q), call.columns(k), call.columns(v), 0.0, call.causal, attn_mask=mask)
+def _flash(q: Tensor, k: Tensor, v: Tensor, call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    own, seen, seen_v = call.rows(q).to(dtype), call.columns(k).to(dtype), call.columns(v).to(dtype)
+    return _forward(own, seen, seen_v, 0.0, call.causal, attn_mask=None if call.mask is None else call.mask.to(dtype))
 
 
 def _merged(inputs: list[Tensor], plan: CpuPlan) -> tuple[Tensor, Tensor]:
@@ -96,15 +99,13 @@ def _merged(inputs: list[Tensor], plan: CpuPlan) -> tuple[Tensor, Tensor]:
         precision = torch.promote_types(q.dtype, torch.float32)
         lse = q.new_full((batch, tokens, heads), -torch.inf, dtype=precision).transpose(1, 2)
         for call in plan.base:
-            part, part_lse = _flash(q, k, v, call)
+            part, part_lse = _flash(q, k, v, call, q.dtype)
             call.put_rows(out, part)
             call.put_rows(lse, part_lse)
     for call in plan.extra:
-        part, part_lse = _flash(q, k, v, call)
+        part, part_lse = _flash(q, k, v, call, lse.dtype)
         ours, ours_lse = call.rows(out), call.rows(lse)
-        weight = torch.sigmoid(part_lse - ours_lse).unsqueeze(-1)
-        # the weight is float32 or wider; a mean of low-precision parts is rounded once, at the end
-        mean = torch.lerp(ours.to(weight.dtype), part.to(weight.dtype), weight)
+        mean = torch.lerp(ours.to(lse.dtype), part, torch.sigmoid(part_lse - ours_lse).unsqueeze(-1))
         call.put_rows(out, mean.to(out.dtype))
         call.put_rows(lse, torch.logaddexp(ours_lse, part_lse))
     _fill(lse, plan.silent, torch.inf)
@@ -121,12 +122,12 @@ def _gradients(saved: list[Tensor], plan: CpuPlan) -> tuple[Tensor, Tensor, Tens
         dq, dk, dv = (token_major(part) for part in parts) if plan.gathers else parts
     else:
         dq, dk, dv = (x.new_zeros(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k, v))
-    for call in (*plan.base, *plan.extra):
-        mask = None if call.mask is None else call.mask.to(q.dtype)
-        own, seen, seen_v = call.rows(q), call.columns(k), call.columns(v)
-        parts = _backward(
-            call.rows(grad), own, seen, seen_v, call.rows(out), call.rows(lse), 0.0, call.causal, attn_mask=mask
-        )
+    work = [*((call, q.dtype) for call in plan.base), *((call, lse.dtype) for call in plan.extra)]
+    for call, dtype in work:
+        rows = [call.rows(x).to(dtype) for x in (grad, q, out)]
+        columns = [call.columns(x).to(dtype) for x in (k, v)]
+        mask = None if call.mask is None else call.mask.to(dtype)
+        parts = _backward(rows[0], rows[1], *columns, rows[2], call.rows(lse), 0.0, call.causal, attn_mask=mask)
         call.add_rows(dq, parts[0])
         call.add_columns(dk, parts[1])
         call.add_columns(dv, parts[2])

@@ -75,15 +75,15 @@ class Bundle:
 
     def put_rows(self, x: Tensor, value: Tensor) -> None:
         """Overwrite the rows of token-major x [B, H, T, ...]."""
-        flat_tokens(x).index_copy_(0, self.row_index.flatten(), value.transpose(1, 2).flatten(0, 1))
+        flat_tokens(x).index_copy_(0, self.row_index.flatten(), _tokens(value, x.dtype))
 
     def add_rows(self, x: Tensor, value: Tensor) -> None:
         """Add to the rows of token-major x [B, H, T, d]."""
-        flat_tokens(x).index_add_(0, self.row_index.flatten(), value.transpose(1, 2).flatten(0, 1))
+        flat_tokens(x).index_add_(0, self.row_index.flatten(), _tokens(value, x.dtype))
 
     def add_columns(self, x: Tensor, value: Tensor) -> None:
         """Add to the columns of token-major x [B, H, T, d]."""
-        flat_tokens(x).index_add_(0, self.column_index.flatten(), value.transpose(1, 2).flatten(0, 1))
+        flat_tokens(x).index_add_(0, self.column_index.flatten(), _tokens(value, x.dtype))
 
 
 Call = Window | Bundle
@@ -135,6 +135,11 @@ def token_major(x: Tensor) -> Tensor:
     if x.stride(-1) == 1 and (x.shape[0] == 1 or tokens == 1 or x.stride(0) == tokens * x.stride(2)):
         return x
     return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _tokens(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """[G, H, R, ...] -> [G * R, H, ...]"""
+    return value.transpose(1, 2).flatten(0, 1).to(dtype)
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

@@ -169,6 +169,22 @@ def test_the_error_names_row_column_and_the_scored_token_between_them() -> None:
         ModalityLayout.build(modality, segment, rule=rule, scored=scored)
 
 
+@pytest.mark.parametrize("rule", ["mma", "mma_general", "mixed", "cca"])
+@pytest.mark.parametrize("name", LEGAL)
+def test_one_scored_token_anywhere_is_refused_just_where_an_edge_passes_over_it(name: str, rule: str) -> None:
+    modality, segment = rectangle(LEGAL[name])
+    edges = edges_of(dense_mask(modality, segment, rule, RuleOptions())[0]).tolist()
+    for t in range(modality.shape[1]):
+        scored = torch.zeros(modality.shape, dtype=torch.bool)
+        scored[0, t] = True
+        try:
+            ModalityLayout.build(modality, segment, rule=rule, scored=scored)
+            refused = False
+        except LeakError:
+            refused = True
+        assert refused == any(i <= t < j for i, j in edges)
+
+
 @SOME
 @given(ids_of_rows(holes=False, most_rows=1), st.sampled_from(["mma", "mma_general", "mixed", "cca"]), st.data())
 def test_certificate_is_the_condition_on_edges_and_the_leak_of_two_layers(

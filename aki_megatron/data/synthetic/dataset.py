@@ -26,7 +26,7 @@ from aki_megatron.data.synthetic.scenes import Scene, SceneObject, draw_scene, p
 from aki_megatron.data.synthetic.tokenizer import write_tokenizer
 from aki_megatron.flow import DataError
 
-VERSION = 1
+VERSION = 2
 """Raised when the same seed would give other bytes."""
 MANIFEST = "manifest.json"
 _PARTIAL = ".partial"
@@ -34,6 +34,8 @@ _PICTURES = ("VQA/train2014", "VQA/val2014", "A-OKVQA/train2017", "A-OKVQA/val20
 _FIRST_HELD_OUT_ID = 500_001
 _SHARD_SCENES = 2500
 _QUESTIONS_PER_SCENE = 3
+_ATTEMPTS = 4
+"""Draws of a task's question from a scene before the scene is taken not to carry one."""
 _OTHERS_PER_SCENE = 2
 """Statements, choices and regions of a scene: two of each."""
 
@@ -152,10 +154,13 @@ def _draw(root: Path, seed: int, split: str, index: int, rows: _Rows) -> None:
 
 
 def _open_questions(scene: Scene, rng: random.Random, asked: Counter[str]) -> list[ask.Question]:
-    """Up to three questions of different tasks, those first that were asked least so far: all tasks come out equal."""
+    """Up to three questions of different tasks, those first that lag most behind their share."""
     found: list[ask.Question] = []
-    for task in sorted(ask.TASKS, key=lambda name: asked[name]):
-        if len(found) < _QUESTIONS_PER_SCENE and (question := ask.TASKS[task](scene, rng)):
+    for task in sorted(ask.TASKS, key=lambda name: asked[name] / ask.SHARES[name]):
+        if len(found) == _QUESTIONS_PER_SCENE:
+            break
+        drawn = (ask.TASKS[task](scene, rng) for _ in range(_ATTEMPTS))
+        if question := next((one for one in drawn if one), None):
             found.append(question)
             asked[task] += 1
     return found

@@ -145,6 +145,9 @@ TASKS: dict[str, Callable[[Scene, random.Random], Question | None]] = {
 }
 """The open questions by the name their question_type carries."""
 
+SHARES = {"count": 4, "color": 4, "exist": 4, "ocr": 1, "hop": 1}
+"""How often each is asked, relative to the others: mostly what a small model learns in minutes."""
+
 
 def holds(relation: str, first: SceneObject, second: SceneObject) -> bool:
     """Whether ``first`` stands in that relation to ``second``; distance does not matter."""

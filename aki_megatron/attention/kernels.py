@@ -17,9 +17,10 @@ from aki_megatron.attention.layout import ModalityLayout
 from aki_megatron.flow import UserError
 
 MASKED_WIDTH = 512
-"""Rows up to this many tokens with look-ahead go to ``masked`` on a CPU. It is the key block of PyTorch's CPU flash
-kernel: inside one block a causal call computes all pairs anyway, so a mask costs almost nothing, while merging pieces
-costs calls (measured: docs/benchmarks/attention_cpu.md)."""
+"""Unpacked rows up to this many tokens with look-ahead go to ``masked`` on a CPU. It is the key block of PyTorch's CPU
+flash kernel: inside one block a causal call computes all pairs anyway, so a mask costs almost nothing, while merging
+pieces costs calls (measured: docs/benchmarks/attention_cpu.md). Packed rows are merged: a mask would fill in all that
+segments leave out."""
 
 
 class BackendError(UserError):
@@ -47,10 +48,11 @@ mask, for short rows. cuda: the varlen flash kernel. flex: FlexAttention, a cros
 
 
 def choose(layout: ModalityLayout, device: torch.device) -> str:
-    """The backend of ``auto``: cuda on CUDA; on a CPU masked for short rows with look-ahead, cpu otherwise."""
-    if device.type == "cpu":
-        return "masked" if layout.has_look_ahead and layout.shape[1] <= MASKED_WIDTH else "cpu"
-    return device.type
+    """The backend of ``auto``: cuda on CUDA; on a CPU masked for short unpacked rows with look-ahead, cpu otherwise."""
+    if device.type != "cpu":
+        return device.type
+    short = layout.pieces.one_span_per_row and layout.shape[1] <= MASKED_WIDTH
+    return "masked" if layout.has_look_ahead and short else "cpu"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: ModalityLayout, *, backend: str = "auto") -> Tensor:

@@ -47,6 +47,9 @@ class ShardIndex:
     def __init__(self, patterns: Sequence[str], root: Path) -> None:
         self.root = root
         self.tars = expand_shards(patterns, root)
+        if missing := missing_shards(patterns, root):
+            listing = "\n  ".join(missing)
+            raise DataError(f"Tars of data.shards={list(patterns)} do not exist (data.root={root}):\n  {listing}")
         self._entries: list[_Entry] = []
         for shard, tar in enumerate(self.tars):
             self._entries.extend(_read_index(shard, tar))
@@ -101,18 +104,18 @@ class ShardIndex:
 
 
 def expand_shards(patterns: Sequence[str], root: Path) -> list[Path]:
-    """The tars that brace patterns name, in order; DataError lists those that do not exist."""
+    """The tars that brace patterns name, in order, whether they exist or not; DataError where there is no pattern."""
     if not patterns:
         raise DataError("No shards given (data.shards), for example captions/{00000..00007}.tar.")
-    tars = [root / name for pattern in patterns for name in expand_urls(pattern)]
+    return [root / name for pattern in patterns for name in expand_urls(pattern)]
+
+
+def missing_shards(patterns: Sequence[str], root: Path) -> list[str]:
+    """The tars that do not exist, the first ten by name."""
+    tars = expand_shards(patterns, root)
     missing = [str(tar) for tar in tars if not tar.is_file()]
-    if missing:
-        shown = "\n  ".join(missing[:10]) + (f"\n  ... and {len(missing) - 10} more" if len(missing) > 10 else "")
-        raise DataError(
-            f"{len(missing)} of {len(tars)} tars of data.shards={list(patterns)} do not exist "
-            f"(data.root={root}):\n  {shown}"
-        )
-    return tars
+    rest = [f"... and {len(missing) - 10:,} more of {len(tars):,} tars"] if len(missing) > 10 else []
+    return missing[:10] + rest
 
 
 def _read_index(shard: int, tar: Path) -> Iterator[_Entry]:

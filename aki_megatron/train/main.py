@@ -11,7 +11,7 @@ from aki_megatron.config.check import check_world
 from aki_megatron.config.run import RunConfig
 from aki_megatron.config.save import check_resume
 from aki_megatron.config.start import USER_ERROR, refuse
-from aki_megatron.data.shards import expand_shards
+from aki_megatron.data.shards import missing_shards
 from aki_megatron.data.sources import missing_files
 from aki_megatron.flow import DataError, UserError
 from aki_megatron.parallel.topology import Launch, discover_launch, start
@@ -29,10 +29,7 @@ def missing_inputs(config: RunConfig) -> list[str]:
               "data.tokenizer": data.tokenizer, "data.root": data.root}  # fmt: skip
     missing = [f"{path} ({key})" for key, path in wanted.items() if path is not None and not path.exists()]
     if data.kind == "captions":
-        absent = [path for path in expand_shards(data.shards, data.root) if not path.exists()]
-        missing += [f"{path} (data.shards)" for path in absent[:3]]
-        if len(absent) > 3:
-            missing.append(f"... and {len(absent) - 3:,} more of data.shards")
+        missing += [f"{shard} (data.shards)" for shard in missing_shards(data.shards, data.root)]
     else:
         missing += missing_files(data.root, [source.name for source in data.sources], "train")
     return missing
@@ -42,7 +39,7 @@ def check_inputs(config: RunConfig) -> None:
     """Raise one DataError with everything that is missing, before any process group or model exists."""
     if missing := missing_inputs(config):
         raise DataError(
-            f"This run needs {len(missing)} things that are not there (looked for from {Path.cwd()}):\n  "
+            f"This run needs files that are not there (looked for from {Path.cwd()}):\n  "
             + "\n  ".join(missing)
             + "\nPut them there, or point the keys in brackets elsewhere (for example --data.root /datasets).\n"
             "To see the whole system work without any of them: make demo"

@@ -193,6 +193,16 @@ def test_gradients_of_padding_are_zero_whatever_comes_back_to_it() -> None:
             assert not result.transpose(1, 2)[ids[1] < 0].any()
 
 
+def test_auto_takes_the_fastest_kernel_for_a_cpu() -> None:
+    sample = row_of((TEXT, 4), (IMAGE, 16), (TEXT, 8), (RESPONSE, 12))
+    cpu = torch.device("cpu")
+    assert choose(built(rectangle([sample], [sample[:30]], [[]]), "mma"), cpu) == "masked"
+    assert choose(built(rectangle([sample, sample]), "mma"), cpu) == "cpu"
+    assert choose(built(rectangle([sample]), "causal"), cpu) == "cpu"
+    assert choose(built(rectangle([sample], width=MASKED_WIDTH + 1), "mma"), cpu) == "cpu"
+    assert choose(built(rectangle([sample]), "mma"), torch.device("cuda")) == "cuda"
+
+
 def test_small_pieces_share_calls() -> None:
     rng = random.Random(0)
     ids = rectangle(*[[conversation(rng, 1, 16, 20)] for _ in range(32)])

@@ -46,7 +46,7 @@ def test_long_names(tmp_path: Path) -> None:
 
 def test_missing_tars_are_listed(tmp_path: Path) -> None:
     write_tar(tmp_path / "00000.tar", pairs(1))
-    with pytest.raises(DataError, match=r"(?s)2 of 3 tars .*00001\.tar\n.*00002\.tar"):
+    with pytest.raises(DataError, match=r"(?s)do not exist .*00001\.tar\n.*00002\.tar"):
         ShardIndex(["{00000..00002}.tar"], tmp_path)
     with pytest.raises(DataError, match="No shards given"):
         ShardIndex([], tmp_path)

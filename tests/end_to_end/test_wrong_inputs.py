@@ -46,9 +46,22 @@ def test_captions_with_mutual_attention(world: World) -> None:
     refused(world.run("launcher/pretrain.py", *flags, ok=False), "attention.rule", "captions", "causal")
 
 
-def test_the_default_run_says_all_that_is_missing(world: World, tmp_path: Path) -> None:
-    flags = ["--ds_config", "configs/zero3.json", "--train.micro_batch", "8", "--run.dir", str(tmp_path / "run")]
-    message = refused(world.run("launcher/sft.py", *flags, ok=False), "init.vision", "init.language", "data.tokenizer")
+@pytest.mark.parametrize(
+    ("launcher", "micro_batch", "keys"),
+    [("pretrain", "24", ["init.vision", "init.language", "data.shards"]), ("sft", "8", ["init.weights", "vqav2"])],
+)
+def test_the_default_run_says_all_that_is_missing(
+    world: World, tmp_path: Path, launcher: str, micro_batch: str, keys: list[str]
+) -> None:
+    flags = [
+        "--ds_config",
+        "configs/zero3.json",
+        "--train.micro_batch",
+        micro_batch,
+        "--run.dir",
+        str(tmp_path / "run"),
+    ]
+    message = refused(world.run(f"launcher/{launcher}.py", *flags, ok=False), *keys, "data.tokenizer")
     assert "looked for from" in message and "make demo" in message
     assert not (tmp_path / "run").exists()
 

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -151,6 +152,21 @@ def test_a_second_run_does_nothing_and_another_recipe_trains_anew(
     tool["run"](data, out, replace(TINY, steps=7), least_accuracy=0)
     assert (out / "model.safetensors").read_bytes() != first
     assert json.loads((out / "training.json").read_text())["recipe"]["steps"] == 7
+
+
+def test_only_other_captions_make_the_encoder_stale(
+    tool: dict[str, Any], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    for name, complete in (("vsr/train-random.jsonl", True), ("captions/00000.tar", False)):
+        tool["run"](copy, copy / "encoder", TINY, least_accuracy=0)
+        manifest["sha256"][name] = "0" * 64
+        (copy / "manifest.json").write_text(json.dumps(manifest))
+        capsys.readouterr()
+        tool["run"](copy, copy / "encoder", TINY, least_accuracy=0)
+        assert ("complete, nothing to do" in capsys.readouterr().out) == complete
 
 
 def test_an_encoder_that_learned_too_little_is_not_written(tool: dict[str, Any], data: Path, tmp_path: Path) -> None:

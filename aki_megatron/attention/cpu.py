@@ -6,7 +6,7 @@ flash backward with the *merged* output and log-sum-exp, and the gradients add u
 
 Rows that see nothing get output 0 and log-sum-exp +inf, so that exp(score - lse) is 0 and no gradient passes them.
 The parts beyond the causal past are small, and run in the dtype of their log-sum-exp, float32 or wider: that spares a
-rounding, and on CPUs without bfloat16 matrix units it is three times as fast as the bfloat16 backward.
+rounding, and measured more than twice as fast as the bfloat16 backward (docs/benchmarks/attention_cpu.md).
 
 Without look-ahead there is nothing to merge and what runs is plain causal flash, bit for bit.
 

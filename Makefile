@@ -7,6 +7,8 @@ SHELL := bash
 BIN := $(CURDIR)/.venv/bin
 # The deepspeed launcher starts `python`, and DeepSpeed's JIT looks for `ninja`: both must be the ones of .venv.
 export PATH := $(BIN):$(PATH)
+# Tests use small tensors and several processes: more threads only wait for each other.
+test test-fast: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast lint format

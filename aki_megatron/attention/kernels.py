@@ -36,19 +36,27 @@ class Backend:
     dtypes: tuple[torch.dtype, ...]
 
 
+HALF = (torch.bfloat16, torch.float16)
+
 BACKENDS: dict[str, Backend] = {
     "dense": Backend(attend_dense, ("cpu", "cuda"), DTYPES),
     "cpu": Backend(attend_cpu, ("cpu",), DTYPES),
     "masked": Backend(attend_cpu_masked, ("cpu",), DTYPES),
-    "cuda": Backend(attend_cuda, ("cuda",), (torch.bfloat16, torch.float16)),
+    "cuda": Backend(attend_cuda, ("cuda",), HALF),
     "flex": Backend(attend_flex, ("cuda",), (torch.float32, torch.bfloat16, torch.float16)),
 }
 """dense: SDPA with the whole mask. cpu: flash pieces merged by log-sum-exp. masked: one CPU flash call with the whole
 mask, for short rows. cuda: the varlen flash kernel. flex: FlexAttention, a cross-check."""
 
 
-def choose(layout: ModalityLayout, device: torch.device) -> str:
-    """The backend of ``auto``: cuda on CUDA; on a CPU masked for short unpacked rows with look-ahead, cpu otherwise."""
+def choose(layout: ModalityLayout, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend of ``auto``.
+
+    On CUDA the flash kernel for the half-precision types it takes, and dense for float32 and float64, which serve
+    checks. On a CPU masked for short unpacked rows with look-ahead, cpu otherwise.
+    """
+    if device.type == "cuda" and dtype not in HALF:
+        return "dense"
     if device.type != "cpu":
         return device.type
     short = layout.pieces.one_span_per_row and layout.shape[1] <= MASKED_WIDTH
@@ -60,7 +68,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: ModalityLayout, *, backend: 
 
     Rows of no segment give 0. Raises BackendError when the backend cannot do it on this device, dtype or shape.
     """
-    name = choose(layout, q.device) if backend == "auto" else backend
+    name = choose(layout, q.device, q.dtype) if backend == "auto" else backend
     if name not in BACKENDS:
         raise BackendError(
             f"attention backend {name!r} is unknown for device {q.device} and rule {layout.rule!r}; "

@@ -1,6 +1,8 @@
 """Dotted flags through tyro: one flag per key, values as text (they are read and checked as YAML values are)."""
 
+import contextlib
 import dataclasses
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -101,4 +103,7 @@ def print_help(
     """The usual commands, then every flag with its help and its current value."""
     words = USUAL.format(description=description, prog=prog, config=config, shown=shown, name=Path(prog).stem)
     view = _view(RunConfig, texts, "", flags)
+    with contextlib.suppress(AttributeError):  # Windows has no such signal
+        # `--help | head` closes the pipe early: end quietly, as other commands do
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     tyro.cli(view, prog=prog, description=words, args=["--help"], use_underscores=True, compact_help=False)

@@ -20,11 +20,15 @@ class VisionConfig(Section):
     """SigLIP vision transformer; the defaults are google/siglip-so400m-patch14-384."""
 
     image_size: PositiveInt = 384
+    """Side in pixels of the square that every picture is resized to."""
     patch_size: PositiveInt = 14
+    """Side of a patch in pixels; a rest of the image smaller than a patch is not seen."""
     width: PositiveInt = 1152
+    """Features of a patch between layers."""
     layers: PositiveInt = 27
     heads: PositiveInt = 16
     mlp_width: PositiveInt = 4304
+    """Features inside the feed-forward part of a layer."""
     norm_eps: PositiveFloat = 1e-6
     pooling_head: bool = True
     """Hold the weights of SigLIP's attention pooling. They take no part in AKI's forward pass;
@@ -50,10 +54,13 @@ class ResamplerConfig(Section):
     """Perceiver resampler of AKI: 144 latents, six layers of cross-attention and feed-forward."""
 
     latents: PositiveInt = 144
+    """Places that one image takes in the decoder's sequence."""
     layers: PositiveInt = 6
     heads: PositiveInt = 8
     head_width: PositiveInt = 64
+    """Features of one attention head."""
     mlp_ratio: PositiveInt = 4
+    """Features inside the feed-forward part, as a multiple of model.vision.width."""
     norm_eps: PositiveFloat = 1e-5
 
 
@@ -127,10 +134,14 @@ class DecoderConfig(Section):
     """
 
     width: PositiveInt = 3072
+    """Features of a token between layers; width / heads is the width of an attention head."""
     layers: PositiveInt = 32
     heads: PositiveInt = 32
+    """Query heads."""
     kv_heads: PositiveInt = 32
+    """Key and value heads; fewer than heads is grouped-query attention."""
     mlp_width: PositiveInt = 8192
+    """Features inside the feed-forward part (SwiGLU) of a layer."""
     norm_eps: PositiveFloat = 1e-5
     vocab_rows: PositiveInt = 32064
     """Rows of the embedding and head tables, rows that no token uses included."""
@@ -140,7 +151,9 @@ class DecoderConfig(Section):
     """Tokens with rows of their own beside the tables (AKI: <image>, <|endofchunk|>):
     ids base_tokens ... base_tokens + extra_tokens - 1."""
     head_bias: bool = True
+    """Whether the output head adds a bias, as AKI's does and Phi-3's does not."""
     tie_embeddings: bool = False
+    """Whether the output head is the embedding table."""
     rope: RopeConfig = PHI35_MINI_ROPE
 
     @model_validator(mode="after")

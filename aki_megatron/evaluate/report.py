@@ -54,6 +54,8 @@ def curves(metrics: Sequence[dict[str, Any]]) -> bytes:
         panel.plot(steps, values, linewidth=0.7, alpha=1.0 if name == "lr" else 0.35, color="#3b6fd4")
         if name != "lr":
             panel.plot(steps, smooth(values), linewidth=1.6, color="#1e3a8a")
+        if name == "loss":
+            panel.set_yscale("log")
         panel.set_title(name, loc="left", fontsize=10)
         panel.set_xlabel("step")
         panel.grid(alpha=0.25)

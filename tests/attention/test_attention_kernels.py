@@ -143,7 +143,7 @@ def test_without_look_ahead_it_is_causal_flash_bit_for_bit(
     ids = rectangle([row_of(*row)], [row_of(*row)[:20]], [row_of(*row)[:1]], width=300)
     layout = built(ids, rule, **options)
     assert not layout.has_look_ahead
-    assert choose(layout, torch.device("cpu")) == "cpu"
+    assert choose(layout, torch.device("cpu"), torch.float32) == "cpu"
     real = ids[1] >= 0
     q, k, v, grad = tensors(*layout.shape, (4, 2, 16), dtype)
     grad = grad * real[:, None, :, None]
@@ -196,11 +196,12 @@ def test_gradients_of_padding_are_zero_whatever_comes_back_to_it() -> None:
 def test_auto_takes_the_fastest_kernel_for_a_cpu() -> None:
     sample = row_of((TEXT, 4), (IMAGE, 16), (TEXT, 8), (RESPONSE, 12))
     cpu = torch.device("cpu")
-    assert choose(built(rectangle([sample], [sample[:30]], [[]]), "mma"), cpu) == "masked"
-    assert choose(built(rectangle([sample, sample]), "mma"), cpu) == "cpu"
-    assert choose(built(rectangle([sample]), "causal"), cpu) == "cpu"
-    assert choose(built(rectangle([sample], width=MASKED_WIDTH + 1), "mma"), cpu) == "cpu"
-    assert choose(built(rectangle([sample]), "mma"), torch.device("cuda")) == "cuda"
+    assert choose(built(rectangle([sample], [sample[:30]], [[]]), "mma"), cpu, torch.float32) == "masked"
+    assert choose(built(rectangle([sample, sample]), "mma"), cpu, torch.float32) == "cpu"
+    assert choose(built(rectangle([sample]), "causal"), cpu, torch.float32) == "cpu"
+    assert choose(built(rectangle([sample], width=MASKED_WIDTH + 1), "mma"), cpu, torch.float32) == "cpu"
+    assert choose(built(rectangle([sample]), "mma"), torch.device("cuda"), torch.bfloat16) == "cuda"
+    assert choose(built(rectangle([sample]), "mma"), torch.device("cuda"), torch.float32) == "dense"
 
 
 def test_small_pieces_share_calls() -> None:

@@ -41,7 +41,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any] | str, list[str]]] = [
     ({"optimizer": {"type": "Adam"}}, ['optimizer.type="Adam"', "AdamW"]),
     (
         {"optimizer": {"params": {"lr": 1e-5}}},
-        ["optimizer.params.lr=1e-05 but optimizer.lr=0.003", "--optimizer.lr 1e-05"],
+        ["optimizer.params.lr=1e-05 but optimizer.lr=", "--optimizer.lr 1e-05"],
     ),
     ({"optimizer": {"params": {"betas": [0.9, 0.99]}}}, ["betas=[0.9, 0.99] but optimizer.beta1=0.9", "beta2=0.98"]),
     ({"optimizer": {"params": {"torch_adam": True}}}, ["optimizer.params.torch_adam=true", "optimizer.*"]),

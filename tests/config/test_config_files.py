@@ -106,7 +106,7 @@ def test_a_run_does_not_go_on_as_another_one(tmp_path: Path) -> None:
     before, after = load(), load("--train.seed", "9", "--optimizer.lr", "1e-3", "--model.decoder.layers", "5")
     differences = compare_for_resume(before, after)
     assert [text.split(" was ")[0] for text in differences] == ["model.decoder.layers", "train.seed", "optimizer.lr"]
-    assert "train.seed was 1 when the run started and is 9 now" in differences
+    assert "train.seed was 2 when the run started and is 9 now" in differences
     saved = tmp_path / "config.yaml"
     check_resume(saved, after)
     saved.write_text(dump(before))

@@ -26,14 +26,14 @@ from aki_megatron.data.synthetic.scenes import Scene, SceneObject, draw_scene, p
 from aki_megatron.data.synthetic.tokenizer import write_tokenizer
 from aki_megatron.flow import DataError
 
-VERSION = 2
+VERSION = 3
 """Raised when the same seed would give other bytes."""
 MANIFEST = "manifest.json"
 _PARTIAL = ".partial"
 _PICTURES = ("VQA/train2014", "VQA/val2014", "A-OKVQA/train2017", "A-OKVQA/val2017", "vsr/val2017")
 _FIRST_HELD_OUT_ID = 500_001
 _SHARD_SCENES = 2500
-_QUESTIONS_PER_SCENE = 3
+_QUESTIONS_PER_SCENE = 2
 _ATTEMPTS = 4
 """Draws of a task's question from a scene before the scene is taken not to carry one."""
 _OTHERS_PER_SCENE = 2
@@ -154,7 +154,7 @@ def _draw(root: Path, seed: int, split: str, index: int, rows: _Rows) -> None:
 
 
 def _open_questions(scene: Scene, rng: random.Random, asked: Counter[str]) -> list[ask.Question]:
-    """Up to three questions of different tasks, those first that lag most behind their share."""
+    """Up to two questions of different tasks, those first that lag most behind their share."""
     found: list[ask.Question] = []
     for task in sorted(ask.TASKS, key=lambda name: asked[name] / ask.SHARES[name]):
         if len(found) == _QUESTIONS_PER_SCENE:

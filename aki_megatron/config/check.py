@@ -85,16 +85,6 @@ def schedule_problems(run: RunConfig) -> Iterator[str]:
             f"optimizer.min_lr={optimizer.min_lr:g} exceeds optimizer.lr={optimizer.lr:g}, the peak of the curve; "
             f"add --optimizer.min_lr {optimizer.lr / 10:g}."
         )
-    if run.train.global_batch < run.train.micro_batch:
-        yield (
-            f"train.micro_batch={run.train.micro_batch} exceeds train.global_batch={run.train.global_batch}, the "
-            f"samples of one optimizer step over all ranks; choose micro_batch from {divisors(run.train.global_batch)}."
-        )
-    elif run.train.global_batch % run.train.micro_batch:
-        yield (
-            f"train.micro_batch={run.train.micro_batch} does not divide train.global_batch={run.train.global_batch}; "
-            f"choose micro_batch from {divisors(run.train.global_batch)}."
-        )
 
 
 def init_problems(run: RunConfig) -> Iterator[str]:
@@ -156,28 +146,23 @@ def check_world(run: RunConfig, world_size: int) -> None:
             f"{world_size} ranks cannot be dealt into replicas of parallel.tensor={run.parallel.tensor} x "
             f"parallel.pipeline={run.parallel.pipeline} = {replica} ranks; start {near} ranks, or change the two."
         )
-    ranks, batch, micro = data_size(run, world_size), run.train.global_batch, run.train.micro_batch
-    if batch % (micro * ranks):
-        raise ConfigError(_batch_message(batch, micro, ranks))
-    asked = run.deepspeed.get("gradient_accumulation_steps")
-    if asked is not None and asked != batch // (micro * ranks):
+    ranks, batch = data_size(run, world_size), run.train.global_batch
+    if batch % ranks:
+        near = " or ".join(str(n) for n in (batch // ranks * ranks, (batch // ranks + 1) * ranks) if n)
+        raise ConfigError(
+            f"train.global_batch={batch} cannot be shared equally by {ranks} data ranks; "
+            f"use --train.global_batch {near}, or a number of data ranks from {[n for n in divisors(batch) if n <= ranks]}."
+        )
+    asked, steps = run.deepspeed.get("gradient_accumulation_steps"), batch // ranks // micro_batch(run, world_size)
+    if asked is not None and asked != steps:
         raise ConfigError(
             f"ds_config gradient_accumulation_steps={asked} but train.global_batch={batch} / "
-            f"(train.micro_batch={micro} x {ranks} data ranks) = {batch // (micro * ranks)}; "
+            f"({ranks} data ranks x {micro_batch(run, world_size)} samples at a time) = {steps}; "
             'write "auto" in the ds_config, or change one of them.'
         )
 
 
-def _batch_message(batch: int, micro: int, ranks: int) -> str:
-    unit = micro * ranks
-    near = " or ".join(str(n) for n in (batch // unit * unit, (batch // unit + 1) * unit) if n)
-    ways = [f"--train.global_batch {near}"]
-    if batch % ranks == 0:
-        best = max(n for n in divisors(batch // ranks) if n <= micro)
-        ways.append(f"--train.micro_batch {best}")
-    else:
-        ways.append(f"a number of data ranks from {[n for n in divisors(batch) if n <= max(ranks, 1)]}")
-    return (
-        f"train.global_batch={batch} is not a multiple of train.micro_batch={micro} x {ranks} data ranks = {unit}; "
-        f"use {', or '.join(ways)}."
-    )
+def micro_batch(run: RunConfig, world_size: int) -> int:
+    """Samples per forward pass of one rank: the most that train.micro_batch allows and its share can be cut into."""
+    share = run.train.global_batch // data_size(run, world_size)
+    return max(n for n in divisors(share) if n <= run.train.micro_batch)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from aki_megatron.checkpoint.huggingface import load_pretrained
 from aki_megatron.checkpoint.saver import Saver, read_weights
-from aki_megatron.config.check import data_size
+from aki_megatron.config.check import data_size, micro_batch
 from aki_megatron.config.deepspeed import settings_for_engine
 from aki_megatron.config.run import RunConfig
 from aki_megatron.config.save import dump
@@ -71,7 +71,7 @@ def build_loader(config: RunConfig, stream: SampleStream, tokenizer: Tokenizer, 
         pad_id=tokenizer.pad,
         image_size=config.model.vision.image_size,
         global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
+        micro_batch=micro_batch(config, topology.world_size),
         data_rank=topology.data_rank,
         data_size=data_size(config, topology.world_size),
         prefetch_steps=config.data.prefetch_steps,
@@ -180,6 +180,12 @@ def build_run(config: RunConfig, topology: Topology, console: Console) -> Run:
         parameters = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         console.print(f"model: {parameters:,} parameters, {trained:,} of them trained")
+        ranks, at_once = data_size(config, topology.world_size), micro_batch(config, topology.world_size)
+        parts = config.train.global_batch // ranks // at_once
+        console.print(
+            f"step: {config.train.global_batch} samples = {ranks} data ranks x {parts} micro-batches x {at_once}; "
+            f"ZeRO-{config.parallel.zero_stage}, {config.train.precision}, rule {config.attention.rule}"
+        )
     engine = build_engine(config, model, topology)
     o = config.optimizer
     curve: Callable[[int], float] = partial(

@@ -151,7 +151,8 @@ def check_world(run: RunConfig, world_size: int) -> None:
         near = " or ".join(str(n) for n in (batch // ranks * ranks, (batch // ranks + 1) * ranks) if n)
         raise ConfigError(
             f"train.global_batch={batch} cannot be shared equally by {ranks} data ranks; "
-            f"use --train.global_batch {near}, or a number of data ranks from {[n for n in divisors(batch) if n <= ranks]}."
+            f"use --train.global_batch {near}, "
+            f"or a number of data ranks from {[n for n in divisors(batch) if n <= ranks]}."
         )
     asked, steps = run.deepspeed.get("gradient_accumulation_steps"), batch // ranks // micro_batch(run, world_size)
     if asked is not None and asked != steps:

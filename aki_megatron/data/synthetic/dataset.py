@@ -26,7 +26,7 @@ from aki_megatron.data.synthetic.scenes import Scene, SceneObject, draw_scene, p
 from aki_megatron.data.synthetic.tokenizer import write_tokenizer
 from aki_megatron.flow import DataError
 
-VERSION = 3
+VERSION = 4
 """Raised when the same seed would give other bytes."""
 MANIFEST = "manifest.json"
 _PARTIAL = ".partial"

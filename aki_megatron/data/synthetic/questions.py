@@ -98,12 +98,18 @@ def color(scene: Scene, rng: random.Random) -> Question | None:
 
 
 def exist(scene: Scene, rng: random.Random) -> Question | None:
-    """Whether an object is there; when it is not, its colour and its kind are both there, on different objects."""
+    """Whether an object is there, half of the time it is.
+
+    An absent one is drawn as in two splits of POPE, half each: at random, or adversarially, its colour and its kind
+    both there but on different objects. The random half is what a small model starts to learn from.
+    """
     names = {(thing.color, thing.kind) for thing in scene.objects}
     if rng.random() < 0.5:
         thing = rng.choice(scene.objects)
         return Question("exist", f"Is there a {thing.name}?", "yes", "yes/no")
     colors, kinds = sorted({name[0] for name in names}), sorted({name[1] for name in names})
+    if rng.random() < 0.5:
+        colors, kinds = list(COLORS), list(KINDS)
     absent = [f"{hue} {kind}" for hue in colors for kind in kinds if (hue, kind) not in names]
     if not absent:
         return None

@@ -8,7 +8,6 @@ Every stage is one of the project's own commands, printed before it runs: copy t
 
 import argparse
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 DATA = Path("data/demo")
@@ -71,7 +71,7 @@ def child_environment(ranks: int) -> dict[str, str]:
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     environment["PYTHONWARNINGS"] = "ignore::FutureWarning"
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-    if shutil.which("nvidia-smi") is None:
+    if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
     return environment
 
@@ -79,7 +79,8 @@ def child_environment(ranks: int) -> dict[str, str]:
 def main() -> int:
     """Run what is not done yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2, help="processes that train together (default 2)")
+    parser.add_argument("--ranks", type=int, default=min(2, torch.cuda.device_count()) or 2,
+                        help="processes that train together (default 2; 1 on a machine with one GPU)")  # fmt: skip
     arguments = parser.parse_args()
     environment = child_environment(arguments.ranks)
     started = time.monotonic()

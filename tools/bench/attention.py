@@ -5,8 +5,8 @@
     python tools/bench/attention.py --json attention.json  # also as a list of objects
 
 The floor of every case is our own kernel under rule causal, on the same samples: causal flash of the same segments.
-Forward and backward together; the backends take turns in one process, and the median of each is compared. On a CPU the
-time is that of one thread, so that other programs disturb little; on CUDA it is elapsed time with all 32 heads.
+Forward and backward together; the backends take turns in one process, and a ratio is the median over the turns. On a
+CPU the time is that of one thread, so that other programs disturb little; on CUDA it is elapsed time with all 32 heads.
 Ratios are the claim, not seconds: the number of heads is cut down for a CPU.
 
     mma (auto)      what training runs
@@ -63,8 +63,11 @@ def seconds(device: torch.device) -> float:
     return time.thread_time()
 
 
-def interleaved(runs: dict[str, Run], tensors: list[Tensor], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of a step for each backend, measured in turns after one step to warm up."""
+def ratios(runs: dict[str, Run], tensors: list[Tensor], repeats: int, device: torch.device) -> dict[str, float]:
+    """Time of a step over that of causal for each backend: the median over turns, after one turn to warm up.
+
+    Within a turn the backends follow each other at once, so that a machine whose speed drifts disturbs no ratio.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
         for name, run in runs.items():
@@ -72,7 +75,11 @@ def interleaved(runs: dict[str, Run], tensors: list[Tensor], repeats: int, devic
             step(run, *tensors)
             if turn:
                 times[name].append(seconds(device) - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    floor = times["causal"]
+    return {
+        name: statistics.median(own / causal for own, causal in zip(values, floor, strict=True))
+        for name, values in times.items()
+    }
 
 
 def resident(field: str) -> float:
@@ -126,14 +133,14 @@ def measure(case: Case, dtype: torch.dtype, repeats: int, device: torch.device) 
     """Rows of the table for one case."""
     tensors = inputs(case, 32 if device.type == "cuda" else case.heads, dtype, device)
     runs = backends(case, device)
-    median = interleaved(runs, tensors, repeats, device)
+    ratio = ratios(runs, tensors, repeats, device)
     rows: list[dict[str, object]] = []
     for name, run in runs.items():
         row: dict[str, object] = {
             "case": case.name,
             "backend": name,
             "dtype": str(dtype).removeprefix("torch."),
-            "ratio_to_causal": round(median[name] / median["causal"], 3),
+            "ratio_to_causal": round(ratio[name], 3),
             "peak_mib": round(peak_mib(run, tensors, device), 1),
         }
         if name == "mma" and device.type == "cpu":

@@ -17,5 +17,8 @@ def pool() -> Iterator[Pool]:
 
 @pytest.fixture
 def run_on(pool: Pool) -> Callable[..., list[Any]]:
-    """``run_on(ranks, function, *args)``: results of ``function(topology, *args)`` by rank, in a fresh world."""
+    """``run_on(ranks, function, *args)``: results of ``function(topology, *args)`` by rank, in a fresh world.
+
+    ``tensor=`` and ``pipeline=`` split the world.
+    """
     return pool.run

@@ -2,7 +2,7 @@
 
 ``run_on(ranks, function, *args)`` runs ``function(topology, *args)`` on ranks 0 ... ranks-1 of a fresh world and
 returns their results in rank order. The function must be at the top level of a module; its arguments and its result
-must pickle.
+must pickle. With ``tensor=`` and ``pipeline=`` the world is split that way, else all ranks are data ranks.
 """
 
 import faulthandler
@@ -21,9 +21,12 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 MAX_RANKS = 8
 GRACE_SECONDS = 15.0
 """After the first rank failed, how long the others may take to fail by themselves; then they count as hung."""
+PRELOAD = ["torch", "torch.distributed.checkpoint", "deepspeed", "megatron.core"]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
@@ -38,22 +41,38 @@ class Pool:
         import torch
 
         self._with_gpus = torch.cuda.is_available()
-        # a fork server imports torch and deepspeed once for all workers; CUDA does not survive a fork
+        self._gpus = torch.cuda.device_count()
+        # a fork server imports what takes seconds once for all workers; CUDA does not survive a fork
         self._context = mp.get_context("spawn" if self._with_gpus else "forkserver")
         if not self._with_gpus:
-            self._context.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "deepspeed"])
+            self._context.set_forkserver_preload(
+                ["torch", "torch.distributed.checkpoint", "deepspeed", "megatron.core"]
+            )
         self._workers: list[_Worker | None] = [None] * MAX_RANKS
 
-    def run(self, ranks: int, function: Callable[..., Any], *args: Any, timeout_seconds: float = 120.0) -> list[Any]:
+    def run(
+        self,
+        ranks: int,
+        function: Callable[..., Any],
+        *args: Any,
+        tensor: int = 1,
+        pipeline: int = 1,
+        timeout_seconds: float = 120.0,
+    ) -> list[Any]:
         """Results of ``function(topology, *args)`` by rank.
 
+        Skips the test where there are GPUs, but fewer than ranks.
         Errors: RanksFailedError when a rank raised, died, or did not answer in time; its workers are replaced.
         """
         assert 1 <= ranks <= MAX_RANKS
+        if self._with_gpus and self._gpus < ranks:
+            pytest.skip(
+                f"{ranks} ranks need a GPU each, this machine shows {self._gpus}; CUDA_VISIBLE_DEVICES= runs on the CPU"
+            )
         workers = [self._worker(rank) for rank in range(ranks)]
         port = free_port()
         for rank, worker in enumerate(workers):
-            worker.pipe.send((sys.path, function, args, rank, ranks, port))
+            worker.pipe.send((sys.path, function, args, {"tensor": tensor, "pipeline": pipeline}, rank, ranks, port))
         answers = _collect(workers, timeout_seconds)
         if any(not ok for ok, _ in answers):
             for rank, worker in enumerate(workers):
@@ -140,14 +159,16 @@ def _serve(pipe: Connection, stacks: Path) -> None:
         torch.set_num_threads(1)
         while True:
             try:
-                path, function, args, rank, ranks, port = pipe.recv()
+                path, function, args, split, rank, ranks, port = pipe.recv()
             except (EOFError, OSError):
                 return
             sys.path[:] = path
-            pipe.send(_answer(function, args, rank, ranks, port))
+            pipe.send(_answer(function, args, split, rank, ranks, port))
 
 
-def _answer(function: Callable[..., Any], args: tuple[Any, ...], rank: int, ranks: int, port: int) -> tuple[bool, Any]:
+def _answer(
+    function: Callable[..., Any], args: tuple[Any, ...], split: dict[str, int], rank: int, ranks: int, port: int
+) -> tuple[bool, Any]:
     from aki_megatron.parallel.topology import Launch, start
 
     try:
@@ -159,7 +180,7 @@ def _answer(function: Callable[..., Any], args: tuple[Any, ...], rank: int, rank
             launcher="environment",
             master_port=port,
         )
-        topology = start(launch, tensor=1, pipeline=1, timeout_seconds=60)
+        topology = start(launch, **split, timeout_seconds=60)
         return True, function(topology, *args)
     except BaseException:
         return False, traceback.format_exc()
@@ -168,7 +189,7 @@ def _answer(function: Callable[..., Any], args: tuple[Any, ...], rank: int, rank
 
 
 def _leave_world() -> None:
-    """Destroy the process group and what deepspeed remembers of it, so that the process can join another world."""
+    """Destroy the groups and what libraries remember of them, so that the process can join another world."""
     import torch.distributed as dist
     from deepspeed.comm import comm
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
@@ -181,6 +202,8 @@ def _leave_world() -> None:
     # it numbers modules and parameters over the life of a process; ranks of one world must agree on the numbers
     DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
     Init.param_id = 0
+    if (parallel_state := sys.modules.get("megatron.core.parallel_state")) is not None:
+        parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
 

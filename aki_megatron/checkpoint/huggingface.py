@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from aki_megatron.checkpoint.weights import (
@@ -26,6 +27,7 @@ from aki_megatron.checkpoint.weights import (
 )
 from aki_megatron.config.model import DecoderConfig, VisionConfig
 from aki_megatron.flow import CheckpointError, ConfigError
+from aki_megatron.model.split import cut, split_of
 from aki_megatron.model.stage import Stage
 from aki_megatron.model.vision import VisionEncoder
 
@@ -50,19 +52,30 @@ _DECODER_KEYS = (
 )
 
 
-def load_pretrained(stage: Stage, *, vision: Path | None = None, language: Path | None = None) -> list[str]:
+@torch.no_grad()
+def load_pretrained(
+    stage: Stage,
+    *,
+    vision: Path | None = None,
+    language: Path | None = None,
+    tensor_rank: int = 0,
+    tensor_ranks: int = 1,
+) -> list[str]:
     """Copy the weights of a SigLIP and/or a Phi-3 folder into a stage, before any engine partitions it.
 
-    Tensors of other stages are left out. Returns the names of the stage's tensors that keep their random values
-    (resampler, added tokens, head bias): Phi-3 has none of them. Raises ConfigError or CheckpointError.
+    Tensors of other stages are left out, and of those that tensor ranks share only this rank's part is kept. One tensor
+    is whole in memory at a time. Folders are compared with the whole model, whatever the stage. Returns the names of
+    the stage's tensors that keep their random values (resampler, added tokens, head bias): Phi-3 has none of them.
+    Raises ConfigError or CheckpointError.
     """
-    own = stage.state_dict()
+    decoder = stage.config.decoder
+    own = dict(stage.named_parameters(remove_duplicate=False))
     fresh = set(own)
     sources = []
     if vision is not None:
         sources.append(_vision_source(vision, stage.config.vision))
     if language is not None:
-        sources.append(_language_source(language, stage.config.decoder))
+        sources.append(_language_source(language, decoder))
     shapes = model_shapes(stage.config) if sources else {}
     for source in sources:
         wanted = {theirs: shapes[ours] for ours, theirs in source.table.items()}
@@ -71,7 +84,7 @@ def load_pretrained(stage: Stage, *, vision: Path | None = None, language: Path 
         here = {ours: theirs for ours, theirs in source.table.items() if ours in own}
         for theirs, tensor in source.files.read(here.values()):
             for ours in (ours for ours, name in here.items() if name == theirs):
-                own[ours].copy_(tensor)
+                own[ours].copy_(cut(tensor, split_of(ours, decoder), tensor_rank, tensor_ranks))
         fresh -= set(here)
     return sorted(fresh)
 

@@ -45,7 +45,7 @@ RESAMPLER_RULES = (
 EXTRA_RULES = (
     WeightRule("front.embedding.extra", "model.embed_tokens.additional_embedding.weight"),
     *linear("head.extra", "lm_head.additional_fc"),
-    WeightRule("head.output.bias", "lm_head.bias", 0),
+    WeightRule("head.output.bias", "lm_head.bias"),
 )
 
 

@@ -3,14 +3,18 @@
 A checkpoint is written under a name that nobody reads, forced to disk, renamed, and only then pointed to by ``latest``:
 a kill at any moment leaves the previous one whole. Files are checked before they are read, and nothing is unpickled but
 tensors (``weights_only``) and torch's own index, whose unpickler knows only the names of that index.
+
+Each rank brings the tensors it has a part in: pipeline ranks have other names, and a tensor that two stages share (a
+tied table) is written once. A checkpoint holds nothing of how the run was spread.
 """
 
 import json
+import math
 import pickle
 import random
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,9 @@ from aki_megatron.flow import CheckpointError
 INDEX, EXTRA = ".metadata", "extra.json"
 WEIGHT = "weight."
 """Master weights are the logical tensors ``weight.<parameter>``."""
+
+READ_ELEMENTS = 2**26
+"""Weights are read in groups of about this many elements (256 MiB), which bounds what lies in memory beside a model."""
 
 INDEX_NAMES = {
     "torch.distributed.checkpoint.metadata": {
@@ -57,7 +64,8 @@ class Saver:
     def save(self, step: int, tensors: Mapping[str, Tensor], extra: Mapping[str, Any]) -> Path:
         """Write a checkpoint and drop old ones.
 
-        tensors  of the same names on all ranks; DTensors are written by their owners, others once
+        tensors  what this rank has a part in: DTensors over the ranks with the same names, written by their owners.
+                 What several ranks bring under one name and place is the same and written once.
         extra    facts that JSON can hold; those of rank 0 are kept
 
         Errors: CheckpointError on every rank when any rank cannot write (full disk); earlier checkpoints stay.
@@ -92,16 +100,17 @@ class Saver:
     def load(self, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """Fill ``tensors`` in place from the checkpoint at ``path``, whatever layout wrote it; returns ``extra``.
 
-        The random generators of this rank are restored when the number of ranks is the one that saved.
+        Each rank asks for what it has a part in; together the ranks must ask for everything. The random generators of
+        this rank are restored when the number of ranks is the one that saved.
 
         Errors: CheckpointError on every rank when a file is missing or corrupt (it names the file and the checkpoint to
         go back to), or when names or shapes are those of another model.
         """
-        listed = _agreed(lambda: files.read_manifest(path))
-        # every file is read by one rank; together they have read all
-        _agreed(lambda: files.verify(path, sorted(listed)[_rank() :: _ranks()], listed))
+        _verify(path)
         reader = IndexedReader(path)
-        _agreed(lambda: _refuse_other_model(path, reader.read_metadata(), tensors))
+        shares = _gather({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        wanted = {name: shape for share in shares for name, shape in share.items()}
+        _agreed(lambda: _refuse_other_model(path, reader.read_metadata(), wanted))
         with _quietly():
             dcp.load(dict(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
         facts = json.loads((path / EXTRA).read_text())
@@ -110,26 +119,51 @@ class Saver:
         return facts["extra"]
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Master weights by parameter name, whole, float32, in one process without torch.distributed.
+class SavedWeights:
+    """Master weights of a checkpoint by parameter name, read in groups; opened by all ranks of the world together.
 
     ``path`` is a checkpoint, a folder of checkpoints, or a run folder (its newest checkpoint is taken).
 
-    Errors: CheckpointError when there is no whole checkpoint.
+    Errors: CheckpointError on every rank when there is no whole checkpoint.
     """
-    path = find(path)
-    listed = files.read_manifest(path)
-    files.verify(path, sorted(listed), listed)
-    reader = IndexedReader(path)
-    index = reader.read_metadata().state_dict_metadata
-    weights = {
-        name: torch.empty(entry.size, dtype=torch.float32)
-        for name, entry in index.items()
-        if name.startswith(WEIGHT) and isinstance(entry, TensorStorageMetadata)
-    }
-    with _quietly():
-        dcp.load(dict(weights), storage_reader=reader, no_dist=True)
-    return {name.removeprefix(WEIGHT): tensor for name, tensor in weights.items()}
+
+    def __init__(self, path: Path) -> None:
+        self.path: Path = _agreed(lambda: find(path))
+        _verify(self.path)
+        self._reader = IndexedReader(self.path)
+        index = _agreed(self._reader.read_metadata).state_dict_metadata
+        self.shapes = {
+            name.removeprefix(WEIGHT): tuple(entry.size)
+            for name, entry in index.items()
+            if name.startswith(WEIGHT) and isinstance(entry, TensorStorageMetadata)
+        }
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors, whole, float32; each rank by itself, about READ_ELEMENTS elements at a time."""
+        for group in self._groups(names):
+            tensors = {WEIGHT + name: torch.empty(self.shapes[name], dtype=torch.float32) for name in group}
+            with _quietly():
+                dcp.load(tensors, storage_reader=self._reader, no_dist=True)
+            for name in group:
+                yield name, tensors.pop(WEIGHT + name)
+
+    def _groups(self, names: Iterable[str]) -> Iterator[list[str]]:
+        group: list[str] = []
+        elements = 0
+        for name in names:
+            group.append(name)
+            elements += math.prod(self.shapes[name])
+            if elements >= READ_ELEMENTS:
+                yield group
+                group, elements = [], 0
+        if group:
+            yield group
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """All of SavedWeights."""
+    saved = SavedWeights(path)
+    return dict(saved.read(saved.shapes))
 
 
 def find(path: Path) -> Path:
@@ -173,9 +207,14 @@ class _IndexUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _refuse_other_model(path: Path, index: Metadata, tensors: Mapping[str, Tensor]) -> None:
+def _verify(path: Path) -> None:
+    """Compare every file of a checkpoint with its manifest: each is read by one rank, together they read all."""
+    listed = _agreed(lambda: files.read_manifest(path))
+    _agreed(lambda: files.verify(path, sorted(listed)[_rank() :: _ranks()], listed))
+
+
+def _refuse_other_model(path: Path, index: Metadata, wanted: Mapping[str, tuple[int, ...]]) -> None:
     saved = {name: tuple(getattr(entry, "size", ())) for name, entry in index.state_dict_metadata.items()}
-    wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if saved == wanted:
         return
     missing, foreign = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())

@@ -1,19 +1,18 @@
 """Weights under other names: the table of rules, and strict reading of safetensors files.
 
-A rule is a row (our name, their name, how tensor parallelism cuts it); ``{i}`` stands for the layer number. The same
-rows serve Hugging Face folders and the official AKI release, which differ in what they put in front of their names.
+A rule is a row (our name, their name); ``{i}`` stands for the layer number. The same rows serve Hugging Face folders
+and the official AKI release, which differ in what they put in front of their names.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from aki_megatron.config.model import DecoderConfig, ModelConfig
+from aki_megatron.config.model import ModelConfig
 from aki_megatron.flow import CheckpointError
 from aki_megatron.model.stage import build_model
 
@@ -22,16 +21,10 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class WeightRule:
-    """One tensor, or one per layer, under two names; values and shape are the same.
-
-    ``split`` is the axis that tensor parallelism cuts, None for a tensor that every rank holds whole. ``fused`` names
-    the parts that lie one after another along that axis; each part is cut by itself (see fused_parts).
-    """
+    """One tensor, or one per layer, under two names; values and shape are the same."""
 
     ours: str
     theirs: str
-    split: int | None = None
-    fused: Literal["", "qkv", "gate_up"] = ""
 
 
 def linear(ours: str, theirs: str) -> tuple[WeightRule, WeightRule]:
@@ -68,26 +61,18 @@ POOLING_RULES = (
 
 DECODER_LAYER_RULES = (
     WeightRule("blocks.{i}.attention_norm.weight", "model.layers.{i}.input_layernorm.weight"),
-    WeightRule("blocks.{i}.attention.qkv.weight", "model.layers.{i}.self_attn.qkv_proj.weight", 0, "qkv"),
-    WeightRule("blocks.{i}.attention.out.weight", "model.layers.{i}.self_attn.o_proj.weight", 1),
+    WeightRule("blocks.{i}.attention.qkv.weight", "model.layers.{i}.self_attn.qkv_proj.weight"),
+    WeightRule("blocks.{i}.attention.out.weight", "model.layers.{i}.self_attn.o_proj.weight"),
     WeightRule("blocks.{i}.feed_forward_norm.weight", "model.layers.{i}.post_attention_layernorm.weight"),
-    WeightRule("blocks.{i}.feed_forward.gate_up.weight", "model.layers.{i}.mlp.gate_up_proj.weight", 0, "gate_up"),
-    WeightRule("blocks.{i}.feed_forward.down.weight", "model.layers.{i}.mlp.down_proj.weight", 1),
+    WeightRule("blocks.{i}.feed_forward.gate_up.weight", "model.layers.{i}.mlp.gate_up_proj.weight"),
+    WeightRule("blocks.{i}.feed_forward.down.weight", "model.layers.{i}.mlp.down_proj.weight"),
 )
 
 DECODER_RULES = (
-    WeightRule("front.embedding.table.weight", "model.embed_tokens.weight", 0),
+    WeightRule("front.embedding.table.weight", "model.embed_tokens.weight"),
     WeightRule("head.norm.weight", "model.norm.weight"),
-    WeightRule("head.output.weight", "lm_head.weight", 0),
+    WeightRule("head.output.weight", "lm_head.weight"),
 )
-
-
-def fused_parts(rule: WeightRule, config: DecoderConfig) -> Shape:
-    """Sizes along ``rule.split`` of the parts that tensor parallelism cuts one by one; () where there is one part."""
-    if rule.fused == "qkv":
-        keys = config.kv_heads * config.head_width
-        return (config.heads * config.head_width, keys, keys)
-    return (config.mlp_width, config.mlp_width) if rule.fused == "gate_up" else ()
 
 
 def names(rules: Iterable[WeightRule], *, prefix: str = "", layers: int | None = None) -> dict[str, str]:

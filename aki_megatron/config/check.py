@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from aki_megatron.config.combinations import refusals
@@ -99,19 +99,57 @@ def init_problems(run: RunConfig) -> Iterator[str]:
 
 
 def parallel_problems(run: RunConfig) -> Iterator[str]:
-    """Heads and layers can be dealt out evenly enough."""
-    decoder, parallel = run.model.decoder, run.parallel
-    sizes = divisors(decoder.heads, decoder.kv_heads, decoder.mlp_width)
-    if parallel.tensor not in sizes:
+    """Every rank gets whole heads and every stage a layer."""
+    yield from tensor_problems(run)
+    layers, parallel = run.model.decoder.layers, run.parallel
+    stages = parallel.pipeline * parallel.chunks
+    if stages > layers:
         yield (
-            f"parallel.tensor={parallel.tensor} does not divide model.decoder.heads={decoder.heads}, "
-            f"kv_heads={decoder.kv_heads} and mlp_width={decoder.mlp_width}; choose tensor from {sizes}."
+            f"parallel.pipeline={parallel.pipeline} x parallel.chunks={parallel.chunks} = {stages} stages for "
+            f"model.decoder.layers={layers}; every stage needs a layer: choose pipeline x chunks from 1 to {layers}."
         )
-    if parallel.pipeline > decoder.layers:
-        yield (
-            f"parallel.pipeline={parallel.pipeline} stages for model.decoder.layers={decoder.layers}; "
-            f"every stage needs a layer: choose pipeline from 1 to {decoder.layers}."
+    elif parallel.layers_per_stage:
+        problem = stage_layers_problem(layers, stages=stages, layers_per_stage=parallel.layers_per_stage)
+        if problem:
+            yield problem
+
+
+def tensor_problems(run: RunConfig) -> Iterator[str]:
+    """What tensor parallelism splits, it splits equally."""
+    decoder, tensor = run.model.decoder, run.parallel.tensor
+    split = {
+        "heads": decoder.heads,
+        "kv_heads": decoder.kv_heads,
+        "mlp_width": decoder.mlp_width,
+        "vocab_rows": decoder.vocab_rows,
+    }
+    uneven = [f"model.decoder.{name}={size}" for name, size in split.items() if size % tensor]
+    if not uneven:
+        return
+    limit = ""
+    if decoder.heads % tensor == 0 and decoder.kv_heads % tensor:
+        limit = f" (every rank needs whole key and value heads, and there are only {decoder.kv_heads})"
+    yield (
+        f"parallel.tensor={tensor} does not divide {' and '.join(uneven)}{limit}; "
+        f"choose tensor from {divisors(*split.values())}."
+    )
+
+
+def stage_layers_problem(layers: int, *, stages: int, layers_per_stage: Sequence[int]) -> str:
+    """Why ``layers_per_stage`` does not deal ``layers`` into ``stages``; empty where it does."""
+    shown, total = list(layers_per_stage), sum(layers_per_stage)
+    if len(shown) != stages:
+        return (
+            f"parallel.layers_per_stage={shown} has {len(shown)} entries for parallel.pipeline x parallel.chunks = "
+            f"{stages} stages; give {stages} numbers whose sum is model.decoder.layers={layers}, "
+            "or [] to cut by cost."
         )
+    if total != layers:
+        return (
+            f"parallel.layers_per_stage={shown} deals out {total} layers, model.decoder.layers={layers}; "
+            f"give {stages} numbers whose sum is {layers}, or [] to cut by cost."
+        )
+    return ""
 
 
 CHECKS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (

@@ -11,7 +11,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aki_megatron.config.deepspeed_keys import FIXED, OWNED, REFUSED, REMOVED, TOP_LEVEL, ZERO
+from aki_megatron.config.deepspeed_keys import (
+    DEVICES,
+    FIXED,
+    OFFLOAD,
+    OWNED,
+    REFUSED,
+    REMOVED,
+    TOP_LEVEL,
+    WITHOUT_USE,
+    ZERO,
+)
 from aki_megatron.config.describe import shown, suggestion
 from aki_megatron.errors import ConfigError
 
@@ -113,10 +123,32 @@ def _decided(name: str, value: Any, run: RunConfig) -> str | None:
         return "" if value == only else f'ds_config {name}={shown(value)}: {why}; write "auto" or delete it.'
     if block == "optimizer":
         return f"ds_config {name}={shown(value)}: the optimizer is the run's (optimizer.*); delete it."
+    if name in WITHOUT_USE:
+        return f"ds_config {name}={shown(value)}: {WITHOUT_USE[name]}; delete it."
     if block in REFUSED:
         return f"ds_config {name}={shown(value)}: {REFUSED[block]}; delete the block."
     if name == ACCUMULATION and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         return f'ds_config {name} must be "auto" or a whole number >= 1, got {shown(value)}.'
+    return _offloading(name, value)
+
+
+def _offloading(name: str, value: Any) -> str | None:
+    """The same for the blocks that move state off the device. Whether a run may offload at all, and with what it goes
+    together, config/combinations.py says."""
+    if name in OFFLOAD:  # a block that is no mapping
+        if value is None:
+            return ""
+        return f'ds_config {name} must be a mapping such as {{"device": "cpu"}}, got {shown(value)}.'
+    around, _, last = name.rpartition(".")
+    if around not in OFFLOAD:
+        return None
+    if last not in OFFLOAD[around]:
+        names = [f"{around}.{known}" for known in sorted(OFFLOAD[around])]
+        return f"ds_config {name} is no setting of DeepSpeed 0.19{suggestion(name, names)}"
+    if last == "device" and value not in DEVICES:
+        return f'ds_config {name} must be "cpu" or "none", got {shown(value)}.'
+    if last == "pin_memory" and not isinstance(value, bool):
+        return f"ds_config {name} must be true or false, got {shown(value)}."
     return None
 
 
@@ -152,7 +184,17 @@ def problems_of_settings(settings: Mapping[str, Any], run: RunConfig) -> list[st
         kept = {name for name, _ in leaves(passing)}
         extra = [name for name, _ in leaves(settings) if name not in kept]
         problems.append(f"deepspeed holds {', '.join(extra) or 'empty blocks'}, which the run decides; delete them.")
-    return problems
+    return problems or list(without_effect(settings, run))
+
+
+def without_effect(settings: Mapping[str, Any], run: RunConfig) -> Iterator[str]:
+    """Settings of a run that does without DeepSpeed. Offloading is refused in config/combinations.py."""
+    names = [name for name, _ in leaves(settings) if name != ACCUMULATION and name.rpartition(".")[0] not in OFFLOAD]
+    if names and run.parallel.zero_stage == 0:
+        yield (
+            f"deepspeed holds {', '.join(names)}, but parallel.zero_stage=0 does without DeepSpeed; "
+            "delete what it holds, or add --parallel.zero_stage 1."
+        )
 
 
 def settings_for_engine(run: RunConfig) -> dict[str, Any]:

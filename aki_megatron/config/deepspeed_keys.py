@@ -135,6 +135,30 @@ ZERO = frozenset(
 )
 """Names inside zero_optimization; deprecated spellings left out."""
 
+OFFLOAD: dict[str, frozenset[str]] = {
+    "zero_optimization.offload_optimizer": frozenset(
+        {
+            "buffer_count",
+            "cpuadam_cores_perc",
+            "device",
+            "fast_init",
+            "nvme_path",
+            "pin_memory",
+            "pipeline_read",
+            "pipeline_write",
+            "ratio",
+            "super_offload",
+        }
+    ),
+    "zero_optimization.offload_param": frozenset(
+        {"buffer_count", "buffer_size", "device", "max_in_cpu", "nvme_path", "pin_memory"}
+    ),
+}
+"""Blocks of zero_optimization that move state off the device -> the names inside."""
+
+DEVICES = ("none", "cpu", "nvme")
+"""Where DeepSpeed can move it; config/combinations.py says which of them are supported."""
+
 RunValue = Callable[["RunConfig"], Any]
 
 OWNED: dict[str, tuple[str, RunValue]] = {
@@ -163,6 +187,11 @@ FIXED: dict[str, tuple[Any, str]] = {
     "zero_optimization.stage3_param_persistence_threshold": (0, PERSISTENCE),
     "zero_optimization.param_persistence_threshold": (0, PERSISTENCE),
     "zero_optimization.compute_grad_norm": (False, "the engine computes the global norm itself"),
+    "zero_optimization.offload_optimizer.ratio": (1.0, "the whole optimizer state is offloaded or none of it"),
+    "zero_optimization.offload_optimizer.super_offload": (False, "it is not supported here"),
+    "zero_optimization.offload_optimizer.fast_init": (False, "it serves NVMe, which is not supported"),
+    "zero_optimization.offload_optimizer.pipeline_read": (False, "it serves NVMe, which is not supported"),
+    "zero_optimization.offload_optimizer.pipeline_write": (False, "it serves NVMe, which is not supported"),
     "gradient_allreduce_op": ("mean", "the loss is normalized over all ranks before the backward pass"),
     "tensorboard.enabled": (False, "log.tensorboard writes TensorBoard's files"),
     "wandb.enabled": (False, "log.wandb logs to Weights & Biases"),
@@ -177,6 +206,13 @@ FIXED: dict[str, tuple[Any, str]] = {
     "managed_gradient_accumulation": (True, "the engine places the boundaries itself"),
 }
 """DeepSpeed's name -> (the only value besides "auto", why)."""
+
+WITHOUT_USE: dict[str, str] = {
+    "zero_optimization.offload_optimizer.nvme_path": "it serves NVMe, which is not supported",
+    "zero_optimization.offload_optimizer.buffer_count": "it serves NVMe, which is not supported",
+    "zero_optimization.offload_optimizer.cpuadam_cores_perc": "it serves super_offload, which is not supported",
+}
+"""DeepSpeed's name -> why no value of it has a place here."""
 
 REFUSED: dict[str, str] = {
     "scheduler": "the learning-rate curve is the run's: optimizer.lr, min_lr, warmup_steps and train.steps",

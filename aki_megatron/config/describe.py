@@ -71,7 +71,8 @@ def _one(annotation: Any) -> tuple[str, str]:
         inner = sections(arguments[0])
         if inner is not None:
             return f"a list of {{{', '.join(inner.model_fields)}}}", "LIST"
-        return f"a list, each {_one(arguments[0])[0]}", "LIST"
+        types, metadata, _ = _parts(arguments[0])
+        return f"a list, each {_one(types[0])[0]}{_bounds(metadata)}", "LIST"
     inner = sections(annotation)
     if inner is not None:
         return f"a mapping with the keys {', '.join(inner.model_fields)}", "MAPPING"

@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from aki_megatron.config.check import ContradictionError, problems
 from aki_megatron.config.data import DataConfig
 from aki_megatron.config.model import ModelConfig
-from aki_megatron.config.section import FilePath, Section
+from aki_megatron.config.section import Counts, FilePath, Section
 
 
 class RunSection(Section):
@@ -73,14 +73,26 @@ class OptimizerConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the model and its optimizer state are spread over ranks."""
+    """How the model and its optimizer state are spread over ranks; docs/combinations.md says what goes together."""
 
     tensor: PositiveInt = 1
-    """Ranks that share every layer (tensor parallelism)."""
+    """Ranks that share every layer (tensor parallelism); inside one machine, where links are fast."""
     pipeline: PositiveInt = 1
-    """Stages the layers are dealt into (pipeline parallelism)."""
-    zero_stage: Literal[1, 2, 3] = 3
-    """DeepSpeed ZeRO over the data-parallel ranks: 1 splits optimizer state, 2 gradients too, 3 weights too."""
+    """Stages the layers are dealt into (pipeline parallelism, 1F1B)."""
+    chunks: PositiveInt = 1
+    """Separate runs of layers on each pipeline rank: 2 or more is interleaved 1F1B, a smaller bubble for more
+    traffic."""
+    layers_per_stage: Counts = ()
+    """Decoder layers of each of the pipeline x chunks stages, in model order; empty: cut by cost."""
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    """DeepSpeed ZeRO over the data-parallel ranks: 1 splits optimizer state, 2 gradients too, 3 weights too. 0 splits
+    nothing and does without DeepSpeed; fp32 only."""
+    recompute: Literal["none", "full"] = "none"
+    """full: keep only the input of each decoder layer and run the layer again for the backward pass; a third more
+    arithmetic, a fraction of the memory."""
+    check_every: PositiveInt = 100
+    """Steps between comparisons of the attention layouts that the ranks of a replica have built; the first step always
+    compares."""
 
 
 class CheckpointConfig(Section):

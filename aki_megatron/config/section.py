@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt
 
 
 class Section(BaseModel):
@@ -34,4 +34,5 @@ FilePath = Annotated[Path, BeforeValidator(_path)]
 """A path; YAML and flags write it as a string."""
 
 Floats = Annotated[tuple[float, ...], BeforeValidator(_tuple)]
+Counts = Annotated[tuple[PositiveInt, ...], BeforeValidator(_tuple)]
 Strings = Annotated[tuple[str, ...], BeforeValidator(_tuple)]

@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Iterator
+from itertools import repeat
 
 from aki_megatron.data.batch import collate
 from aki_megatron.data.stream import SampleStream
@@ -83,6 +84,17 @@ class Loader:
         if not self._pin_memory:
             return batch
         return Batch(*(getattr(batch, name).pin_memory() for name in batch.__dataclass_fields__))
+
+
+class NoBatches:
+    """The steps of a rank that another rank's batches reach by other ways: no micro-batch in any of them."""
+
+    def steps(self, start: int) -> Iterator[list[Batch]]:
+        """An empty list for ever."""
+        return repeat([])
+
+    def close(self) -> None:
+        """Nothing to stop."""
 
 
 class _Work:

@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def squared_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Sum of squares of all elements, float64 scalar; the ranks' sums add up to the square of the global norm."""
+    """Sum of squares of all elements, float64 scalar on ``device``; over the ranks they add up to the norm's square."""
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack(torch._foreach_norm(list(gradients), 2, dtype=torch.float64)).square().sum()
+    return torch.stack(torch._foreach_norm(list(gradients), 2, dtype=torch.float64)).square().sum().to(device)
 
 
 def clip_factor(norm: float, limit: float) -> float:

@@ -1,4 +1,4 @@
-"""AdamW as the papers' code sets it up: two parameter groups, a cosine that starts and ends at the minimum rate."""
+"""AdamW as the papers' code sets it up: all but the embeddings decay; a cosine from the minimum rate back to it."""
 
 import math
 from typing import Any
@@ -6,28 +6,43 @@ from typing import Any
 import torch
 from torch import nn
 
+from aki_megatron.model.split import split_of
+from aki_megatron.model.stage import TIED, Stage, logical_names
+
 EMBEDDING = "embedding"
 """Name of the module that holds the token tables (base and extra rows) in the model's front."""
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: all but the token embedding tables decay.
+def parameter_groups(stage: Stage, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters of a stage: all but the token embedding tables decay.
 
     Norms, biases, latents and the head decay too: that is what the official release does (268 tensors decay, 2 do not).
-    Empty groups are left out. Frozen parameters are in none.
+    Parameters of one group also agree on ``split`` (tensor ranks hold shares, not copies) and ``tied`` (the first and
+    the last stage hold the same), which the norm and the exchange of tied gradients go by. Empty groups are left out,
+    frozen parameters are in none.
     """
-    kept = {name for name, _ in model.named_parameters() if EMBEDDING in name.split(".")}
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for name, parameter in trainable if name not in kept], "weight_decay": weight_decay},
-        {"params": [parameter for name, parameter in trainable if name in kept], "weight_decay": 0.0},
+    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
+    logical, decoder = logical_names(stage), stage.config.decoder
+    for name, parameter in stage.named_parameters():
+        if parameter.requires_grad:
+            decays, split = EMBEDDING not in logical[name].split("."), split_of(name, decoder) is not None
+            tied = decoder.tie_embeddings and logical[name] in TIED.values()
+            groups.setdefault((tied, split, decays), []).append(parameter)
+    return [
+        {"params": groups[key], "weight_decay": weight_decay if key[2] else 0.0, "split": key[1], "tied": key[0]}
+        for key in sorted(groups)
     ]
-    return [group for group in groups if group["params"]]
 
 
-def adamw(model: nn.Module, *, weight_decay: float, beta1: float, beta2: float, eps: float) -> torch.optim.AdamW:
-    """AdamW over the parameter groups of ``model``; the learning rate is set anew before every step."""
-    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=0.0, betas=(beta1, beta2), eps=eps)
+def adamw(
+    stage: Stage, *, weight_decay: float, beta1: float, beta2: float, eps: float, fused: bool = False
+) -> torch.optim.AdamW:
+    """AdamW over the parameter groups of ``stage``; the learning rate is set anew before every step.
+
+    ``fused``: torch's single-pass kernel, which makes AdamW on the host's processor fast enough for offloaded states.
+    """
+    groups = parameter_groups(stage, weight_decay)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), eps=eps, fused=fused or None)
 
 
 def learning_rate(step: int, *, lr: float, min_lr: float, warmup_steps: int, steps: int) -> float:

@@ -11,6 +11,7 @@ from aki_megatron.attention import LayerCache, ModalityLayout, attend, attend_ca
 from aki_megatron.config.model import DecoderConfig
 from aki_megatron.model.linears import LinearFactory
 from aki_megatron.model.rotary import rotate
+from aki_megatron.model.split import gate_up_parts, qkv_parts
 
 
 class Attention(nn.Module):
@@ -20,8 +21,8 @@ class Attention(nn.Module):
         super().__init__()
         self.head_width = config.head_width
         self.queries_per_key = config.heads // config.kv_heads
-        outputs = (config.heads + 2 * config.kv_heads) * config.head_width
-        self.qkv = linears.column(config.width, outputs, bias=False, std=config.width**-0.5)
+        parts = qkv_parts(config)
+        self.qkv = linears.column(config.width, sum(parts), bias=False, std=config.width**-0.5, parts=parts)
         self.out = linears.row(config.width, config.width, bias=False, std=residual_std)
 
     def forward(
@@ -61,7 +62,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: DecoderConfig, linears: LinearFactory, residual_std: float) -> None:
         super().__init__()
-        self.gate_up = linears.column(config.width, 2 * config.mlp_width, bias=False, std=config.width**-0.5)
+        parts = gate_up_parts(config)
+        self.gate_up = linears.column(config.width, sum(parts), bias=False, std=config.width**-0.5, parts=parts)
         self.down = linears.row(config.mlp_width, config.width, bias=False, std=residual_std)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,9 +1,12 @@
 """Layers asked for by how they may be split; who splits them, and whether at all, the model never knows."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from aki_megatron.model.loss import token_loss_sum
 
 
 class LinearFactory(Protocol):
@@ -11,11 +14,11 @@ class LinearFactory(Protocol):
 
     A column layer may hold only some rows of its weight (outputs), a row layer only the matching columns (inputs),
     so column -> row composes to the whole map. ``std`` is the standard deviation of the normal initialization;
-    biases start at zero.
+    biases start at zero. Whatever share a factory keeps, it draws the whole: weights do not depend on the split.
     """
 
-    def column(self, inputs: int, outputs: int, *, bias: bool, std: float) -> nn.Module:
-        """Linear layer whose outputs may be split."""
+    def column(self, inputs: int, outputs: int, *, bias: bool, std: float, parts: Sequence[int] = ()) -> nn.Module:
+        """Linear layer whose outputs may be split; each of its fused ``parts`` (their sizes) by itself."""
 
     def row(self, inputs: int, outputs: int, *, bias: bool, std: float) -> nn.Module:
         """Linear layer whose inputs may be split; its output is whole."""
@@ -24,13 +27,22 @@ class LinearFactory(Protocol):
         """Table [words, width] that may be split by words; ids [...] -> whole vectors [..., width]."""
 
     def head(self, width: int, words: int, *, bias: bool, std: float) -> nn.Module:
-        """Logits over a vocabulary that may be split by words."""
+        """Logits of ``words(words)``, for an input that went through ``shared``."""
+
+    def words(self, words: int) -> range:
+        """The words of a split vocabulary that this process holds."""
+
+    def shared(self, x: Tensor) -> Tensor:
+        """``x``, which every process has alike, about to be used for a share of the work: its gradient is summed."""
+
+    def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Summed cross entropy, fp32 scalar, of logits [R, len(words)] of this process's words for targets [R]."""
 
 
 class PlainLinears:
     """One process holds everything."""
 
-    def column(self, inputs: int, outputs: int, *, bias: bool, std: float) -> nn.Module:
+    def column(self, inputs: int, outputs: int, *, bias: bool, std: float, parts: Sequence[int] = ()) -> nn.Module:
         """Linear layer [..., inputs] -> [..., outputs]."""
         return _linear(inputs, outputs, bias, std)
 
@@ -44,9 +56,21 @@ class PlainLinears:
         nn.init.normal_(table.weight, std=std)
         return table
 
-    def head(self, width: int, words: int, *, bias: bool, std: float) -> nn.Module:
+    def head(self, width: int, words: int, *, bias: bool, std: float) -> nn.Linear:
         """Hidden [..., width] -> logits [..., words]."""
         return _linear(width, words, bias, std)
+
+    def words(self, words: int) -> range:
+        """All of them."""
+        return range(words)
+
+    def shared(self, x: Tensor) -> Tensor:
+        """``x`` itself."""
+        return x
+
+    def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """See token_loss_sum."""
+        return token_loss_sum(logits, targets)
 
 
 # torch's own initialization is left out: it would only be overwritten, and costs half a minute at four billion weights

@@ -1,31 +1,41 @@
 """A stage: the part of the model that one pipeline rank holds; the whole model is a stage with everything.
 
-B rows, T tokens, N images, P patches, Q latents per image, D width, V columns of the logits.
+B rows, T tokens, N images, P patches, Q latents per image, D width, V columns of the logits, R rows that teach.
 
-For DeepSpeed's ZeRO-3, which gathers a module's own parameters around that module's forward: every parameter is used
-in the forward of a module that owns it, modules take and return plain tensors (layouts and caches travel as keyword
-arguments, which its hooks do not look at), and every parameter takes part in every forward pass, whatever the batch
-holds: without an image the encoder and the resampler run on none, without a supervised token the head runs on no row.
+Every parameter takes part in every forward pass, whatever the batch holds: without an image the encoder and the
+resampler run on none, without a supervised token the head runs on no row. So the ranks that share a parameter always
+agree on the collectives they owe.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from aki_megatron.attention import LayerCache, ModalityLayout
 from aki_megatron.config.model import DecoderConfig, ModelConfig
 from aki_megatron.flow import IGNORE, NO_SEGMENT, Modality
 from aki_megatron.model.decoder import Block
 from aki_megatron.model.linears import LinearFactory, PlainLinears
-from aki_megatron.model.loss import token_loss_sum
 from aki_megatron.model.resampler import PerceiverResampler
 from aki_megatron.model.rotary import Rotary
 from aki_megatron.model.vision import VisionEncoder
 
 EMBEDDING_STD = 0.02
 """Standard deviation of new embedding rows (Phi-3's initializer_range, and AKI's for its added tokens)."""
+
+
+@contextmanager
+def seeded(seed: int, part: str) -> Iterator[None]:
+    """Draw the weights of a part of the model: they depend on the seed and the part's name, on nothing drawn before."""
+    number = int.from_bytes(hashlib.sha256(f"{seed}/{part}".encode()).digest()[:7])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(number)
+        yield
 
 
 class TokenEmbedding(nn.Module):
@@ -70,12 +80,15 @@ def place_images(text: Tensor, images: Tensor, modality_ids: Tensor) -> Tensor:
 class Front(nn.Module):
     """What turns a batch into hidden states: frozen vision encoder, resampler, token embedding."""
 
-    def __init__(self, config: ModelConfig, linears: LinearFactory) -> None:
+    def __init__(self, config: ModelConfig, linears: LinearFactory, *, seed: int) -> None:
         super().__init__()
         self.image_size = config.vision.image_size
-        self.vision = VisionEncoder(config.vision).requires_grad_(False)
-        self.resampler = PerceiverResampler(config.resampler, config.vision.width, config.decoder.width)
-        self.embedding = TokenEmbedding(config.decoder, linears)
+        with seeded(seed, "front.vision"):
+            self.vision = VisionEncoder(config.vision).requires_grad_(False)
+        with seeded(seed, "front.resampler"):
+            self.resampler = PerceiverResampler(config.resampler, config.vision.width, config.decoder.width)
+        with seeded(seed, "front.embedding"):
+            self.embedding = TokenEmbedding(config.decoder, linears)
 
     def forward(self, token_ids: Tensor, modality_ids: Tensor, pixels: Tensor | None) -> Tensor:
         """Token and modality ids [B, T], pixels [N, 3, H, W] (None: no image) -> hidden [B, T, D]"""
@@ -92,6 +105,8 @@ class Head(nn.Module):
     def __init__(self, config: DecoderConfig, linears: LinearFactory) -> None:
         super().__init__()
         self.config = config
+        self.linears = linears
+        self.words = linears.words(config.vocab_rows)
         std = config.width**-0.5
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.output = linears.head(config.width, config.vocab_rows, bias=config.head_bias, std=std)
@@ -105,17 +120,22 @@ class Head(nn.Module):
         Only those rows meet the head: in fine-tuning most places teach nothing.
         """
         rows = (targets != IGNORE).flatten().nonzero().squeeze(-1)
-        return token_loss_sum(self.logits(hidden.flatten(0, 1)[rows]), targets.flatten()[rows])
+        return self.linears.loss_sum(self.logits(hidden.flatten(0, 1)[rows]), targets.flatten()[rows].long())
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., V]; column i is token i, columns that no token uses are -inf."""
-        hidden = self.norm(hidden)
+        """[..., D] -> [..., V]; column i is the token self.words[i], columns that no token uses are -inf."""
+        hidden = self.linears.shared(self.norm(hidden))
         logits = self.output(hidden)
-        base, unused = self.config.base_tokens, self.config.vocab_rows - self.config.num_tokens
-        parts = [logits[..., :base]]
+        base, total = self.config.base_tokens, self.config.num_tokens
+        first, last = self.words.start, self.words.stop
+        parts = [logits[..., : max(0, min(last, base) - first)]]
         if self.extra is not None:
-            parts.append(self.extra(hidden))
-        if unused:
+            # every process has all rows of these few tokens and uses those that are among its words
+            weight = self.linears.shared(self.extra.weight)
+            bias = None if self.extra.bias is None else self.linears.shared(self.extra.bias)
+            added = F.linear(hidden, weight, bias)
+            parts.append(added[..., max(0, first - base) : max(0, min(last, total) - base)])
+        if unused := max(0, last - max(first, total)):
             parts.append(logits.new_full((*logits.shape[:-1], unused), float("-inf")))
         return torch.cat(parts, dim=-1) if len(parts) > 1 else logits
 
@@ -123,39 +143,53 @@ class Head(nn.Module):
 class Stage(nn.Module):
     """Front (first stage only), consecutive decoder layers, head (last stage only).
 
-    ``blocks`` are keyed by their number in the whole model, so that names do not depend on the cut.
+    ``blocks`` are keyed by their number in the whole model, so that names do not depend on the cut. With ``recompute``
+    training keeps only the input of each layer and runs the layer again in the backward pass.
     """
 
     def __init__(
-        self, config: ModelConfig, *, rule: str, front: Front | None, blocks: dict[int, Block], head: Head | None
+        self,
+        config: ModelConfig,
+        *,
+        rule: str,
+        front: Front | None,
+        blocks: dict[int, Block],
+        head: Head | None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
         self.rule = rule
+        self.recompute = recompute
         self.front = front
         self.blocks = nn.ModuleDict({str(number): block for number, block in blocks.items()})
         self.head = head
         self.rotary = Rotary(config.decoder.rope, config.decoder.head_width)
         if config.decoder.tie_embeddings and front is not None and head is not None:
-            # Both modules own the one Parameter, so that ZeRO-3 gathers it around either forward. Stages that hold
-            # only one of the two have copies; keeping those equal is the engine's work.
-            head.output.weight = front.embedding.table.weight
-            if head.extra is not None and front.embedding.extra is not None:
-                head.extra.weight = front.embedding.extra
+            tie(head, front.embedding)
 
-    def forward(self, inputs: Tensor, ids: Tensor, pixels: Tensor | None = None) -> Tensor:
+    def layout(self, ids: Tensor) -> ModalityLayout:
+        """Who may attend to whom in a micro-batch with these ids [B, T, 4], in training.
+
+        Raises LeakError where the attention rule would show a place what it has to predict.
+        """
+        return self._layout(ids, ids[..., 3] != IGNORE)
+
+    def forward(
+        self, inputs: Tensor, ids: Tensor, pixels: Tensor | None = None, *, layout: ModalityLayout | None = None
+    ) -> Tensor:
         """One micro-batch.
 
         inputs  token ids [B, T] int64 on a stage with a front, hidden [B, T, D] otherwise
         ids     [B, T, 4] int32: modality, segment, position, target (flow.stack_ids)
         pixels  [N, 3, H, W], for a stage with a front; None: no image
+        layout  what ``layout(ids)`` returns; None: built here
 
         Returns the summed loss over supervised places (fp32 scalar) on a stage with a head, hidden otherwise.
         Raises LeakError where the attention rule would show a place what it has to predict.
         """
-        targets = ids[..., 3]
-        hidden = self._hidden(inputs, ids, pixels, layout=self._layout(ids, targets != IGNORE))
-        return hidden if self.head is None else self.head(hidden, targets)
+        hidden = self._hidden(inputs, ids, pixels, layout=self.layout(ids) if layout is None else layout)
+        return hidden if self.head is None else self.head(hidden, ids[..., 3])
 
     def logits(
         self,
@@ -207,20 +241,64 @@ class Stage(nn.Module):
         cos, sin = self.rotary(ids[..., 2], ids[..., 1], hidden.dtype)
         memory: Sequence[LayerCache | None] = [None] * len(self.blocks) if caches is None else caches
         for block, cache in zip(self.blocks.values(), memory, strict=True):
-            hidden = block(hidden, cos, sin, layout=layout, cache=cache, lengths=lengths)
+            if self.recompute and cache is None and torch.is_grad_enabled():
+                # no dropout, no random numbers to bring back
+                hidden = checkpoint(
+                    block, hidden, cos, sin, layout=layout, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                hidden = block(hidden, cos, sin, layout=layout, cache=cache, lengths=lengths)
         return hidden
 
 
-def build_model(config: ModelConfig, *, rule: str, linears: LinearFactory | None = None) -> Stage:
-    """The whole model as one stage, with new random weights on torch's default device, in its default dtype.
+def tie(head: Head, embedding: TokenEmbedding) -> None:
+    """Let a head use the tables of an embedding as its own."""
+    head.output.weight = embedding.table.weight
+    if head.extra is not None and embedding.extra is not None:
+        head.extra.weight = embedding.extra
 
-    The caller seeds. Text parts follow GPT-2's scheme; encoder and resampler keep torch's own initialization.
+
+TIED = {"head.output.weight": "front.embedding.table.weight", "head.extra.weight": "front.embedding.extra"}
+"""Parameters of a tied head, and what they are copies of where the front is on another stage."""
+
+
+def logical_names(stage: Stage) -> dict[str, str]:
+    """A stage's parameter names and the names they have in the whole model, which no cut changes."""
+    copies = TIED if stage.config.decoder.tie_embeddings and stage.front is None else {}
+    return {name: copies.get(name, name) for name, _ in stage.named_parameters()}
+
+
+def build_stage(
+    config: ModelConfig,
+    layers: Sequence[int],
+    *,
+    rule: str,
+    seed: int = 0,
+    linears: LinearFactory | None = None,
+    recompute: bool = False,
+) -> Stage:
+    """The stage with these consecutive decoder layers; the first layer brings the front, the last the head.
+
+    New random weights, on torch's default device and in its default dtype: text parts follow GPT-2's scheme, encoder
+    and resampler keep torch's own initialization. They do not depend on which stages or shares the model is cut into.
+    A stage with a tied head and no front has a copy of the tables; keeping the two equal is the engine's work.
     """
     linears = linears or PlainLinears()
-    return Stage(
-        config,
-        rule=rule,
-        front=Front(config, linears),
-        blocks={number: Block(config.decoder, linears) for number in range(config.decoder.layers)},
-        head=Head(config.decoder, linears),
-    )
+    blocks: dict[int, Block] = {}
+    for number in layers:
+        with seeded(seed, f"blocks.{number}"):
+            blocks[number] = Block(config.decoder, linears)
+    front = Front(config, linears, seed=seed) if layers[0] == 0 else None
+    head = None
+    if layers[-1] == config.decoder.layers - 1:
+        with seeded(seed, "head"):
+            head = Head(config.decoder, linears)
+        if config.decoder.tie_embeddings and front is None:
+            with seeded(seed, "front.embedding"):
+                tie(head, TokenEmbedding(config.decoder, linears))
+    return Stage(config, rule=rule, front=front, blocks=blocks, head=head, recompute=recompute)
+
+
+def build_model(config: ModelConfig, *, rule: str, seed: int = 0, linears: LinearFactory | None = None) -> Stage:
+    """The whole model as one stage; see build_stage."""
+    return build_stage(config, range(config.decoder.layers), rule=rule, seed=seed, linears=linears)

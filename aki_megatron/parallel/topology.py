@@ -4,8 +4,8 @@ Rank order: tensor fastest, then data, then pipeline: rank = tensor_rank + tenso
 """
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -23,7 +23,10 @@ TIMEOUT_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class Topology:
-    """Sizes and ranks of the three ways of splitting, the data group, and the device of this process."""
+    """Sizes and ranks of the three ways of splitting, every process group, and the device of this process.
+
+    A replica is a whole copy of the model: all tensor and pipeline ranks that share one data rank.
+    """
 
     rank: int
     world_size: int
@@ -32,8 +35,8 @@ class Topology:
     pipeline: int
     data: int
     device: torch.device
-    data_group: ProcessGroup
-    """Ranks that hold the same weights and see different samples."""
+    groups: dict[str, ProcessGroup]
+    """The groups this rank is in, by the names of GROUPS."""
 
     @property
     def tensor_rank(self) -> int:
@@ -47,8 +50,67 @@ class Topology:
 
     @property
     def pipeline_rank(self) -> int:
-        """Which run of layers."""
+        """Which runs of layers."""
         return self.rank // (self.tensor * self.data)
+
+    @property
+    def data_group(self) -> ProcessGroup:
+        """Ranks that hold the same weights and see different samples."""
+        return self.groups["data"]
+
+    @property
+    def tensor_group(self) -> ProcessGroup:
+        """Ranks that hold slices of the same layers and see the same samples."""
+        return self.groups["tensor"]
+
+    @property
+    def pipeline_group(self) -> ProcessGroup:
+        """Ranks that hold other layers and see the same samples."""
+        return self.groups["pipeline"]
+
+    @property
+    def replica_group(self) -> ProcessGroup:
+        """All ranks that see the same samples."""
+        return self.groups["replica"]
+
+    @property
+    def stage_group(self) -> ProcessGroup:
+        """All ranks that hold the same layers, whole or in slices."""
+        return self.groups["stage"]
+
+    @property
+    def edge_group(self) -> ProcessGroup:
+        """The first and the last pipeline rank with this tensor and data rank; this rank must be one of them."""
+        return self.groups["edge"]
+
+    @property
+    def alone_group(self) -> ProcessGroup:
+        """This rank alone, for libraries that insist on a group."""
+        return self.groups["alone"]
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether batches enter the model here."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether losses come out of the model here."""
+        return self.pipeline_rank == self.pipeline - 1
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether this rank loads batches: one tensor rank of the first stage; the others are sent what they need."""
+        return self.is_first_stage and self.tensor_rank == 0
+
+    def peer(self, pipeline_rank: int) -> int:
+        """Global rank of another pipeline rank with this tensor and data rank."""
+        return self.tensor_rank + self.tensor * (self.data_rank + self.data * pipeline_rank)
+
+    @property
+    def replica_source(self) -> int:
+        """Global rank of the rank of this replica that reads data."""
+        return self.tensor * self.data_rank
 
     def sum_over_data(self, numbers: Sequence[float]) -> list[float]:
         """Sums of each number over the data ranks, in float64, by one all-reduce."""
@@ -69,6 +131,46 @@ class Topology:
         """Leave the world. Without it gloo ranks sometimes abort at exit."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+GROUPS: dict[str, Callable[[Topology, int, int, int], bool]] = {
+    "tensor": lambda own, t, d, p: (d, p) == (own.data_rank, own.pipeline_rank),
+    "data": lambda own, t, d, p: (t, p) == (own.tensor_rank, own.pipeline_rank),
+    "pipeline": lambda own, t, d, p: (t, d) == (own.tensor_rank, own.data_rank),
+    "replica": lambda own, t, d, p: d == own.data_rank,
+    "stage": lambda own, t, d, p: p == own.pipeline_rank,
+    "edge": lambda own, t, d, p: (t, d) == (own.tensor_rank, own.data_rank) and p in (0, own.pipeline - 1),
+    "alone": lambda own, t, d, p: (t, d, p) == (own.tensor_rank, own.data_rank, own.pipeline_rank),
+}
+"""Group -> whether the rank at (tensor rank, data rank, pipeline rank) shares it with a rank."""
+
+
+def members(own: Topology, group: str) -> list[int]:
+    """Global ranks of a group of ``own``, in order; ``edge`` is without a ``own`` that is neither end."""
+    ranks = []
+    for rank in range(own.world_size):
+        other = replace(own, rank=rank)
+        if GROUPS[group](own, other.tensor_rank, other.data_rank, other.pipeline_rank):
+            ranks.append(rank)
+    return ranks
+
+
+def _join_groups(own: Topology, timeout: timedelta) -> dict[str, ProcessGroup]:
+    """Each rank makes only the groups it is in, all ranks in the same order; equal groups are made once."""
+    made: dict[tuple[int, ...], ProcessGroup] = {}
+    found: dict[str, ProcessGroup] = {}
+    world = dist.group.WORLD
+    assert world is not None
+    made[tuple(range(own.world_size))] = world
+    for name in GROUPS:
+        ranks = members(own, name)
+        if own.rank not in ranks:
+            continue
+        key = tuple(ranks)
+        if key not in made:
+            made[key] = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
+        found[name] = made[key]
+    return found
 
 
 def start(launch: Launch, *, tensor: int, pipeline: int, timeout_seconds: float = TIMEOUT_SECONDS) -> Topology:
@@ -93,31 +195,16 @@ def start(launch: Launch, *, tensor: int, pipeline: int, timeout_seconds: float 
             world_size=launch.world_size,
             timeout=timeout,
         )
-    data_group = dist.group.WORLD
-    assert data_group is not None
-    return Topology(
-        rank=launch.rank,
-        world_size=launch.world_size,
-        local_rank=launch.local_rank,
-        tensor=tensor,
-        pipeline=pipeline,
-        data=data,
-        device=device,
-        data_group=data_group,
-    )
+    sizes = {"tensor": tensor, "pipeline": pipeline, "data": data}
+    own = Topology(launch.rank, launch.world_size, launch.local_rank, **sizes, device=device, groups={})
+    return replace(own, groups=_join_groups(own, timeout))
 
 
 def data_size(world_size: int, *, tensor: int, pipeline: int) -> int:
     """Number of data ranks.
 
-    Errors: ConfigError when tensor x pipeline does not divide the world, or asks for a split that does not exist yet.
+    Errors: ConfigError when tensor x pipeline does not divide the world.
     """
-    for name, size in (("tensor", tensor), ("pipeline", pipeline)):
-        if size != 1:
-            raise ConfigError(
-                f"parallel.{name}={size} is not supported: this version spreads a run over data-parallel ranks only "
-                f"(ZeRO 1, 2 or 3). Set parallel.{name}=1."
-            )
     if world_size % (tensor * pipeline):
         raise ConfigError(
             f"{world_size} processes cannot be split into parallel.tensor={tensor} x parallel.pipeline={pipeline} "

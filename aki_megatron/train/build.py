@@ -1,37 +1,38 @@
 """RunConfig to Run: the only place that constructs. One function per part."""
 
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
-from aki_megatron.checkpoint.huggingface import load_pretrained
-from aki_megatron.checkpoint.saver import Saver, read_weights
-from aki_megatron.config.check import data_size, micro_batch
+from aki_megatron.checkpoint.saver import Saver
+from aki_megatron.config.check import micro_batch
 from aki_megatron.config.deepspeed import settings_for_engine
 from aki_megatron.config.run import RunConfig
 from aki_megatron.config.save import dump
-from aki_megatron.data.loader import Loader
+from aki_megatron.data.loader import Loader, NoBatches
 from aki_megatron.data.shards import ShardIndex
 from aki_megatron.data.sources import open_sources
 from aki_megatron.data.stream import CaptionStream, ConversationStream, SampleStream
 from aki_megatron.data.template import Template
 from aki_megatron.data.text import Tokenizer
+from aki_megatron.engine.base import Engine, StageRunner
 from aki_megatron.engine.optimizer import adamw, learning_rate
-from aki_megatron.engine.zero import ZeroEngine
+from aki_megatron.engine.pipeline import PipelineEngine
+from aki_megatron.engine.replica import ReplicaStage
+from aki_megatron.engine.zero import ZeroStage
 from aki_megatron.evaluate.report import RunRecord, write_report
-from aki_megatron.flow import CheckpointError
-from aki_megatron.model.stage import Stage, build_model
+from aki_megatron.model.stage import Stage, build_stage
+from aki_megatron.parallel.cut import stage_layers
+from aki_megatron.parallel.megatron import build_linears
 from aki_megatron.parallel.topology import Topology
+from aki_megatron.train.describe import describe, micro_batches, recomputes
 from aki_megatron.train.folder import RunFolder, read_metrics
 from aki_megatron.train.hooks import ConsoleHook, DoneHook, LogHook, MetricsHook, SaveHook, TensorBoardHook
 from aki_megatron.train.hooks_wandb import WandbHook
-from aki_megatron.train.loop import Hook, Run
-
-logger = logging.getLogger("aki_megatron.train")
+from aki_megatron.train.loop import Hook, Run, StepSource
+from aki_megatron.train.weights import weight_source
 
 
 def build_tokenizer(config: RunConfig) -> Tokenizer:
@@ -64,8 +65,10 @@ def build_stream(config: RunConfig, template: Template) -> SampleStream:
     )
 
 
-def build_loader(config: RunConfig, stream: SampleStream, tokenizer: Tokenizer, topology: Topology) -> Loader:
-    """This rank's batches."""
+def build_steps(config: RunConfig, tokenizer: Tokenizer, stream: SampleStream | None, topology: Topology) -> StepSource:
+    """This rank's batches; none where another rank reads them."""
+    if stream is None:
+        return NoBatches()
     return Loader(
         stream,
         pad_id=tokenizer.pad,
@@ -73,62 +76,84 @@ def build_loader(config: RunConfig, stream: SampleStream, tokenizer: Tokenizer, 
         global_batch=config.train.global_batch,
         micro_batch=micro_batch(config, topology.world_size),
         data_rank=topology.data_rank,
-        data_size=data_size(config, topology.world_size),
+        data_size=topology.data,
         prefetch_steps=config.data.prefetch_steps,
         pin_memory=topology.device.type == "cuda",
     )
 
 
-def load_weights(model: Stage, checkpoint: Path) -> None:
-    """Copy every weight of a checkpoint (or of the newest one of a run folder) into the model.
-
-    Errors: CheckpointError where there is none, or with the names that do not fit.
-    """
-    weights = read_weights(checkpoint)
-    own = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-    saved = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    wrong = [
-        f"{name}: {saved.get(name, 'missing')} in the checkpoint, {own.get(name, 'missing')} in the model"
-        for name in sorted(own.keys() | saved.keys())
-        if own.get(name) != saved.get(name)
-    ]
-    if wrong:
-        listing = "\n  ".join(wrong[:10])
-        raise CheckpointError(f"{checkpoint} is of another model ({len(wrong)} tensors differ):\n  {listing}")
-    model.load_state_dict(weights, strict=False)
+def cut_model(config: RunConfig) -> list[range]:
+    """Decoder layers of each of the pipeline x chunks stages, in model order."""
+    parallel = config.parallel
+    return stage_layers(
+        config.model,
+        stages=parallel.pipeline * parallel.chunks,
+        layers_per_stage=parallel.layers_per_stage,
+        text_tokens=config.data.max_text_tokens,
+        recompute=recomputes(config),
+    )
 
 
-def build_initialized_model(config: RunConfig, *, resuming: bool) -> Stage:
-    """The model with the weights the run starts from; a run that resumes gets them from its checkpoint later."""
-    torch.manual_seed(config.train.seed)
-    model = build_model(config.model, rule=config.attention.rule)
-    if resuming:
-        return model
-    init = config.init
-    if init.weights is not None:
-        load_weights(model, init.weights)
-    elif init.vision is not None or init.language is not None:
-        fresh = load_pretrained(model, vision=init.vision, language=init.language)
-        logger.info("random initialization of %d tensors: %s", len(fresh), ", ".join(fresh))
-    return model
+def build_stages(config: RunConfig, stages: Sequence[range], topology: Topology) -> Iterator[Stage]:
+    """This pipeline rank's stages, one per chunk, as this tensor rank holds them, with their first random weights."""
+    linears = build_linears(topology)
+    for layers in stages[topology.pipeline_rank :: topology.pipeline]:
+        yield build_stage(
+            config.model,
+            layers,
+            rule=config.attention.rule,
+            seed=config.train.seed,
+            linears=linears,
+            recompute=recomputes(config),
+        )
 
 
-def build_engine(config: RunConfig, model: Stage, topology: Topology) -> ZeroEngine:
-    """The ZeRO engine around the model."""
+def build_runner(config: RunConfig, stage: Stage, topology: Topology) -> StageRunner:
+    """A stage with its optimizer state, split over the data ranks by ZeRO or not at all."""
     o = config.optimizer
-    optimizer = adamw(model, weight_decay=o.weight_decay, beta1=o.beta1, beta2=o.beta2, eps=o.eps)
-    return ZeroEngine(
-        model,
+    settings = settings_for_engine(config)
+    optimizer = adamw(
+        stage,
+        weight_decay=o.weight_decay,
+        beta1=o.beta1,
+        beta2=o.beta2,
+        eps=o.eps,
+        fused="offload_optimizer" in settings.get("zero_optimization", {}),
+    )
+    if config.parallel.zero_stage == 0:
+        return ReplicaStage(stage, topology, optimizer)
+    return ZeroStage(
+        stage,
         topology,
         optimizer,
         zero_stage=config.parallel.zero_stage,
         precision=config.train.precision,
-        clip_norm=o.clip_norm,
-        deepspeed_config=settings_for_engine(config),
+        deepspeed_config=settings,
     )
 
 
-def restore(engine: ZeroEngine, saver: Saver, checkpoint: Path | None) -> int:
+def build_engine(
+    config: RunConfig, stages: Sequence[range], topology: Topology, *, fill: Callable[[Stage], None]
+) -> Engine:
+    """The engine over this rank's stages; ``fill`` puts the weights the run starts from into each.
+
+    One stage is whole in memory at a time: its runner partitions it before the next is built.
+    """
+    runners = []
+    for stage in build_stages(config, stages, topology):
+        fill(stage)
+        runners.append(build_runner(config, stage, topology))
+    return PipelineEngine(
+        runners,
+        topology,
+        micro_batches=micro_batches(config, topology.world_size),
+        precision=config.train.precision,
+        clip_norm=config.optimizer.clip_norm,
+        check_every=config.parallel.check_every,
+    )
+
+
+def restore(engine: Engine, saver: Saver, checkpoint: Path | None) -> int:
     """Load a checkpoint into the engine; returns how many optimizer steps are done."""
     if checkpoint is None:
         return 0
@@ -145,12 +170,12 @@ def report_of(folder: RunFolder) -> None:
 
 
 def build_hooks(
-    config: RunConfig, engine: ZeroEngine, stream: SampleStream, saver: Saver, topology: Topology, console: Console
+    config: RunConfig, engine: Engine, stream: SampleStream | None, saver: Saver, topology: Topology, console: Console
 ) -> list[Hook]:
     """Hooks in the order in which they act: a step is recorded before it is saved, and DONE comes last."""
     folder, log, steps = RunFolder(config.run.dir), config.log, config.train.steps
     first = topology.rank == 0
-    logs = LogHook(stream.losses.describe, console)
+    logs = LogHook(stream.losses.describe if stream else str, console)
 
     def save(step: int) -> Path:
         return saver.save(step, engine.state(), {"step": step})
@@ -171,29 +196,24 @@ def build_run(config: RunConfig, topology: Topology, console: Console) -> Run:
     """Every part of a run, put together."""
     folder = RunFolder(config.run.dir)
     tokenizer = build_tokenizer(config)
-    stream = build_stream(config, build_template(config, tokenizer))
+    stream = build_stream(config, build_template(config, tokenizer)) if topology.reads_data else None
     saver = Saver(folder.checkpoints, keep_last=config.checkpoint.keep_last)
     checkpoint = saver.latest()
-    model = build_initialized_model(config, resuming=checkpoint is not None)
+    stages = cut_model(config)
     if topology.rank == 0:
         folder.config.write_text(dump(config))
-        parameters = sum(p.numel() for p in model.parameters())
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        console.print(f"model: {parameters:,} parameters, {trained:,} of them trained")
-        ranks, at_once = data_size(config, topology.world_size), micro_batch(config, topology.world_size)
-        parts = config.train.global_batch // ranks // at_once
-        console.print(
-            f"step: {config.train.global_batch} samples = {ranks} data ranks x {parts} micro-batches x {at_once}; "
-            f"ZeRO-{config.parallel.zero_stage}, {config.train.precision}, rule {config.attention.rule}"
-        )
-    engine = build_engine(config, model, topology)
+        for line in describe(config, stages, world_size=topology.world_size):
+            console.print(line)
+    engine = build_engine(
+        config, stages, topology, fill=weight_source(config, topology, resuming=checkpoint is not None)
+    )
     o = config.optimizer
     curve: Callable[[int], float] = partial(
         learning_rate, lr=o.lr, min_lr=o.min_lr, warmup_steps=o.warmup_steps, steps=config.train.steps
     )
     return Run(
         engine=engine,
-        loader=build_loader(config, stream, tokenizer, topology),
+        loader=build_steps(config, tokenizer, stream, topology),
         hooks=build_hooks(config, engine, stream, saver, topology, console),
         steps=config.train.steps,
         learning_rate=curve,

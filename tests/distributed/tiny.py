@@ -4,60 +4,110 @@ The micro-batches of a step are numbered over all data ranks, so that any number
 """
 
 import copy
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
 from aki_megatron.engine.optimizer import adamw, learning_rate
-from aki_megatron.engine.zero import ZeroEngine
+from aki_megatron.engine.pipeline import PipelineEngine
+from aki_megatron.engine.replica import ReplicaStage
+from aki_megatron.engine.zero import ZeroStage
 from aki_megatron.flow import IGNORE, NO_SEGMENT, Batch, Modality, StepReport, stack_ids
-from aki_megatron.model.stage import build_model
+from aki_megatron.model.stage import Stage, build_model, build_stage
+from aki_megatron.parallel.cut import stage_layers
+from aki_megatron.parallel.megatron import build_linears
 from aki_megatron.parallel.topology import Topology
 
-TOKENS, QUERIES, IMAGE_SIZE = 12, 3, 8
+QUERIES, IMAGE_SIZE, ROWS = 3, 8, 2
 BASE_TOKENS, IMAGE_TOKEN = 33, 33
-STEPS, MICROBATCHES, CLIP_NORM = 5, 4, 20.0
-"""Steps compared, micro-batches per step over all ranks, and a norm that some steps exceed and some do not."""
+STEPS, MICROBATCHES, CLIP_NORM = 5, 8, 20.0
+"""Steps compared, micro-batches per step over all data ranks, and a norm that some steps exceed and some do not."""
 OPTIMIZER = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-5}
 """With a smaller eps a gradient that is zero but for rounding would move weights by the whole learning rate."""
 
-MODEL = ModelConfig(
-    vision=VisionConfig(image_size=IMAGE_SIZE, patch_size=4, width=12, layers=1, heads=2, mlp_width=20),
-    resampler=ResamplerConfig(latents=QUERIES, layers=1, heads=2, head_width=6, mlp_ratio=2),
-    decoder=DecoderConfig(
-        width=24,
-        layers=2,
-        heads=4,
-        kv_heads=2,
-        mlp_width=20,
-        vocab_rows=37,
-        base_tokens=BASE_TOKENS,
-        extra_tokens=2,
-        rope=RopeConfig(kind="default", short_factor=(), long_factor=()),
-    ),
-)
-"""Odd sizes: some parameters have fewer elements than there are ranks, few have a multiple."""
+
+def model_config(**decoder: Any) -> ModelConfig:
+    """Odd sizes where splitting allows them: some parameters have fewer elements than there are ranks."""
+    sizes = {"width": 32, "layers": 4, "heads": 8, "kv_heads": 4, "mlp_width": 20, "vocab_rows": 40}
+    sizes |= {"base_tokens": BASE_TOKENS, "extra_tokens": 2, "rope": RopeConfig(kind="default")}
+    return ModelConfig(
+        vision=VisionConfig(image_size=IMAGE_SIZE, patch_size=4, width=12, layers=1, heads=2, mlp_width=20),
+        resampler=ResamplerConfig(latents=QUERIES, layers=1, heads=2, head_width=6, mlp_ratio=2),
+        decoder=DecoderConfig(**sizes | decoder),
+    )
 
 
-def tiny_model() -> nn.Module:
-    """The same weights on every rank."""
-    torch.manual_seed(0)
-    return build_model(MODEL, rule="mma")
+MODEL, TIED_MODEL = model_config(), model_config(tie_embeddings=True, head_bias=False)
 
 
-def tiny_engine(topology: Topology, zero_stage: int, precision: str = "fp32", **zero_settings: int) -> ZeroEngine:
-    model = tiny_model()
-    return ZeroEngine(
-        model,
+@dataclass(frozen=True)
+class Setting:
+    """How the tiny model is spread and trained; the sizes of tensor and pipeline are the topology's."""
+
+    zero_stage: int = 3
+    precision: str = "fp32"
+    chunks: int = 1
+    layers_per_stage: tuple[int, ...] = ()
+    recompute: bool = False
+    tied: bool = False
+    rule: str = "mma"
+    zero_settings: dict[str, Any] = field(default_factory=dict)
+    check_every: int = 100
+
+    @property
+    def model(self) -> ModelConfig:
+        return TIED_MODEL if self.tied else MODEL
+
+
+def tiny_model(setting: Setting = Setting()) -> Stage:
+    """The whole model in one process."""
+    return build_model(setting.model, rule=setting.rule)
+
+
+def tiny_stages(topology: Topology, setting: Setting) -> list[Stage]:
+    """This rank's stages."""
+    layers = stage_layers(
+        setting.model,
+        stages=topology.pipeline * setting.chunks,
+        layers_per_stage=setting.layers_per_stage,
+        text_tokens=16,
+    )
+    linears = build_linears(topology)
+    return [
+        build_stage(own, run, rule=setting.rule, linears=linears, recompute=setting.recompute)
+        for own, run in ((setting.model, run) for run in layers[topology.pipeline_rank :: topology.pipeline])
+    ]
+
+
+def tiny_engine(topology: Topology, setting: Setting = Setting()) -> PipelineEngine:
+    runners: list[Any] = []
+    offloaded = "offload_optimizer" in setting.zero_settings
+    for stage in tiny_stages(topology, setting):
+        optimizer = adamw(stage, **OPTIMIZER, fused=offloaded)
+        if setting.zero_stage == 0:
+            runners.append(ReplicaStage(stage, topology, optimizer))
+        else:
+            runners.append(
+                ZeroStage(
+                    stage,
+                    topology,
+                    optimizer,
+                    zero_stage=setting.zero_stage,
+                    precision=setting.precision,
+                    deepspeed_config={"zero_optimization": setting.zero_settings},
+                )
+            )
+    return PipelineEngine(
+        runners,
         topology,
-        adamw(model, **OPTIMIZER),
-        zero_stage=zero_stage,
-        precision=precision,
+        micro_batches=MICROBATCHES // topology.data,
+        precision=setting.precision,
         clip_norm=CLIP_NORM,
-        deepspeed_config={"zero_optimization": zero_settings},
+        check_every=setting.check_every,
     )
 
 
@@ -70,57 +120,95 @@ class Trained:
     weights: dict[str, Tensor]
 
 
-def draw_batch(step: int, number: int) -> Batch:
-    """Micro-batch ``number`` of step ``step``: rows of different lengths and supervision.
+def _sample(draw: torch.Generator, *, image: bool, taught: bool) -> tuple[list[int], list[int], list[int]]:
+    """Token ids, modality ids and targets of one sample: an image or none, a prompt, a response."""
 
-    Number 1 of every step has no image, number 2 of odd steps no supervised token.
+    def tokens(count: int) -> list[int]:
+        return torch.randint(0, BASE_TOKENS, (count,), generator=draw).tolist()
+
+    prompt, response = (int(torch.randint(2, 6, (), generator=draw)) for _ in range(2))
+    images = QUERIES if image else 0
+    ids = [*tokens(1), *[IMAGE_TOKEN] * images, *tokens(prompt + response)]
+    modality = [Modality.TEXT, *[Modality.IMAGE] * images]
+    modality += [Modality.TEXT] * prompt + [Modality.RESPONSE] * response
+    targets = [IGNORE] * len(ids)
+    if taught:
+        first = len(ids) - response
+        targets[first - 1 : -1] = ids[first:]
+    return ids, modality, targets
+
+
+def draw_batch(step: int, number: int) -> Batch:
+    """Micro-batch ``number`` of step ``step``: rows of different lengths and supervision, batches of different widths.
+
+    Of every four micro-batches the second has no image, the third of odd steps no supervised token, and in the fourth
+    rows are packed: two samples, each a segment with positions of its own.
     """
     draw = torch.Generator().manual_seed(1000 * step + number)
-    rows, with_images = 2, number != 1
-    token_ids = torch.randint(0, BASE_TOKENS, (rows, TOKENS), generator=draw)
-    modality_ids = torch.full((rows, TOKENS), Modality.TEXT, dtype=torch.int8)
-    segment_ids = torch.zeros(rows, TOKENS, dtype=torch.int32)
-    targets = torch.full((rows, TOKENS), IGNORE)
-    for row in range(rows):
-        length = TOKENS - int(torch.randint(0, 3, (), generator=draw))
-        response = length - 1 - int(torch.randint(0, 2 + number, (), generator=draw))
-        if with_images:
-            modality_ids[row, 1 : 1 + QUERIES] = Modality.IMAGE
-            token_ids[row, 1 : 1 + QUERIES] = IMAGE_TOKEN
-        modality_ids[row, response:length] = Modality.RESPONSE
-        modality_ids[row, length:] = Modality.PAD
-        segment_ids[row, length:] = NO_SEGMENT
-        if not (number == 2 and step % 2):
-            targets[row, response - 1 : length - 1] = token_ids[row, response:length]
-    position_ids = torch.arange(TOKENS, dtype=torch.int32).repeat(rows, 1)
-    pixels = torch.randn(rows if with_images else 0, 3, IMAGE_SIZE, IMAGE_SIZE, generator=draw)
+    kind = number % 4
+    rows = [
+        [_sample(draw, image=kind != 1, taught=not (kind == 2 and step % 2)) for _ in range(2 if kind == 3 else 1)]
+        for _ in range(ROWS)
+    ]
+    width = max(sum(len(ids) for ids, _, _ in row) for row in rows)
+    token_ids = torch.zeros(ROWS, width, dtype=torch.int64)
+    modality_ids = torch.full((ROWS, width), Modality.PAD, dtype=torch.int8)
+    segment_ids = torch.full((ROWS, width), NO_SEGMENT, dtype=torch.int32)
+    position_ids = torch.zeros(ROWS, width, dtype=torch.int32)
+    targets = torch.full((ROWS, width), IGNORE)
+    for row, samples in enumerate(rows):
+        place = 0
+        for segment, (ids, modality, wanted) in enumerate(samples):
+            here = slice(place, place + len(ids))
+            token_ids[row, here], modality_ids[row, here] = torch.tensor(ids), torch.tensor(modality, dtype=torch.int8)
+            segment_ids[row, here], targets[row, here] = segment, torch.tensor(wanted)
+            position_ids[row, here] = torch.arange(len(ids), dtype=torch.int32)
+            place += len(ids)
+    images = sum(len(samples) for samples in rows) if kind != 1 else 0
+    pixels = torch.randn(images, 3, IMAGE_SIZE, IMAGE_SIZE, generator=draw)
     return Batch(token_ids, modality_ids, segment_ids, position_ids, targets, pixels)
 
 
 def share(step: int, rank: int, ranks: int) -> list[Batch]:
-    """The micro-batches of one rank."""
+    """The micro-batches of one data rank."""
     return [draw_batch(step, number) for number in range(rank, MICROBATCHES, ranks)]
+
+
+def own_share(step: int, topology: Topology) -> list[Batch]:
+    """What a rank hands to its engine: its micro-batches if it reads data."""
+    return share(step, topology.data_rank, topology.data) if topology.reads_data else []
 
 
 def rate(step: int) -> float:
     return learning_rate(step, lr=1e-2, min_lr=1e-3, warmup_steps=2, steps=STEPS)
 
 
-def take_steps(engine: ZeroEngine, topology: Topology, steps: Iterable[int]) -> list[StepReport]:
-    return [engine.train_step(share(step, topology.data_rank, topology.data), rate(step)) for step in steps]
+def take_steps(engine: PipelineEngine, topology: Topology, steps: Iterable[int]) -> list[StepReport]:
+    return [engine.train_step(own_share(step, topology), rate(step)) for step in steps]
 
 
-def outcome(engine: ZeroEngine, reports: list[StepReport]) -> Trained:
+def outcome(engine: PipelineEngine, reports: list[StepReport]) -> Trained:
+    """The reports and this rank's weights."""
     weights = {name: weight.clone() for name, weight in engine.weights()}
     return Trained([report.loss for report in reports], [report.grad_norm for report in reports], weights)
 
 
-def train_plainly(steps: Iterable[int] = range(STEPS), precision: str = "fp32") -> Trained:
+def together(results: Sequence[Trained]) -> Trained:
+    """What all ranks hold: every rank reports the same, and holds the same of what others hold too."""
+    weights: dict[str, Tensor] = {}
+    for result in results:
+        assert (result.losses, result.norms) == (results[0].losses, results[0].norms)
+        for name, weight in result.weights.items():
+            assert torch.equal(weights.setdefault(name, weight), weight), f"copies of {name} have come apart"
+    return Trained(results[0].losses, results[0].norms, weights)
+
+
+def train_plainly(steps: Iterable[int] = range(STEPS), setting: Setting = Setting()) -> Trained:
     """One process, no engine, no DeepSpeed: the plain twin.
 
     In bf16 a copy of the model runs forward and backward; weights and gradients are kept in fp32.
     """
-    model = tiny_model()
+    model = tiny_model(setting)
     optimizer = adamw(model, **OPTIMIZER)
     losses, norms = [], []
     for step in steps:
@@ -129,10 +217,9 @@ def train_plainly(steps: Iterable[int] = range(STEPS), precision: str = "fp32") 
         optimizer.zero_grad()
         losses.append(0.0)
         for batch in batches:
-            runner = model if precision == "fp32" else _bf16_copy(model)
-            loss = (
-                runner(batch.token_ids, stack_ids(batch), batch.pixels.to(next(runner.parameters()).dtype)) / supervised
-            )
+            runner = model if setting.precision == "fp32" else _bf16_copy(model)
+            pixels = batch.pixels.to(next(runner.parameters()).dtype)
+            loss = runner(batch.token_ids, stack_ids(batch), pixels) / supervised
             loss.backward()
             losses[-1] += loss.item()
             if runner is not model:

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
 from aki_megatron.engine.norm import clip_factor, squared_norm
 from aki_megatron.engine.optimizer import adamw, learning_rate, parameter_groups
+from aki_megatron.model.split import split_of
+from aki_megatron.model.stage import build_model, build_stage
 
 SFT = {"lr": 2e-5, "min_lr": 1e-6, "warmup_steps": 150, "steps": 10_000}
 
@@ -23,28 +26,58 @@ def test_curve_without_warmup_starts_at_the_top():
     assert learning_rate(0, lr=1.0, min_lr=0.1, warmup_steps=0, steps=10) == 1.0
 
 
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.vision = nn.Linear(2, 2).requires_grad_(False)
-        self.embedding = nn.ModuleDict({"table": nn.Embedding(3, 2), "extra_rows": nn.Embedding(2, 2)})
-        self.norm = nn.LayerNorm(2)
-        self.head = nn.Linear(2, 3)
+def model_config(**decoder):
+    return ModelConfig(
+        vision=VisionConfig(image_size=8, patch_size=4, width=12, layers=1, heads=2, mlp_width=20),
+        resampler=ResamplerConfig(latents=3, layers=1, heads=2, head_width=6, mlp_ratio=2),
+        decoder=DecoderConfig(
+            **{"width": 24, "layers": 3, "heads": 4, "kv_heads": 2, "mlp_width": 20, "vocab_rows": 40}
+            | {"base_tokens": 33, "extra_tokens": 2, "rope": RopeConfig(kind="default"), "head_bias": False}
+            | decoder
+        ),
+    )
+
+
+def names_of(stage, group):
+    named = {id(parameter): name for name, parameter in stage.named_parameters()}
+    return {named[id(parameter)] for parameter in group["params"]}
+
+
+TABLES = {"front.embedding.table.weight", "front.embedding.extra"}
 
 
 def test_all_but_the_embedding_tables_decay():
-    model = Model()
-    decayed, kept = parameter_groups(model, 0.1)
-    named = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert [named[id(p)] for p in decayed["params"]] == ["norm.weight", "norm.bias", "head.weight", "head.bias"]
-    assert [named[id(p)] for p in kept["params"]] == ["embedding.table.weight", "embedding.extra_rows.weight"]
-    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+    model = build_model(model_config(), rule="mma")
+    groups = parameter_groups(model, 0.1)
+    kept = [group for group in groups if group["weight_decay"] == 0.0]
+    assert set.union(*(names_of(model, group) for group in kept)) == TABLES
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert sorted(name for group in groups for name in names_of(model, group)) == sorted(trained)
 
 
-def test_a_model_without_trainable_tables_has_one_group():
-    model = Model()
-    model.embedding.requires_grad_(False)
-    assert len(adamw(model, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8).param_groups) == 1
+def test_parameters_of_a_group_are_split_alike():
+    model = build_model(model_config(), rule="mma")
+    for group in parameter_groups(model, 0.1):
+        assert {split_of(name, model.config.decoder) is not None for name in names_of(model, group)} == {group["split"]}
+        assert not group["tied"]
+
+
+def test_tied_tables_have_the_same_groups_of_their_own_on_the_first_and_the_last_stage():
+    config = model_config(tie_embeddings=True)
+    first, last = build_stage(config, [0], rule="mma"), build_stage(config, [2], rule="mma")
+    tied = [[group for group in parameter_groups(stage, 0.1) if group["tied"]] for stage in (first, last)]
+    assert [[tuple(p.shape for p in group["params"]) for group in groups] for groups in tied] == [
+        [((2, 24),), ((40, 24),)]
+    ] * 2
+    assert all(group["weight_decay"] == 0.0 for groups in tied for group in groups)
+    assert set.union(*(names_of(first, group) for group in tied[0])) == TABLES
+    assert not any(group["tied"] for group in parameter_groups(build_stage(config, [1], rule="mma"), 0.1))
+
+
+def test_empty_groups_are_left_out():
+    middle = build_stage(model_config(), [1], rule="mma")
+    assert len(adamw(middle, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8).param_groups) == 2
 
 
 def test_norm_and_clipping_equal_torch():

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from aki_megatron.attention import LeakError
 from aki_megatron.config.model import ModelConfig
 from aki_megatron.flow import IGNORE, Batch, Modality, stack_ids
-from aki_megatron.model.decoder import Block
-from aki_megatron.model.linears import PlainLinears
-from aki_megatron.model.stage import Front, Head, Stage, build_model, place_images
+from aki_megatron.model.stage import Stage, build_model, build_stage, logical_names, place_images
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
@@ -196,22 +194,18 @@ def test_a_rule_that_shows_the_target_is_an_error() -> None:
         loss_of(built(), leaky)
 
 
-@pytest.mark.parametrize("cuts", [(1,), (0, 2), (1, 2)])
+@pytest.mark.parametrize("cuts", [(1,), (2,), (1, 2)])
 def test_stages_in_a_row_are_the_whole(cuts: tuple[int, ...]) -> None:
-    """Only hidden states and ids cross a cut; block names do not depend on it."""
+    """Only hidden states and ids cross a cut; names and initial weights do not depend on it."""
     whole, batch = built(), fine_tuning_batch()
     edges = [0, *cuts, CONFIG.decoder.layers]
-    stages = []
-    for first, last in zip(edges, edges[1:], strict=False):
-        parts: dict[str, nn.Module | None] = {
-            "front": Front(CONFIG, PlainLinears()) if not stages else None,
-            "head": Head(CONFIG.decoder, PlainLinears()) if last == CONFIG.decoder.layers else None,
-        }
-        blocks = {number: Block(CONFIG.decoder, PlainLinears()) for number in range(first, last)}
-        stage = Stage(CONFIG, rule="mma", blocks=blocks, **parts).double()
-        stage.load_state_dict({name: whole.state_dict()[name] for name in stage.state_dict()})
-        stages.append(stage)
-    assert sorted(name for stage in stages for name in stage.state_dict()) == sorted(whole.state_dict())
+    stages = [
+        build_stage(CONFIG, range(first, last), rule="mma").double()
+        for first, last in zip(edges, edges[1:], strict=False)
+    ]
+    pieces = {name: tensor for stage in stages for name, tensor in stage.state_dict().items()}
+    assert sorted(pieces) == sorted(whole.state_dict())
+    assert all(torch.equal(pieces[name], tensor) for name, tensor in whole.state_dict().items())
     carried, ids = batch.token_ids, stack_ids(batch)
     for number, stage in enumerate(stages):
         carried = stage(carried, ids, batch.pixels if number == 0 else None)
@@ -228,8 +222,7 @@ def test_stages_in_a_row_are_the_whole(cuts: tuple[int, ...]) -> None:
 def test_the_seed_alone_decides_the_weights() -> None:
     one, two = built().state_dict(), built().state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one)
-    torch.manual_seed(1)
-    other = build_model(CONFIG, rule="mma").double().state_dict()
+    other = build_model(CONFIG, rule="mma", seed=1).double().state_dict()
     assert not torch.equal(one["blocks.0.attention.qkv.weight"], other["blocks.0.attention.qkv.weight"])
 
 
@@ -273,3 +266,30 @@ def test_casting_and_copying_leave_the_rotation_exact() -> None:
         strict=True,
     ):
         assert torch.equal(got, expected)
+
+
+def test_a_stage_with_a_tied_head_alone_has_a_copy_of_the_tables() -> None:
+    config = tiny(tie_embeddings=True, head_bias=False)
+    first, last = (build_stage(config, [layer], rule="mma") for layer in (0, config.decoder.layers - 1))
+    assert last.head is not None and first.front is not None
+    assert torch.equal(last.head.output.weight, first.front.embedding.table.weight)
+    names = logical_names(last)
+    assert names["head.output.weight"] == "front.embedding.table.weight"
+    assert names["head.extra.weight"] == "front.embedding.extra"
+    assert names["head.norm.weight"] == "head.norm.weight"
+    whole = build_model(config, rule="mma")
+    assert set(logical_names(whole)) == set(logical_names(whole).values())
+
+
+@pytest.mark.parametrize("rule", ["causal", "mma"])
+def test_recomputing_layers_changes_no_gradient(rule: str) -> None:
+    plain, again = built(rule=rule), built(rule=rule)
+    again.recompute = True
+    runs = [0]
+    again.blocks["1"].register_forward_pre_hook(lambda *_: runs.__setitem__(0, runs[0] + 1))
+    batch = fine_tuning_batch()
+    for model in (plain, again):
+        loss_of(model, batch).backward()
+    assert runs == [2], "the layer runs once forward and once more for its gradients"
+    for (name, one), other in zip(plain.named_parameters(), again.parameters(), strict=True):
+        assert one.grad is None or torch.equal(one.grad, other.grad), name

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from aki_megatron.checkpoint.official import from_official, official_names, to_official
-from aki_megatron.checkpoint.weights import DECODER_LAYER_RULES, fused_parts, model_shapes
+from aki_megatron.checkpoint.weights import model_shapes
 from aki_megatron.config.model import ModelConfig
 from aki_megatron.flow import CheckpointError
 
@@ -117,15 +117,3 @@ def test_a_model_the_format_cannot_hold_is_refused() -> None:
     decoder = CONFIG.decoder.model_copy(update={"head_bias": False})
     with pytest.raises(CheckpointError, match="head_bias=False"):
         official_names(CONFIG.model_copy(update={"decoder": decoder}))
-
-
-@pytest.mark.parametrize("kv_heads", [32, 8])
-def test_fused_parts_fill_the_axis_that_is_split(kv_heads: int) -> None:
-    config = ModelConfig()
-    config = config.model_copy(update={"decoder": config.decoder.model_copy(update={"kv_heads": kv_heads})})
-    shapes = model_shapes(config)
-    fused = [rule for rule in DECODER_LAYER_RULES if rule.fused]
-    assert len(fused) == 2
-    for rule in fused:
-        assert rule.split == 0
-        assert sum(fused_parts(rule, config.decoder)) == shapes[rule.ours.replace("{i}", "0")][0]

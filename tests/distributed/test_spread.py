@@ -1,0 +1,306 @@
+"""Tensor x pipeline x data parallelism x ZeRO: every cell equals one process without any of it.
+
+Five optimizer steps with clipping, MMA, packed rows, ragged lengths, grouped-query heads, unequal supervised counts,
+micro-batches without an image and without a supervised token. Losses, norms and every final weight are compared.
+"""
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from tiny import (
+    MICROBATCHES,
+    STEPS,
+    Setting,
+    Trained,
+    difference,
+    outcome,
+    own_share,
+    rate,
+    share,
+    take_steps,
+    tiny_engine,
+    tiny_model,
+    together,
+)
+from tiny import train_plainly as _train_plainly
+
+from aki_megatron.engine.agreement import LayoutLedger, LayoutMismatchError
+from aki_megatron.flow import Carry, Modality
+from aki_megatron.parallel.schedule import in_flight, order, parked, schedule
+from aki_megatron.parallel.topology import Topology
+from aki_megatron.parallel.wire import Wire
+
+pytestmark = pytest.mark.distributed
+LIMIT = 1e-5
+
+CELLS: dict[str, tuple[int, int, int, Setting]] = {
+    "1 process, ZeRO-0": (1, 1, 1, Setting(zero_stage=0)),
+    "DP2, ZeRO-0": (2, 1, 1, Setting(zero_stage=0)),
+    "TP2, ZeRO-1": (2, 2, 1, Setting(zero_stage=1)),
+    "TP2, ZeRO-3": (2, 2, 1, Setting()),
+    "TP4, ZeRO-3": (4, 4, 1, Setting()),
+    "PP2, ZeRO-3": (2, 1, 2, Setting()),
+    "PP4, ZeRO-3": (4, 1, 4, Setting()),
+    "PP2, ZeRO-0": (2, 1, 2, Setting(zero_stage=0)),
+    "PP2, cut 1 + 3": (2, 1, 2, Setting(layers_per_stage=(1, 3))),
+    "TP2 x PP2, ZeRO-3": (4, 2, 2, Setting()),
+    "TP2 x PP2 x DP2, ZeRO-0": (8, 2, 2, Setting(zero_stage=0)),
+    "TP2 x DP2, ZeRO-3": (4, 2, 1, Setting()),
+    "PP2 x DP2, ZeRO-1": (4, 1, 2, Setting(zero_stage=1)),
+    "PP2 x DP2, ZeRO-2": (4, 1, 2, Setting(zero_stage=2)),
+    "PP2 x DP2, ZeRO-3": (4, 1, 2, Setting()),
+    "TP2 x PP2 x DP2, ZeRO-1": (8, 2, 2, Setting(zero_stage=1)),
+    "TP2 x PP2 x DP2, ZeRO-2": (8, 2, 2, Setting(zero_stage=2)),
+    "TP2 x PP2 x DP2, ZeRO-3": (8, 2, 2, Setting()),
+    "TP4 x PP2, ZeRO-3": (8, 4, 2, Setting()),
+    "PP2 x 2 chunks, ZeRO-3": (2, 1, 2, Setting(chunks=2)),
+    "PP2 x 2 chunks x DP2, ZeRO-2": (4, 1, 2, Setting(chunks=2, zero_stage=2)),
+    "TP2 x PP2 x 2 chunks x DP2, ZeRO-3": (8, 2, 2, Setting(chunks=2)),
+    "PP2 x DP2, ZeRO-3, recompute": (4, 1, 2, Setting(recompute=True)),
+    "TP2 x PP2 x DP2, ZeRO-3, recompute": (8, 2, 2, Setting(recompute=True)),
+    "PP2, causal": (2, 1, 2, Setting(rule="causal")),
+}
+"""Name -> ranks, tensor, pipeline, setting. Cells with one stage and one tensor rank are in test_zero.py too."""
+
+TIED = ("TP2, ZeRO-3", "PP2, ZeRO-3", "PP4, ZeRO-3", "PP2 x DP2, ZeRO-1", "PP2 x DP2, ZeRO-2", "PP2 x DP2, ZeRO-3",
+        "TP2 x PP2 x DP2, ZeRO-0", "TP2 x PP2 x DP2, ZeRO-3", "TP2 x PP2 x 2 chunks x DP2, ZeRO-3")  # fmt: skip
+"""Cells that are run with tied embeddings as well."""
+
+CASES = [pytest.param(*cell, id=name) for name, cell in CELLS.items()]
+CASES += [pytest.param(*CELLS[n][:3], replace(CELLS[n][3], tied=True), id=f"{n}, tied") for n in TIED]
+
+
+@cache
+def plain(tied: bool = False, rule: str = "mma") -> Trained:
+    return _train_plainly(setting=Setting(tied=tied, rule=rule))
+
+
+def train(topology: Topology, setting: Setting) -> Trained:
+    engine = tiny_engine(topology, setting)
+    return outcome(engine, take_steps(engine, topology, range(STEPS)))
+
+
+def expected(setting: Setting) -> Trained:
+    return plain(setting.tied, setting.rule)
+
+
+@pytest.mark.parametrize(("ranks", "tensor", "pipeline", "setting"), CASES)
+def test_every_cell_equals_one_process(run_on, record_property, ranks, tensor, pipeline, setting):
+    got = together(run_on(ranks, train, setting, tensor=tensor, pipeline=pipeline))
+    apart = difference(got, expected(setting))
+    record_property("largest_difference", apart)
+    assert apart <= LIMIT
+
+
+def test_the_samples_tell_the_rules_apart():
+    """Else equality would prove nothing about the mask."""
+    assert difference(plain(rule="causal"), plain()) > 1e-2
+    packed = [batch for batch in share(0, 0, 1) if int(batch.segment_ids.max()) > 0]
+    widths = {batch.token_ids.shape[1] for batch in share(0, 0, 1)}
+    assert packed and len(widths) > 2
+
+
+FAULTS = ("causal on one stage", "mixed on one stage", "causal on one tensor rank", "modality", "segment", "position",
+          "target")  # fmt: skip
+
+
+def hit(topology: Topology, fault: str) -> bool:
+    """Whether this rank is the one that goes wrong."""
+    return topology.tensor_rank == 1 if "tensor" in fault else topology.pipeline_rank == 1
+
+
+def train_wrongly(topology: Topology, setting: Setting, fault: str, compare: bool) -> Any:
+    """Losses and norms of a run in which one rank uses another rule, or a column of the ids is lost on the wire."""
+    engine = tiny_engine(topology, setting)
+    if " on " in fault and hit(topology, fault):
+        for runner in engine._runners:
+            runner.stage.rule = fault.split()[0]
+    take = Wire.take_carry
+
+    def lossy(self: Wire, message: Any) -> Carry:
+        carry = take(self, message)
+        if fault in (names := ("modality", "segment", "position", "target")):
+            carry.ids[..., names.index(fault)] = 0
+        return carry
+
+    noted = LayoutLedger.compare if compare else lambda self: None
+    with patch.object(Wire, "take_carry", lossy), patch.object(LayoutLedger, "compare", noted):
+        try:
+            reports = take_steps(engine, topology, range(2))
+        except LayoutMismatchError as error:
+            return str(error), {name: weight.clone() for name, weight in engine.weights()}
+        return [report.loss for report in reports]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_mask_is_seen_by_the_digest_and_by_the_losses(run_on, fault):
+    initial = dict(tiny_model().named_parameters())
+    wrong = {1, 3} if "tensor" in fault else {2, 3}
+    for message, weights in run_on(4, train_wrongly, Setting(), fault, True, tensor=2, pipeline=2):
+        assert "different attention layouts" in message
+        groups = [{rank for rank in range(4) if f"rank {rank} (" in group} for group in message.split("differs from")]
+        assert sorted(groups, key=sorted) == sorted([wrong, set(range(4)) - wrong], key=sorted)
+        assert all(torch.equal(weight, initial[name]) for name, weight in weights.items()), (
+            "found out before the update"
+        )
+    losses = plain().losses[:2]
+    for got in run_on(4, train_wrongly, Setting(), fault, False, tensor=2, pipeline=2):
+        apart = max(abs(one - other) for one, other in zip(got, losses, strict=True))
+        assert apart > 10 * LIMIT, "without the comparison of digests the equality test must see it"
+
+
+def train_with_ranks_that_fall_apart_later(topology: Topology) -> list[int]:
+    """The rule of one stage changes after two steps; comparing every third step sees it in the fourth."""
+    engine = tiny_engine(topology, Setting(check_every=3))
+    done = []
+    for step in range(STEPS):
+        if step == 2 and topology.pipeline_rank == 1:
+            engine._runners[0].stage.rule = "causal"
+        try:
+            take_steps(engine, topology, [step])
+        except LayoutMismatchError:
+            break
+        done.append(step)
+    return done
+
+
+def test_layouts_are_compared_at_the_start_and_every_few_steps(run_on):
+    assert run_on(2, train_with_ranks_that_fall_apart_later, pipeline=2) == [[0, 1, 2]] * 2
+
+
+def train_and_count(topology: Topology, setting: Setting) -> tuple[dict[str, int], int, int, int]:
+    """Collectives of DeepSpeed in one step, the most in flight and parked, and the runner's parameters."""
+    from collections import Counter
+
+    from deepspeed.comm.torch import TorchBackend
+
+    engine = tiny_engine(topology, setting)
+    take_steps(engine, topology, [0])
+    counts: Counter[str] = Counter()
+
+    def counting(name: str) -> Any:
+        original = getattr(TorchBackend, name)
+
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return original(self, *args, **kwargs)
+
+        return patch.object(TorchBackend, name, call)
+
+    names = ["all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "broadcast", "all_gather", "reduce"]
+    patches = [counting(name) for name in names]
+    for one in patches:
+        one.start()
+    try:
+        take_steps(engine, topology, [1])
+    finally:
+        for one in patches:
+            one.stop()
+    return dict(counts), engine.most_in_flight, engine.most_parked, len(engine._runners)
+
+
+@pytest.mark.parametrize(("pipeline", "data", "chunks"), [(1, 2, 1), (2, 1, 1), (2, 2, 1), (4, 1, 1), (2, 1, 2)])
+def test_collectives_and_what_is_held(run_on, pipeline, data, chunks):
+    """ZeRO-3 gathers each parameter once per step, however many micro-batches; memory stays within the schedule's."""
+    micro_batches = MICROBATCHES // data
+    ticks = schedule(pipeline=pipeline, chunks=chunks, micro_batches=micro_batches)
+    answers = run_on(pipeline * data, train_and_count, Setting(chunks=chunks), pipeline=pipeline)
+    for rank, (counts, held, waiting, runners) in enumerate(answers):
+        own = rank // data
+        # every runner gathers all its parameters at once, and reduces its gradients once per micro-batch
+        assert counts == {"all_gather_into_tensor": runners, "reduce_scatter_tensor": runners * micro_batches}
+        assert held == in_flight(order(own, pipeline=pipeline, chunks=chunks, micro_batches=micro_batches))
+        assert waiting == parked(ticks[own])
+        if chunks == 1:
+            assert held == min(pipeline - own, micro_batches)
+
+
+class _Kept:
+    """A saved activation, counted as long as the graph holds it."""
+
+    live = peak = 0
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.size = tensor, tensor.numel() * tensor.element_size()
+        _Kept.live += self.size
+        _Kept.peak = max(_Kept.peak, _Kept.live)
+
+    def __del__(self) -> None:
+        _Kept.live -= self.size
+
+
+def measure_activations(topology: Topology) -> tuple[int, int]:
+    """Most bytes of saved activations in a step of equal micro-batches, and what one forward pass saves."""
+    engine = tiny_engine(topology, Setting())
+    batches = [share(0, 0, 1)[0]] * MICROBATCHES if topology.reads_data else []
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: tensor if tensor.is_leaf else _Kept(tensor),
+        lambda saved: saved.tensor if isinstance(saved, _Kept) else saved,
+    )
+    _Kept.live = _Kept.peak = 0
+    firsts: list[int] = []
+    forward = type(engine._runners[0]).forward
+
+    def measured(self: Any, *args: Any) -> torch.Tensor:
+        before = _Kept.live
+        output = forward(self, *args)
+        firsts.append(_Kept.live - before)
+        return output
+
+    with hooks, patch.object(type(engine._runners[0]), "forward", measured):
+        engine.train_step(batches, rate(0))
+    return _Kept.peak, max(firsts)
+
+
+def test_activations_held_do_not_exceed_the_schedule(run_on):
+    for rank, (peak, one) in enumerate(run_on(4, measure_activations, pipeline=4)):
+        assert one > 0
+        # the loss's scaling and the backward pass itself save a little besides
+        assert (4 - rank) * one <= peak <= (4 - rank) * one + 0.05 * one
+
+
+def poisoned_steps(topology: Topology, setting: Setting) -> tuple[Trained, list[bool]]:
+    """Step 2 has a gradient that is not finite, on one data rank alone."""
+    engine = tiny_engine(topology, setting)
+    reports = take_steps(engine, topology, [0, 1])
+    batches = own_share(2, topology)
+    if topology.data_rank == topology.data - 1:
+        for batch in batches:
+            batch.pixels.fill_(float("inf"))
+    reports.append(engine.train_step(batches, rate(2)))
+    reports += take_steps(engine, topology, [3, 4])
+    good = [report for report in reports if not report.skipped]
+    return outcome(engine, good), [report.skipped for report in reports]
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_all_ranks_skip_together(run_on, zero_stage):
+    answers = run_on(8, poisoned_steps, Setting(zero_stage=zero_stage), tensor=2, pipeline=2)
+    assert {tuple(skipped) for _, skipped in answers} == {(False, False, True, False, False)}
+    got = together([trained for trained, _ in answers])
+    assert difference(got, _train_plainly((0, 1, 3, 4))) <= LIMIT
+
+
+def text_only(topology: Topology) -> Trained:
+    """No image in the whole step, on any rank; and a step in which one data rank has no supervised token."""
+    engine = tiny_engine(topology, Setting())
+    reports = []
+    for number in (1, 2):  # the second kind of micro-batch has no image, the third of odd steps nothing to learn
+        batches = [share(1, 0, 1)[number]] * (MICROBATCHES // topology.data) if topology.reads_data else []
+        if topology.data_rank == 0 and number == 2 and batches:
+            batches = [share(1, 0, 1)[0]] * len(batches)
+        reports.append(engine.train_step(batches, 1e-3))
+    return outcome(engine, reports)
+
+
+def test_steps_without_images_and_ranks_without_supervision_do_not_hang(run_on):
+    got = together(run_on(4, text_only, tensor=1, pipeline=2))
+    alone = together(run_on(2, text_only, tensor=1, pipeline=1))
+    assert difference(got, alone) <= LIMIT
+    assert all(0 < loss < 10 for loss in got.losses)
+    images = [batch for batch in share(1, 0, 1)[1:2] if (batch.modality_ids == Modality.IMAGE).any()]
+    assert not images and share(1, 0, 1)[2].supervised_tokens == 0

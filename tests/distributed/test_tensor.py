@@ -1,0 +1,415 @@
+"""Layers cut over tensor ranks against the plain ones: same weights, same loss, same gradients, no whole vocabulary."""
+
+import subprocess
+import sys
+import warnings
+from importlib.metadata import PackageNotFoundError
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
+from aki_megatron.flow import IGNORE, NO_SEGMENT, Batch, ConfigError, Modality, stack_ids
+from aki_megatron.model.linears import LinearFactory
+from aki_megatron.model.loss import token_loss_sum
+from aki_megatron.model.split import Split, cut, join, split_of
+from aki_megatron.model.stage import Stage, build_model
+from aki_megatron.parallel import megatron
+from aki_megatron.parallel.megatron import TensorParallelLinears, build_linears
+from aki_megatron.parallel.topology import Topology
+
+pytestmark = pytest.mark.distributed
+
+LAYERS, QUERIES, IMAGE_SIZE, TOKENS = 2, 3, 8, 20
+BASE_TOKENS, EXTRA_TOKENS, VOCAB_ROWS = 19, 2, 40
+"""Words 0-19 | 20-39 on two ranks, 0-9 | 10-19 | 20-29 | 30-39 on four: the extra ones are 19 and 20, so they lie on
+two ranks, and no word of the last of four ranks is a token."""
+SPLIT = pytest.mark.parametrize("tensor", [2, 4])
+
+
+def config_of(*, tied: bool = False, bias: bool = True, extra: int = EXTRA_TOKENS) -> ModelConfig:
+    """Eight query heads share four keys."""
+    return ModelConfig(
+        vision=VisionConfig(image_size=IMAGE_SIZE, patch_size=4, width=12, layers=1, heads=2, mlp_width=18),
+        resampler=ResamplerConfig(latents=QUERIES, layers=1, heads=2, head_width=6, mlp_ratio=2),
+        decoder=DecoderConfig(
+            width=48,
+            layers=LAYERS,
+            heads=8,
+            kv_heads=4,
+            mlp_width=28,
+            vocab_rows=VOCAB_ROWS,
+            base_tokens=BASE_TOKENS,
+            extra_tokens=extra,
+            head_bias=bias,
+            tie_embeddings=tied,
+            rope=RopeConfig(kind="default", short_factor=(), long_factor=()),
+        ),
+    )
+
+
+def draw_batch(*, seed: int = 0, images: bool = True, supervised: bool = True) -> Batch:
+    """Two rows: two segments packed, the second without an image; one segment and padding."""
+    draw = torch.Generator().manual_seed(seed)
+    words = torch.arange(BASE_TOKENS + EXTRA_TOKENS).repeat(2)
+    token_ids = words[torch.randperm(len(words), generator=draw)[: 2 * TOKENS]].view(2, TOKENS)
+    modality_ids = torch.full((2, TOKENS), Modality.PAD, dtype=torch.int8)
+    segment_ids = torch.full((2, TOKENS), NO_SEGMENT, dtype=torch.int32)
+    position_ids = torch.zeros(2, TOKENS, dtype=torch.int32)
+    targets = torch.full((2, TOKENS), IGNORE)
+    for row, segment, first, response, last, image in (
+        (0, 0, 0, 8, 12, True),
+        (0, 1, 12, 14, 20, False),
+        (1, 0, 0, 7, 17, True),
+    ):
+        modality_ids[row, first:response] = Modality.TEXT
+        modality_ids[row, response:last] = Modality.RESPONSE
+        if image and images:
+            modality_ids[row, first + 1 : first + 1 + QUERIES] = Modality.IMAGE
+        segment_ids[row, first:last] = segment
+        position_ids[row, first:last] = torch.arange(last - first, dtype=torch.int32)
+        if supervised:
+            targets[row, response - 1 : last - 1] = token_ids[row, response:last]
+    pixels = torch.randn(2 if images else 0, 3, IMAGE_SIZE, IMAGE_SIZE, generator=draw)
+    return Batch(token_ids, modality_ids, segment_ids, position_ids, targets, pixels)
+
+
+BATCHES = {
+    "whole": draw_batch(),
+    "without image": draw_batch(seed=1, images=False),
+    "without supervised token": draw_batch(seed=2, supervised=False),
+}
+
+Gradients = dict[str, dict[str, Tensor]]
+"""Batch -> parameter -> gradient; the loss is there as a parameter of its own."""
+
+
+def build(config: ModelConfig, linears: LinearFactory | None = None) -> Stage:
+    return build_model(config, rule="mma", seed=3, linears=linears)
+
+
+def gradients(model: Stage, batches: dict[str, Batch] = BATCHES) -> Gradients:
+    found: Gradients = {}
+    weight = next(model.parameters())
+    for name, batch in batches.items():
+        batch = batch.to(weight.device)
+        model.zero_grad()
+        loss = model(batch.token_ids, stack_ids(batch), batch.pixels.to(weight.dtype))
+        loss.backward()
+        found[name] = {"loss": loss.detach().cpu()}
+        for parameter, value in model.named_parameters():
+            if value.requires_grad:
+                found[name][parameter] = value.grad.cpu()
+    return found
+
+
+def compare(shares: list[Gradients], plain: Gradients, config: ModelConfig) -> float:
+    """Largest relative L2 error of any loss and any gradient of any batch on any rank; zeros must be zeros."""
+    worst = 0.0
+    for batch, wanted in plain.items():
+        for name, whole in wanted.items():
+            for rank, share in enumerate(shares):
+                want = cut(whole, split_of(name, config.decoder), rank, len(shares))
+                assert share[batch].keys() == wanted.keys()
+                gap, size = float((share[batch][name] - want).norm()), float(want.norm())
+                assert gap == gap, f"{name} of {batch} is not finite"
+                assert size or not gap, f"{name} of {batch} must be 0"
+                worst = max(worst, gap / size if size else 0.0)
+    return worst
+
+
+# the same weights
+
+
+def weights_of(topology: Topology, config: ModelConfig) -> tuple[dict[str, Tensor], dict[str, Tensor], bool]:
+    model = build(config, build_linears(topology))
+    weights = {name: value.detach().clone() for name, value in model.named_parameters()}
+    state = model.state_dict()
+    moved = {name: value + 1 for name, value in state.items()}
+    model.load_state_dict(moved)  # strict
+    loaded = all(torch.equal(value, moved[name]) for name, value in model.state_dict().items())
+    return weights, state, loaded
+
+
+@SPLIT
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_are_the_cuts_of_the_plain_ones_bit_for_bit(run_on, tensor, tied):
+    config = config_of(tied=tied)
+    plain = build(config)
+    found = run_on(tensor, weights_of, config, tensor=tensor)
+    for name, whole in plain.named_parameters():
+        split = split_of(name, config.decoder)
+        shares = [weights[name] for weights, _, _ in found]
+        assert all(torch.equal(cut(whole, split, rank, tensor), share) for rank, share in enumerate(shares)), name
+        assert torch.equal(join(shares, split), whole), name
+        assert (split is None) == (shares[0].shape == whole.shape), name
+    for weights, state, loaded in found:
+        assert list(weights) == [name for name, _ in plain.named_parameters()]
+        assert list(state) == list(plain.state_dict()), "no entry of Megatron's own"
+        assert loaded
+
+
+# the same loss and gradients
+
+
+def tensor_gradients(topology: Topology, config: ModelConfig, recompute: bool) -> Gradients:
+    model = build(config, build_linears(topology)).to(topology.device)
+    model.recompute = recompute
+    return gradients(model)
+
+
+@SPLIT
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_loss_and_gradients_equal_the_plain_ones(run_on, record_property, tensor, tied, bias, recompute):
+    config = config_of(tied=tied, bias=bias)
+    plain = gradients(build(config))
+    assert plain["whole"]["loss"] > 1
+    assert plain["without supervised token"]["loss"] == 0
+    assert all(not value.any() for value in plain["without supervised token"].values())
+    assert not plain["without image"]["front.resampler.latents"].any()
+    worst = compare(run_on(tensor, tensor_gradients, config, recompute, tensor=tensor), plain, config)
+    record_property("largest_relative_error", worst)
+    assert worst <= 1e-6
+
+
+def test_without_extra_rows(run_on):
+    config = config_of(extra=0)
+    batch = draw_batch()
+    words = {
+        "whole": Batch(
+            batch.token_ids % BASE_TOKENS, *list(vars(batch).values())[1:4], batch.targets.clamp(max=18), batch.pixels
+        )
+    }
+    plain = gradients(build(config), words)
+    shares = run_on(2, gradients_of, config, words, tensor=2)
+    assert compare(shares, plain, config) <= 1e-6
+
+
+def gradients_of(topology: Topology, config: ModelConfig, batches: dict[str, Batch]) -> Gradients:
+    return gradients(build(config, build_linears(topology)).to(topology.device), batches)
+
+
+def test_two_replicas_of_two_tensor_ranks_do_not_mix(run_on):
+    config = config_of()
+    plain = gradients(build(config))
+    shares = run_on(4, tensor_gradients, config, False, tensor=2)
+    assert compare(shares[:2], plain, config) <= 1e-6
+    assert compare(shares[2:], plain, config) <= 1e-6
+
+
+class ChunkedLinears(TensorParallelLinears):
+    """The mistake of cutting a fused tensor by plain chunk."""
+
+    def column(self, inputs, outputs, *, bias, std, parts=()):
+        return super().column(inputs, outputs, bias=bias, std=std)
+
+
+class UnsharedLinears(TensorParallelLinears):
+    """The mistake of keeping the gradient of one's own words for the whole."""
+
+    def shared(self, x):
+        return x
+
+
+def wrong_gradients(topology: Topology, config: ModelConfig, mistake: type[TensorParallelLinears]) -> Gradients:
+    return gradients(build(config, mistake(topology)).to(topology.device))
+
+
+@pytest.mark.parametrize("mistake", [ChunkedLinears, UnsharedLinears])
+def test_the_comparison_sees_a_mistake(run_on, mistake):
+    config = config_of()
+    assert compare(run_on(2, wrong_gradients, config, mistake, tensor=2), gradients(build(config)), config) > 1e-2
+
+
+def bf16_gradients(topology: Topology, config: ModelConfig) -> Gradients:
+    return gradients(build(config, build_linears(topology)).bfloat16().to(topology.device))
+
+
+@SPLIT
+def test_bf16_errs_at_most_twice_as_much_as_the_plain_layers_in_bf16(run_on, tensor):
+    config = config_of()
+    exact, plain = gradients(build(config)), gradients(build(config).bfloat16())
+    shares = run_on(tensor, bf16_gradients, config, tensor=tensor)
+    joined = {
+        batch: {
+            name: join([share[batch][name] for share in shares], split_of(name, config.decoder))
+            for name in exact[batch]
+        }
+        for batch in exact
+    }
+
+    def error(got: Gradients) -> float:
+        gaps = [(got[batch][name].float() - exact[batch][name]).norm() for batch in exact for name in exact[batch]]
+        return float(torch.stack(gaps).norm())
+
+    assert joined["whole"]["loss"].dtype == torch.float32
+    assert 0 < error(joined) <= 2 * error(plain)
+
+
+# the vocabulary stays cut
+
+
+class Shapes(TorchDispatchMode):
+    """Writes down the shapes in every collective, and the largest last dimension of anything computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.collectives: list[tuple[str, list[torch.Size]]] = []
+        self.last_dimensions: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        seen = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
+        self.last_dimensions |= {leaf.shape[-1] for leaf in seen if leaf.dim()}
+        if func.namespace == "c10d":
+            self.collectives.append((func.overloadpacket.__name__, [leaf.shape for leaf in seen]))
+        return out
+
+
+def watch(topology: Topology, config: ModelConfig) -> tuple[Shapes, Shapes]:
+    """What a forward and backward pass exchanges, and what gathering its logits would."""
+    model = build(config, build_linears(topology)).to(topology.device)
+    batch = draw_batch().to(topology.device)
+    with Shapes() as seen:
+        model(batch.token_ids, stack_ids(batch), batch.pixels).backward()
+    logits = model.logits(batch.token_ids, stack_ids(batch), batch.pixels).detach()
+    with Shapes() as gathering:
+        everyone = [torch.empty_like(logits) for _ in range(topology.tensor)]
+        dist.all_gather(everyone, logits, group=topology.tensor_group)
+        torch.cat(everyone, -1)
+    return [(shapes.collectives, shapes.last_dimensions) for shapes in (seen, gathering)]
+
+
+@SPLIT
+def test_no_collective_and_no_tensor_has_the_whole_vocabulary(run_on, tensor):
+    for (collectives, last_dimensions), (gathered, whole) in run_on(tensor, watch, config_of(), tensor=tensor):
+        forward = 1 + 2 * LAYERS + 2  # embedding, two row layers in each layer, loss
+        backward = 2 * LAYERS + 3  # two column layers in each layer; head: input, extra rows, extra bias
+        assert [name for name, _ in collectives] == ["allreduce_"] * (forward + backward)
+        lasts = {shape[-1] for _, shapes in collectives for shape in shapes}
+        assert not lasts & {VOCAB_ROWS, VOCAB_ROWS // tensor}
+        assert VOCAB_ROWS not in last_dimensions
+        assert VOCAB_ROWS // tensor in last_dimensions
+        # and this would be seen
+        assert VOCAB_ROWS // tensor in {shape[-1] for _, shapes in gathered for shape in shapes}
+        assert VOCAB_ROWS in whole
+
+
+def logits_of(topology: Topology, config: ModelConfig) -> Tensor:
+    model = build(config, build_linears(topology)).to(topology.device)
+    batch = draw_batch().to(topology.device)
+    with torch.no_grad():
+        return model.logits(batch.token_ids, stack_ids(batch), batch.pixels).cpu()
+
+
+@SPLIT
+def test_logits_are_those_of_the_words_of_a_rank(run_on, tensor):
+    config, batch = config_of(), draw_batch()
+    with torch.no_grad():
+        whole = build(config).logits(batch.token_ids, stack_ids(batch), batch.pixels)
+    joined = join(run_on(tensor, logits_of, config, tensor=tensor), Split(2, (VOCAB_ROWS,)))
+    torch.testing.assert_close(joined, whole, rtol=1e-5, atol=1e-6)
+    assert joined[..., BASE_TOKENS + EXTRA_TOKENS :].eq(-torch.inf).all()
+
+
+# the loss and ``shared`` by themselves
+
+
+def loss_alone(topology: Topology, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, bool]:
+    linears = build_linears(topology)
+    mine = cut(logits, Split(1, (logits.shape[1],)), topology.tensor_rank, topology.tensor).to(topology.device)
+    mine = mine.contiguous().requires_grad_()
+    before = mine.detach().clone()
+    loss = linears.loss_sum(mine, targets.to(topology.device))
+    (3 * loss).backward()
+    return loss.detach().cpu(), mine.grad.cpu(), torch.equal(before, mine)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_loss_with_columns_that_no_token_uses(run_on, rows, dtype):
+    draw = torch.Generator().manual_seed(rows)
+    logits = 30 * torch.randn(rows, 16, generator=draw)
+    logits[:, 11:] = -torch.inf  # all words of the last of four ranks and some of the third
+    logits = logits.to(dtype)
+    targets = torch.randint(0, 11, (rows,), generator=draw)
+    plain = logits.clone().requires_grad_()
+    wanted = token_loss_sum(plain, targets)
+    (3 * wanted).backward()
+    for rank, (loss, gradient, untouched) in enumerate(run_on(4, loss_alone, logits, targets, tensor=4)):
+        assert loss.dtype == torch.float32
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(loss, wanted.detach(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(gradient, plain.grad[:, 4 * rank : 4 * rank + 4])
+        assert untouched
+
+
+def gradients_of_shared(topology: Topology) -> list[Tensor]:
+    """Of gradients that are one number expanded, transposed, and held by another tensor too."""
+    linears, found = build_linears(topology), []
+    scale = topology.tensor_rank + 1.0
+    x, other = (torch.zeros(2, 3, device=topology.device, requires_grad=True) for _ in range(2))
+    table = torch.arange(6.0, device=topology.device).view(3, 2)
+    for use in (lambda y: y.sum(), lambda y: (y.t() * table).sum(), lambda y: ((y + other) * table.t()).sum()):
+        x.grad = None
+        (scale * use(linears.shared(x))).backward()
+        found.append(x.grad.cpu())
+    return [*found, other.grad.cpu() / scale]
+
+
+def test_gradients_of_what_is_shared_are_summed_whatever_their_strides(run_on):
+    table = torch.arange(6.0).view(3, 2).t()
+    for found in run_on(2, gradients_of_shared, tensor=2):
+        for got, want in zip(found, [torch.full((2, 3), 3.0), 3 * table, 3 * table, table], strict=True):
+            assert torch.equal(got, want)
+
+
+# the door
+
+
+def warnings_of_a_pass(topology: Topology) -> list[str]:
+    build_linears(topology)._megatron.linear.warned = False  # as in a process that has just started
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        gradients(build(config_of(), build_linears(topology)).to(topology.device))
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU Megatron's advice about CUDA is left to be read")
+def test_a_pass_on_the_cpu_warns_of_nothing(run_on):
+    assert run_on(2, warnings_of_a_pass, tensor=2) == [[], []]
+
+
+def test_megatron_is_imported_only_for_cut_layers_and_quietly():
+    program = """if True:
+        import sys
+        from types import SimpleNamespace
+        from aki_megatron.model.linears import PlainLinears
+        from aki_megatron.parallel import megatron
+        assert isinstance(megatron.build_linears(SimpleNamespace(tensor=1)), PlainLinears)
+        assert not any(name.partition(".")[0] == "megatron" for name in sys.modules)
+        megatron._load()
+        assert "megatron.core" in sys.modules
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("installed", [None, "0.15.0"])
+def test_other_versions_are_refused(monkeypatch, installed):
+    def version(name: str) -> str:
+        assert name == "megatron-core"
+        if installed is None:
+            raise PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(megatron, "version", version)
+    megatron._load.cache_clear()
+    found = "which is not installed" if installed is None else "megatron-core 0.15.0 is installed"
+    with pytest.raises(ConfigError, match=rf"{found}.*pip install megatron-core==0\.16\.1.*parallel\.tensor=1"):
+        TensorParallelLinears(Topology(0, 2, 0, 2, 1, 1, torch.device("cpu"), {}))

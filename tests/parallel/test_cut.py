@@ -1,0 +1,156 @@
+"""Layers over stages: no cut is better, ties are broken as promised, and the costs are those of the model."""
+
+from itertools import combinations, product
+
+import pytest
+
+from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
+from aki_megatron.flow import ConfigError
+from aki_megatron.parallel.cut import (
+    StageCosts,
+    costs_of,
+    cut,
+    head_flops,
+    layer_flops,
+    resampler_flops,
+    stage_layers,
+    vision_flops,
+)
+
+
+def every_cut(layers: int, stages: int) -> list[list[int]]:
+    """All ways of giving every stage a layer, as counts."""
+    found = []
+    for inner in combinations(range(1, layers), stages - 1):
+        ends = [0, *inner, layers]
+        found.append([after - before for before, after in zip(ends, ends[1:], strict=False)])
+    return found
+
+
+def costliest(counts: list[int], costs: StageCosts) -> float:
+    stages = [range(count) for count in counts]
+    return max(costs.of(stages))
+
+
+@pytest.mark.parametrize(("front", "head"), list(product((0, 0.5, 1, 2.25, 7, 40), (0, 0.75, 3, 11))))
+def test_no_cut_is_better(front: float, head: float) -> None:
+    costs = StageCosts(front=front, layer=1.0, head=head)
+    for layers in range(1, 10):
+        for stages in range(1, layers + 1):
+            found = cut(layers, stages, costs=costs)
+            assert [layer for stage in found for layer in stage] == list(range(layers))
+            counts = [len(stage) for stage in found]
+            candidates = every_cut(layers, stages)
+            best = min(costliest(counts, costs) for counts in candidates)
+            # equally good: fewest layers on the first stage, then on the second, ...
+            assert counts == min(c for c in candidates if costliest(c, costs) == best)
+
+
+def test_costs_that_no_float_holds_exactly() -> None:
+    costs = StageCosts(front=0.1 + 0.2, layer=0.1, head=0.3)
+    assert [len(stage) for stage in cut(9, 3, costs=costs)] == [2, 5, 2]
+
+
+def test_more_stages_than_layers() -> None:
+    with pytest.raises(ConfigError, match="3 decoder layers cannot be cut into 4 stages; choose 1 to 3"):
+        cut(3, 4, costs=StageCosts(1, 1, 1))
+
+
+def test_aki_4b() -> None:
+    model = ModelConfig()
+    # fine-tuning: 512 text tokens, encoder and resampler cost 1.7 layers, the head two thirds of one
+    costs = costs_of(model, text_tokens=512)
+    assert costs.front / costs.layer == pytest.approx(1.70, abs=0.01)
+    assert costs.head / costs.layer == pytest.approx(0.67, abs=0.01)
+    # pretraining: 128 text tokens, and the same image costs over four layers
+    short = costs_of(model, text_tokens=128)
+    assert short.front == costs.front
+    assert short.front / short.layer == pytest.approx(4.15, abs=0.01)
+
+    def counts(stages: int, text_tokens: float) -> list[int]:
+        return [len(s) for s in stage_layers(model, stages=stages, layers_per_stage=(), text_tokens=text_tokens)]
+
+    assert counts(4, 512) == [6, 9, 9, 8]
+    assert counts(4, 128) == [5, 9, 9, 9]
+    assert counts(8, 128) == [1, 4, 5, 5, 5, 5, 5, 2] or counts(8, 128)[0] < 4
+    assert counts(1, 512) == [32]
+    for stages, text_tokens in product((2, 4, 8), (128, 512)):
+        assert counts(stages, text_tokens)[0] == min(counts(stages, text_tokens))
+
+
+def test_an_image_more_makes_the_front_dearer_and_recompute_the_layers() -> None:
+    model = ModelConfig()
+    one, two = (costs_of(model, text_tokens=256, images=n) for n in (1, 2))
+    assert two.front == pytest.approx(2 * one.front)
+    assert two.head == one.head
+    again = costs_of(model, text_tokens=256, recompute=True)
+    assert again.layer == pytest.approx(4 / 3 * one.layer)
+    assert (again.front, again.head) == (one.front, one.head)
+    assert costs_of(model, text_tokens=256, images=0).front == 0
+
+
+TINY = ModelConfig(
+    vision=VisionConfig(image_size=8, patch_size=4, width=6, layers=2, heads=2, mlp_width=10),
+    resampler=ResamplerConfig(latents=3, layers=2, heads=2, head_width=4, mlp_ratio=2),
+    decoder=DecoderConfig(
+        **{"width": 16, "layers": 5, "heads": 4, "kv_heads": 2, "mlp_width": 24},
+        **{"vocab_rows": 40, "base_tokens": 38, "extra_tokens": 2, "rope": RopeConfig()},
+    ),
+)
+
+
+def matmul(rows: int, inner: int, columns: int) -> int:
+    return 2 * rows * inner * columns
+
+
+def test_the_formulas_count_the_matrix_products_one_by_one() -> None:
+    patches, width, latents = 4, 6, 3
+    projections = 4 * matmul(patches, width, width)
+    attention = matmul(patches, width, patches) + matmul(patches, patches, width)
+    feed_forward = matmul(patches, width, 10) + matmul(patches, 10, width)
+    embedding = matmul(patches, 3 * 4 * 4, width)
+    assert vision_flops(TINY.vision) == embedding + 2 * (projections + attention + feed_forward)
+
+    inner, seen = 8, patches + latents
+    projections = matmul(latents, width, inner) + matmul(seen, width, 2 * inner) + matmul(latents, inner, width)
+    attention = matmul(latents, inner, seen) + matmul(latents, seen, inner)
+    feed_forward = matmul(latents, width, 12) + matmul(latents, 12, width)
+    expected = 2 * (projections + attention + feed_forward) + matmul(latents, width, 16)
+    assert resampler_flops(TINY.resampler, TINY.vision, TINY.decoder) == expected
+
+    places = 7
+    projections = matmul(places, 16, (4 + 2 * 2) * 4) + matmul(places, 16, 16)
+    attention = (matmul(places, 16, places) + matmul(places, places, 16)) / 2  # causal: half of the pairs
+    feed_forward = matmul(places, 16, 2 * 24) + matmul(places, 24, 16)
+    assert layer_flops(TINY.decoder, places) == projections + attention + feed_forward
+
+    assert head_flops(TINY.decoder, places) == matmul(places, 16, 42)
+
+
+def test_forward_and_backward() -> None:
+    costs = costs_of(TINY, text_tokens=4)
+    assert costs.layer == 3 * layer_flops(TINY.decoder, 4 + 3)
+    assert costs.head == 3 * head_flops(TINY.decoder, 4)
+    # the encoder is frozen
+    resampler = resampler_flops(TINY.resampler, TINY.vision, TINY.decoder)
+    assert costs.front == vision_flops(TINY.vision) + 3 * resampler
+
+
+def test_a_cut_by_hand() -> None:
+    stages = stage_layers(TINY, stages=3, layers_per_stage=(1, 3, 1), text_tokens=4)
+    assert stages == [range(0, 1), range(1, 4), range(4, 5)]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ((1, 4), ["layers_per_stage=[1, 4] has 2 entries", "= 3 stages", "model.decoder.layers=5"]),
+        ((1, 1, 2, 1), ["has 4 entries", "= 3 stages"]),
+        ((1, 2, 3), ["deals out 6 layers", "model.decoder.layers=5", "3 numbers whose sum is 5", "[] to cut by cost"]),
+    ],
+)
+def test_a_cut_by_hand_that_does_not_fit(given: tuple[int, ...], said: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        stage_layers(TINY, stages=3, layers_per_stage=given, text_tokens=4)
+    for words in said:
+        assert words in str(caught.value)

@@ -27,7 +27,11 @@ MAX_RANKS = 8
 GRACE_SECONDS = 15.0
 """After the first rank failed, how long the others may take to fail by themselves; then they count as hung."""
 PRELOAD = ["torch", "torch.distributed.checkpoint", "deepspeed", "megatron.core"]
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "PYTHONWARNINGS": "ignore:Transformer Engine and Apex:UserWarning",
+}
 
 
 class RanksFailedError(Exception):

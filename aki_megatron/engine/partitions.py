@@ -51,7 +51,7 @@ class Partitions:
         self._optimizer._lazy_init_hp_params_optimizer_state()
 
 
-class OffloadedPartitions(Partitions):
+class _Offloaded(Partitions):
     """ZeRO-2 with masters, moments and their gradients in the host's memory."""
 
     def __init__(self, optimizer: Any, parameters: Sequence[nn.Parameter]) -> None:
@@ -61,7 +61,7 @@ class OffloadedPartitions(Partitions):
 
     def gradients(self) -> list[list[Tensor]]:
         self._optimizer._wait_for_offload_copies()
-        return [[master.grad] for master in self.masters()]
+        return [[_gradient(master)] for master in self.masters()]
 
     def discard(self) -> None:
         optimizer = self._optimizer
@@ -74,7 +74,7 @@ class OffloadedPartitions(Partitions):
         optimizer.reset_cpu_buffers()
 
 
-class Stage3Partitions(Partitions):
+class _Stage3(Partitions):
     """ZeRO-3. A parameter group may be cut into several sub-groups, each with a master of its own."""
 
     def __init__(self, optimizer: Any, parameters: Sequence[nn.Parameter]) -> None:
@@ -115,16 +115,14 @@ class Stage3Partitions(Partitions):
         pass  # it looks them up by the master each time
 
 
-class OffloadedStage3Partitions(Stage3Partitions):
+class _OffloadedStage3(_Stage3):
     """ZeRO-3 with masters, moments and their gradients in the host's memory."""
 
     def _of_sub_group(self, sub_group: int) -> list[Tensor]:
-        gradient = self.masters()[sub_group].grad
-        assert gradient is not None
-        return [gradient]
+        return [_gradient(self.masters()[sub_group])]
 
 
-class Bf16Stage1Partitions(Partitions):
+class _Bf16Stage1(Partitions):
     """DeepSpeed runs ZeRO-1 with bf16 weights and fp32 accumulation by a class of its own."""
 
     def __init__(self, optimizer: Any, parameters: Sequence[nn.Parameter]) -> None:
@@ -143,6 +141,12 @@ class Bf16Stage1Partitions(Partitions):
         self._optimizer.clear_lp_grads()
 
 
+def _gradient(master: Tensor) -> Tensor:
+    """Where an offloaded master gets its gradient from; DeepSpeed keeps one buffer for the whole run."""
+    assert master.grad is not None
+    return master.grad
+
+
 def _chunks(parameters: Sequence[Any]) -> list[list[Any]]:
     """Parameters cut into runs of about GATHER_ELEMENTS elements."""
     chunks: list[list[Any]] = [[]]
@@ -158,10 +162,10 @@ def _chunks(parameters: Sequence[Any]) -> list[list[Any]]:
 
 PARTITIONS: dict[tuple[str, bool], type[Partitions]] = {
     ("DeepSpeedZeroOptimizer", False): Partitions,
-    ("DeepSpeedZeroOptimizer", True): OffloadedPartitions,
-    ("DeepSpeedZeroOptimizer_Stage3", False): Stage3Partitions,
-    ("DeepSpeedZeroOptimizer_Stage3", True): OffloadedStage3Partitions,
-    ("BF16_Optimizer", False): Bf16Stage1Partitions,
+    ("DeepSpeedZeroOptimizer", True): _Offloaded,
+    ("DeepSpeedZeroOptimizer_Stage3", False): _Stage3,
+    ("DeepSpeedZeroOptimizer_Stage3", True): _OffloadedStage3,
+    ("BF16_Optimizer", False): _Bf16Stage1,
 }
 """DeepSpeed's class and whether its state is offloaded -> ours."""
 

@@ -122,6 +122,7 @@ def _flat_gradients(parameters: list[nn.Parameter], ranks: int) -> Tensor:
     """
     elements = sum(parameter.numel() for parameter in parameters)
     buffer = torch.zeros(-(-elements // ranks) * ranks, device=parameters[0].device)
-    for parameter, view in zip(parameters, buffer.split([p.numel() for p in parameters] + [len(buffer) - elements])):
+    views = buffer[:elements].split([parameter.numel() for parameter in parameters])
+    for parameter, view in zip(parameters, views, strict=True):
         parameter.grad = view.view_as(parameter)
     return buffer

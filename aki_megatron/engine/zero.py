@@ -52,9 +52,9 @@ class ZeroStage:
         precision: Literal["bf16", "fp32"],
         deepspeed_config: Mapping[str, Any],
     ) -> None:
-        """Wrap ``stage`` (float32, on the CPU, same weights on every data rank); it is partitioned in place. Collective.
+        """Wrap ``stage`` (float32, on the CPU, same weights on every data rank), which is partitioned in place.
 
-        Every rank of the world makes as many of these as every other: DeepSpeed lets them wait for each other here.
+        Collective. Every rank of the world makes equally many of these, for DeepSpeed lets them wait for each other.
 
         optimizer         over the trainable parameters, in the groups that optimizer.parameter_groups makes
         deepspeed_config  further DeepSpeed settings in its own format; what the run decides overrides them
@@ -105,9 +105,7 @@ class ZeroStage:
     def gradients(self) -> list[GradientGroup]:
         """See StageRunner.gradients. With offloading the tensors are in the host's memory."""
         pieces = self._partitions.gradients()
-        return [
-            GradientGroup(split, tied, tensors) for (split, tied), tensors in zip(self._flags, pieces, strict=True)
-        ]
+        return [GradientGroup(split, tied, tensors) for (split, tied), tensors in zip(self._flags, pieces, strict=True)]
 
     def scale_gradients(self, factor: float) -> None:
         """See StageRunner.scale_gradients."""

@@ -90,7 +90,7 @@ class TensorParallelLinears:
         return _Shared.apply(x, self._group)
 
     def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Summed cross entropy, fp32 scalar, alike on all tensor ranks.
+        """Summed cross entropy, fp32 scalar (fp64 for fp64 logits), alike on all tensor ranks.
 
         logits   [R, V / tensor ranks] of this rank's words; they are left as they are
         targets  [R] int64, alike on all tensor ranks, all of them words: no IGNORE
@@ -197,7 +197,8 @@ class _LossSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, group: ProcessGroup, entropy: Any) -> Tensor:
         # a copy also where nothing is cast: what follows works in place
-        logits, highest = entropy.calculate_logits_max(logits.to(torch.float32, copy=True))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+        highest = logits.amax(-1)
         dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
         share = logits.shape[-1]
         first = group.rank() * share

@@ -3,13 +3,13 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from aki_megatron.config.check import check_world
 from aki_megatron.config.deepspeed import leaves, settings_for_engine
-from aki_megatron.config.deepspeed_keys import FIXED, OWNED, REFUSED, REMOVED, TOP_LEVEL, ZERO
+from aki_megatron.config.deepspeed_keys import FIXED, OFFLOAD, OWNED, REFUSED, REMOVED, TOP_LEVEL, WITHOUT_USE, ZERO
 from aki_megatron.config.load import load_run
 from aki_megatron.config.run import RunConfig
 from aki_megatron.config.save import dump, load_saved
@@ -53,6 +53,30 @@ CONTRADICTIONS: list[tuple[dict[str, Any] | str, list[str]]] = [
     ({"data_types": {"grad_accum_dtype": "bf16"}}, ['data_types.grad_accum_dtype="bf16"', "fp32"]),
     ({"zero_optimisation": {"stage": 3}}, ["zero_optimisation is no setting", "did you mean zero_optimization?"]),
     ({"zero_optimization": {"stag": 3}}, ["zero_optimization.stag", "did you mean zero_optimization.stage?"]),
+    (
+        {"zero_optimization": {"offload_optimizer": "cpu"}},
+        ["zero_optimization.offload_optimizer must be a mapping", 'got "cpu"'],
+    ),
+    (
+        {"zero_optimization": {"offload_optimizer": {"device": "disk"}}},
+        ["zero_optimization.offload_optimizer.device", '"cpu" or "none"', 'got "disk"'],
+    ),
+    (
+        {"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": 1}}},
+        ["offload_optimizer.pin_memory must be true or false, got 1"],
+    ),
+    (
+        {"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memmory": True}}},
+        ["did you mean zero_optimization.offload_optimizer.pin_memory?"],
+    ),
+    (
+        {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+        ["zero_optimization.offload_optimizer.ratio=0.5", "the whole optimizer state"],
+    ),
+    (
+        {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}},
+        ['zero_optimization.offload_optimizer.nvme_path="/x"', "NVMe", "not supported"],
+    ),
     ({"zero_optimization": True}, ["zero_optimization must be a mapping", "got true"]),
     ({"amp": {"enabled": True}}, ["amp was removed from DeepSpeed"]),
     ({"bf16": {"enabled": True}, "train_batch_size": 1}, ["2 problems", "bf16.enabled", "train_batch_size"]),
@@ -117,6 +141,30 @@ def test_the_run_wins_its_own_names_in_the_saved_section_too(tmp_path: Path) -> 
         load_saved(saved)
 
 
+@pytest.mark.parametrize("block", [{"device": "nvme"}, {"device": "cpu"}])
+def test_offloading_that_the_table_refuses(tmp_path: Path, block: dict[str, Any]) -> None:
+    what = "offload_optimizer" if block["device"] == "nvme" else "offload_param"
+    with pytest.raises(ConfigError, match=rf"zero_optimization\.{what}\.device={block['device']}: "):
+        load(tmp_path, {"zero_optimization": {what: block}})
+
+
+def test_offloading_switched_off_or_left_out(tmp_path: Path) -> None:
+    assert load(tmp_path, {"zero_optimization": {"offload_optimizer": None, "offload_param": {}}}).deepspeed == {}
+    off = {"zero_optimization": {"offload_optimizer": {"device": "none"}, "offload_param": {"device": "none"}}}
+    assert load(tmp_path, off, "--parallel.zero_stage", "1").deepspeed == off
+    usual = {"device": "cpu", "pin_memory": "auto", "ratio": 1.0, "fast_init": False, "pipeline_read": False}
+    run = load(tmp_path, {"zero_optimization": {"offload_optimizer": usual}})
+    assert run.deepspeed == {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+
+
+def test_settings_have_no_effect_without_deepspeed(tmp_path: Path) -> None:
+    plain = ("--parallel.zero_stage", "0")
+    assert load(tmp_path, {"zero_optimization": {"stage": "auto"}, "gradient_clipping": 1.0}, *plain).deepspeed == {}
+    load(tmp_path, {"gradient_accumulation_steps": 2}, *plain)
+    with pytest.raises(ConfigError, match=r"deepspeed holds wall_clock_breakdown, but parallel\.zero_stage=0"):
+        load(tmp_path, {"wall_clock_breakdown": True}, *plain)
+
+
 def test_overrides_are_compared_too(tmp_path: Path) -> None:
     run = load(tmp_path, {"zero_optimization": {"stage": 1}}, "--parallel.zero_stage", "1")
     assert run.parallel.zero_stage == 1
@@ -131,8 +179,10 @@ def test_accumulation_is_compared_once_the_ranks_are_known(tmp_path: Path) -> No
 
 
 def test_the_tables_hold_together() -> None:
-    for name in [*OWNED, *FIXED]:
+    for name in [*OWNED, *FIXED, *WITHOUT_USE, *OFFLOAD]:
         assert name.partition(".")[0] in TOP_LEVEL
+    inside = [name.rpartition(".") for name in [*FIXED, *WITHOUT_USE] if ".offload_" in name]
+    assert all(last in OFFLOAD[block] for block, _, last in inside)
     assert set(REFUSED) <= TOP_LEVEL
     assert not TOP_LEVEL & REMOVED
 
@@ -148,6 +198,10 @@ def test_the_tables_are_those_of_the_installed_deepspeed() -> None:
         extra = field.json_schema_extra
         (deprecated if isinstance(extra, dict) and extra.get("deprecated") else names).update(spellings)
     assert names - deprecated == ZERO
+    for block, inside in OFFLOAD.items():
+        annotation = DeepSpeedZeroConfig.model_fields[block.partition(".")[2]].annotation
+        (model,) = (part for part in get_args(annotation) if part is not type(None))
+        assert set(model.model_fields) == inside
     assert set(config._REMOVED_TOP_LEVEL_CONFIG_KEYS) == REMOVED
     sources = [path.read_text() for path in Path(config.__file__).parents[1].rglob("*.py")]
     for name in TOP_LEVEL:

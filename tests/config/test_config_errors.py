@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from aki_megatron.config.check import check_world, micro_batch
+from aki_megatron.config.check import check_world, data_size, micro_batch
 from aki_megatron.config.load import load_run
 from aki_megatron.config.run import RunConfig
 from aki_megatron.config.yaml_file import read_yaml
@@ -79,7 +79,11 @@ FILE_MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"train.steps": ...}, ["train.steps is missing: give a whole number > 0"]),
     ({"optimizer": ...}, ["the section optimizer is missing: give lr, min_lr"]),
     ({"data.kind": "images"}, ["data.kind must be one of captions, conversations"]),
-    ({"parallel.zero_stage": 0}, ["parallel.zero_stage must be one of 1, 2, 3; got 0"]),
+    ({"parallel.zero_stage": 4}, ["parallel.zero_stage must be one of 0, 1, 2, 3; got 4"]),
+    ({"parallel.chunks": 0}, ["parallel.chunks must be a whole number > 0; got 0"]),
+    ({"parallel.layers_per_stage": 3}, ["parallel.layers_per_stage must be a list, each a whole number > 0; got 3"]),
+    ({"parallel.layers_per_stage": [3, 0]}, ["parallel.layers_per_stage[1] must be", "a whole number > 0", "got 0"]),
+    ({"parallel.recompute": "some"}, ["parallel.recompute must be one of none, full"]),
     ({"deepspeed": []}, ["deepspeed must be a mapping"]),
     ({"model.decoder.heads": 7}, ["model.decoder", "width=", "heads=7", "choose heads from [1, 2, "]),
     ({"model.decoder.kv_heads": 3}, ["model.decoder", "heads=4", "kv_heads=3", "[1, 2, 4]"]),
@@ -137,7 +141,7 @@ OVERRIDE_MISTAKES: list[tuple[list[str], list[str]]] = [
     (["--train.precision", "fp16"], ["train.precision must be one of bf16, fp32", 'got "fp16"']),
     (["--optimizer.lr", "-1"], ["optimizer.lr must be a number > 0; got -1"]),
     (["--data.sources", "[{name: vsr}]"], ["data.sources[0].weight is missing: give a number > 0"]),
-    (["--parallel.zero_stage", "4"], ["parallel.zero_stage must be one of 1, 2, 3; got 4"]),
+    (["--parallel.zero_stage", "4"], ["parallel.zero_stage must be one of 0, 1, 2, 3; got 4"]),
     (["--config", "none.yaml"], ["none.yaml: there is no such file"]),
 ]
 
@@ -159,9 +163,27 @@ CONTRADICTIONS: list[tuple[Path, list[str], list[str]]] = [
     (SFT, ["--data.shards", "[a.tar]"], ["remove data.shards"]),
     (SFT, ["--data.sources", "[{name: vsr, weight: 1}, {name: vsr, weight: 2}]"], ["data.sources names vsr more than"]),
     (SFT, ["--parallel.tensor", "3"], ["parallel.tensor=3", "heads=4", "kv_heads=4", "choose tensor from [1, 2, 4]"]),
-    (SFT, ["--parallel.tensor", "2"], ["parallel.tensor=2", "not split", "--parallel.tensor 1"]),
-    (SFT, ["--parallel.pipeline", "2"], ["parallel.pipeline=2", "--parallel.pipeline 1"]),
-    (SFT, ["--parallel.pipeline", "9"], ["parallel.pipeline=9", "model.decoder.layers=", "from 1 to"]),
+    (
+        SFT,
+        ["--parallel.tensor", "4", "--model.decoder.kv_heads", "2"],
+        ["parallel.tensor=4 does not divide model.decoder.kv_heads=2 (", "only 2); choose tensor from [1, 2]."],
+    ),
+    (SFT, ["--parallel.tensor", "4", "--model.decoder.mlp_width", "6"], ["model.decoder.mlp_width=6", "from [1, 2]"]),
+    (SFT, ["--parallel.tensor", "2", "--model.decoder.vocab_rows", "769"], ["model.decoder.vocab_rows=769", "[1]"]),
+    (SFT, ["--parallel.pipeline", "9"], ["parallel.pipeline=9", "model.decoder.layers=3", "from 1 to 3"]),
+    (SFT, ["--parallel.pipeline", "2", "--parallel.chunks", "2"], ["pipeline=2 x parallel.chunks=2 = 4 stages"]),
+    (SFT, ["--parallel.chunks", "2"], ["parallel.chunks=2", "parallel.pipeline=1", "--parallel.chunks 1"]),
+    (
+        SFT,
+        ["--parallel.pipeline", "2", "--parallel.layers_per_stage", "[1, 1, 1]"],
+        ["parallel.layers_per_stage=[1, 1, 1] has 3 entries", "= 2 stages", "2 numbers", "model.decoder.layers=3"],
+    ),
+    (
+        SFT,
+        ["--parallel.pipeline", "2", "--parallel.layers_per_stage", "[2, 2]"],
+        ["parallel.layers_per_stage=[2, 2] deals out 4 layers", "model.decoder.layers=3", "sum is 3"],
+    ),
+    (SFT, ["--parallel.zero_stage", "0", "--train.precision", "bf16"], ["zero_stage=0", "--parallel.zero_stage 1"]),
     (PRETRAIN, ["--train.steps", "50"], ["optimizer.warmup_steps=50", "train.steps=50", "--optimizer.warmup_steps 5"]),
     (SFT, ["--optimizer.min_lr", "1"], ["optimizer.min_lr=1", "optimizer.lr="]),
     (SFT, ["--data.max_text_tokens", "600"], ["data.max_text_tokens=600", "max_positions=512", "503"]),
@@ -177,9 +199,11 @@ def test_contradictions(config: Path, argv: list[str], said: list[str]) -> None:
 
 
 def test_contradictions_are_told_together_and_support_comes_last() -> None:
-    text = message("--parallel.tensor", "3", "--train.steps", "6")
+    refused = ("--parallel.zero_stage", "0", "--train.precision", "bf16")
+    assert "ZeRO-1" in message(*refused)
+    text = message("--parallel.tensor", "3", "--train.steps", "6", *refused)
     assert "2 problems" in text
-    assert "layers are not split" not in text
+    assert "ZeRO-1" not in text
 
 
 def test_a_run_cannot_be_built_around_the_checks() -> None:
@@ -196,12 +220,14 @@ def test_overrides() -> None:
         *("--train.steps", "100", "--optimizer.lr=1e-3", "--train.precision", "bf16", "--run.dir", "2024"),
         *("--init.weights", "null", "--data.sources", "[{name: vsr, weight: 2e-1}]", "--log.tensorboard", "false"),
         *("--local_rank=1", "--model.decoder.rope.theta", "5e3"),
+        *("--parallel.pipeline", "2", "--parallel.layers_per_stage", "[1, 2]"),
     )
     assert (run.train.steps, run.optimizer.lr, run.train.precision) == (100, 1e-3, "bf16")
     assert run.run.dir == Path("2024")
     assert run.init.weights is None
     assert [(s.name, s.weight) for s in run.data.sources] == [("vsr", 0.2)]
     assert run.log.tensorboard is False
+    assert run.parallel.layers_per_stage == (1, 2)
     rope = run.model.decoder.rope
     assert (rope.theta, rope.max_positions) == (5e3, 512)  # its neighbours keep the file's values
 
@@ -236,12 +262,21 @@ def test_micro_batch_is_the_most_that_fits(batch: int, most: int, ranks: int, go
 
 
 def test_replicas_that_do_not_fit_the_ranks() -> None:
-    # The table refuses tensor parallelism for now, so the arithmetic is tried on sections put together unchecked.
-    run = load()
-    split = run.model_copy(update={"parallel": run.parallel.model_copy(update={"tensor": 4, "pipeline": 2})})
+    split = load("--parallel.tensor", "4", "--parallel.pipeline", "2")
     with pytest.raises(ConfigError, match=r"12 ranks .*parallel\.tensor=4 x parallel\.pipeline=2 = 8.*start 8 or 16"):
         check_world(split, 12)
+    with pytest.raises(ConfigError, match=r"^4 ranks .* start 8 ranks"):
+        check_world(split, 4)
     check_world(split, 16)
+
+
+@pytest.mark.parametrize(("ranks", "replicas"), [(8, 1), (16, 2), (64, 8)])
+def test_a_replica_counts_as_one_data_rank(ranks: int, replicas: int) -> None:
+    spread = load("--parallel.tensor", "4", "--parallel.pipeline", "2")
+    alone = load()
+    check_world(spread, ranks)
+    assert data_size(spread, ranks) == data_size(alone, replicas) == replicas
+    assert micro_batch(spread, ranks) == micro_batch(alone, replicas)
 
 
 def test_runs_that_fit() -> None:

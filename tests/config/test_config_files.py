@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from aki_megatron.config.check import check_world
-from aki_megatron.config.combinations import COMBINATIONS
 from aki_megatron.config.deepspeed import read_json, settle
 from aki_megatron.config.describe import fields
 from aki_megatron.config.load import load_run
@@ -80,12 +79,6 @@ def test_the_default_run_needs_no_arguments() -> None:
     config = ROOT / "configs/aki4b/sft.yaml"
     run = load_run([], default_config=config, prog="launcher/sft.py", description="Test.")
     assert run == load(config=config)
-
-
-def test_every_supported_combination_names_a_test_that_exists() -> None:
-    for row in COMBINATIONS:
-        assert bool(row.proof) != bool(row.refusal), row.name
-        assert not row.proof or (ROOT / row.proof).is_file(), row.proof
 
 
 def test_every_key_beyond_sizes_has_a_help_text() -> None:

@@ -1,88 +1,189 @@
 """Save under one layout, resume under another: the next steps are those of an undisturbed run."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
 import pytest
-from tiny import STEPS, Trained, difference, outcome, take_steps, tiny_engine, train_plainly
+import torch
+from tiny import STEPS, Setting, Trained, difference, take_steps, tiny_engine, together, train_plainly
+from torch import Tensor
 
 from aki_megatron.checkpoint.saver import Saver, read_weights
 from aki_megatron.engine import logical
+from aki_megatron.engine.pipeline import PipelineEngine
+from aki_megatron.flow import StepReport
 
 pytestmark = pytest.mark.distributed
 SAVED_AFTER = 3
+LIMIT = 1e-5
 
 
-def train_and_save(topology, zero_stage, precision, folder, zero_settings) -> Trained:
+@dataclass(frozen=True)
+class Layout:
+    """How many ranks, and how they share the work; the test's name of it is in ``LAYOUTS``."""
+
+    ranks: int
+    tensor: int = 1
+    pipeline: int = 1
+    zero_stage: int = 3
+    chunks: int = 1
+    cut: tuple[int, ...] = ()
+
+    def setting(self, **more) -> Setting:
+        return Setting(zero_stage=self.zero_stage, chunks=self.chunks, layers_per_stage=self.cut, **more)
+
+    def train(self, pool, function, *args, **more) -> "Trained":
+        """What the ranks together hold after ``function``."""
+        spread = {"tensor": self.tensor, "pipeline": self.pipeline}
+        return together(pool.run(self.ranks, function, self.setting(**more), *args, **spread))
+
+
+LAYOUTS = {
+    "1 process, ZeRO-1": Layout(1, zero_stage=1),
+    "1 process, no ZeRO": Layout(1, zero_stage=0),
+    "DP2, ZeRO-2": Layout(2, zero_stage=2),
+    "DP4, ZeRO-3": Layout(4),
+    "TP4, no ZeRO": Layout(4, tensor=4, zero_stage=0),
+    "TP2 x DP2, ZeRO-1": Layout(4, tensor=2, zero_stage=1),
+    "PP2, cut 1 + 3, ZeRO-3": Layout(2, pipeline=2, cut=(1, 3)),
+    "PP2 x 2 chunks x DP2, ZeRO-2": Layout(4, pipeline=2, chunks=2, zero_stage=2),
+    "PP4, ZeRO-1": Layout(4, pipeline=4, zero_stage=1),
+    "TP2 x PP2, ZeRO-3": Layout(4, tensor=2, pipeline=2),
+    "TP2 x PP2 x DP2, ZeRO-3": Layout(8, tensor=2, pipeline=2),
+}
+EVERYTHING = "TP2 x PP2 x DP2, ZeRO-3"
+
+
+def whole_state(engine: PipelineEngine) -> dict[str, Tensor]:
+    """Weights, moments and the number of updates that a rank has a part in."""
+    return {name: logical.gather(tensor).clone() for name, tensor in engine.state().items()}
+
+
+def result(engine: PipelineEngine, reports: Sequence[StepReport]) -> Trained:
+    return Trained([r.loss for r in reports], [r.grad_norm for r in reports], whole_state(engine))
+
+
+def train_and_save(topology, setting: Setting, folder: Path) -> Trained:
     """All steps; saved in the middle."""
-    engine = tiny_engine(topology, zero_stage, precision, **zero_settings)
-    reports = take_steps(engine, topology, range(SAVED_AFTER))
+    engine = tiny_engine(topology, setting)
+    take_steps(engine, topology, range(SAVED_AFTER))
     Saver(folder, keep_last=1).save(SAVED_AFTER, engine.state(), {"step": SAVED_AFTER})
-    reports += take_steps(engine, topology, range(SAVED_AFTER, STEPS))
-    return outcome(engine, reports[SAVED_AFTER:])
+    return result(engine, take_steps(engine, topology, range(SAVED_AFTER, STEPS)))
 
 
-def load_and_train(topology, zero_stage, precision, folder, zero_settings) -> Trained:
-    engine = tiny_engine(topology, zero_stage, precision, **zero_settings)
+def load_and_train(topology, setting: Setting, folder: Path) -> Trained:
+    engine = tiny_engine(topology, setting)
     # away from the initial weights and moments, so that whatever is not loaded shows
     take_steps(engine, topology, [4])
     saver = Saver(folder, keep_last=1)
     tensors = engine.state()
-    extra = saver.load(saver.latest(), tensors)
+    assert saver.load(saver.latest(), tensors) == {"step": SAVED_AFTER}
     engine.load_state(tensors)
-    assert extra == {"step": SAVED_AFTER}
-    return outcome(engine, take_steps(engine, topology, range(SAVED_AFTER, STEPS)))
+    loaded = {name: logical.gather(tensor) for name, tensor in tensors.items()}
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in whole_state(engine).items())
+    return result(engine, take_steps(engine, topology, range(SAVED_AFTER, STEPS)))
+
+
+def read_state(topology, folder: Path, setting: Setting) -> dict[str, Tensor]:
+    """A checkpoint's tensors, read by one process."""
+    saver, tensors = Saver(folder, keep_last=1), tiny_engine(topology, setting).state()
+    saver.load(saver.latest(), tensors)
+    return {name: logical.gather(tensor).clone() for name, tensor in tensors.items()}
 
 
 @pytest.fixture(scope="module")
 def saved(pool, tmp_path_factory):
-    """Saved on 4 ranks by ZeRO-3."""
+    """Saved with everything at once."""
     folder = tmp_path_factory.mktemp("resume")
-    undisturbed = pool.run(4, train_and_save, 3, "fp32", folder, {})[0]
-    return folder, undisturbed
+    return folder, LAYOUTS[EVERYTHING].train(pool, train_and_save, folder)
 
 
-@pytest.mark.parametrize(("ranks", "zero_stage"), [(1, 1), (1, 3), (2, 1), (2, 2), (2, 3), (4, 3)])
-def test_resume_under_another_layout(run_on, saved, ranks, zero_stage):
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_saved_with_everything_resumed_under_another_layout(pool, saved, name):
     folder, undisturbed = saved
-    for got in run_on(ranks, load_and_train, zero_stage, "fp32", folder, {}):
-        assert difference(got, undisturbed) <= 1e-5
+    assert difference(LAYOUTS[name].train(pool, load_and_train, folder), undisturbed) <= LIMIT
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("1 process, no ZeRO", EVERYTHING),
+        ("DP2, ZeRO-2", "PP2 x 2 chunks x DP2, ZeRO-2"),
+        ("TP4, no ZeRO", "PP4, ZeRO-1"),
+        ("PP2 x 2 chunks x DP2, ZeRO-2", "TP2 x PP2, ZeRO-3"),
+        ("PP4, ZeRO-1", "PP2, cut 1 + 3, ZeRO-3"),
+    ],
+)
+def test_saved_in_other_ways(pool, tmp_path, before, after):
+    undisturbed = LAYOUTS[before].train(pool, train_and_save, tmp_path)
+    assert difference(LAYOUTS[after].train(pool, load_and_train, tmp_path), undisturbed) <= LIMIT
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(EVERYTHING, "DP2, ZeRO-2"), ("1 process, ZeRO-1", EVERYTHING), ("PP4, ZeRO-1", EVERYTHING)]
+)
+def test_tied_tables_on_two_stages(pool, tmp_path, before, after):
+    """Both stages bring the table under one name; both take it back."""
+    undisturbed = LAYOUTS[before].train(pool, train_and_save, tmp_path, tied=True)
+    assert "weight.head.output.weight" not in undisturbed.weights
+    assert difference(LAYOUTS[after].train(pool, load_and_train, tmp_path, tied=True), undisturbed) <= LIMIT
+
+
+def test_the_same_numbers_whatever_the_layout_that_saved(pool, tmp_path):
+    """What lies in a checkpoint, tensor by tensor."""
+    states = []
+    for name in ("1 process, ZeRO-1", "PP4, ZeRO-1", EVERYTHING):
+        LAYOUTS[name].train(pool, train_and_save, tmp_path / name)
+        states += pool.run(1, read_state, tmp_path / name, Setting(zero_stage=1))
+    for state in states[1:]:
+        assert state.keys() == states[0].keys() and state[logical.STEP] == SAVED_AFTER
+        assert max(float((tensor - states[0][name]).abs().max()) for name, tensor in state.items()) <= LIMIT
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2])
-def test_save_by_other_stages(run_on, tmp_path, zero_stage):
-    undisturbed = run_on(2, train_and_save, zero_stage, "fp32", tmp_path, {})[0]
+def test_save_by_other_zero_stages(pool, tmp_path, zero_stage):
+    undisturbed = Layout(2, zero_stage=zero_stage).train(pool, train_and_save, tmp_path)
     # many small sub-groups: the optimizer's state lies in many flat tensors
-    for got in run_on(2, load_and_train, 3, "fp32", tmp_path, {"sub_group_size": 300}):
-        assert difference(got, undisturbed) <= 1e-5
+    again = Layout(2).train(pool, load_and_train, tmp_path, zero_settings={"sub_group_size": 300})
+    assert difference(again, undisturbed) <= LIMIT
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_resume_in_bf16_keeps_master_weights(run_on, tmp_path, zero_stage):
-    undisturbed = run_on(2, train_and_save, zero_stage, "bf16", tmp_path, {})[0]
-    for got in run_on(2, load_and_train, zero_stage, "bf16", tmp_path, {}):
-        assert difference(got, undisturbed) == 0.0
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(2, zero_stage=1), Layout(2, zero_stage=2), Layout(2), Layout(4, tensor=2, pipeline=2)],
+    ids=["DP2, ZeRO-1", "DP2, ZeRO-2", "DP2, ZeRO-3", "TP2 x PP2, ZeRO-3"],
+)
+def test_resume_in_bf16_keeps_master_weights(pool, tmp_path, layout):
+    undisturbed = layout.train(pool, train_and_save, tmp_path, precision="bf16")
+    assert difference(layout.train(pool, load_and_train, tmp_path, precision="bf16"), undisturbed) == 0.0
 
 
 def test_the_saved_run_is_the_plain_run(saved):
     folder, undisturbed = saved
     plain = train_plainly()
-    assert max(abs(a - b) for a, b in zip(undisturbed.losses, plain.losses[SAVED_AFTER:], strict=True)) <= 1e-5
+    assert max(abs(a - b) for a, b in zip(undisturbed.losses, plain.losses[SAVED_AFTER:], strict=True)) <= LIMIT
     weights = read_weights(folder)
     expected = train_plainly(range(SAVED_AFTER)).weights
     assert weights.keys() == expected.keys()
-    assert max(float((weights[name] - expected[name]).abs().max()) for name in weights) <= 1e-5
+    assert max(float((weights[name] - expected[name]).abs().max()) for name in weights) <= LIMIT
 
 
-def names_and_sizes(topology) -> dict[str, tuple[int, ...]]:
-    state = tiny_engine(topology, 3).state()
-    local = {name: getattr(tensor, "_local_tensor", tensor).numel() for name, tensor in state.items()}
-    whole = {name: tensor.numel() for name, tensor in state.items()}
-    return {"local": sum(local.values()), "whole": sum(whole.values()), "names": sorted(state)}
+def elements_of_state(topology, setting: Setting) -> dict[str, tuple[int, int]]:
+    """Name -> elements of this rank's rows, of the whole."""
+    state = tiny_engine(topology, setting).state()
+    return {name: (getattr(t, "_local_tensor", t).numel(), t.numel()) for name, t in state.items()}
 
 
 def test_state_is_logical_and_sharded(run_on):
-    one = run_on(1, names_and_sizes)[0]
-    shares = run_on(4, names_and_sizes)
-    assert all(share["names"] == one["names"] and share["whole"] == one["whole"] for share in shares)
-    assert sum(share["local"] for share in shares) == one["whole"] + 3, "each row on one rank, the step counter on all"
-    assert logical.STEP in one["names"]
-    assert "weight.front.vision.norm.weight" in one["names"]
-    assert "exp_avg.front.vision.norm.weight" not in one["names"], "frozen: it has no moments"
+    one = run_on(1, elements_of_state, Setting())[0]
+    shares = run_on(8, elements_of_state, Setting(), tensor=2, pipeline=2)
+    for name, (_, whole) in one.items():
+        found = [share[name] for share in shares if name in share]
+        assert {size for _, size in found} == {whole}
+        holders = 8 if name == logical.STEP else 1
+        assert sum(rows for rows, _ in found) == whole * holders, "each row on one rank, the step counter on all"
+    assert {name for share in shares for name in share} == set(one)
+    assert [name for name in shares[0] if name in shares[-1]] == [logical.STEP]
+    assert "weight.front.vision.norm.weight" in one
+    assert "exp_avg.front.vision.norm.weight" not in one, "frozen: it has no moments"

@@ -6,7 +6,6 @@ from functools import cache
 import pytest
 import torch
 from tiny import (
-    CLIP_NORM,
     MICROBATCHES,
     STEPS,
     Setting,
@@ -40,8 +39,9 @@ def test_the_steps_compared_are_uneven():
         [draw_batch(step, number).supervised_tokens for number in range(MICROBATCHES)] for step in range(STEPS)
     ]
     assert all(len(set(counts)) > 1 for counts in supervised) and any(0 in counts for counts in supervised)
-    norms = train_plainly().norms
-    assert max(norms) > CLIP_NORM > min(norms), norms
+    for setting in (Setting(), Setting(tied=True)):
+        norms = train_plainly(setting=setting).norms
+        assert max(norms) > setting.clip_norm > min(norms), norms
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

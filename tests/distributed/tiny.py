@@ -5,7 +5,7 @@ The micro-batches of a step are numbered over all data ranks, so that any number
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,8 +24,8 @@ from aki_megatron.parallel.topology import Topology
 
 QUERIES, IMAGE_SIZE, ROWS = 3, 8, 2
 BASE_TOKENS, IMAGE_TOKEN = 33, 33
-STEPS, MICROBATCHES, CLIP_NORM = 5, 8, 20.0
-"""Steps compared, micro-batches per step over all data ranks, and a norm that some steps exceed and some do not."""
+STEPS, MICROBATCHES = 5, 8
+"""Steps compared, micro-batches per step over all data ranks."""
 OPTIMIZER = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-5}
 """With a smaller eps a gradient that is zero but for rounding would move weights by the whole learning rate."""
 
@@ -55,12 +55,19 @@ class Setting:
     recompute: bool = False
     tied: bool = False
     rule: str = "mma"
-    zero_settings: dict[str, Any] = field(default_factory=dict)
+    offload: bool = False
+    zero_settings: tuple[tuple[str, int], ...] = ()
+    """Further names and values of DeepSpeed's zero_optimization."""
     check_every: int = 100
 
     @property
     def model(self) -> ModelConfig:
         return TIED_MODEL if self.tied else MODEL
+
+    @property
+    def clip_norm(self) -> float:
+        """A norm that some steps exceed and some do not."""
+        return 1.4 if self.tied else 10.0
 
 
 def tiny_model(setting: Setting = Setting()) -> Stage:
@@ -85,9 +92,9 @@ def tiny_stages(topology: Topology, setting: Setting) -> list[Stage]:
 
 def tiny_engine(topology: Topology, setting: Setting = Setting()) -> PipelineEngine:
     runners: list[Any] = []
-    offloaded = "offload_optimizer" in setting.zero_settings
+    zero_settings = dict(setting.zero_settings) | ({"offload_optimizer": {"device": "cpu"}} if setting.offload else {})
     for stage in tiny_stages(topology, setting):
-        optimizer = adamw(stage, **OPTIMIZER, fused=offloaded)
+        optimizer = adamw(stage, **OPTIMIZER, fused=setting.offload)
         if setting.zero_stage == 0:
             runners.append(ReplicaStage(stage, topology, optimizer))
         else:
@@ -98,7 +105,7 @@ def tiny_engine(topology: Topology, setting: Setting = Setting()) -> PipelineEng
                     optimizer,
                     zero_stage=setting.zero_stage,
                     precision=setting.precision,
-                    deepspeed_config={"zero_optimization": setting.zero_settings},
+                    deepspeed_config={"zero_optimization": zero_settings},
                 )
             )
     return PipelineEngine(
@@ -106,7 +113,7 @@ def tiny_engine(topology: Topology, setting: Setting = Setting()) -> PipelineEng
         topology,
         micro_batches=MICROBATCHES // topology.data,
         precision=setting.precision,
-        clip_norm=CLIP_NORM,
+        clip_norm=setting.clip_norm,
         check_every=setting.check_every,
     )
 
@@ -224,7 +231,7 @@ def train_plainly(steps: Iterable[int] = range(STEPS), setting: Setting = Settin
             losses[-1] += loss.item()
             if runner is not model:
                 _add_gradients(model, runner)
-        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)))
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), setting.clip_norm)))
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
         optimizer.step()

@@ -72,7 +72,7 @@ def test_aki_4b() -> None:
 
     assert counts(4, 512) == [6, 9, 9, 8]
     assert counts(4, 128) == [5, 9, 9, 9]
-    assert counts(8, 128) == [1, 4, 5, 5, 5, 5, 5, 2] or counts(8, 128)[0] < 4
+    assert counts(8, 128) == [1, 2, 5, 5, 5, 5, 5, 4]
     assert counts(1, 512) == [32]
     for stages, text_tokens in product((2, 4, 8), (128, 512)):
         assert counts(stages, text_tokens)[0] == min(counts(stages, text_tokens))
@@ -93,8 +93,15 @@ TINY = ModelConfig(
     vision=VisionConfig(image_size=8, patch_size=4, width=6, layers=2, heads=2, mlp_width=10),
     resampler=ResamplerConfig(latents=3, layers=2, heads=2, head_width=4, mlp_ratio=2),
     decoder=DecoderConfig(
-        **{"width": 16, "layers": 5, "heads": 4, "kv_heads": 2, "mlp_width": 24},
-        **{"vocab_rows": 40, "base_tokens": 38, "extra_tokens": 2, "rope": RopeConfig()},
+        width=16,
+        layers=5,
+        heads=4,
+        kv_heads=2,
+        mlp_width=24,
+        vocab_rows=40,
+        base_tokens=38,
+        extra_tokens=2,
+        rope=RopeConfig(),
     ),
 )
 

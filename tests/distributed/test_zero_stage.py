@@ -1,0 +1,345 @@
+"""A pipeline stage under DeepSpeed, and without it, equals plain torch, whatever order its passes come in.
+
+Two stages, the halves of the tiny model, lie in one process as two chunks of a pipeline rank do, each with several
+forward passes before a backward pass and several backward passes after one another.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny import MODEL, OPTIMIZER, TIED_MODEL, draw_batch
+from torch import Tensor, nn
+
+from aki_megatron.engine import logical
+from aki_megatron.engine.norm import squared_norm
+from aki_megatron.engine.optimizer import adamw
+from aki_megatron.engine.replica import ReplicaStage
+from aki_megatron.engine.zero import ZeroStage
+from aki_megatron.flow import Batch, stack_ids
+from aki_megatron.model.stage import Stage, build_stage
+from aki_megatron.parallel.topology import Topology
+
+pytestmark = pytest.mark.distributed
+Runner = ZeroStage | ReplicaStage
+
+HALVES = (range(0, 2), range(2, 4))
+MICRO = 3
+RATE = 1e-2
+ORDER = [(0, "F", 0), (0, "F", 1), (1, "F", 0), (1, "B", 0), (0, "B", 0), (0, "F", 2), (1, "F", 1), (1, "F", 2)]
+ORDER += [(1, "B", 1), (0, "B", 1), (1, "B", 2), (0, "B", 2)]
+"""(stage, pass, micro-batch): the first stage runs F F B F B B, the second F B F F B B."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    zero_stage: int
+    precision: str = "fp32"
+    recompute: bool = False
+    zero_settings: tuple[tuple[str, Any], ...] = ()
+
+
+def run_stage(stage: Stage, topology: Topology, kind: Kind) -> Runner:
+    optimizer = adamw(stage, **OPTIMIZER)
+    if kind.zero_stage == 0:
+        return ReplicaStage(stage, topology, optimizer)
+    config = {"zero_optimization": dict(kind.zero_settings)}
+    return ZeroStage(
+        stage, topology, optimizer, zero_stage=kind.zero_stage, precision=kind.precision, deepspeed_config=config
+    )
+
+
+def halves(kind: Kind) -> list[Stage]:
+    return [build_stage(MODEL, layers, rule="mma", recompute=kind.recompute) for layers in HALVES]
+
+
+def run_order(runners: list[Runner], batches: list[Batch], scale: float) -> Tensor:
+    """All passes of one step in ORDER; returns the summed loss."""
+    hidden: dict[tuple[int, int], Tensor] = {}
+    outputs: dict[tuple[int, int], Tensor] = {}
+    for runner in runners:
+        runner.begin_step()
+    for stage, kind, micro in ORDER:
+        runner, batch = runners[stage], batches[micro]
+        last = micro == MICRO - 1
+        if kind == "F":
+            inputs = batch.token_ids
+            if stage:
+                inputs = hidden[stage, micro] = outputs[0, micro].detach().requires_grad_()
+            ids = stack_ids(batch)
+            outputs[stage, micro] = runner.forward(inputs, ids, batch.pixels, runner.stage.layout(ids))
+        elif stage:
+            runner.backward(outputs[stage, micro] * scale, None, last=last)
+        else:
+            runner.backward(outputs[stage, micro], hidden[1, micro].grad, last=last)
+    return sum(outputs[1, micro].detach() for micro in range(MICRO))
+
+
+class Twin:
+    """The same two stages in plain torch: one process that sees the micro-batches of all data ranks."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.stages = halves(kind)
+        self.bf16 = kind.precision == "bf16"
+        self.optimizers = [adamw(stage, **OPTIMIZER) for stage in self.stages]
+
+    def accumulate(self, batches: list[Batch]) -> Tensor:
+        """Gradients of the mean loss over ``batches``; returns the summed loss."""
+        supervised = sum(batch.supervised_tokens for batch in batches)
+        total = torch.zeros(())
+        for batch in batches:
+            first, second = [_rounded(stage) if self.bf16 else stage for stage in self.stages]
+            ids = stack_ids(batch)
+            pixels = batch.pixels.bfloat16() if self.bf16 else batch.pixels
+            loss = second(first(batch.token_ids, ids, pixels), ids)
+            (loss / supervised).backward()
+            total += loss.detach()
+            for stage, rounded in zip(self.stages, (first, second), strict=True) if self.bf16 else ():
+                _add_gradients(stage, rounded)
+        return total
+
+    def scale(self, factor: float) -> None:
+        for stage in self.stages:
+            for parameter in stage.parameters():
+                if parameter.grad is not None:
+                    parameter.grad *= factor
+
+    def update(self) -> None:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = RATE
+            optimizer.step()
+
+    def forget(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def held(self, stage: int, name: str, moment: str | None) -> Tensor:
+        parameter = self.stages[stage].get_parameter(name)
+        return parameter.detach() if moment is None else self.optimizers[stage].state[parameter][moment]
+
+
+def _rounded(stage: Stage) -> Stage:
+    """A copy with bf16 weights; buffers keep their precision."""
+    copied = copy.deepcopy(stage)
+    for parameter in copied.parameters():
+        parameter.data, parameter.grad = parameter.data.bfloat16(), None
+    return copied
+
+
+def _add_gradients(master: nn.Module, rounded: nn.Module) -> None:
+    for kept, copied in zip(master.parameters(), rounded.parameters(), strict=True):
+        if kept.requires_grad:
+            kept.grad = copied.grad.float() + (0 if kept.grad is None else kept.grad)
+
+
+def norm_differences(runners: list[Runner], twin: Twin, topology: Topology) -> list[float]:
+    """How far the norm of each parameter group's gradients, summed over the data ranks, is from the twin's."""
+    found = []
+    for runner, optimizer in zip(runners, twin.optimizers, strict=True):
+        for group, plain in zip(runner.gradients(), optimizer.param_groups, strict=True):
+            assert (group.split, group.tied) == (plain["split"], plain["tied"])
+            assert all(tensor.dtype == torch.float32 for tensor in group.tensors)
+            square = squared_norm(group.tensors, topology.device)
+            dist.all_reduce(square, group=topology.data_group)
+            want = squared_norm([parameter.grad for parameter in plain["params"]], topology.device).sqrt()
+            found.append(float(abs(square.sqrt() / want - 1)))
+    return found
+
+
+def state_differences(runners: list[Runner], twin: Twin) -> list[float]:
+    """How far weights and moments are from the twin's; the first moment is the gradient but for a factor."""
+    found = []
+    for stage, runner in enumerate(runners):
+        for name, parameter in runner.stage.named_parameters():
+            for moment in (None, *logical.MOMENTS) if parameter.requires_grad else (None,):
+                got, want = runner.local(name, moment), twin.held(stage, name, moment)
+                assert got.dtype == torch.float32 and got.shape == want.shape
+                found.append(float((got - want).abs().max()))
+    return found
+
+
+def train(topology: Topology, kind: Kind) -> dict[str, float]:
+    """Four steps: plain, scaled, discarded, after the discarded one. Returns the largest differences of each kind."""
+    runners, twin = [run_stage(stage, topology, kind) for stage in halves(kind)], Twin(kind)
+    norms: list[float] = []
+    states: list[float] = []
+    losses: list[float] = []
+    trainable = {name for name, parameter in runners[0].stage.named_parameters() if parameter.requires_grad}
+    assert all(torch.equal(runners[0].local(name), twin.held(0, name, None)) for name in sorted(trainable))
+    for step in range(4):
+        batches = [draw_batch(step, number) for number in range(MICRO * topology.data)]
+        supervised = sum(batch.supervised_tokens for batch in batches)
+        loss = run_order(runners, batches[topology.data_rank :: topology.data], topology.data / supervised)
+        dist.all_reduce(loss, group=topology.data_group)
+        losses.append(float(abs(loss - twin.accumulate(batches)) / supervised))
+        norms += norm_differences(runners, twin, topology)
+        if step == 1:
+            for runner in runners:
+                runner.scale_gradients(0.25)
+            twin.scale(0.25)
+            norms += norm_differences(runners, twin, topology)
+        for runner in runners:
+            runner.discard() if step == 2 else runner.update(RATE)
+        if step != 2:
+            twin.update()
+        twin.forget()
+        states += state_differences(runners, twin)
+        if kind.precision == "bf16":
+            break  # from here on rounding decides
+        assert [runner.updates for runner in runners] == [(1, 2, 2, 3)[step]] * 2
+    return {"losses": max(losses), "norms": max(norms), "states": max(states)}
+
+
+KINDS = [
+    Kind(0),
+    Kind(0, recompute=True),
+    Kind(1),
+    Kind(2),
+    Kind(2, zero_settings=(("reduce_bucket_size", 700), ("overlap_comm", True))),
+    Kind(3),
+    Kind(3, recompute=True),
+    Kind(3, zero_settings=(("sub_group_size", 700), ("reduce_bucket_size", 700))),
+]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_stages_equal_plain_torch(run_on, record_property, kind, ranks):
+    for differences in run_on(ranks, train, kind):
+        record_property("largest_differences", differences)
+        assert max(differences.values()) <= 1e-5, differences
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_two_stages_in_bf16_equal_plain_torch_in_bf16(run_on, record_property, zero_stage, ranks):
+    for differences in run_on(ranks, train, Kind(zero_stage, "bf16")):
+        record_property("largest_differences", differences)
+        assert differences["losses"] <= 1e-5
+        assert max(differences.values()) <= 1e-3, differences
+
+
+def overwrite(topology: Topology, kind: Kind) -> tuple[float, float]:
+    """Put a state that was never trained, and use it: how far what is held, and what it computes, is from it."""
+    runners, twin = [run_stage(stage, topology, kind) for stage in halves(kind)], Twin(kind)
+    batches = [draw_batch(0, number) for number in range(MICRO)]
+    twin.accumulate(batches)
+    twin.update()
+    draw = torch.Generator().manual_seed(5)
+    for stage, runner in enumerate(runners):
+        for name, parameter in twin.stages[stage].named_parameters():
+            for moment in (None, *logical.MOMENTS) if parameter.requires_grad else (None,):
+                held = twin.held(stage, name, moment)
+                held.copy_(torch.rand(held.shape, generator=draw) * 0.2)
+                runner.put(name, held, moment)
+        runner.updates = 7
+        runner.refresh()
+    held_apart = max(state_differences(runners, twin))
+    twin.forget()
+    loss = run_order(runners, batches, topology.data / sum(batch.supervised_tokens for batch in batches))
+    return held_apart, float(abs(loss / twin.accumulate(batches) - 1))
+
+
+@pytest.mark.parametrize("kind", [Kind(0), Kind(1), Kind(2), Kind(3)])
+def test_what_is_put_is_held_and_used(run_on, kind):
+    for held_apart, loss_apart in run_on(2, overwrite, kind):
+        assert held_apart == 0.0 and loss_apart <= 1e-6
+
+
+COLLECTIVES = ["all_reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter", "barrier", "reduce"]
+COLLECTIVES += ["reduce_scatter_tensor", "all_to_all_single", "all_gather_object", "broadcast_object_list", "new_group"]
+COLLECTIVES += ["gather", "scatter", "send", "recv", "gather_object", "monitored_barrier"]
+
+
+@contextmanager
+def recorded(calls: list[str]) -> Iterator[None]:
+    """Note every collective over the world by its name."""
+    originals = {name: getattr(dist, name) for name in COLLECTIVES}
+
+    def recording(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            group = next((a for a in (*args, *kwargs.values()) if isinstance(a, dist.ProcessGroup)), dist.group.WORLD)
+            if group is dist.group.WORLD:
+                calls.append(name)
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    for name in originals:
+        setattr(dist, name, recording(name))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+def step_alone(runner: Runner, first: bool, micro: int, topology: Topology) -> None:
+    """One step of one stage; what would come from the other is drawn at random."""
+    runner.begin_step()
+    outputs = []
+    for number in range(micro):
+        batch = draw_batch(0, number)
+        ids = stack_ids(batch)
+        hidden = torch.randn(*batch.token_ids.shape, MODEL.decoder.width, requires_grad=True)
+        hidden = hidden.to(next(runner.stage.parameters()).dtype)
+        inputs = batch.token_ids if first else hidden
+        outputs.append(runner.forward(inputs, ids, batch.pixels if first else None, runner.stage.layout(ids)))
+    for number, output in enumerate(outputs):
+        runner.backward(output, torch.randn_like(output) if first else None, last=number == micro - 1)
+
+
+def live_apart(topology: Topology, kind: Kind) -> tuple[list[str], list[str]]:
+    """Pipeline ranks take different numbers of steps and micro-batches. Returns what they did over the world."""
+    building: list[str] = []
+    running: list[str] = []
+    first = topology.is_first_stage
+    with recorded(building):
+        runner = run_stage(build_stage(MODEL, HALVES[topology.pipeline_rank], rule="mma"), topology, kind)
+    with recorded(running):
+        for step in range(3 if first else 1):
+            step_alone(runner, first, 2 if first else 3, topology)
+            runner.discard() if step == 1 else runner.update(RATE)
+        name = next(iter(dict(runner.stage.named_parameters())))
+        assert runner.local(name).isfinite().all()
+    return building, running
+
+
+@pytest.mark.parametrize("kind", [Kind(0), Kind(1), Kind(1, "bf16"), Kind(2), Kind(3)])
+def test_stages_at_different_times_do_not_wait_for_each_other(run_on, kind):
+    results = run_on(4, live_apart, kind, pipeline=2)
+    assert [running for _, running in results] == [[]] * 4
+    # ZeRO-3 lets all ranks of the world meet while it is built, equally often everywhere
+    assert [building for building, _ in results] == [["barrier"] * (3 if kind.zero_stage == 3 else 0)] * 4
+
+
+def number_tied_gradients(topology: Topology, kind: Kind) -> dict[str, Tensor]:
+    """Set each tied gradient to its place among this rank's pieces. Returns the gradients as the update saw them."""
+    stage = build_stage(TIED_MODEL, HALVES[topology.pipeline_rank], rule="mma")
+    runner = run_stage(stage, topology, kind)
+    step_alone(runner, topology.is_first_stage, 2, topology)
+    tied = [group for group in runner.gradients() if group.tied]
+    assert len(tied) == 2 and [group.split for group in tied] == [False, True]
+    for group in tied:
+        start = 1 + 10_000 * topology.data_rank
+        for tensor in group.tensors:
+            tensor.copy_(torch.arange(start, start + tensor.numel()).view_as(tensor))
+            start += tensor.numel()
+    runner.update(RATE)
+    table, extra = ("table.weight", "extra") if topology.is_first_stage else ("output.weight", "extra.weight")
+    prefix = "front.embedding." if topology.is_first_stage else "head."
+    return {"table": runner.local(prefix + table, "exp_avg"), "extra": runner.local(prefix + extra, "exp_avg")}
+
+
+@pytest.mark.parametrize("kind", [Kind(0), Kind(1), Kind(1, "bf16"), Kind(2), Kind(3)])
+def test_tied_gradients_lie_alike_on_both_stages(run_on, kind):
+    first, _, last, _ = run_on(4, number_tied_gradients, kind, pipeline=2)
+    for name, gradient in first.items():
+        assert torch.equal(gradient, last[name])
+        assert len(gradient.unique()) == gradient.numel()

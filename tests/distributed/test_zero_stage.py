@@ -97,7 +97,7 @@ class Twin:
             ids = stack_ids(batch)
             pixels = batch.pixels.bfloat16() if self.bf16 else batch.pixels
             loss = second(first(batch.token_ids, ids, pixels), ids)
-            (loss / supervised).backward()
+            (loss * (1.0 / supervised)).backward()  # rounds as the stages' loss does
             total += loss.detach()
             for stage, rounded in zip(self.stages, (first, second), strict=True) if self.bf16 else ():
                 _add_gradients(stage, rounded)
@@ -148,7 +148,7 @@ def norm_differences(runners: list[Runner], twin: Twin, topology: Topology) -> l
             square = squared_norm(group.tensors, topology.device)
             dist.all_reduce(square, group=topology.data_group)
             want = squared_norm([parameter.grad for parameter in plain["params"]], topology.device).sqrt()
-            found.append(float(abs(square.sqrt() / want - 1)))
+            found.append(float(abs(square.sqrt() - want) / max(float(want), 1e-9)))  # some gradients are all zero
     return found
 
 

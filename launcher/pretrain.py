@@ -2,6 +2,7 @@
 
 deepspeed launcher/pretrain.py --ds_config configs/zero3.json
 torchrun --nproc_per_node 8 launcher/pretrain.py --config configs/aki4b/pretrain.yaml
+mpirun -np 8 python launcher/pretrain.py --config configs/aki4b/pretrain.yaml
 python launcher/pretrain.py --help
 """
 

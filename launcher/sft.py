@@ -2,6 +2,7 @@
 
 deepspeed launcher/sft.py --ds_config configs/zero3.json
 torchrun --nproc_per_node 8 launcher/sft.py --config configs/aki4b/sft.yaml
+mpirun -np 8 python launcher/sft.py --config configs/aki4b/sft.yaml
 python launcher/sft.py --help
 """
 

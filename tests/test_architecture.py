@@ -30,6 +30,7 @@ DOORS = {
     "webdataset": {"data/shards.py"},
     "transformers": {"data/text.py", "checkpoint/huggingface.py"},
     "wandb": {"train/hooks_wandb.py"},
+    "mpi4py": {"parallel/mpi.py"},
 }
 """Vendor -> the files of the package that import it."""
 

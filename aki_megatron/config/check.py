@@ -35,7 +35,7 @@ def divisors(*numbers: int) -> list[int]:
 
 
 def data_problems(run: RunConfig) -> Iterator[str]:
-    """Captions come from shards and are learnt causally; conversations come from sources."""
+    """Captions come from tars and are learnt causally; conversations come from sources."""
     data = run.data
     if data.kind == "captions":
         if run.attention.rule != "causal":
@@ -44,20 +44,71 @@ def data_problems(run: RunConfig) -> Iterator[str]:
                 "look ahead at the caption, which is what is learnt, so the answer would leak; "
                 "set attention.rule to causal."
             )
-        if not data.shards:
-            yield "data.kind=captions needs data.shards, the tars to read; for example [captions/{00000..00007}.tar]."
+        if not data.captions:
+            yield (
+                "data.kind=captions needs data.captions, the tars to read; "
+                'for example [{name: kale, shards: ["blip3_kale/{00000..31000}.tar"]}].'
+            )
         if data.sources:
-            yield "data.kind=captions reads data.shards; remove data.sources, or set data.kind to conversations."
+            yield "data.kind=captions reads data.captions; remove data.sources, or set data.kind to conversations."
     else:
         if not data.sources:
             yield "data.kind=conversations needs data.sources; for example [{name: vqav2, weight: 1}]."
-        if data.shards:
-            yield "data.kind=conversations reads data.sources; remove data.shards, or set data.kind to captions."
-    twice = [name for name, count in Counter(source.name for source in data.sources).items() if count > 1]
-    if twice:
-        yield f"data.sources names {', '.join(twice)} more than once; keep one entry with the sum of the weights."
-    if any(not pattern.strip() for pattern in data.shards):
-        yield "data.shards holds an empty pattern; remove it."
+        if data.captions:
+            yield "data.kind=conversations reads data.sources; remove data.captions, or set data.kind to captions."
+    for key, names in (("sources", [source.name for source in data.sources]),
+                       ("captions", [captions.name for captions in data.captions])):  # fmt: skip
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            yield f"data.{key} names {', '.join(twice)} more than once; keep one entry with the sum of the weights."
+    for captions in data.captions:
+        if not captions.shards or any(not pattern.strip() for pattern in captions.shards):
+            yield f"data.captions {captions.name}: shards holds an empty pattern or nothing; name the tars to read."
+        if captions.format != "blip3_ocr" and captions.granularity != "basic text":
+            yield (
+                f"data.captions {captions.name}: granularity={captions.granularity} chooses among the descriptions of "
+                f"format blip3_ocr, but format={captions.format}; remove granularity, or set the format."
+            )
+    for source in data.sources:
+        if source.dialogues != "single" and source.name != "llava150k":
+            yield (
+                f"data.sources {source.name}: dialogues={source.dialogues} is for llava150k, the source that has "
+                "conversations; remove it."
+            )
+
+
+def phase_problems(run: RunConfig) -> Iterator[str]:
+    """Phases fill the run, and name sources that there are."""
+    data = run.data
+    if not data.phases:
+        return
+    total = sum(phase.steps for phase in data.phases)
+    if total != run.train.steps:
+        yield (
+            f"data.phases add up to {total} steps but train.steps={run.train.steps}; "
+            f"add --train.steps {total}, or change the phases."
+        )
+    known = [entry.name for entry in (data.captions if data.kind == "captions" else data.sources)]
+    for number, phase in enumerate(data.phases):
+        unknown = [name for name in phase.sources if name not in known]
+        if unknown:
+            yield f"data.phases[{number}].sources names {', '.join(unknown)}; the run's sources are {', '.join(known)}."
+        if phase.order == "text_first" and run.attention.rule != "causal":
+            yield (
+                f"data.phases[{number}].order=text_first cannot be trained with attention.rule={run.attention.rule}: "
+                "the question stands before the image already; set attention.rule to causal."
+            )
+
+
+def packing_problems(run: RunConfig) -> Iterator[str]:
+    """A row holds at least the longest sample, and its positions."""
+    packing = run.data.packing
+    longest = run.data.max_text_tokens + run.model.resampler.latents
+    if packing.enabled and packing.row_tokens < longest:
+        yield (
+            f"data.packing.row_tokens={packing.row_tokens} is shorter than the longest sample, data.max_text_tokens + "
+            f"model.resampler.latents = {longest}; set it to a multiple of that."
+        )
 
 
 def length_problems(run: RunConfig) -> Iterator[str]:
@@ -154,6 +205,8 @@ def stage_layers_problem(layers: int, *, stages: int, layers_per_stage: Sequence
 
 CHECKS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     data_problems,
+    phase_problems,
+    packing_problems,
     length_problems,
     schedule_problems,
     init_problems,

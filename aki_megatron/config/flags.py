@@ -40,7 +40,7 @@ The usual commands:
 --ds_config FILE  DeepSpeed's own settings as JSON; "auto" stands for what the run decides
 
 Every key below can be written as a flag; a flag wins over the file. Values are written as in YAML, lists in
-quotes: --data.shards '[a.tar, b.tar]'. The values in brackets are those of {shown}.
+quotes: --parallel.layers_per_stage '[7, 9, 9, 7]'. The values in brackets are those of {shown}.
 """
 
 

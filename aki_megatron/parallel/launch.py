@@ -1,4 +1,6 @@
-"""Which process of which world this is, by the variables a launcher sets. Pure: takes the environment, returns facts.
+"""Which process of which world this is, by the variables a launcher sets: takes the environment, returns facts.
+
+Pure but for one case: under ``mpirun`` on several machines without MASTER_ADDR, ranks agree on a master over MPI.
 
 Launchers nest: a batch script's ``srun`` may start ``torchrun``, and ``mpirun`` starts its daemons through ``srun``. So
 torchrun and deepspeed, which start their own processes, always win; ``mpirun`` wins over ``srun``; plain RANK,
@@ -7,11 +9,12 @@ WORLD_SIZE, ... set by hand must agree with the launcher that started the proces
 
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from aki_megatron.flow import ConfigError
+from aki_megatron.parallel.mpi import master_over_mpi
 
 LauncherName = Literal["torchrun", "deepspeed", "mpirun", "srun", "environment", "single"]
 
@@ -32,6 +35,9 @@ MPIRUN = {
 
 SRUN = {"rank": "SLURM_PROCID", "world_size": "SLURM_STEP_NUM_TASKS", "local_rank": "SLURM_LOCALID"}
 """SLURM_STEP_NUM_TASKS exists only inside ``srun``; the batch script itself has SLURM_PROCID and SLURM_NTASKS too."""
+
+Agree = Callable[[int], tuple[str, int]]
+"""World size -> address and port of a master; every rank calls it."""
 
 FIRST_PORT, NUM_PORTS = 20000, 12000
 """Rendezvous ports derived from a job's name lie here, below the range of Linux's ephemeral ports."""
@@ -61,27 +67,27 @@ class Launch:
             raise ConfigError(f"{self.launcher}: local rank {self.local_rank} must not be negative.")
 
 
-def discover_launch(environ: Mapping[str, str]) -> Launch:
+def discover_launch(environ: Mapping[str, str], *, agree: Agree = master_over_mpi) -> Launch:
     """The launch this process belongs to.
 
     Works under torchrun, deepspeed, mpirun (Open MPI) and srun, with RANK and friends set by hand, and with none of
-    them (a world of one).
+    them (a world of one). ``agree`` finds a master for mpirun's ranks where only they can.
 
     Errors: ConfigError that lists the variables when they are incomplete, not numbers, or contradict each other.
     """
     if "TORCHELASTIC_RUN_ID" in environ:
-        return _launch("torchrun", environ, GENERIC)
+        return _launch("torchrun", environ, GENERIC, agree)
     if "CROSS_RANK" in environ and "RANK" in environ:
-        return _launch("deepspeed", environ, GENERIC | {"local_world_size": "LOCAL_SIZE"})
+        return _launch("deepspeed", environ, GENERIC | {"local_world_size": "LOCAL_SIZE"}, agree)
     for name, variables in (("mpirun", MPIRUN), ("srun", SRUN)):
         if variables["rank"] in environ and variables["world_size"] in environ:
-            return _launch(name, environ, variables)  # type: ignore[arg-type]
+            return _launch(name, environ, variables, agree)  # type: ignore[arg-type]
     if "RANK" in environ or "WORLD_SIZE" in environ:
-        return _launch("environment", environ, GENERIC)
+        return _launch("environment", environ, GENERIC, agree)
     return Launch(rank=0, local_rank=0, world_size=1, local_world_size=1, launcher="single")
 
 
-def _launch(name: LauncherName, environ: Mapping[str, str], variables: Mapping[str, str]) -> Launch:
+def _launch(name: LauncherName, environ: Mapping[str, str], variables: Mapping[str, str], agree: Agree) -> Launch:
     facts = {fact: _number(environ, variable) for fact, variable in variables.items() if variable in environ}
     if missing := [variables[fact] for fact in ("rank", "world_size") if fact not in facts]:
         raise ConfigError(
@@ -89,7 +95,7 @@ def _launch(name: LauncherName, environ: Mapping[str, str], variables: Mapping[s
             "MASTER_ADDR, MASTER_PORT), or none of them for a single process."
         )
     _refuse_contradiction(name, facts, environ)
-    address, port = _master(name, facts, environ)
+    address, port = _master(name, facts, environ, agree)
     return Launch(
         rank=facts["rank"],
         local_rank=facts.get("local_rank", facts["rank"] if name == "environment" else 0),
@@ -113,17 +119,20 @@ def _refuse_contradiction(name: LauncherName, facts: Mapping[str, int], environ:
             )
 
 
-def _master(name: LauncherName, facts: Mapping[str, int], environ: Mapping[str, str]) -> tuple[str, int]:
+def _master(name: LauncherName, facts: Mapping[str, int], environ: Mapping[str, str], agree: Agree) -> tuple[str, int]:
     """Address and port at which rank 0 listens; derived from the job where the launcher does not tell."""
     address = environ.get("MASTER_ADDR", "")
     if not address and name == "srun":
         address = first_host(environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST", "")))
     if not address and facts["world_size"] == facts.get("local_world_size", 1 if name != "environment" else 0):
         address = "127.0.0.1"
+    if not address and name == "mpirun":
+        address, port = agree(facts["world_size"])
+        return address, _number(environ, "MASTER_PORT") if "MASTER_PORT" in environ else port
     if not address:
         raise ConfigError(
             f"{name} starts {facts['world_size']} processes on several machines but MASTER_ADDR is not set "
-            f"({_listed(environ)}): export MASTER_ADDR=<host of rank 0> (mpirun: -x MASTER_ADDR=...)."
+            f"({_listed(environ)}): export MASTER_ADDR=<host of rank 0>."
         )
     if "MASTER_PORT" in environ:
         return address, _number(environ, "MASTER_PORT")

@@ -56,7 +56,7 @@ def build_stream(config: RunConfig, template: Template) -> SampleStream:
     """The numbered samples of the run."""
     data, seed, size = config.data, config.train.seed, config.model.vision.image_size
     if data.kind == "captions":
-        index = ShardIndex(data.shards, data.root)
+        index = ShardIndex([shard for captions in data.captions for shard in captions.shards], data.root)
         return CaptionStream(index, template, seed=seed, image_size=size, max_bad_fraction=data.max_bad_fraction)
     weights: dict[str, float] = {source.name: source.weight for source in data.sources}
     sources = open_sources(data.root, list(weights), "train")

@@ -28,9 +28,9 @@ def step_line(config: RunConfig, world_size: int) -> str:
     if parallel.chunks > 1:
         spread += f" (x {parallel.chunks} chunks)"
     return (
-        f"step: {config.train.global_batch} samples = {ranks} data ranks x {micro_batches(config, world_size)} "
-        f"micro-batches x {at_once}; {spread}, ZeRO-{parallel.zero_stage}, {config.train.precision}, "
-        f"rule {config.attention.rule}"
+        f"step: {config.train.global_batch} samples = {counted(ranks, 'data rank')} x "
+        f"{counted(micro_batches(config, world_size), 'micro-batch', 'micro-batches')} x {at_once}; {spread}, "
+        f"ZeRO-{parallel.zero_stage}, {config.train.precision}, rule {config.attention.rule}"
     )
 
 
@@ -41,25 +41,31 @@ def cut_line(config: RunConfig, stages: Sequence[range]) -> str:
     parts[0] = f"front + {parts[0]}"
     parts[-1] = f"{parts[-1]} + head"
     shares = [f"{part} ({cost / sum(costs):.0%})" for part, cost in zip(parts, costs, strict=True)]
-    return f"cut: {' | '.join(shares)} layers, in brackets the share of the arithmetic"
+    return f"cut: {' | '.join(shares)} layers; in brackets the share of the arithmetic"
 
 
 def bubble_lines(config: RunConfig, world_size: int) -> Iterator[str]:
     """How long each pipeline rank waits if all stages take equally long, and how to shorten it where that is easy."""
     pipeline, count = config.parallel.pipeline, micro_batches(config, world_size)
     idle = bubble(schedule(pipeline=pipeline, chunks=config.parallel.chunks, micro_batches=count))
-    yield f"pipeline: {count} micro-batches through {pipeline} ranks, {idle:.0%} of each rank's time idle (the bubble)"
+    batches = counted(count, "micro-batch", "micro-batches")
+    yield f"pipeline: {batches} through {pipeline} ranks; each is idle {idle:.0%} of the time (the bubble)"
     if count >= pipeline:
         return
     share = config.train.global_batch // data_size(config, world_size)
     smaller = max(n for n in divisors(share) if share // n >= pipeline or n == 1)
     if share // smaller > count:
         yield (
-            f"hint: with --train.micro_batch {smaller} there are {share // smaller} micro-batches, and the ranks are "
-            "idle for a smaller part of the time"
+            f"hint: --train.micro_batch {smaller} gives {share // smaller} micro-batches, and the ranks are idle less "
+            "of the time"
         )
     else:
         yield "hint: a larger train.global_batch gives more micro-batches, and the ranks are idle less of the time"
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """1 data rank, 2 data ranks."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def micro_batches(config: RunConfig, world_size: int) -> int:

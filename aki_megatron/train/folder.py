@@ -44,9 +44,23 @@ class RunFolder:
         """Exists once the last step is saved."""
         return self.path / "DONE"
 
+    @property
+    def logs(self) -> Path:
+        """What each rank leaves for a person, and for the other ranks when it fails."""
+        return self.path / "logs"
+
     def log(self, rank: int) -> Path:
         """Log of one rank."""
-        return self.path / "logs" / f"rank_{rank}.log"
+        return self.logs / f"rank_{rank}.log"
+
+    def process(self, rank: int) -> Path:
+        """Exists while the process of a rank runs; stays behind when it was killed (train/failure.py)."""
+        return self.logs / f"rank_{rank}.process"
+
+    @property
+    def first_failure(self) -> Path:
+        """Which rank ended the last attempt, and why; only after a failure."""
+        return self.logs / "first_failure.json"
 
 
 def metrics_line(step: int, report: StepReport) -> dict[str, Any]:

@@ -10,12 +10,13 @@ from rich.console import Console
 from aki_megatron.config.check import check_world
 from aki_megatron.config.run import RunConfig
 from aki_megatron.config.save import check_resume
-from aki_megatron.config.start import USER_ERROR, refuse
+from aki_megatron.config.start import refuse
 from aki_megatron.data.shards import missing_shards
 from aki_megatron.data.sources import missing_files
 from aki_megatron.flow import DataError, UserError
 from aki_megatron.parallel.topology import Launch, discover_launch, start
 from aki_megatron.train.build import build_run
+from aki_megatron.train.failure import FailureWatch, leave
 from aki_megatron.train.folder import RunFolder
 from aki_megatron.train.loop import train
 
@@ -29,7 +30,8 @@ def missing_inputs(config: RunConfig) -> list[str]:
               "data.tokenizer": data.tokenizer, "data.root": data.root}  # fmt: skip
     missing = [f"{path} ({key})" for key, path in wanted.items() if path is not None and not path.exists()]
     if data.kind == "captions":
-        missing += [f"{shard} (data.shards)" for shard in missing_shards(data.shards, data.root)]
+        for captions in data.captions:
+            missing += [f"{tar} (data.captions {captions.name})" for tar in missing_shards(captions.shards, data.root)]
     else:
         missing += missing_files(data.root, [source.name for source in data.sources], "train")
     return missing
@@ -63,37 +65,49 @@ def prepare(config: RunConfig, launch: Launch) -> None:
     check_inputs(config)
 
 
-class RankError(UserError):
-    """A mistake that one rank met while training; its message names the rank."""
-
-    def __init__(self, rank: int, error: UserError) -> None:
-        super().__init__(f"rank {rank}: {type(error).__name__}: {error}")
-
-
-def run_training(config: RunConfig, launch: Launch, console: Console) -> None:
-    """Train one run to its end in the world of ``launch``."""
-    log_to_file(RunFolder(config.run.dir), launch.rank)
+def train_in_world(config: RunConfig, launch: Launch, console: Console, watch: FailureWatch) -> None:
+    """Join the other ranks, build, train, leave together."""
     topology = start(launch, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
+    watch.joined()
     try:
         run = build_run(config, topology, console)
-        try:
-            train(run)
-        except UserError as error:
-            # Building fails on all ranks alike; a step may fail on one (a file only it reads), and that one must speak.
-            raise RankError(launch.rank, error) from error
+        watch.training = True
+        train(run)
         # No rank leaves before rank 0 has written the end of the run: launchers end everybody when one exits.
         topology.barrier()
     except BaseException:
-        logger.exception("rank %d stopped", launch.rank)
+        if launch.world_size == 1:  # leaving a world in order can wait for ranks that are gone
+            topology.shutdown()
         raise
-    finally:
-        topology.shutdown()
+    watch.end()
+    topology.shutdown()
+
+
+def run_training(config: RunConfig, launch: Launch, console: Console) -> int:
+    """Train one run to its end in the world of ``launch``; the exit code.
+
+    With several ranks a failure ends this process instead of returning.
+    """
+    folder = RunFolder(config.run.dir)
+    log_to_file(folder, launch.rank)
+    watch = FailureWatch(folder, launch.rank, launch.world_size)
+    watch.begin()
+    try:
+        train_in_world(config, launch, console, watch)
+    except BaseException as error:
+        if launch.world_size == 1 and not isinstance(error, Exception):
+            raise
+        code = watch.failed(error)
+        if launch.world_size > 1:
+            leave(folder, launch.rank, code)
+        return code
+    return 0
 
 
 def main(config: RunConfig, environ: Mapping[str, str]) -> int:
-    """Run a launcher's run.
+    """Run a launcher's run; the exit code: 0, USER_ERROR for a user's mistake, another for an error of ours.
 
-    Returns 0, or USER_ERROR after printing the message of a UserError; any other error is ours and propagates.
+    Whatever fails, one message says so (train/failure.py).
     """
     console = Console(file=sys.stdout, width=160 if not sys.stdout.isatty() else None, highlight=False)
     try:
@@ -104,10 +118,6 @@ def main(config: RunConfig, environ: Mapping[str, str]) -> int:
                 console.print(f"{config.run.dir} is done already ({done} exists). --run.dir starts another run.")
             return 0
         prepare(config, launch)
-        run_training(config, launch, console)
-    except RankError as error:
-        print(f"error on {error}", file=sys.stderr, flush=True)
-        return USER_ERROR
     except UserError as error:
         return refuse(error, environ)
-    return 0
+    return run_training(config, launch, console)

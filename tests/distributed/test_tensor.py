@@ -2,12 +2,9 @@
 
 import dataclasses
 import math
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -16,18 +13,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
-from aki_megatron.flow import IGNORE, NO_SEGMENT, Batch, ConfigError, Modality, stack_ids
+from aki_megatron.flow import IGNORE, NO_SEGMENT, Batch, Modality, stack_ids
 from aki_megatron.model.linears import LinearFactory
-from aki_megatron.model.loss import token_loss_sum
 from aki_megatron.model.split import Split, cut, join, split_of
 from aki_megatron.model.stage import Stage, build_model
-from aki_megatron.parallel import megatron
 from aki_megatron.parallel.megatron import TensorParallelLinears, build_linears
 from aki_megatron.parallel.topology import Topology
 
 pytestmark = pytest.mark.distributed
 
-LAYERS, QUERIES, IMAGE_SIZE, TOKENS = 2, 3, 8, 20
+LAYERS, QUERIES, IMAGE_SIZE, TOKENS = 2, 3, 8, 21
 BASE_TOKENS, EXTRA_TOKENS, VOCAB_ROWS = 19, 2, 40
 """Words 0-19 | 20-39 on two ranks, 0-9 | 10-19 | 20-29 | 30-39 on four: the extra ones are 19 and 20, so they lie on
 two ranks, and no word of the last of four ranks is a token."""
@@ -67,7 +62,7 @@ def draw_batch(*, seed: int = 0, images: bool = True, supervised: bool = True) -
     for row, segment, first, response, last, image in (
         (0, 0, 0, 8, 12, True),
         (0, 1, 12, 14, 20, False),
-        (1, 0, 0, 7, 17, True),
+        (1, 0, 0, 7, 18, True),
     ):
         modality_ids[row, first:response] = Modality.TEXT
         modality_ids[row, response:last] = Modality.RESPONSE
@@ -220,7 +215,7 @@ def test_fp32(run_on, record_property, tensor, tied):
     gap = compare(shares, plain_gradients(config, torch.float32), config)
     record_property("largest_relative_errors", vars(gap))
     assert gap.loss <= 1e-6
-    assert gap.all <= 1e-6
+    assert gap.all <= 2e-6  # as far as the plain ones are from fp64
     assert gap.each <= 1e-5
 
 
@@ -348,59 +343,7 @@ def test_logits_are_those_of_the_words_of_a_rank(run_on, tensor):
     assert joined[..., BASE_TOKENS + EXTRA_TOKENS :].eq(-torch.inf).all()
 
 
-# the loss and ``shared`` by themselves
-
-
-def loss_alone(topology: Topology, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, bool]:
-    linears = build_linears(topology)
-    mine = cut(logits, Split(1, (logits.shape[1],)), topology.tensor_rank, topology.tensor).to(topology.device)
-    mine = mine.contiguous().requires_grad_()
-    before = mine.detach().clone()
-    loss = linears.loss_sum(mine, targets.to(topology.device))
-    (3 * loss).backward()
-    return loss.detach().cpu(), mine.grad.cpu(), torch.equal(before, mine)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("rows", [0, 1, 7])
-def test_loss_with_columns_that_no_token_uses(run_on, rows, dtype):
-    draw = torch.Generator().manual_seed(rows)
-    logits = 30 * torch.randn(rows, 16, generator=draw)
-    logits[:, 11:] = -torch.inf  # all words of the last of four ranks and some of the third
-    logits = logits.to(dtype)
-    targets = torch.randint(0, 11, (rows,), generator=draw)
-    plain = logits.clone().requires_grad_()
-    wanted = token_loss_sum(plain, targets)
-    (3 * wanted).backward()
-    for rank, (loss, gradient, untouched) in enumerate(run_on(4, loss_alone, logits, targets, tensor=4)):
-        assert loss.dtype == wanted.dtype
-        assert gradient.dtype == dtype
-        torch.testing.assert_close(loss, wanted.detach(), rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(gradient, plain.grad[:, 4 * rank : 4 * rank + 4])
-        assert untouched
-
-
-def gradients_of_shared(topology: Topology) -> list[Tensor]:
-    """Of gradients that are one number expanded, transposed, and held by another tensor too."""
-    linears, found = build_linears(topology), []
-    scale = topology.tensor_rank + 1.0
-    x, other = (torch.zeros(2, 3, device=topology.device, requires_grad=True) for _ in range(2))
-    table = torch.arange(6.0, device=topology.device).view(3, 2)
-    for use in (lambda y: y.sum(), lambda y: (y.t() * table).sum(), lambda y: ((y + other) * table.t()).sum()):
-        x.grad = None
-        (scale * use(linears.shared(x))).backward()
-        found.append(x.grad.cpu())
-    return [*found, other.grad.cpu() / scale]
-
-
-def test_gradients_of_what_is_shared_are_summed_whatever_their_strides(run_on):
-    table = torch.arange(6.0).view(3, 2).t()
-    for found in run_on(2, gradients_of_shared, tensor=2):
-        for got, want in zip(found, [torch.full((2, 3), 3.0), 3 * table, 3 * table, table], strict=True):
-            assert torch.equal(got, want)
-
-
-# the door
+# and quietly
 
 
 def warnings_of_a_pass(topology: Topology) -> list[str]:
@@ -414,33 +357,3 @@ def warnings_of_a_pass(topology: Topology) -> list[str]:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU Megatron's advice about CUDA is left to be read")
 def test_a_pass_on_the_cpu_warns_of_nothing(run_on):
     assert run_on(2, warnings_of_a_pass, tensor=2) == [[], []]
-
-
-def test_megatron_is_imported_only_for_cut_layers_and_quietly():
-    program = """if True:
-        import sys
-        from types import SimpleNamespace
-        from aki_megatron.model.linears import PlainLinears
-        from aki_megatron.parallel import megatron
-        assert isinstance(megatron.build_linears(SimpleNamespace(tensor=1)), PlainLinears)
-        assert not any(name.partition(".")[0] == "megatron" for name in sys.modules)
-        megatron._load()
-        assert "megatron.core" in sys.modules
-    """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-@pytest.mark.parametrize("installed", [None, "0.15.0"])
-def test_other_versions_are_refused(monkeypatch, installed):
-    def version(name: str) -> str:
-        assert name == "megatron-core"
-        if installed is None:
-            raise PackageNotFoundError(name)
-        return installed
-
-    monkeypatch.setattr(megatron, "version", version)
-    megatron._load.cache_clear()
-    found = "which is not installed" if installed is None else "megatron-core 0.15.0 is installed"
-    with pytest.raises(ConfigError, match=rf"{found}.*pip install megatron-core==0\.16\.1.*parallel\.tensor=1"):
-        TensorParallelLinears(Topology(0, 2, 0, 2, 1, 1, torch.device("cpu"), {}))

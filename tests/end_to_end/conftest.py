@@ -28,7 +28,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     )  # fmt: skip
     made.run(
         "launcher/pretrain.py", "--config", str(ROOT / "configs/demo/pretrain.yaml"), *made.data_flags(),
-        "--data.shards", '["captions/00000.tar"]', "--init.vision", str(data / "encoder"),
+        "--data.captions", '[{name: captions, shards: ["captions/00000.tar"]}]', "--init.vision", str(data / "encoder"),
         "--run.dir", str(made.folder / "pretrain"), "--train.steps", "4", "--optimizer.warmup_steps", "2",
         "--train.global_batch", "8", "--train.micro_batch", "8", "--checkpoint.every", "4",
     )  # fmt: skip

@@ -47,7 +47,7 @@ def test_captions_with_mutual_attention(world: World) -> None:
 
 @pytest.mark.parametrize(
     ("launcher", "keys"),
-    [("pretrain", ["init.vision", "init.language", "data.shards"]), ("sft", ["init.weights", "vqav2"])],
+    [("pretrain", ["init.vision", "init.language", "data.captions kale"]), ("sft", ["init.weights", "vqav2"])],
 )
 def test_the_default_run_says_all_that_is_missing(world: World, tmp_path: Path, launcher: str, keys: list[str]) -> None:
     flags = [

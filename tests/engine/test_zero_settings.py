@@ -1,13 +1,10 @@
 """What DeepSpeed is told, and what is refused before it is asked."""
 
 import pytest
-import torch
-from torch import nn
 
 from aki_megatron.engine import zero
-from aki_megatron.engine.optimizer import adamw
+from aki_megatron.engine.partitions import partitions_of
 from aki_megatron.engine.settings import deepspeed_settings
-from aki_megatron.engine.zero import ZeroEngine
 from aki_megatron.flow import ConfigError
 
 
@@ -35,11 +32,37 @@ def test_bf16_keeps_fp32_gradients():
     assert found["communication_data_type"] == "fp32"
 
 
-@pytest.mark.parametrize("name", ["offload_optimizer", "offload_param"])
-def test_offloading_is_refused(name):
-    assert settings(zero_optimization={name: {"device": "none"}})
-    with pytest.raises(ConfigError, match=f"zero_optimization.{name}=.*not supported.*Remove {name}"):
-        settings(zero_optimization={name: {"device": "cpu"}})
+def test_state_in_the_hosts_memory_is_updated_by_torch():
+    found = settings(zero_optimization={"offload_optimizer": {"device": "cpu", "pin_memory": False}})
+    assert found["zero_force_ds_cpu_optimizer"] is False
+    assert found["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
+    assert "zero_force_ds_cpu_optimizer" not in settings(zero_optimization={"offload_optimizer": {"device": "none"}})
+
+
+def test_the_norm_that_offloading_needs_stays_on():
+    offload = {"offload_optimizer": {"device": "cpu"}}
+    for user, wanted in ((offload, None), ({}, False)):
+        found = deepspeed_settings({"zero_optimization": user}, zero_stage=2, precision="fp32", ranks=1)
+        assert found["zero_optimization"].get("compute_grad_norm") is wanted
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "section", "message"),
+    [
+        (3, {"offload_param": {"device": "cpu"}}, "offload_param=.*not supported.*Remove offload_param"),
+        (3, {"offload_optimizer": {"device": "nvme"}}, "offload_optimizer.device=nvme.*Set it to cpu, or to none"),
+        (1, {"offload_optimizer": {"device": "cpu"}}, "needs ZeRO 2 or 3.*zero_stage=1.*Set parallel.zero_stage to 2"),
+        (3, {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "offload_optimizer.ratio=0.5.*Remove ratio"),
+        (
+            3,
+            {"offload_optimizer": {"device": "cpu", "super_offload": True}},
+            "super_offload=True.*Remove super_offload",
+        ),
+    ],
+)
+def test_other_offloading_is_refused(zero_stage, section, message):
+    with pytest.raises(ConfigError, match=message):
+        deepspeed_settings({"zero_optimization": section}, zero_stage=zero_stage, precision="bf16", ranks=1)
 
 
 def test_a_version_that_is_not_proven_is_refused(monkeypatch):
@@ -48,26 +71,10 @@ def test_a_version_that_is_not_proven_is_refused(monkeypatch):
         zero._deepspeed()
 
 
-class WithBuffer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(2, 2)
-        self.register_buffer("angles", torch.tensor([1 / 3]))
+class SomeOptimizer:
+    """Of a class that nobody has proven."""
 
 
-def precision_of_buffer_and_weights(topology) -> tuple[float, torch.dtype, float]:
-    torch.manual_seed(0)
-    model = WithBuffer()
-    before = model.layer.weight.detach().clone()
-    optimizer = adamw(model, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8)
-    engine = ZeroEngine(model, topology, optimizer, zero_stage=1, precision="bf16", clip_norm=1.0, deepspeed_config={})
-    lost = (dict(engine.weights())["layer.weight"] - before).abs().max()
-    return model.angles.item(), model.layer.weight.dtype, float(lost)
-
-
-@pytest.mark.distributed
-def test_bf16_rounds_neither_buffers_nor_master_weights(run_on):
-    buffer, dtype, lost = run_on(1, precision_of_buffer_and_weights)[0]
-    assert buffer == torch.tensor(1 / 3).item()
-    assert dtype == torch.bfloat16
-    assert lost == 0.0
+def test_an_optimizer_of_deepspeeds_that_is_not_proven_is_refused():
+    with pytest.raises(ConfigError, match="its optimizer SomeOptimizer; proven are BF16_Optimizer, DeepSpeedZeroOpt"):
+        partitions_of(SomeOptimizer(), [])

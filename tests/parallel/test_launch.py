@@ -1,9 +1,12 @@
 """One function tells which process of which world this is, under every launcher."""
 
+import sys
+
 import pytest
 
 from aki_megatron.flow import ConfigError
 from aki_megatron.parallel.launch import Launch, discover_launch, first_host
+from aki_megatron.parallel.mpi import master_over_mpi
 
 TORCHRUN = {
     "RANK": "3",
@@ -95,7 +98,7 @@ def test_contradicting_variables_are_listed(environ):
         ({"WORLD_SIZE": "2"}, "without RANK"),
         (TORCHRUN | {"RANK": "three"}, "RANK='three' must be a whole number"),
         (TORCHRUN | {"RANK": "4"}, r"rank 4 must lie in \[0, 4\)"),
-        ({name: value for name, value in MPIRUN.items() if name != "MASTER_ADDR"}, "MASTER_ADDR is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not set"),
     ],
 )
 def test_broken_environments_are_refused(environ, message):
@@ -110,6 +113,30 @@ def test_mpirun_on_one_machine_needs_no_master():
     assert one.master_address == "127.0.0.1"
     assert one.master_port != other.master_port, "two jobs on one machine need different ports"
     assert one == discover_launch(one_machine | {"PMIX_NAMESPACE": "job1", "OMPI_COMM_WORLD_RANK": "3"})
+
+
+def test_mpirun_on_several_machines_agrees_on_a_master_over_mpi():
+    alone = {name: value for name, value in MPIRUN.items() if not name.startswith("MASTER")}
+    asked = []
+
+    def agree(world_size):
+        asked.append(world_size)
+        return "gpu07", 4321
+
+    found = discover_launch(alone, agree=agree)
+    assert (found.master_address, found.master_port) == ("gpu07", 4321)
+    assert discover_launch(alone | {"MASTER_PORT": "99"}, agree=agree).master_port == 99
+    assert asked == [4, 4]
+    assert discover_launch(MPIRUN, agree=agree).master_address == "gpu01", "what a user sets is taken"
+    assert discover_launch(alone | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, agree=agree).master_address == "127.0.0.1"
+    assert asked == [4, 4]
+
+
+def test_without_mpi4py_the_error_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(ConfigError, match="pip install mpi4py") as caught:
+        master_over_mpi(4)
+    assert "MASTER_ADDR" in str(caught.value) and "4 processes" in str(caught.value)
 
 
 @pytest.mark.parametrize(

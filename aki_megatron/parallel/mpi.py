@@ -1,0 +1,45 @@
+"""Where rank 0 listens, agreed upon over MPI: for mpirun on several machines. The only door to mpi4py."""
+
+import socket
+from functools import cache
+
+from aki_megatron.flow import ConfigError
+
+OTHERWISE = "or export MASTER_ADDR=<host of rank 0> (mpirun: -x MASTER_ADDR=...)"
+
+
+@cache
+def master_over_mpi(world_size: int) -> tuple[str, int]:
+    """Host name of rank 0 and a port that is free there. Every rank calls it; MPI is left again at once.
+
+    Errors: ConfigError without a working mpi4py, or with one of another MPI than mpirun's.
+    """
+    try:
+        import mpi4py
+
+        # a process that has left MPI ends like any other: with its own exit code, and without a word to the others
+        mpi4py.rc(initialize=False, finalize=False)
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # no mpi4py, or no MPI library that it could load
+        raise ConfigError(
+            f"mpirun started {world_size} processes on several machines and MASTER_ADDR is not set; to agree on one "
+            f"they need mpi4py, which cannot be used ({error}): pip install mpi4py, {OTHERWISE}."
+        ) from error
+    MPI.Init()
+    ranks = MPI.COMM_WORLD.Get_size()
+    here = (socket.gethostname(), _free_port()) if MPI.COMM_WORLD.Get_rank() == 0 else None
+    master: tuple[str, int] = MPI.COMM_WORLD.bcast(here, root=0)
+    library = MPI.Get_library_version().split(",")[0]
+    MPI.Finalize()
+    if ranks != world_size:
+        raise ConfigError(
+            f"mpirun started {world_size} processes but mpi4py sees {ranks}: it uses another MPI ({library}). "
+            f"Install mpi4py for the MPI of mpirun (pip install --no-binary mpi4py mpi4py), {OTHERWISE}."
+        )
+    return master
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,84 @@
+"""One rank fails: everybody ends soon, and one message names that rank and its log, under every launcher."""
+
+import json
+import re
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from launchers import MPIRUN_ENVIRONMENT, launcher_command
+from small_demo import World
+
+pytestmark = pytest.mark.end_to_end
+
+FAILING_SFT = "tests/end_to_end/failing_sft.py"
+STEP = 3
+LONGEST_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended."""
+
+    code: int
+    error: str
+    log: Path
+    seconds_after_failure: float
+
+
+def run_failing(world: World, launcher: str, ranks: int, fails: str) -> Ending:
+    """Run with a rank that fails; checks what is so however it fails."""
+    mark = f"AKI_TEST_MARK={uuid.uuid4()}"
+    folder = world.folder / f"failing_{launcher}_{fails.replace(':', '_')}"
+    environment = world.environment | MPIRUN_ENVIRONMENT | dict([mark.split("=")], AKI_TEST_FAILS=fails)
+    flags = [*world.sft_flags(folder.name, steps=50), "--train.global_batch", str(2 * ranks)]
+    command = launcher_command(launcher, ranks)
+    result = World(world.folder, environment).run(*command, FAILING_SFT, *flags, ok=False)
+    ended = time.time()
+
+    assert processes_with(mark) == [], "processes left behind"
+    said = re.findall(r"^error.*", result.stderr, flags=re.MULTILINE)
+    rank = int(fails[0])
+    assert len(said) == 1 and said[0].startswith(f"error on rank {rank}: "), result.stderr
+    log = folder / f"logs/rank_{rank}.log"
+    assert f"\n  log of rank {rank}: {log}\n" in result.stderr
+    assert result.returncode != 0
+    assert "[rank" not in result.stderr, "a rank printed its traceback"
+    cause = json.loads((folder / "logs/first_failure.json").read_text())
+    assert cause["rank"] == rank
+    last = [line["step"] for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
+    assert last == list(range(1, STEP))
+    failed = max(cause["time"], log.stat().st_mtime)
+    return Ending(result.returncode, said[0], log, ended - failed)
+
+
+def processes_with(mark: str) -> list[int]:
+    """Processes that have ``mark`` in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark.encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+@pytest.mark.parametrize(("launcher", "ranks", "rank"), [("torchrun", 2, 1), ("deepspeed", 2, 0), ("mpirun", 2, 1)])
+def test_an_unexpected_error_of_one_rank(world: World, launcher: str, ranks: int, rank: int) -> None:
+    ending = run_failing(world, launcher, ranks, f"{rank}:{STEP}:raise")
+    assert ending.error == f"error on rank {rank}: ArithmeticError: the answer is 43"
+    assert ending.code == 1
+    assert ending.seconds_after_failure < LONGEST_SECONDS
+    log = ending.log.read_text()
+    assert "Traceback" in log and "failing_sft.py" in log and "step 2 loss" in log
+
+
+@pytest.mark.parametrize(("launcher", "ranks", "rank"), [("torchrun", 3, 1), ("deepspeed", 2, 1), ("mpirun", 2, 0)])
+def test_a_killed_rank(world: World, launcher: str, ranks: int, rank: int) -> None:
+    ending = run_failing(world, launcher, ranks, f"{rank}:{STEP}:kill")
+    assert "ended without a word" in ending.error
+    assert ending.seconds_after_failure < LONGEST_SECONDS
+    assert "step 2 loss" in ending.log.read_text()

@@ -1,0 +1,117 @@
+"""A run spread over eight processes by any launcher is the run of one process, and goes on under any other layout."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from harness import free_port
+from small_demo import ROOT, World
+
+pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
+
+STEPS = 10
+RESUMED_AFTER = 4
+SPREAD = ("--parallel.tensor", "2", "--parallel.pipeline", "2", "--parallel.zero_stage", "3")
+ONE = ("--parallel.tensor", "1", "--parallel.pipeline", "1", "--parallel.zero_stage", "1")
+AS_ROOT = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_rmaps_base_oversubscribe": "1",
+}
+"""Open MPI refuses root, and more processes than cores, unless told."""
+
+
+def sft(world: World, run: str, *layout: str) -> list[str]:
+    """The launcher with a person's flags, on this folder's data; ``layout`` may come last and change anything."""
+    return [
+        str(ROOT / "launcher/sft.py"), "--config", str(ROOT / "configs/demo/sft.yaml"), *world.data_flags(),
+        "--init.weights", str(world.folder / "pretrain"), "--train.precision", "fp32", "--train.global_batch", "16",
+        "--train.steps", str(STEPS), "--run.dir", str(world.folder / run),
+        "--checkpoint.every", str(RESUMED_AFTER), "--checkpoint.keep_last", "3", *layout,
+    ]  # fmt: skip
+
+
+def torchrun(processes: int) -> list[str]:
+    return ["torchrun", "--nproc_per_node", str(processes), "--master_port", str(free_port())]
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(got: Path, want: Path) -> None:
+    """Every step once; counts alike, losses and norms to 1e-4 of each other."""
+    mine, theirs = metrics(got), metrics(want)
+    assert [line["step"] for line in mine] == list(range(1, STEPS + 1))
+    for name in ("supervised_tokens", "tokens", "images", "lr", "skipped"):
+        assert [line[name] for line in mine] == [line[name] for line in theirs], name
+    for name in ("loss", "grad_norm"):
+        assert [line[name] for line in mine] == pytest.approx([line[name] for line in theirs], rel=1e-4, abs=0), name
+        apart = max(abs(a[name] / b[name] - 1) for a, b in zip(mine, theirs, strict=True))
+        print(f"{got.name}: {name} differs by at most {apart:.1e}")
+
+
+@pytest.fixture(scope="module")
+def single(world: World) -> Path:
+    """One process, nothing split."""
+    world.run(*torchrun(1), *sft(world, "one", *ONE))
+    return world.folder / "one"
+
+
+@pytest.fixture(scope="module")
+def spread(world: World) -> tuple[Path, str]:
+    """Eight processes: 2 tensor x 2 pipeline x 2 data ranks, ZeRO-3; and what was printed."""
+    printed = world.run(*torchrun(8), *sft(world, "torchrun", *SPREAD)).stdout
+    return world.folder / "torchrun", printed
+
+
+def test_torchrun(single: Path, spread: tuple[Path, str]) -> None:
+    run, printed = spread
+    assert_same(run, single)
+    assert sorted(log.name for log in (run / "logs").iterdir()) == [f"rank_{rank}.log" for rank in range(8)]
+    assert (run / "DONE").read_text() == f"{STEPS}\n"
+    one = f"{world_parameters(single):,} parameters"
+    assert one in printed, "the size of the whole model, not of a rank's part"
+    for line in ("2 data ranks x 1 micro-batch x 8", "tensor 2 x pipeline 2, ZeRO-3", "cut: front + 2", "idle",
+                 "--train.micro_batch 4"):  # fmt: skip
+        assert line in printed, line
+
+
+def world_parameters(run: Path) -> int:
+    """Elements of all weights in a checkpoint."""
+    from aki_megatron.checkpoint.saver import read_weights
+
+    return sum(weight.numel() for weight in read_weights(run).values())
+
+
+def test_deepspeed(world: World, single: Path) -> None:
+    world.run("deepspeed", "--num_gpus", "8", "--master_port", str(free_port()), *sft(world, "deepspeed", *SPREAD))
+    assert_same(world.folder / "deepspeed", single)
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed (Debian: openmpi-bin)")
+def test_mpirun(world: World, single: Path) -> None:
+    world.environment.update(AS_ROOT)
+    world.run("mpirun", "-np", "8", "python", *sft(world, "mpirun", *SPREAD))
+    assert_same(world.folder / "mpirun", single)
+
+
+@pytest.mark.parametrize(
+    ("processes", "layout"),
+    [(3, ("--parallel.pipeline", "3", "--parallel.zero_stage", "1")), (2, ("--parallel.tensor", "2"))],
+    ids=["another pipeline", "no pipeline"],
+)
+def test_goes_on_under_another_layout(
+    world: World, single: Path, spread: tuple[Path, str], processes: int, layout: tuple[str, ...]
+) -> None:
+    """As if the eight processes had been killed after a step that was saved, and some that were not."""
+    run = world.folder / f"again_{processes}"
+    shutil.copytree(spread[0], run)
+    (run / "DONE").unlink()
+    for checkpoint in (run / "checkpoints").glob("step_*"):
+        if int(checkpoint.name.removeprefix("step_")) > RESUMED_AFTER:
+            shutil.rmtree(checkpoint)
+    printed = world.run(*torchrun(processes), *sft(world, run.name, *layout)).stdout
+    assert f"resuming after step {RESUMED_AFTER}" in printed
+    assert_same(run, single)

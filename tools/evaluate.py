@@ -22,7 +22,7 @@ from rich.table import Table
 from aki_megatron.attention import ModalityLayout
 from aki_megatron.config.run import RunConfig
 from aki_megatron.config.save import load_saved
-from aki_megatron.data.sources import open_sources
+from aki_megatron.data.sources import open_sources, with_split
 from aki_megatron.data.template import Template
 from aki_megatron.evaluate.mask_picture import MaskPanel, draw_masks
 from aki_megatron.evaluate.report import RunRecord, write_report
@@ -94,7 +94,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
             f"{arguments.run} was trained on {config.data.kind}; questions need a fine-tuned run (kind conversations)."
         )
     template = build_template(config, build_tokenizer(config))
-    sources = open_sources(config.data.root, [source.name for source in config.data.sources], "val")
+    trained = [source.name for source in config.data.sources]
+    held_out = with_split(trained, "val")
+    if not held_out:
+        raise ConfigError(f"None of the sources {trained} of {arguments.run} has a val split to be asked about.")
+    sources = open_sources(config.data.root, held_out, "val")
     questions = choose(sources, arguments.per_task)
     model = load_model(config, folder.path)
     with Progress(console=console) as bar:

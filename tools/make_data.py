@@ -1,34 +1,59 @@
-"""Draw the embedded data set: scenes, captions, questions, tokenizer.
+"""Make data: draw the embedded data set, pack pictures and captions of your own into tars, index tars.
 
-Example: python tools/make_data.py --out data/demo
+    python tools/make_data.py --out data/demo
+        draw the demo's data: scenes, captions, questions in the formats of 13 public datasets, and a tokenizer
+
+    python tools/make_data.py shards --out data/mine --folder pictures
+    python tools/make_data.py shards --out data/mine --table list.parquet --image_column image --caption_column text
+        webdataset tars for pretraining from pictures with captions, and what to write into the run's config
+
+    python tools/make_data.py index 'data/kale/{00000..31000}.tar'
+        write the index beside every tar, so that a run need not do it at its start
+
+Each command explains itself: python tools/make_data.py shards --help
 """
 
 import argparse
+import os
 import sys
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from aki_megatron.data.shards import expand_shards, missing_shards
 from aki_megatron.data.synthetic.dataset import DatasetSize, is_complete, make_dataset, was_interrupted
-from aki_megatron.flow import UserError
+from aki_megatron.data.tar_index import belongs, index_path, read_header, write_index
+from aki_megatron.data.writing import brace_pattern, pairs_of_folder, pairs_of_table, write_shards
+from aki_megatron.flow import DataError, UserError
+
+RAW = argparse.RawDescriptionHelpFormatter
 
 
-def main() -> int:
-    """Draw, or say that it is there; returns the exit code."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command, ``draw`` if none is named; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = COMMANDS[words.pop(0)] if words and words[0] in COMMANDS else draw_command
+    try:
+        return command(words)
+    except UserError as error:
+        print(f"make_data: {error}", file=sys.stderr)
+        return 2
+
+
+def draw_command(words: Sequence[str]) -> int:
+    """Draw the embedded data set, or say that it is there."""
     default = DatasetSize()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RAW)
     parser.add_argument("--out", type=Path, required=True, help="folder to fill")
     parser.add_argument("--scenes", type=int, default=default.scenes, help="training scenes (default %(default)s)")
     parser.add_argument("--held_out", type=int, default=default.held_out, help="held-out scenes (default %(default)s)")
     parser.add_argument("--seed", type=int, default=default.seed, help="default %(default)s")
-    arguments = parser.parse_args()
-    try:
-        size = DatasetSize(arguments.scenes, arguments.held_out, arguments.seed)
-        draw(arguments.out, size)
-    except UserError as error:
-        print(f"make_data: {error}", file=sys.stderr)
-        return 2
+    arguments = parser.parse_args(words)
+    draw(arguments.out, DatasetSize(arguments.scenes, arguments.held_out, arguments.seed))
     return 0
 
 
@@ -40,19 +65,135 @@ def draw(root: Path, size: DatasetSize) -> None:
     if was_interrupted(root):
         print(f"{root}: an earlier drawing did not finish; starting again.")
     start = time.monotonic()
-    total = size.scenes + size.held_out
-    columns = (TextColumn("drawing scenes"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
-        task = bar.add_task("scenes", total=total)
+    with _bar("drawing scenes") as bar:
+        task = bar.add_task("scenes", total=size.total)
 
         def report(done: int) -> None:
-            if done % 200 == 0 or done == total:
+            if done % 200 == 0 or done == size.total:
                 bar.update(task, completed=done)
 
         counts = make_dataset(root, size, report)
     for name, number in counts.items():
         print(f"  {name:22} {number:7}")
-    print(f"{root}: {total} scenes in {time.monotonic() - start:.0f} s.")
+    print(f"{root}: {size.total} scenes in {time.monotonic() - start:.0f} s.")
+
+
+SHARDS_HELP = """Write webdataset tars (key.jpg or key.png, key.txt) with their indexes, for pretraining.
+
+From a folder: every picture goes with the text of the same name, a/7.jpg with a/7.txt; subfolders are searched.
+From a table (.csv with a header line, or .parquet): a column holds the picture - a path, or in parquet its bytes, or
+the struct of the datasets library - and another its caption. For BLIP3-OCR-200M give --caption_column captions and
+choose the granularity in the run's config.
+
+Pictures are copied as they are and decoded once to see that they can be. A row that cannot be used is named and left
+out; too many stop everything, and nothing is written. The same rows make the same tars, byte for byte.
+"""
+
+
+def shards_command(words: Sequence[str]) -> int:
+    """Pack pictures and captions into tars."""
+    parser = argparse.ArgumentParser(prog="make_data.py shards", description=SHARDS_HELP, formatter_class=RAW)
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder for 00000.tar ...")
+    origin = parser.add_mutually_exclusive_group(required=True)
+    origin.add_argument("--folder", type=Path, help="pictures and texts of the same name")
+    origin.add_argument("--table", type=Path, help="a .csv or .parquet file")
+    add("--image-column", "--image_column", default="image", help="of the table (default %(default)s)")
+    add("--caption-column", "--caption_column", default="caption", help="of the table (default %(default)s)")
+    add("--image-root", "--image_root", type=Path, help="where the table's paths start (default: the table's folder)")
+    add("--per-shard", "--per_shard", type=int, default=5000, help="samples per tar (default %(default)s)")
+    add(
+        "--max-bad-fraction", "--max_bad_fraction", type=float, default=0.001,
+        help="stop when more rows than this share (and more than 8) cannot be used; 0: stop at the first "
+        "(default %(default)s)",
+    )  # fmt: skip
+    add("--overwrite", action="store_true", help="replace tars that are in --out already")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="decoding threads (default: one per core)")
+    arguments = parser.parse_args(words)
+    if arguments.folder:
+        rows = pairs_of_folder(arguments.folder)
+    else:
+        columns = arguments.image_column, arguments.caption_column
+        rows = pairs_of_table(arguments.table, *columns, arguments.image_root)
+    start = time.monotonic()
+    with _bar("packing") as bar:
+        task = bar.add_task("rows", total=rows.total)
+
+        def report(done: int, trouble: str) -> None:
+            bar.update(task, completed=done)
+            if trouble:
+                bar.console.print(f"left out: {trouble}", markup=False, highlight=False)
+
+        written = write_shards(
+            rows,
+            arguments.out,
+            per_shard=arguments.per_shard,
+            max_bad_fraction=arguments.max_bad_fraction,
+            overwrite=arguments.overwrite,
+            workers=arguments.workers,
+            progress=report,
+        )
+    seconds = time.monotonic() - start
+    print(
+        f"{written.samples} samples in {len(written.tars)} tars in {seconds:.0f} s, {len(written.left_out)} left out."
+    )
+    print("For the run's config:\n\ndata:\n  kind: captions")
+    print(f'  root: {arguments.out}\n  shards: ["{brace_pattern(written.tars)}"]')
+    return 0
+
+
+INDEX_HELP = """Write the index beside every tar (00000.tar.index): where each sample's bytes lie.
+
+A run makes the indexes it lacks, but a set of 31,000 tars is better indexed once, on many cores, beforehand. An index
+that belongs to its tar already is left alone. SHARDS are paths or brace patterns, quoted for the shell's sake.
+"""
+
+
+def index_command(words: Sequence[str]) -> int:
+    """Index tars; a tar that cannot be read is named, and the others are indexed all the same."""
+    parser = argparse.ArgumentParser(prog="make_data.py index", description=INDEX_HELP, formatter_class=RAW)
+    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="for example 'data/kale/{00000..31000}.tar'")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    arguments = parser.parse_args(words)
+    if arguments.workers < 1:
+        raise DataError(f"--workers {arguments.workers} must be at least 1.")
+    if missing := missing_shards(arguments.shards, Path()):
+        raise DataError("These tars do not exist:\n  " + "\n  ".join(missing))
+    tars = expand_shards(arguments.shards, Path())
+    stale = [tar for tar in tars if not _is_indexed(tar)]
+    samples, failed = _index_all(stale, arguments.workers)
+    print(f"{len(stale) - len(failed)} tars indexed ({samples} samples), {len(tars) - len(stale)} were up to date.")
+    if failed:
+        raise DataError(f"{len(failed)} tars could not be indexed:\n  " + "\n  ".join(failed))
+    return 0
+
+
+def _index_all(tars: Sequence[Path], workers: int) -> tuple[int, list[str]]:
+    """Index in processes; returns the number of samples and what went wrong."""
+    samples, failed = 0, []
+    with _bar("indexing") as bar, ProcessPoolExecutor(min(workers, max(1, len(tars)))) as pool:
+        task = bar.add_task("tars", total=len(tars))
+        for future in as_completed([pool.submit(write_index, tar) for tar in tars]):
+            try:
+                samples += future.result()
+            except DataError as error:
+                failed.append(str(error))
+            except BrokenProcessPool as error:
+                raise DataError("An indexing process was killed (out of memory?); give fewer --workers.") from error
+            bar.advance(task)
+    return samples, sorted(failed)
+
+
+def _is_indexed(tar: Path) -> bool:
+    header, state = read_header(index_path(tar)), tar.stat()
+    return header is not None and belongs(header, tar, state.st_size, state.st_mtime_ns)
+
+
+def _bar(what: str) -> Progress:
+    return Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"shards": shards_command, "index": index_command}
 
 
 if __name__ == "__main__":

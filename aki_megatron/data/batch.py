@@ -1,4 +1,4 @@
-"""Samples to a rectangle: right padding, ids as tensors, images as one stack."""
+"""Samples to a rectangle: rows of one or several samples, right padding, ids as tensors, images as one stack."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,27 +11,43 @@ from aki_megatron.data.image import decode_image, normalize
 from aki_megatron.flow import IGNORE, NO_SEGMENT, Batch, Modality, Picture, Sample
 
 
-def collate(samples: Sequence[Sample], *, pad_id: int, image_size: int) -> Batch:
-    """One sample per row, padded on the right to the longest. Images that are still encoded are decoded here.
+def collate(rows: Sequence[Sequence[Sample]], *, pad_id: int, image_size: int, row_tokens: int | None = None) -> Batch:
+    """Rows of samples, one segment per sample, in the order given; the rest of a row is padding on the right.
 
-    Raises UnreadableImage; samples of a stream bring decoded images and cannot raise.
+    row_tokens  places of every row; None: as many as the longest row has
+
+    Positions restart in every segment and targets are the samples' own, so nothing is predicted across segments. A
+    sample that could not be had is left out of its row by the caller; a row may even be empty. Images that are still
+    encoded are decoded here.
+
+    Raises ValueError for a row with more than ``row_tokens`` places, and UnreadableImage; samples of a stream bring
+    decoded images and cannot raise that.
     """
-    assert samples
-    rows, width = len(samples), max(len(sample.token_ids) for sample in samples)
-    token_ids = _filled(rows, width, pad_id, np.int64)
-    modality_ids = _filled(rows, width, Modality.PAD, np.int8)
-    segment_ids = _filled(rows, width, NO_SEGMENT, np.int32)
-    position_ids = _filled(rows, width, 0, np.int32)
-    targets = _filled(rows, width, IGNORE, np.int64)
-    places = np.arange(width, dtype=np.int32)
-    for row, sample in enumerate(samples):
-        length = len(sample.token_ids)
-        token_ids[row, :length] = sample.token_ids
-        modality_ids[row, :length] = sample.modality_ids
-        segment_ids[row, :length] = 0
-        position_ids[row, :length] = places[:length]
-        targets[row, :length] = sample.targets
-    pictures = [_decoded(sample.image, image_size, sample.key) for sample in samples if sample.image is not None]
+    assert rows
+    widest = max(sum(len(sample.token_ids) for sample in row) for row in rows)
+    width = max(widest, 1) if row_tokens is None else row_tokens
+    if widest > width:
+        raise ValueError(f"A row holds {widest} tokens, more than row_tokens={width}; pack with the same limit.")
+    token_ids = _filled(len(rows), width, pad_id, np.int64)
+    modality_ids = _filled(len(rows), width, Modality.PAD, np.int8)
+    segment_ids = _filled(len(rows), width, NO_SEGMENT, np.int32)
+    position_ids = _filled(len(rows), width, 0, np.int32)
+    targets = _filled(len(rows), width, IGNORE, np.int64)
+    positions = np.arange(width, dtype=np.int32)
+    for number, row in enumerate(rows):
+        start = 0
+        for segment, sample in enumerate(row):
+            length = len(sample.token_ids)
+            places = (number, slice(start, start + length))
+            token_ids[places] = sample.token_ids
+            modality_ids[places] = sample.modality_ids
+            segment_ids[places] = segment
+            position_ids[places] = positions[:length]
+            targets[places] = sample.targets
+            start += length
+    pictures = [
+        _decoded(sample.image, image_size, sample.key) for row in rows for sample in row if sample.image is not None
+    ]
     return Batch(
         token_ids=torch.from_numpy(token_ids),
         modality_ids=torch.from_numpy(modality_ids),

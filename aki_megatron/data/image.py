@@ -3,6 +3,8 @@
 Resize to a square ignoring the aspect ratio (bicubic, antialiased), RGB, mean 0.5 and standard deviation 0.5.
 """
 
+import math
+import random
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -17,7 +19,18 @@ from aki_megatron.flow import DataError, Picture
 MAX_PIXELS = 2**26
 """Largest width x height that is decoded (64 Mi, 192 MiB as RGB); a larger one is taken for a decompression bomb."""
 
-FORMATS = ("JPEG", "PNG")
+FORMATS = ("JPEG", "PNG", "GIF")
+"""GIF for OCR-VQA, some of whose covers are GIF files, whatever their names end in; their first frame counts."""
+
+CROP_SHARE = (0.5, 1.0)
+"""Least and largest share of the area that the official augmentation keeps."""
+
+CROP_RATIO = (3 / 4, 4 / 3)
+"""Narrowest and widest crop of the official augmentation: width / height."""
+
+FLIP_SHARE = 0.5
+
+_CROP_ATTEMPTS = 10
 
 _NORMALIZED = (np.arange(256, dtype=np.float32) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
 
@@ -30,7 +43,7 @@ class UnreadableImage(DataError):  # noqa: N818 (the name the rules of the house
 
 
 def decode_image(image: Path | bytes, size: int, *, key: str) -> Picture:
-    """Decode a JPEG or PNG and resize it to ``size`` x ``size`` RGB (bicubic, antialiased; aspect ratio ignored).
+    """Decode a JPEG, PNG or GIF and resize it to ``size`` x ``size`` RGB (bicubic, antialiased; aspect ratio ignored).
 
     ``key`` names the sample in the error. Raises UnreadableImage.
     """
@@ -47,7 +60,36 @@ def decode_image(image: Path | bytes, size: int, *, key: str) -> Picture:
                 rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
             return Picture(rgb.tobytes(), size)
     except _MALFORMED as error:
-        raise UnreadableImage(f"{_name(image, key)} is not a readable JPEG or PNG: {error}") from error
+        raise UnreadableImage(f"{_name(image, key)} is not a readable JPEG, PNG or GIF: {error}") from error
+
+
+def augment(picture: Picture, key: int) -> Picture:
+    """The released code's augmentation of AKI's fine-tuning: a random crop, enlarged again, then a random flip.
+
+    torchvision's RandomResizedCrop (area 0.5 to 1, ratio 3/4 to 4/3, bicubic) and a horizontal flip with p = 0.5, on
+    the square that the encoder sees. A pure function of the picture and the key. It does not keep the meaning: boxes
+    stay behind, left and right change places, text is mirrored.
+    """
+    draws, size = random.Random(key), picture.size
+    left, top, width, height = _crop(draws, size)
+    flip = draws.random() < FLIP_SHARE
+    rgb = Image.frombytes("RGB", (size, size), picture.rgb)
+    if (width, height) != (size, size):
+        rgb = rgb.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BICUBIC)
+    if flip:
+        rgb = rgb.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return Picture(rgb.tobytes(), size)
+
+
+def _crop(draws: random.Random, size: int) -> tuple[int, int, int, int]:
+    """(left, top, width, height) in a square of ``size``; all of it where no attempt fits, as torchvision does."""
+    for _ in range(_CROP_ATTEMPTS):
+        area = size * size * draws.uniform(*CROP_SHARE)
+        ratio = math.exp(draws.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))
+        width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < width <= size and 0 < height <= size:
+            return draws.randint(0, size - width), draws.randint(0, size - height), width, height
+    return 0, 0, size, size
 
 
 class PictureCache:

@@ -80,7 +80,7 @@ class Loader:
 
     def _batch(self, numbers: range) -> Batch:
         samples = [self.stream.sample(n) for n in numbers]
-        batch = collate(samples, pad_id=self._pad_id, image_size=self._image_size)
+        batch = collate([[sample] for sample in samples], pad_id=self._pad_id, image_size=self._image_size)
         if not self._pin_memory:
             return batch
         return Batch(*(getattr(batch, name).pin_memory() for name in batch.__dataclass_fields__))

@@ -8,6 +8,11 @@ which the tokenizer never merges with their neighbours, so no token crosses two 
                  {response}<|endoftext|>
     captions     <s><image>{caption}<|endofchunk|><|endoftext|>
 
+Text-first order, for dual-order training (AKI, Figure 4), puts the image after the question or the caption:
+
+    fine-tuning  ... <|user|>\n{prompt}\n<image><|end|>\n<|assistant|>\n{response}<|endoftext|>
+    captions     <s>{caption}<image><|endofchunk|><|endoftext|>
+
 The space after <s> is the lone space token that the release's slow tokenizer puts before <|system|> (and not
 before <image>), and that its inference code writes out. Newlines after chat markers vanish in tokenization;
 the one after <image> stays.
@@ -38,6 +43,7 @@ class Template:
     image_tokens     places of one image (Q)
     max_text_tokens  longest text in tokens: markers and <image> (as one) count, image places do not
     system_message   empty leaves the system block out
+    text_first       the image stands after the first question, or after the caption
 
     The end marker survives truncation. Text that holds a special token literally raises DataError: it would
     turn into that token, and any escape would train on text the dataset does not have.
@@ -47,6 +53,7 @@ class Template:
     image_tokens: int
     max_text_tokens: int
     system_message: str
+    text_first: bool = False
 
     def __post_init__(self) -> None:
         assert self.image_tokens > 0, self.image_tokens
@@ -66,22 +73,32 @@ class Template:
         self._refuse_special(conversation.key, *(text for turn in turns for text in (turn.prompt, turn.response)))
         system = f"{SYSTEM}\n{self.system_message}{END}\n" if self.system_message else ""
         parts = [Part(f"{BOS} {system}{USER}\n", Modality.TEXT)]
-        opening = ""
-        if conversation.image is not None:
-            parts.append(Part(IMAGE, Modality.IMAGE))
-            opening = "\n"
+        image = [Part(IMAGE, Modality.IMAGE)] if conversation.image is not None else []
+        closing = f"{END}\n{ASSISTANT}\n"
         for number, turn in enumerate(turns):
-            parts.append(Part(f"{opening}{turn.prompt}{END}\n{ASSISTANT}\n", Modality.TEXT))
+            opening = f"\n{USER}\n" if number else ""
+            if number or not image:
+                parts.append(Part(f"{opening}{turn.prompt}{closing}", Modality.TEXT))
+            elif self.text_first:
+                parts += [Part(f"{turn.prompt}\n", Modality.TEXT), *image, Part(closing, Modality.TEXT)]
+            else:
+                parts += [*image, Part(f"\n{turn.prompt}{closing}", Modality.TEXT)]
             ending = EOS if number == len(turns) - 1 else END
             parts.append(Part(f"{turn.response}{ending}", Modality.RESPONSE))
-            opening = f"\n{USER}\n"
         return parts
 
     def caption_parts(self, caption: Caption) -> list[Part]:
         """The string of a caption, in parts."""
         self._refuse_special(caption.key, caption.text)
-        text = f"{caption.text.strip()}{ENDOFCHUNK}{EOS}"
-        return [Part(BOS, Modality.TEXT), Part(IMAGE, Modality.IMAGE), Part(text, Modality.RESPONSE)]
+        text, ending, image = caption.text.strip(), f"{ENDOFCHUNK}{EOS}", Part(IMAGE, Modality.IMAGE)
+        if self.text_first:
+            return [
+                Part(BOS, Modality.TEXT),
+                Part(text, Modality.RESPONSE),
+                image,
+                Part(ending, Modality.RESPONSE),
+            ]
+        return [Part(BOS, Modality.TEXT), image, Part(f"{text}{ending}", Modality.RESPONSE)]
 
     def render_conversation(self, conversation: Conversation) -> Sample | None:
         """A training sample; None if no token of any response is left to learn.
@@ -104,7 +121,8 @@ class Template:
         """A pretraining sample; None if the caption is empty. <|endofchunk|> and <|endoftext|> survive truncation."""
         ids, modalities = self._tokenize(self.caption_parts(caption))
         if len(ids) > self.max_text_tokens:
-            del ids[self.max_text_tokens - 2 : -2], modalities[self.max_text_tokens - 2 : -2]
+            kept = 3 if self.text_first else 2  # the image and the end markers stay
+            del ids[self.max_text_tokens - kept : -kept], modalities[self.max_text_tokens - kept : -kept]
         markers = (self.tokenizer.endofchunk, self.tokenizer.eos)
         return self._sample(caption, ids, modalities, markers)
 

@@ -36,7 +36,7 @@ def prompt_batch(conversations: Sequence[Conversation], template: Template, imag
         if conversation.image is not None:
             sample = replace(sample, image=decode_image(conversation.image, image_size, key=sample.key))
         samples.append(sample)
-    return collate(samples, pad_id=template.tokenizer.pad, image_size=image_size)
+    return collate([[sample] for sample in samples], pad_id=template.tokenizer.pad, image_size=image_size)
 
 
 def answer_all(

@@ -23,7 +23,7 @@ def master_over_mpi(world_size: int) -> tuple[str, int]:
     except (ImportError, RuntimeError) as error:  # no mpi4py, or no MPI library that it could load
         raise ConfigError(
             f"mpirun started {world_size} processes on several machines and MASTER_ADDR is not set; to agree on one "
-            f"they need mpi4py, which cannot be used ({error}): pip install mpi4py, {OTHERWISE}."
+            f"they need mpi4py, which cannot be used ({' '.join(str(error).split())}): pip install mpi4py, {OTHERWISE}."
         ) from error
     MPI.Init()
     ranks = MPI.COMM_WORLD.Get_size()

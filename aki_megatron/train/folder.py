@@ -1,6 +1,6 @@
 """The run folder: where each file of a run lives, and its metrics as one line per optimizer step.
 
-config.yaml  metrics.jsonl  checkpoints/step_000100/  logs/rank_0.log  report.html  DONE
+config.yaml  metrics.jsonl  ledger/replica_0.jsonl  checkpoints/step_000100/  logs/rank_0.log  report.html  DONE
 """
 
 import json
@@ -28,6 +28,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """One JSON object per optimizer step."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        """Folder of what each data rank consumed, step by step (train/ledger.py)."""
+        return self.path / "ledger"
 
     @property
     def checkpoints(self) -> Path:
@@ -72,8 +77,8 @@ def metrics_line(step: int, report: StepReport) -> dict[str, Any]:
     return {name: value if math.isfinite(value) else None for name, value in line.items()}
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every whole line of a metrics file; a last line cut by a crash is left out."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Every whole line of a file of JSON lines; a last line cut by a crash is left out. No file is an empty one."""
     if not path.exists():
         return []
     lines = path.read_text().split("\n")
@@ -81,9 +86,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
-def rewind_metrics(path: Path, step: int) -> None:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file, as metrics_line made them."""
+    return read_lines(path)
+
+
+def rewind_lines(path: Path, step: int) -> None:
     """Drop the lines after ``step``: those steps are done again from the checkpoint, and each may appear once."""
-    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    kept = [line for line in read_lines(path) if line["step"] <= step]
     aside = path.with_suffix(".tmp")
     aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
     os.replace(aside, path)

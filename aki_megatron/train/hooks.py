@@ -12,7 +12,7 @@ from typing import TextIO
 from rich.console import Console
 
 from aki_megatron.flow import CheckpointError, StepReport
-from aki_megatron.train.folder import RunFolder, metrics_line, rewind_metrics
+from aki_megatron.train.folder import RunFolder, metrics_line, rewind_lines
 
 logger = logging.getLogger("aki_megatron.train")
 
@@ -101,7 +101,7 @@ class MetricsHook:
 
     def on_start(self, step: int) -> None:
         """Drop lines of steps that are done again, then append."""
-        rewind_metrics(self.path, step)
+        rewind_lines(self.path, step)
         self.file = self.path.open("a")
 
     def after_step(self, step: int, report: StepReport) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints of a run whose ranks hold different tensors, and weights read by each rank for itself."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,21 @@ def test_all_ranks_fail_to_open_together(run_on, tmp_path):
     run_on(1, save, tmp_path)
     for message in run_on(2, open_alone, tmp_path):
         assert "No complete checkpoint in" in message and "nowhere" in message
+
+
+def draw_on(topology, folder: Path) -> list[tuple[float, float]]:
+    """Random numbers after a save, and after that is loaded from elsewhere."""
+    keeper = Saver(folder, keep_last=1)
+    torch.manual_seed(topology.rank)
+    keeper.save(9, share_of(topology, filled=True), {"step": 9})
+    after_save = (float(torch.rand(())), random.random())
+    torch.manual_seed(99)
+    random.seed(99)
+    keeper.load(keeper.latest(), share_of(topology, filled=False))
+    return [after_save, (float(torch.rand(())), random.random())]
+
+
+def test_random_generators_of_every_rank_go_on(run_on, tmp_path):
+    drawn = run_on(4, draw_on, tmp_path, pipeline=2)
+    assert all(before == after for before, after in drawn)
+    assert len({before[0] for before, _ in drawn}) == 4

@@ -10,7 +10,7 @@ from data_files import picture_bytes
 from PIL import Image
 
 from aki_megatron.data import image as image_module
-from aki_megatron.data.image import PictureCache, UnreadableImage, decode_image, load_image, normalize
+from aki_megatron.data.image import PictureCache, UnreadableImage, augment, decode_image, load_image, normalize
 from aki_megatron.flow import Picture
 
 
@@ -43,7 +43,7 @@ def test_resize_ignores_the_aspect_ratio_and_equals_torchs_antialiased_bicubic(n
 
 
 @pytest.mark.parametrize(
-    ("form", "mode"), [("PNG", "P"), ("PNG", "L"), ("PNG", "RGBA"), ("JPEG", "CMYK"), ("JPEG", "L")]
+    ("form", "mode"), [("PNG", "P"), ("PNG", "L"), ("PNG", "RGBA"), ("JPEG", "CMYK"), ("JPEG", "L"), ("GIF", "P")]
 )
 def test_every_color_mode_becomes_rgb(noise: np.ndarray, form: str, mode: str) -> None:
     assert load_image(encoded(noise, form, mode), 24).shape == (3, 24, 24)
@@ -63,7 +63,7 @@ def test_unreadable_images_name_file_and_key(tmp_path: Path) -> None:
         ("other.png", encoded(np.zeros((4, 4, 3), np.uint8), "BMP")),
     ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UnreadableImage, match=rf"image .*{name} of sample vqav2/x/1 is not a readable JPEG or PNG"):
+        with pytest.raises(UnreadableImage, match=rf"image .*{name} of sample vqav2/x/1 is not a readable JPEG"):
             decode_image(tmp_path / name, 24, key="vqav2/x/1")
     with pytest.raises(UnreadableImage, match=r"missing\.jpg"):
         decode_image(tmp_path / "missing.jpg", 24, key="")
@@ -73,7 +73,7 @@ def test_unreadable_images_name_file_and_key(tmp_path: Path) -> None:
 
 def test_damaged_bytes_never_raise_anything_else(noise: np.ndarray) -> None:
     rng = np.random.default_rng(1)
-    for form in ("PNG", "JPEG"):
+    for form in ("PNG", "JPEG", "GIF"):
         good = encoded(noise, form)
         for _ in range(150):
             bad = bytearray(good)
@@ -110,3 +110,29 @@ def test_cache_is_bounded_and_keeps_small_pictures_only(tmp_path: Path) -> None:
     large = PictureCache(24, largest_bytes=1000)
     assert large.decode(picture_bytes(), key="k") is not large.decode(picture_bytes(), key="k")
     assert isinstance(first[0], Picture)
+
+
+def test_the_official_augmentation_depends_on_the_key_alone(noise: np.ndarray) -> None:
+    picture = decode_image(encoded(noise, "PNG"), 24, key="k")
+    before = picture.rgb
+    many = [augment(picture, key) for key in range(40)]
+    assert many == [augment(picture, key) for key in reversed(range(40))][::-1] and picture.rgb == before
+    assert len({one.rgb for one in many}) > 35 and {one.size for one in many} == {24}
+
+
+def test_the_official_augmentation_crops_then_flips() -> None:
+    """Red is the column, green the row: what a crop shows can be read off its corners."""
+    size = 96
+    column = np.broadcast_to(np.arange(size, dtype=np.uint8), (size, size))
+    ramp = Picture(np.stack([column, column.T, np.zeros_like(column)], axis=-1).tobytes(), size)
+    flips, areas, ratios = 0, [], []
+    for key in range(300):
+        rgb = np.frombuffer(augment(ramp, key).rgb, dtype=np.uint8).reshape(size, size, 3).astype(int)
+        left, right, top, bottom = rgb[0, 0, 0], rgb[0, -1, 0], rgb[0, 0, 1], rgb[-1, 0, 1]
+        flips += bool(left > right)
+        width, height = abs(right - left) + 1, bottom - top + 1
+        areas.append(width * height / size**2)
+        ratios.append(width / height)
+    assert 120 < flips < 180
+    assert 0.47 < min(areas) < 0.53 and 0.97 < max(areas) <= 1.0 and 0.64 < np.mean(areas) < 0.74
+    assert 0.72 < min(ratios) < 0.85 and 1.18 < max(ratios) < 1.37

@@ -56,7 +56,7 @@ def equal(one: list[Batch], other: list[Batch]) -> bool:
 def test_collate_pads_on_the_right() -> None:
     short = Sample("a", [5, 6], [1, 2], [6, IGNORE], None)
     long = Sample("b", [5, 7, 7, 8], [1, 3, 3, 2], [IGNORE, IGNORE, 8, IGNORE], Picture(bytes(48), 4))
-    batch = collate([short, long], pad_id=PAD, image_size=4)
+    batch = collate([[short], [long]], pad_id=PAD, image_size=4)
     assert batch.token_ids.tolist() == [[5, 6, PAD, PAD], [5, 7, 7, 8]]
     assert batch.modality_ids.tolist() == [[1, 2, Modality.PAD, Modality.PAD], [1, 3, 3, 2]]
     assert batch.segment_ids.tolist() == [[0, 0, NO_SEGMENT, NO_SEGMENT], [0, 0, 0, 0]]
@@ -72,11 +72,11 @@ def test_collate_pads_on_the_right() -> None:
 def test_collate_decodes_what_is_still_encoded_and_takes_batches_without_image(source_root: Path) -> None:
     file = source_root / "VQA/train2014/COCO_train2014_000000000001.jpg"
     encoded = [Sample("a", [1], [3], [IGNORE], file), Sample("b", [1], [3], [IGNORE], file.read_bytes())]
-    batch = collate(encoded, pad_id=PAD, image_size=PICTURE_SIZE)
+    batch = collate([[sample] for sample in encoded], pad_id=PAD, image_size=PICTURE_SIZE)
     assert batch.pixels.shape == (2, 3, PICTURE_SIZE, PICTURE_SIZE) and torch.equal(batch.pixels[0], batch.pixels[1])
     with pytest.raises(UnreadableImage, match="sample c"):
-        collate([Sample("c", [1], [3], [IGNORE], b"x")], pad_id=PAD, image_size=4)
-    assert collate([Sample("d", [1], [1], [IGNORE], None)], pad_id=PAD, image_size=4).pixels.shape == (0, 3, 4, 4)
+        collate([[Sample("c", [1], [3], [IGNORE], b"x")]], pad_id=PAD, image_size=4)
+    assert collate([[Sample("d", [1], [1], [IGNORE], None)]], pad_id=PAD, image_size=4).pixels.shape == (0, 3, 4, 4)
 
 
 def test_images_stand_in_the_order_of_their_rows() -> None:
@@ -179,5 +179,5 @@ def test_real_streams_give_equal_batches_on_one_and_two_ranks(source_root: Path,
 
 def test_text_only_conversations_make_a_batch(make_template) -> None:
     sample = make_template().render_conversation(Conversation("t/1", (Turn("What is 12?", "12"),), None))
-    batch = collate([sample, sample], pad_id=PAD, image_size=4)
+    batch = collate([[sample], [sample]], pad_id=PAD, image_size=4)
     assert batch.pixels.shape[0] == 0 and not (batch.modality_ids == Modality.IMAGE).any()

@@ -1,26 +1,25 @@
 """Each source reads its original files: wording, gold answers, boxes, grammar; what is broken is named."""
 
-import json
 import re
-import shutil
 from pathlib import Path
 from typing import get_args
 
 import pytest
-from data_files import write_sources
 from hypothesis import given
 from hypothesis import strategies as st
+from source_files import put, write_gqa, write_llava, write_more_sources, write_ocrvqa, write_scienceqa
 
 from aki_megatron.config.data import SourceName
-from aki_megatron.data.sources import FILES, SOURCES, open_sources, task_of
-from aki_megatron.data.sources.aokvqa import lettered
-from aki_megatron.data.sources.refcoco import box_text
+from aki_megatron.data.sources import FILES, SOURCES, open_sources, task_of, with_split
+from aki_megatron.data.sources.boxes import box_text
+from aki_megatron.data.sources.options import lettered
 from aki_megatron.data.sources.vsr import question
-from aki_megatron.flow import ConfigError, Conversation, DataError
+from aki_megatron.flow import ConfigError, Conversation
 
 
 def test_every_source_a_config_may_name_exists() -> None:
     assert set(get_args(SourceName)) == set(SOURCES) == set(FILES)
+    assert list(SOURCES) == list(FILES)
 
 
 def first(root: Path, name: str) -> Conversation:
@@ -148,70 +147,100 @@ def test_vsr_question_keeps_every_word(subject: str, other: str, relation: str) 
     assert question(f"The {subject} is {relation} the {other}.") == f"Is the {subject} {relation} the {other}?"
 
 
-def test_everything_missing_is_listed_at_once(tmp_path: Path) -> None:
-    write_sources(tmp_path, count=2)
-    gone = ["VQA/v2_mscoco_train2014_annotations.json", "vsr/train-random.jsonl", "A-OKVQA/train2017"]
-    for name in gone:
-        path = tmp_path / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with pytest.raises(DataError) as caught:
-        open_sources(tmp_path, list(SOURCES), "train")
-    for name in gone:
-        assert str(tmp_path / name) in str(caught.value)
-    assert "(vqav2)" in str(caught.value) and "(aokvqa)" in str(caught.value)
-    with pytest.raises(DataError, match="dev-random"):
-        open_sources(tmp_path, ["vsr"], "val")
-    with pytest.raises(DataError, match=r"data root .*nowhere \(data\.root\) does not exist"):
-        open_sources(tmp_path / "nowhere", ["vsr"], "train")
-    with pytest.raises(ConfigError, match="known are"):
-        open_sources(tmp_path, ["coco"], "train")
+def test_vsr_statements_with_is_inside_a_word_keep_it() -> None:
+    """The release splits at the letters "is" and asks "Is the f h at the left side of the d h?"."""
+    for statement in ("The fish is at the left side of the dish.", "This island is behind the iris."):
+        asked = question(statement)
+        assert sorted(re.findall(r"\w+", asked.lower())) == sorted(re.findall(r"\w+", statement.lower()))
+        assert asked.startswith("Is th") and asked.endswith("?") and "f h" not in asked
 
 
-def edit(root: Path, name: str, change) -> None:
-    content = json.loads((root / name).read_text())
-    change(content)
-    (root / name).write_text(json.dumps(content))
+def test_scienceqa_with_and_without_a_picture(tmp_path: Path) -> None:
+    write_scienceqa(tmp_path)
+    seen, read = open_sources(tmp_path, ["scienceqa"], "train")["scienceqa"]
+    assert (task_of(seen.key), task_of(read.key)) == ("scienceqa/image", "scienceqa/text")
+    assert seen.image == tmp_path / "ScienceQA/images/train/1/image.png" and read.image is None
+    assert "\nContext: N/A\nOptions:\n" in seen.turns[0].prompt and seen.turns[0].prompt.endswith("\n")
+    assert "\nContext: Two of the words rhyme.\nOptions:\n" in read.turns[0].prompt
+    assert f"\n{seen.turns[0].response}. West Virginia\n" in seen.turns[0].prompt
+    assert f"\n{read.turns[0].response}. hot\n" in read.turns[0].prompt
 
 
-def test_unpaired_vqav2_files(tmp_path: Path) -> None:
-    write_sources(tmp_path, count=3)
-    edit(tmp_path, FILES["vqav2"]["train"][1], lambda content: content["annotations"].pop())
-    with pytest.raises(DataError, match=r"1 questions without an annotation \(question_id \[10\]\)"):
-        open_sources(tmp_path, ["vqav2"], "train")
+def test_gqa_takes_the_short_answer(tmp_path: Path) -> None:
+    write_gqa(tmp_path)
+    rows = open_sources(tmp_path, ["gqa"], "train")["gqa"]
+    assert [(row.key, row.turns[0].response) for row in rows] == [
+        ("gqa/verify/02930152", "yes"),
+        ("gqa/vqa/07333408", "pipe"),
+    ]
+    assert rows[1].image == tmp_path / "GQA/images/n161313.jpg"
 
 
-def test_malformed_rows_name_file_and_row(tmp_path: Path) -> None:
-    write_sources(tmp_path, count=3)
-    edit(tmp_path, FILES["aokvqa"]["train"][0], lambda content: content[1].update(correct_choice_idx=9))
-    with pytest.raises(DataError, match=r"aokvqa_v1p0_train\.json: question_id q2: correct_choice_idx=9 of 4 choices"):
-        open_sources(tmp_path, ["aokvqa"], "train")
-    edit(tmp_path, FILES["refcoco"]["train"][0], lambda content: content["images"][0].pop("caption"))
-    with pytest.raises(DataError, match=r"finetune_refcoco_train\.json: the field 'caption' is missing"):
-        open_sources(tmp_path, ["refcoco"], "train")
-    edit(tmp_path, FILES["refcoco"]["train"][0], lambda content: content["annotations"].reverse())
-    with pytest.raises(DataError, match="images entry 1 stands beside an annotation of image_id 3"):
-        open_sources(tmp_path, ["refcoco"], "train")
-    (tmp_path / FILES["vqav2"]["train"][0]).write_text("{ not json")
-    with pytest.raises(DataError, match=r"questions\.json is not valid JSON"):
-        open_sources(tmp_path, ["vqav2"], "train")
+def test_ocrvqa_splits_by_number_and_gives_a_sample_per_question(tmp_path: Path) -> None:
+    write_ocrvqa(tmp_path)
+    for split, cover, extension in (("train", "0761183272", "jpg"), ("val", "1400031354", "gif")):
+        rows = open_sources(tmp_path, ["ocrvqa"], split)["ocrvqa"]
+        assert [row.key for row in rows] == [f"ocrvqa/cover/{cover}.{number}" for number in range(2)]
+        assert [row.turns[0].response for row in rows] == ["Sandra Boynton", "Yes"]
+        assert {row.image for row in rows} == {tmp_path / f"OCRVQA/images/{cover}.{extension}"}
 
 
-def test_bad_vsr_line_is_an_error_of_that_line(tmp_path: Path) -> None:
-    write_sources(tmp_path, count=3)
-    file = tmp_path / "vsr/train-random.jsonl"
-    lines = file.read_text().splitlines()
-    lines[1] = lines[1][:20]
-    file.write_text("\n".join(lines))
-    rows = open_sources(tmp_path, ["vsr"], "train")["vsr"]
-    assert len(rows) == 3 and rows[2].turns[0].response == "yes"
-    with pytest.raises(DataError, match=r"train-random\.jsonl, line 2"):
-        rows[1]
+@pytest.mark.parametrize("variant", ["refcoco+", "refcocog"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_refcoco_variants_read_their_own_files(tmp_path: Path, variant: str, split: str) -> None:
+    write_more_sources(tmp_path)
+    assert FILES[variant][split][0] == f"ref/annotations/finetune_{variant}_{split}.json"
+    rows = open_sources(tmp_path, [variant], split)[variant]
+    assert [row.key for row in rows] == [f"{variant}/region/0", f"{variant}/region/1"]
+    assert rows[0].image == tmp_path / "VQA/train2014/COCO_train2014_000000000001.jpg"
 
 
-@pytest.mark.parametrize("name", ["../../../etc/passwd", "/etc/passwd", "a/../../x.jpg", "C:/x.jpg", "..\\x.jpg"])
-def test_file_names_cannot_leave_the_root(tmp_path: Path, name: str) -> None:
-    write_sources(tmp_path, count=2)
-    edit(tmp_path, FILES["refcoco"]["train"][0], lambda content: content["images"][0].update(file_name=name))
-    rows = open_sources(tmp_path, ["refcoco"], "train")["refcoco"]
-    with pytest.raises(DataError, match=r"Sample refcoco/region/1: the file name .* leads out of the data root"):
-        rows[0]
+def test_visualgenome_cuts_boxes_off_at_the_edge(tmp_path: Path) -> None:
+    write_more_sources(tmp_path)
+    rows = open_sources(tmp_path, ["visualgenome"], "train")["visualgenome"]
+    assert [row.turns[0].response for row in rows] == ["the clock is green in colour", "a grey road", "black backpack"]
+    assert rows[1].turns[0].prompt.endswith("region. <bbox>[0.000, 0.620][1.000, 1.000]</bbox>")
+    assert rows[2].image == tmp_path / "VisualGenome/images/2.jpg"
+
+
+def test_llava_pairs_or_whole_dialogues(tmp_path: Path) -> None:
+    write_llava(tmp_path)
+    single = open_sources(tmp_path, ["llava150k"], "train")["llava150k"]
+    whole = open_sources(tmp_path, ["llava150k"], "train", whole_dialogues={"llava150k"})["llava150k"]
+    assert [len(row.turns) for row in single] == [1, 1, 1] and [len(row.turns) for row in whole] == [2, 1]
+    assert [turn for row in single for turn in row.turns] == [turn for row in whole for turn in row.turns]
+    prompts = [row.turns[0].prompt for row in single]
+    assert prompts[0] == "What are the colors of the bus in the image?" and prompts[2] == "Describe the picture."
+    assert len({row.key for row in single}) == 3  # ids repeat in the release, keys do not
+    assert {row.image for row in (*single, *whole)} == {tmp_path / "A-OKVQA/train2017/000000033471.jpg"}
+    with pytest.raises(ConfigError, match=r"\['vqav2'\] are no dialogues"):
+        open_sources(tmp_path, ["llava150k"], "train", whole_dialogues=["vqav2"])
+
+
+def test_sources_released_whole_have_no_val(tmp_path: Path) -> None:
+    write_more_sources(tmp_path)
+    with pytest.raises(ConfigError, match=r"\['visualgenome', 'llava150k'\] have no split 'val'"):
+        open_sources(tmp_path, ["gqa", "visualgenome", "llava150k"], "val")
+    assert set(SOURCES) - set(with_split(SOURCES, "val")) == {"visualgenome", "llava150k"}
+    assert with_split(SOURCES, "train") == list(SOURCES)
+    assert with_split(["llava150k", "gqa"], "val") == ["gqa"]
+
+
+@given(
+    choices=st.lists(st.text("abcXYZ ", min_size=1, max_size=4), min_size=2, max_size=5, unique=True),
+    data=st.data(),
+)
+def test_gold_letters_of_scienceqa_hold_on_every_visit(
+    tmp_path_factory: pytest.TempPathFactory, choices: list[str], data: st.DataObject
+) -> None:
+    correct = data.draw(st.integers(0, len(choices) - 1))
+    root = tmp_path_factory.mktemp("science")
+    record = {"question": "Which?", "choices": choices, "answer": correct, "hint": "", "image": None, "split": "train"}
+    put(root, "ScienceQA/problems.json", {str(number): record for number in range(3)})
+    put(root, "ScienceQA/images/train/keep", b"")
+    rows = open_sources(root, ["scienceqa"], "train")["scienceqa"]
+    for index in (0, 1, 2, 1, 0):
+        turn = rows[index].turns[0]
+        options = turn.prompt.partition("Options:\n")[2].removesuffix("\n").split("\n")
+        assert dict(zip("ABCDE", options, strict=False))[turn.response] == f"{turn.response}. {choices[correct]}"
+        assert sorted(option[3:] for option in options) == sorted(choices)

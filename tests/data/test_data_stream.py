@@ -7,7 +7,7 @@ import pytest
 from data_files import PICTURE_SIZE, pairs, picture_bytes, write_sources, write_tar
 
 from aki_megatron.data.shards import ShardIndex
-from aki_megatron.data.sources import SOURCES, open_sources
+from aki_megatron.data.sources import open_sources
 from aki_megatron.data.stream import TOLERATED, CaptionStream, ConversationStream, Losses, TooManyLost
 from aki_megatron.flow import Picture
 
@@ -18,7 +18,7 @@ WEIGHTS = {"vqav2": 0.4, "vsr": 0.1, "aokvqa": 0.2, "refcoco": 0.3}
 def conversations(source_root: Path, make_template):
     def make(root: Path = source_root, *, seed: int = 1, budget: float = 0.001, **template) -> ConversationStream:
         return ConversationStream(
-            open_sources(root, list(SOURCES), "train"),
+            open_sources(root, list(WEIGHTS), "train"),
             WEIGHTS,
             make_template(**template),
             seed=seed,

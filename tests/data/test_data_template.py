@@ -188,3 +188,40 @@ def test_text_that_holds_a_special_token_is_refused(make_template, text: str) ->
 
 def test_boxes_are_plain_text(make_template) -> None:
     assert make_template().render_conversation(asked("<bbox>[0.000, 0.333][0.250, 1.000]</bbox>", "red")) is not None
+
+
+def test_text_first_puts_the_image_after_the_question(make_template, tokenizer: Tokenizer) -> None:
+    template: Template = make_template(text_first=True)
+    conversation = asked("How many?", "3")
+    assert "".join(part.text for part in template.conversation_parts(conversation)) == (
+        SYSTEM_BLOCK + "How many?\n<image><|end|>\n<|assistant|>\n3<|endoftext|>"
+    )
+    sample = template.render_conversation(conversation)
+    assert sample is not None
+    assert sorted(sample.token_ids) == sorted(make_template().render_conversation(conversation).token_ids)
+    assert sample.modality_ids.index(IMAGE) > sample.token_ids.index(tokenizer.encode_with_offsets("How")[0][-1])
+    check_targets(sample)
+    dialogue = Conversation("a/b/1", (Turn("How many?", "3"), Turn("Sure?", "yes")), b"x")
+    text = "".join(part.text for part in template.conversation_parts(dialogue))
+    assert text.count("<image>") == 1 and text.endswith(
+        "3<|end|>\n<|user|>\nSure?<|end|>\n<|assistant|>\nyes<|endoftext|>"
+    )
+    assert template.render_conversation(asked("What is 12?", "12", image=None)) == make_template().render_conversation(
+        asked("What is 12?", "12", image=None)
+    )
+
+
+def test_text_first_captions_are_learnt_before_the_image(make_template, tokenizer: Tokenizer) -> None:
+    template: Template = make_template(text_first=True)
+    caption = Caption("captions/0/1", "The red cat.", b"x")
+    words = tokenizer.encode_with_offsets("The red cat.")[0]
+    sample = template.render_caption(caption)
+    assert sample is not None
+    assert sample.token_ids == [tokenizer.bos, *words, *[tokenizer.image] * 3, tokenizer.endofchunk, tokenizer.eos]
+    assert learnt(sample) == [*words, tokenizer.endofchunk, tokenizer.eos]
+    check_targets(sample)
+    short = make_template(FEWEST_TEXT_TOKENS, text_first=True).render_caption(caption)
+    assert short is not None
+    assert short.token_ids == [
+        tokenizer.bos, words[0], *[tokenizer.image] * 3, tokenizer.endofchunk, tokenizer.eos
+    ]  # fmt: skip

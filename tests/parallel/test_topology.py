@@ -1,12 +1,10 @@
 """Sizes, ranks and sums over ranks."""
 
-import dataclasses
-
 import pytest
 import torch
 
 from aki_megatron.flow import ConfigError
-from aki_megatron.parallel.topology import Launch, Topology, data_size, start
+from aki_megatron.parallel.topology import GROUPS, Launch, Topology, data_size, members, start
 
 
 def ranks_and_sums(topology: Topology) -> tuple[int, int, str, list[float]]:
@@ -23,18 +21,52 @@ def test_sub_worlds_of_the_pool(run_on, ranks):
         assert found[3] == [total, ranks, ranks * 2.0**40 + total]
 
 
+def a_topology(rank: int = 0) -> Topology:
+    return Topology(rank, 12, 0, tensor=2, pipeline=2, data=3, device=torch.device("cpu"), groups={})
+
+
 def test_rank_order_is_tensor_then_data_then_pipeline():
-    one = Topology(0, 12, 0, tensor=2, pipeline=2, data=3, device=torch.device("cpu"), data_group=None)
-    seen = [dataclasses.replace(one, rank=rank) for rank in range(12)]
+    seen = [a_topology(rank) for rank in range(12)]
     assert [(t.pipeline_rank, t.data_rank, t.tensor_rank) for t in seen] == [
         (p, d, t) for p in range(2) for d in range(3) for t in range(2)
     ]
 
 
-@pytest.mark.parametrize("name", ["tensor", "pipeline"])
-def test_other_splits_are_refused_by_name(name):
-    with pytest.raises(ConfigError, match=f"parallel.{name}=2 is not supported.*Set parallel.{name}=1"):
-        data_size(4, **({"tensor": 1, "pipeline": 1} | {name: 2}))
+def test_members_of_every_group():
+    own = a_topology(9)  # tensor 1, data 1, pipeline 1
+    assert {name: members(own, name) for name in GROUPS} == {
+        "tensor": [8, 9],
+        "data": [7, 9, 11],
+        "pipeline": [3, 9],
+        "replica": [2, 3, 8, 9],
+        "stage": [6, 7, 8, 9, 10, 11],
+        "edge": [3, 9],
+        "alone": [9],
+    }
+    assert (own.peer(0), own.replica_source, own.reads_data, own.is_last_stage) == (3, 2, False, True)
+    assert [rank for rank in range(12) if a_topology(rank).reads_data] == [0, 2, 4]
+
+
+def sums_over_groups(topology: Topology) -> dict[str, tuple[list[int], int]]:
+    found = {}
+    for name, group in topology.groups.items():
+        total = torch.tensor([2**topology.rank])
+        torch.distributed.all_reduce(total, group=group)
+        found[name] = (members(topology, name), int(total))
+    return found
+
+
+def test_groups_hold_their_members_and_no_one_else(run_on):
+    for rank, found in enumerate(run_on(8, sums_over_groups, tensor=2, pipeline=4)):
+        assert ("edge" in found) == (rank < 2 or rank >= 6), "between the first and the last stage there is no edge"
+        for ranks, total in found.values():
+            assert rank in ranks and total == sum(2**member for member in ranks)
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(3, 1), (1, 3), (2, 4)])
+def test_sizes_that_do_not_divide_the_world(tensor, pipeline):
+    with pytest.raises(ConfigError, match=f"4 processes.*parallel.tensor={tensor} x parallel.pipeline={pipeline}"):
+        data_size(4, tensor=tensor, pipeline=pipeline)
 
 
 def test_more_processes_than_gpus(monkeypatch):

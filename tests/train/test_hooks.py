@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from aki_megatron.flow import CheckpointError, StepReport
-from aki_megatron.train.folder import read_metrics, rewind_metrics
+from aki_megatron.train.folder import read_metrics, rewind_lines
 from aki_megatron.train.hooks import ConsoleHook, MetricsHook, SaveHook
 
 FIELDS = ["step", "loss", "grad_norm", "lr", "supervised_tokens", "tokens", "images", "seconds", "skipped"]
@@ -51,7 +51,7 @@ def test_a_skipped_step_is_strict_json(tmp_path: Path) -> None:
 def test_a_missing_metrics_file_is_an_empty_one(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert read_metrics(path) == []
-    rewind_metrics(path, 0)
+    rewind_lines(path, 0)
     assert path.read_text() == ""
 
 

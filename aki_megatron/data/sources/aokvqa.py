@@ -1,11 +1,13 @@
 """A-OKVQA: multiple-choice questions about COCO pictures. https://allenai.org/project/a-okvqa"""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from string import ascii_uppercase
 from typing import Any, NamedTuple
 
-from aki_megatron.data.sources.reading import Rows, naming, read_json, shuffled
+from aki_megatron.data.sources.json_stream import Place, array
+from aki_megatron.data.sources.options import check_choice, lettered
+from aki_megatron.data.sources.reading import PackedRows, Rows, as_text, inside, rows_of, text_of
 from aki_megatron.flow import Conversation, Turn
 
 PROMPT = "Answer with the option's letter from the given choices directly. {question}\nOptions:\n{options}\n"
@@ -20,37 +22,27 @@ class _Row(NamedTuple):
     question_id: str
     image_id: int
     question: str
-    choices: tuple[str, ...]
+    choices: list[str]
     correct: int
 
 
 def read(root: Path, split: str) -> Sequence[Conversation]:
     """The questions of a split, their options in an order that depends on the question's id alone."""
-    name, images = FILES[split]
-    with naming(str(root / name)):
-        rows = [_row(number, record) for number, record in enumerate(read_json(root / name))]
-    folder = root / images
-
-    def build(row: _Row) -> Conversation:
-        key = f"aokvqa/choice/{row.question_id}"
-        options, letter = lettered(row.choices, row.correct, key)
-        turn = Turn(PROMPT.format(question=row.question, options=options), letter)
-        return Conversation(key, (turn,), folder / f"{row.image_id:012d}.jpg")
-
-    return Rows(rows, build)
+    file, folder = (root / name for name in FILES[split])
+    rows = PackedRows(rows_of(file, array(file), _row, id_field="question_id"), _Row._make)
+    return Rows(rows, partial(_conversation, folder))
 
 
-def lettered(choices: Sequence[str], correct: int, key: str) -> tuple[str, str]:
-    """Shuffled option lines ``A. text`` and the letter of the correct one; a pure function of its arguments."""
-    order = shuffled(len(choices), key)
-    lines = [f"{letter}. {choices[index]}" for letter, index in zip(ascii_uppercase, order, strict=False)]
-    return "\n".join(lines), ascii_uppercase[order.index(correct)]
+def _conversation(folder: Path, row: _Row) -> Conversation:
+    key = f"aokvqa/choice/{row.question_id}"
+    options, letter = lettered(row.choices, row.correct, key)
+    turn = Turn(PROMPT.format(question=row.question, options=options), letter)
+    return Conversation(key, (turn,), inside(folder, f"{row.image_id:012d}.jpg", key=key))
 
 
-def _row(number: int, record: dict[str, Any]) -> _Row:
-    choices = tuple(str(choice) for choice in record["choices"])
+def _row(place: Place, record: Any) -> Iterator[_Row]:
+    choices = [as_text(choice, "choices") for choice in record["choices"]]
     correct = int(record["correct_choice_idx"])
-    question_id = str(record.get("question_id", number))
-    if not 0 <= correct < len(choices) <= len(ascii_uppercase):
-        raise ValueError(f"question_id {question_id}: correct_choice_idx={correct} of {len(choices)} choices")
-    return _Row(question_id, int(record["image_id"]), str(record["question"]), choices, correct)
+    check_choice(correct, choices, "correct_choice_idx")
+    question_id = str(record.get("question_id", place.number))
+    yield _Row(question_id, int(record["image_id"]), text_of(record, "question"), choices, correct)

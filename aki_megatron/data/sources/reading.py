@@ -1,15 +1,65 @@
-"""What the sources share: rows that become conversations on access, JSON, file names that stay inside the root."""
+"""What the sources share: compact rows that become conversations on access, records with named faults, file names."""
 
+import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from array import array as number_array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
+
+import numpy as np
 
 from aki_megatron.flow import Conversation, DataError
 
 Row = TypeVar("Row")
+Place = TypeVar("Place")
+
+_ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_DECODE = json.JSONDecoder().decode
+
+
+class PackedRows(Sequence[Row], Generic[Row]):
+    """Rows as JSON in one blob of bytes, and where each starts: millions of rows are two objects, not millions.
+
+    Worker processes that are forked share the two without ever writing to them (no reference counts inside).
+    ``make`` turns the list that JSON gives back into a row: a NamedTuple's ``_make``.
+    """
+
+    def __init__(self, rows: Iterable[Sequence[Any]], make: Callable[[list[Any]], Row]) -> None:
+        blob, starts = io.BytesIO(), number_array("Q", [0])
+        for row in rows:
+            blob.write(_ENCODE(row).encode(errors="surrogatepass"))
+            starts.append(blob.tell())
+        self._blob = blob.getvalue()
+        self._starts = np.array(starts, dtype=np.uint64)
+        self._make = make
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return len(self._blob) + self._starts.nbytes
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = operator.index(index)
+        if number < 0:
+            number += len(self)
+        if not 0 <= number < len(self):
+            raise IndexError(index)
+        start, end = self._starts[number : number + 2].tolist()
+        return self._make(_DECODE(self._blob[start:end].decode(errors="surrogatepass")))
 
 
 class Rows(Sequence[Conversation], Generic[Row]):
@@ -34,25 +84,58 @@ class Rows(Sequence[Conversation], Generic[Row]):
         return self._build(self._rows[index])
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; DataError names the file and the place of a syntax error."""
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from error
+def rows_of(
+    file: Path,
+    records: Iterable[tuple[Place, Any]],
+    make: Callable[[Place, Any], Iterable[Row]],
+    *,
+    id_field: str = "",
+) -> Iterator[Row]:
+    """The rows that ``make`` gives for each record of a file.
+
+    A missing field, a wrong type or a ValueError becomes a DataError that names the file, the place of the record
+    and, where the record has one, its id.
+    """
+    place: Place | None = None
+    record: Any = None
+
+    def where() -> str:
+        named = isinstance(record, Mapping) and id_field in record
+        return f"{file}, {place}" + (f" ({id_field} {record[id_field]})" if named else "")
+
+    with naming(where):
+        for place, record in records:
+            yield from make(place, record)
 
 
 @contextmanager
-def naming(where: str) -> Iterator[None]:
+def naming(where: str | Callable[[], str]) -> Iterator[None]:
     """Turn a missing field or a wrong type into a DataError that says where it was."""
     try:
         yield
-    except KeyError as error:
-        raise DataError(f"{where}: the field {error} is missing.") from error
-    except (TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError) as error:
-        raise DataError(f"{where}: {error}") from error
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
+        place = where if isinstance(where, str) else where()
+        reason = f"the field {error} is missing." if isinstance(error, KeyError) else str(error)
+        raise DataError(f"{place}: {reason}") from error
+
+
+def text_of(record: Mapping[str, Any], field: str) -> str:
+    """A field that holds text; a number counts as its digits, anything else (null, a list) raises ValueError.
+
+    So does half of a surrogate pair (a cut escape): no tokenizer takes it.
+    """
+    return as_text(record[field], field)
+
+
+def as_text(value: object, field: str) -> str:
+    """As ``text_of``, for a value in hand."""
+    if isinstance(value, str):
+        if not value.isascii():
+            value.encode()  # UnicodeEncodeError is a ValueError
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    raise ValueError(f"{field} must be text, got {value!r}")
 
 
 def inside(root: Path, name: str, *, key: str) -> Path:
@@ -61,8 +144,3 @@ def inside(root: Path, name: str, *, key: str) -> Path:
     if ".." in parts or parts[0] == "" or ":" in parts[0]:
         raise DataError(f"Sample {key}: the file name {name!r} leads out of the data root {root}.")
     return root / name
-
-
-def shuffled(count: int, key: str) -> list[int]:
-    """An order of 0 ... count-1 that depends on the key alone."""
-    return sorted(range(count), key=lambda i: blake2b(f"{key}\x1f{i}".encode(), digest_size=8).digest())

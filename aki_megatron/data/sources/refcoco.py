@@ -1,59 +1,86 @@
-"""RefCOCO in MDETR's format: describe the region of a box. https://github.com/ashkamath/mdetr"""
+"""RefCOCO, RefCOCO+ and RefCOCOg in MDETR's format: describe the region of a box. https://github.com/ashkamath/mdetr"""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aki_megatron.data.sources.reading import Rows, inside, naming, read_json
+from aki_megatron.data.sources.boxes import PROMPT as PROMPT
+from aki_megatron.data.sources.boxes import box_text as box_text
+from aki_megatron.data.sources.boxes import corners, corners_text
+from aki_megatron.data.sources.json_stream import Place, arrays
+from aki_megatron.data.sources.reading import PackedRows, Rows, inside, naming, rows_of, text_of
 from aki_megatron.flow import Conversation, DataError, Turn
 
-PROMPT = "Provide a short description for this region. {box}"
+VARIANTS = ("refcoco", "refcoco+", "refcocog")
 
-FILES = {
-    split: (f"ref/annotations/finetune_refcoco_{split}.json", "VQA/train2014")
-    for split in ("train", "val")  # every split of RefCOCO shows pictures of COCO's train2014
-}
+
+class _Entry(NamedTuple):
+    """What one element of ``images`` says: MDETR repeats the picture for every phrase."""
+
+    entry_id: int
+    file_name: str
+    width: float
+    height: float
+    phrase: str
 
 
 class _Row(NamedTuple):
     entry_id: int
     file_name: str
-    box: str
+    box: list[float]
     phrase: str
 
 
-def read(root: Path, split: str) -> Sequence[Conversation]:
+def files(variant: str) -> dict[str, tuple[str, ...]]:
+    """Split -> annotation file and image folder."""
+    return {
+        split: (f"ref/annotations/finetune_{variant}_{split}.json", "VQA/train2014")
+        for split in ("train", "val")  # every split shows pictures of COCO's train2014
+    }
+
+
+FILES = files("refcoco")
+
+
+def read(root: Path, split: str, variant: str = "refcoco") -> Sequence[Conversation]:
     """One sample per referring phrase: the box is given, the phrase is the answer."""
-    name, images = FILES[split]
-    file = root / name
-    with naming(str(file)):
-        content = read_json(file)
-        entries, annotations = content["images"], content["annotations"]
+    file, folder = (root / name for name in files(variant)[split])
+    entries: list[_Entry] = []
+    annotations: list[tuple[int, list[float]]] = []
+    for kind in rows_of(file, arrays(file, "images", "annotations"), _parse, id_field="id"):
+        if isinstance(kind, _Entry):
+            entries.append(kind)
+        else:
+            annotations.append(kind)
     if len(entries) != len(annotations):
         raise DataError(
             f"{file}: {len(entries)} images but {len(annotations)} annotations; they are paired by order (MDETR)."
         )
-    with naming(str(file)):
-        rows = [_row(entry, annotation) for entry, annotation in zip(entries, annotations, strict=True)]
-
-    def build(row: _Row) -> Conversation:
-        key = f"refcoco/region/{row.entry_id}"
-        image = inside(root / images, row.file_name, key=key)
-        return Conversation(key, (Turn(PROMPT.format(box=row.box), row.phrase),), image)
-
-    return Rows(rows, build)
+    rows = PackedRows(_paired(file, entries, annotations), _Row._make)
+    return Rows(rows, partial(_conversation, folder, variant))
 
 
-def box_text(xywh: Sequence[float], width: float, height: float) -> str:
-    """COCO's (x, y, width, height) in pixels as corners in [0, 1]: ``<bbox>[x1, y1][x2, y2]</bbox>``, 3 decimals."""
-    x, y, box_width, box_height = xywh
-    corners = (x / width, y / height, (x + box_width) / width, (y + box_height) / height)
-    x1, y1, x2, y2 = (f"{min(max(corner, 0.0), 1.0):.3f}" for corner in corners)
-    return f"<bbox>[{x1}, {y1}][{x2}, {y2}]</bbox>"
+def _conversation(folder: Path, variant: str, row: _Row) -> Conversation:
+    key = f"{variant}/region/{row.entry_id}"
+    turn = Turn(PROMPT.format(box=corners_text(row.box)), row.phrase)
+    return Conversation(key, (turn,), inside(folder, row.file_name, key=key))
 
 
-def _row(entry: dict[str, Any], annotation: dict[str, Any]) -> _Row:
-    if annotation["image_id"] != entry["id"]:
-        raise ValueError(f"images entry {entry['id']} stands beside an annotation of image_id {annotation['image_id']}")
-    box = box_text(annotation["bbox"], entry["width"], entry["height"])
-    return _Row(int(entry["id"]), str(entry["file_name"]), box, str(entry["caption"]))
+def _parse(place: Place, record: Any) -> Iterator[_Entry | tuple[int, list[float]]]:
+    if place.name == "images":
+        width, height = float(record["width"]), float(record["height"])
+        yield _Entry(int(record["id"]), text_of(record, "file_name"), width, height, text_of(record, "caption"))
+    elif place.name == "annotations":
+        x, y, width, height = (float(number) for number in record["bbox"])
+        yield int(record["image_id"]), [x, y, width, height]
+
+
+def _paired(file: Path, entries: list[_Entry], annotations: list[tuple[int, list[float]]]) -> Iterator[_Row]:
+    entry: _Entry | None = None
+    with naming(lambda: f"{file}, id {entry.entry_id if entry else None}"):
+        for entry, (image_id, xywh) in zip(entries, annotations, strict=True):
+            if image_id != entry.entry_id:
+                raise ValueError(f"images entry {entry.entry_id} stands beside an annotation of image_id {image_id}")
+            box = list(corners(xywh, entry.width, entry.height))
+            yield _Row(entry.entry_id, entry.file_name, box, entry.phrase)

@@ -1,10 +1,12 @@
 """VQAv2: open questions about COCO pictures. https://visualqa.org/download.html"""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aki_megatron.data.sources.reading import Rows, naming, read_json
+from aki_megatron.data.sources.json_stream import Place, arrays
+from aki_megatron.data.sources.reading import PackedRows, Rows, inside, rows_of, text_of
 from aki_megatron.flow import Conversation, DataError, Turn
 
 PROMPT = "Answer the question using a single word or phrase. {question}"
@@ -27,47 +29,60 @@ class _Row(NamedTuple):
     answer: str
 
 
+class _Questions:
+    """The rows of the questions file, in its order, each with its annotation; what has no partner is kept."""
+
+    def __init__(self, answers: dict[int, tuple[str, str]], subtype: str) -> None:
+        self.answers = answers
+        self.subtype = subtype
+        self.asked: set[int] = set()
+        self.unanswered: list[int] = []
+
+    def row(self, place: Place, record: Any) -> Iterator[_Row]:
+        """The row of one element of ``questions``; the file's other entries give none."""
+        if place.name != "questions":
+            self.subtype = str(record) if place.name == "data_subtype" else self.subtype
+            return
+        question_id = int(record["question_id"])
+        answer = self.answers.get(question_id)
+        if answer is None:
+            self.unanswered.append(question_id)
+            return
+        self.asked.add(question_id)
+        yield _Row(question_id, int(record["image_id"]), answer[0], text_of(record, "question"), answer[1])
+
+
 def read(root: Path, split: str) -> Sequence[Conversation]:
     """The questions of a split with their most frequent answer.
 
     Questions and annotations are paired by question_id; the two files must hold the same ids. The task of a
     sample is its ``question_type`` ("how many"), with underscores for spaces.
     """
-    questions_name, annotations_name, images = FILES[split]
-    questions_file, annotations_file = root / questions_name, root / annotations_name
-    with naming(str(questions_file)):
-        content = read_json(questions_file)
-        questions: list[dict[str, Any]] = content["questions"]
-        subtype = str(content.get("data_subtype", images.rpartition("/")[2]))
-        asked = {int(question["question_id"]) for question in questions}
-    with naming(str(annotations_file)):
-        annotations = {int(item["question_id"]): item for item in read_json(annotations_file)["annotations"]}
-    _check_pairs(asked, set(annotations), questions_file, annotations_file)
-    with naming(f"{questions_file} with {annotations_file}"):
-        rows = [_row(question, annotations[int(question["question_id"])]) for question in questions]
-    folder = root / images
-
-    def build(row: _Row) -> Conversation:
-        turn = Turn(PROMPT.format(question=row.question), row.answer)
-        image = folder / f"COCO_{subtype}_{row.image_id:012d}.jpg"
-        return Conversation(f"vqav2/{row.task}/{row.question_id}", (turn,), image)
-
-    return Rows(rows, build)
+    questions_file, annotations_file, folder = (root / name for name in FILES[split])
+    annotations = arrays(annotations_file, "annotations")
+    answers = dict(rows_of(annotations_file, annotations, _answer, id_field="question_id"))
+    questions = _Questions(answers, folder.name)
+    asked = rows_of(questions_file, arrays(questions_file, "questions"), questions.row, id_field="question_id")
+    rows = PackedRows(asked, _Row._make)
+    _check_pairs(questions, questions_file, annotations_file)
+    return Rows(rows, partial(_conversation, folder, questions.subtype))
 
 
-def _row(question: dict[str, Any], annotation: dict[str, Any]) -> _Row:
-    task = "_".join(str(annotation.get("question_type", "vqa")).replace("/", " ").split()) or "vqa"
-    return _Row(
-        int(question["question_id"]),
-        int(question["image_id"]),
-        task,
-        str(question["question"]),
-        str(annotation["multiple_choice_answer"]),
-    )
+def _conversation(folder: Path, subtype: str, row: _Row) -> Conversation:
+    key = f"vqav2/{row.task}/{row.question_id}"
+    image = inside(folder, f"COCO_{subtype}_{row.image_id:012d}.jpg", key=key)
+    return Conversation(key, (Turn(PROMPT.format(question=row.question), row.answer),), image)
 
 
-def _check_pairs(asked: set[int], answered: set[int], questions_file: Path, annotations_file: Path) -> None:
-    unanswered, unasked = sorted(asked - answered), sorted(answered - asked)
+def _answer(place: Place, record: Any) -> Iterator[tuple[int, tuple[str, str]]]:
+    """question_id -> (task, answer) of one element of ``annotations``."""
+    if place.name == "annotations":
+        task = "_".join(str(record.get("question_type", "vqa")).replace("/", " ").split()) or "vqa"
+        yield int(record["question_id"]), (task, text_of(record, "multiple_choice_answer"))
+
+
+def _check_pairs(questions: _Questions, questions_file: Path, annotations_file: Path) -> None:
+    unanswered, unasked = sorted(questions.unanswered), sorted(set(questions.answers) - questions.asked)
     if unanswered or unasked:
         raise DataError(
             f"{questions_file} and {annotations_file} do not belong together: "

@@ -3,9 +3,11 @@
 import json
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from aki_megatron.data.sources.reading import Rows, inside, naming
+from aki_megatron.data.sources.reading import PackedRows, Rows, inside, naming, text_of
 from aki_megatron.flow import Conversation, DataError, Turn
 
 PROMPT = "Answer the question using a single word or phrase. {question} Please answer yes or no."
@@ -23,6 +25,11 @@ _VERB = re.compile(r"\s(is|are)\s")
 _DETERMINERS = {"The", "A", "An", "This", "That", "These", "Those", "There", "Some", "One", "Two"}
 
 
+class _Row(NamedTuple):
+    number: int
+    line: str
+
+
 def read(root: Path, split: str) -> Sequence[Conversation]:
     """The statements of a split as yes/no questions. A line is parsed on access; a bad one raises DataError then."""
     file = root / FILES[split][0]
@@ -30,18 +37,22 @@ def read(root: Path, split: str) -> Sequence[Conversation]:
         lines = file.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError as error:
         raise DataError(f"{file} does not exist.") from error
-    rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} is not readable as lines of JSON: {error}") from error
+    rows = (_Row(number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    return Rows(PackedRows(rows, _Row._make), partial(_conversation, root, file))
 
-    def build(row: tuple[int, str]) -> Conversation:
-        number, line = row
-        key = f"vsr/relation/{number}"
-        with naming(f"{file}, line {number}"):
-            record = json.loads(line)
-            folder, name = str(record["image_link"]).split("/")[-2:]
-            turn = Turn(PROMPT.format(question=question(str(record["caption"]))), ANSWERS[_label(record["label"])])
-            return Conversation(key, (turn,), inside(root, f"{FOLDERS[folder]}/{name}", key=key))
 
-    return Rows(rows, build)
+def _conversation(root: Path, file: Path, row: _Row) -> Conversation:
+    key = f"vsr/relation/{row.number}"
+    with naming(f"{file}, line {row.number}"):
+        record = json.loads(row.line)
+        folder, name = text_of(record, "image_link").split("/")[-2:]
+        if folder not in FOLDERS:
+            raise ValueError(f"image_link must end in one of {sorted(FOLDERS)} and a file name, got {folder}/{name}")
+        asked = PROMPT.format(question=question(text_of(record, "caption")))
+        turn = Turn(asked, ANSWERS[_label(record["label"])])
+        return Conversation(key, (turn,), inside(root, f"{FOLDERS[folder]}/{name}", key=key))
 
 
 def question(statement: str) -> str:

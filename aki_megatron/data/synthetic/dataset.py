@@ -5,13 +5,17 @@ Layout under one root, as the papers' release expects it:
     captions/00000.tar ...              every training scene; captions_val/00000.tar holds the held-out ones
     VQA/train2014/, VQA/val2014/        COCO_train2014_000000000001.jpg ... and the VQAv2 files beside them
     A-OKVQA/train2017/, A-OKVQA/val2017/, vsr/val2017/    000000000001.jpg ...
-    ref/annotations/                    RefCOCO; its pictures lie in VQA/train2014, held-out ones as well
+    ref/annotations/                    RefCOCO, + and g; their pictures lie in VQA/train2014, held-out ones as well
+    GQA/, OCRVQA/, ScienceQA/, VisualGenome/    questions, problems and regions with pictures of their own
+    llava/                              dialogues about pictures in A-OKVQA/train2017
+    ocr/00000.tar ..., ocr_val/         twelve captions each of what can be read
     tokenizer/                          Hugging Face folder
     manifest.json                       sizes, seed and a sha256 of every annotation file, shard and tokenizer file
 """
 
 import hashlib
 import json
+import os
 import random
 import shutil
 from collections import Counter
@@ -20,18 +24,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from aki_megatron.data.synthetic import additions, writers
 from aki_megatron.data.synthetic import questions as ask
-from aki_megatron.data.synthetic import writers
+from aki_megatron.data.synthetic.pools import FIRST_HELD_OUT_ID, image_id, is_png, serves_2017
 from aki_megatron.data.synthetic.scenes import Scene, SceneObject, draw_scene, paint, scene_rng
 from aki_megatron.data.synthetic.tokenizer import write_tokenizer
 from aki_megatron.flow import DataError
 
-VERSION = 4
+VERSION = 5
 """Raised when the same seed would give other bytes."""
 MANIFEST = "manifest.json"
 _PARTIAL = ".partial"
 _PICTURES = ("VQA/train2014", "VQA/val2014", "A-OKVQA/train2017", "A-OKVQA/val2017", "vsr/val2017")
-_FIRST_HELD_OUT_ID = 500_001
+"""Of the captions' scenes; the added sets have their own."""
 _SHARD_SCENES = 2500
 _QUESTIONS_PER_SCENE = 2
 _ATTEMPTS = 4
@@ -49,11 +54,16 @@ class DatasetSize:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        if not 5 <= self.scenes < _FIRST_HELD_OUT_ID or self.held_out < 5 or self.seed < 0:
+        if not 5 <= self.scenes < FIRST_HELD_OUT_ID or self.held_out < 5 or self.seed < 0:
             raise DataError(
                 f"scenes={self.scenes}, held_out={self.held_out}, seed={self.seed}: scenes must lie in "
-                f"[5, {_FIRST_HELD_OUT_ID - 1}], held_out must be at least 5 and seed at least 0"
+                f"[5, {FIRST_HELD_OUT_ID - 1}], held_out must be at least 5 and seed at least 0"
             )
+
+    @property
+    def total(self) -> int:
+        """Scenes to draw for the captions, and to draw or ask about for the sets beside them."""
+        return self.scenes + self.held_out + additions.scenes_of_additions(self.scenes, self.held_out)
 
 
 @dataclass
@@ -63,7 +73,7 @@ class _Rows:
     vqav2: list[tuple[int, list[ask.Question]]] = field(default_factory=list)
     vsr: list[list[tuple[int, list[ask.Statement]]]] = field(default_factory=lambda: [[], []])
     aokvqa: list[tuple[int, list[ask.Choice]]] = field(default_factory=list)
-    refcoco: list[tuple[int, str, list[SceneObject]]] = field(default_factory=list)
+    refcoco: list[tuple[int, str, list[tuple[SceneObject, str]]]] = field(default_factory=list)
     captions: list[tuple[str, str, bytes, str]] = field(default_factory=list)
     tasks: Counter[str] = field(default_factory=Counter)
 
@@ -94,8 +104,8 @@ def was_interrupted(root: Path) -> bool:
 def make_dataset(root: Path, size: DatasetSize, progress: Callable[[int], None]) -> dict[str, int]:
     """Draw the data set into ``root`` and return how many samples each part has.
 
-    ``progress`` is called with the number of scenes drawn so far. Everything is written aside and moved into place at
-    the end, the manifest last; what an interrupted call left behind is removed first.
+    ``progress`` is called with the number of scenes done so far, of ``size.total``. Everything is written aside
+    and moved into place at the end, the manifest last; what an interrupted call left behind is removed first.
     Raises DataError when ``root`` holds files that this function did not write.
     """
     _refuse_foreign(root)
@@ -112,6 +122,10 @@ def make_dataset(root: Path, size: DatasetSize, progress: Callable[[int], None])
             _draw(partial, size.seed, split, index, rows)
             progress(before + index + 1)
         counts |= _write_annotations(partial, split, rows)
+    before = size.scenes + size.held_out
+    counts |= additions.write_additions(
+        partial, size.seed, size.scenes, size.held_out, lambda done: progress(before + done)
+    )
     write_tokenizer(partial / "tokenizer")
     _write_manifest(partial, size, counts)
     (root / MANIFEST).unlink(missing_ok=True)
@@ -127,28 +141,29 @@ def make_dataset(root: Path, size: DatasetSize, progress: Callable[[int], None])
 def _draw(root: Path, seed: int, split: str, index: int, rows: _Rows) -> None:
     """Draw, encode and save one scene, and add everything that is asked about it to ``rows``.
 
-    The remainder of the index by five says what the scene is for: 0 and 1 also serve VSR and A-OKVQA, 4 is a PNG (and
-    so cannot serve VQAv2, whose file names end in .jpg); all serve captions and RefCOCO.
+    The remainder of the index by five says what the scene is for: 0 and 1 also serve VSR, A-OKVQA and LLaVA, 4 is a
+    PNG (and so cannot serve VQAv2, whose file names end in .jpg); all serve captions and the three RefCOCOs.
     """
     rng = scene_rng(seed, split, index)
     scene = draw_scene(rng)
     pixels = paint(scene, rng)
     text_rng = random.Random(f"{seed}/{split}/{index}")
-    use, image_id = index % 5, index + (1 if split == "train" else _FIRST_HELD_OUT_ID)
-    extension = "png" if use == 4 else "jpg"
-    image = writers.encode_png(pixels) if use == 4 else writers.encode_jpeg(pixels)
+    number = image_id(split, index)
+    extension = "png" if is_png(index) else "jpg"
+    image = writers.encode_png(pixels) if is_png(index) else writers.encode_jpeg(pixels)
     rows.captions.append((f"{index:09}", extension, image, ask.caption(scene)))
-    coco_name = f"COCO_train2014_{image_id:012}.{extension}"
-    rows.refcoco.append((image_id, coco_name, ask.regions(scene, text_rng, most=_OTHERS_PER_SCENE)))
+    coco_name = f"COCO_train2014_{number:012}.{extension}"
+    things = ask.regions(scene, text_rng, most=_OTHERS_PER_SCENE)
+    rows.refcoco.append((number, coco_name, [(thing, thing.name) for thing in things]))
     files = [f"VQA/train2014/{coco_name}"]
-    if use != 4:
-        rows.vqav2.append((image_id, _open_questions(scene, text_rng, rows.tasks)))
-        files += [f"VQA/val2014/COCO_val2014_{image_id:012}.jpg"] if split == "val" else []
-    if use < 2:
-        rows.vsr[use].append((image_id, [ask.statement(scene, text_rng) for _ in range(_OTHERS_PER_SCENE)]))
-        rows.aokvqa.append((image_id, [ask.choice(scene, text_rng) for _ in range(_OTHERS_PER_SCENE)]))
+    if not is_png(index):
+        rows.vqav2.append((number, _open_questions(scene, text_rng, rows.tasks)))
+        files += [f"VQA/val2014/COCO_val2014_{number:012}.jpg"] if split == "val" else []
+    if serves_2017(index):
+        rows.vsr[index % 5].append((number, [ask.statement(scene, text_rng) for _ in range(_OTHERS_PER_SCENE)]))
+        rows.aokvqa.append((number, [ask.choice(scene, text_rng) for _ in range(_OTHERS_PER_SCENE)]))
         folders = ("A-OKVQA/train2017",) if split == "train" else ("A-OKVQA/val2017", "vsr/val2017")
-        files += [f"{folder}/{image_id:012}.jpg" for folder in folders]
+        files += [f"{folder}/{number:012}.jpg" for folder in folders]
     for name in files:
         (root / name).write_bytes(image)
 
@@ -194,7 +209,7 @@ def _write_manifest(root: Path, size: DatasetSize, counts: dict[str, int]) -> No
         "version": VERSION,
         "size": {"scenes": size.scenes, "held_out": size.held_out, "seed": size.seed},
         "counts": counts,
-        "pictures": {name: _count_pictures(root / name) for name in _PICTURES},
+        "pictures": {name: _count_pictures(root / name) for name in (*_PICTURES, *additions.PICTURES)},
         "sha256": {path.relative_to(root).as_posix(): _sha256(path) for path in files},
     }
     (root / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -226,7 +241,7 @@ def _refuse_foreign(root: Path) -> None:
 
 
 def _count_pictures(folder: Path) -> int:
-    return sum(entry.suffix in (".jpg", ".png") for entry in folder.iterdir()) if folder.is_dir() else 0
+    return sum(name.endswith((".jpg", ".png")) for _, _, names in os.walk(folder) for name in names)
 
 
 def _sha256(path: Path) -> str:

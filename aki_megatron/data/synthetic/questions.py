@@ -21,6 +21,9 @@ _COUNT_KEPT = (0.35, 0.55, 0.9, 1.0, 1.0)
 _STEPS = (("left of", 0, -1), ("right of", 0, 1), ("above", -1, 0), ("below", 1, 0))
 """Relation, and where its first object stands seen from the second: rows down, columns right."""
 
+RELATIONS = tuple(relation for relation, _, _ in _STEPS)
+"""Relations of two objects that statements and phrases speak of; ``holds`` decides them."""
+
 _NAMED = re.compile(r"(?P<place>\S+) \((?P<color>\w+) (?P<kind>\w+)\)")
 
 

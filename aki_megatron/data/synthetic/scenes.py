@@ -39,7 +39,13 @@ _FONT = {  # five pixels wide, seven high
     "c": "01111 10000 10000 10000 10000 10000 01111",
     "d": "11110 10001 10001 10001 10001 10001 11110",
 }
-_SPLITS = {"train": 0, "val": 1, "tokenizer": 2}
+_STREAMS = (
+    "train",
+    "val",
+    "tokenizer",
+    *(f"{name}/{split}" for name in ("gqa", "ocrvqa", "scienceqa", "vg", "ocr") for split in ("train", "val", "test")),
+)
+"""Names of the random streams. Only ever append: the place in the row is part of the seed."""
 
 Pixels = NDArray[np.uint8]
 """A picture, uint8 [IMAGE_PIXELS, IMAGE_PIXELS, 3], red, green, blue."""
@@ -78,8 +84,8 @@ class Scene:
 
 
 def scene_rng(seed: int, split: str, index: int) -> np.random.Generator:
-    """The random stream of one scene; split is train, val (held out) or tokenizer."""
-    return np.random.default_rng([seed, _SPLITS[split], index])
+    """The random stream of one scene; split is train, val (held out), tokenizer, or ``set/split`` as in ``gqa/val``."""
+    return np.random.default_rng([seed, _STREAMS.index(split), index])
 
 
 def draw_scene(rng: np.random.Generator) -> Scene:

@@ -1,4 +1,4 @@
-"""Annotations and pictures in the public formats: VQAv2, VSR, A-OKVQA, RefCOCO (MDETR) and webdataset tars.
+"""Annotations and pictures in the public formats: VQAv2, VSR, A-OKVQA, the RefCOCOs (MDETR), webdataset tars.
 
 Writers take finished rows and know nothing of how scenes are split. Every byte follows from the arguments: no clock,
 no user name, no unordered container.
@@ -16,6 +16,7 @@ from PIL import Image
 
 from aki_megatron.data.synthetic.questions import Choice, Question, Statement
 from aki_megatron.data.synthetic.scenes import IMAGE_PIXELS, Pixels, SceneObject
+from aki_megatron.data.writing import add_member
 
 ANNOTATORS = 10
 """Answers per VQAv2 question. The scenes leave no doubt, so all ten agree."""
@@ -48,10 +49,8 @@ def write_tar(path: Path, samples: Iterable[tuple[str, str, bytes, str]]) -> Non
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for key, extension, image, text in samples:
-            for name, content in ((f"{key}.{extension}", image), (f"{key}.txt", text.encode())):
-                member = tarfile.TarInfo(name)  # mtime 0, mode 0644, no owner
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+            add_member(tar, f"{key}.{extension}", image)
+            add_member(tar, f"{key}.txt", text.encode())
 
 
 def write_vqav2(folder: Path, subtype: str, rows: Sequence[tuple[int, Sequence[Question]]]) -> list[Path]:
@@ -133,8 +132,12 @@ def write_aokvqa(path: Path, split: str, rows: Sequence[tuple[int, Sequence[Choi
     return write_json(path, entries)
 
 
-def write_refcoco(path: Path, rows: Sequence[tuple[int, str, Sequence[SceneObject]]]) -> Path:
-    """A RefCOCO file in MDETR's layout from (image id, file name, objects): an image entry per phrase, paired by order.
+def write_refcoco(
+    path: Path, rows: Sequence[tuple[int, str, Sequence[tuple[SceneObject, str]]]], dataset: str = "refcoco"
+) -> Path:
+    """A RefCOCO file in MDETR's layout from (image id, file name, objects with their phrases).
+
+    There is an image entry per phrase; annotations are paired with them by order. ``dataset`` is the dataset_name.
 
     The box is the object's cell, not its outline: nine boxes with round corners, which a model of this size learns in
     minutes; the outlines' jitter of two pixels would spread the same nine regions over hundreds of corner pairs.
@@ -142,7 +145,7 @@ def write_refcoco(path: Path, rows: Sequence[tuple[int, str, Sequence[SceneObjec
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id, file_name, things in rows:
-        for thing in things:
+        for thing, phrase in things:
             number = len(images)
             _, _, width, height = thing.cell_box
             images.append(
@@ -152,8 +155,8 @@ def write_refcoco(path: Path, rows: Sequence[tuple[int, str, Sequence[SceneObjec
                     "width": IMAGE_PIXELS,
                     "id": number,
                     "original_id": image_id,
-                    "caption": thing.name,
-                    "dataset_name": "refcoco",
+                    "caption": phrase,
+                    "dataset_name": dataset,
                 }
             )
             annotations.append(
@@ -165,7 +168,7 @@ def write_refcoco(path: Path, rows: Sequence[tuple[int, str, Sequence[SceneObjec
                     "id": number,
                     "bbox": list(thing.cell_box),
                     "original_id": number,
-                    "tokens_positive": [[0, len(thing.name)]],
+                    "tokens_positive": [[0, len(phrase)]],
                 }
             )
     categories = [{"supercategory": "object", "id": 1, "name": "object"}]

@@ -3,10 +3,15 @@
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
-from harness import free_port
+from launchers import MPIRUN_ENVIRONMENT, launcher_command
+from rich.console import Console
 from small_demo import ROOT, World
+
+from aki_megatron.checkpoint.saver import read_weights
+from aki_megatron.config.load import load_run
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
 
@@ -14,12 +19,6 @@ STEPS = 10
 RESUMED_AFTER = 4
 SPREAD = ("--parallel.tensor", "2", "--parallel.pipeline", "2", "--parallel.zero_stage", "3")
 ONE = ("--parallel.tensor", "1", "--parallel.pipeline", "1", "--parallel.zero_stage", "1")
-AS_ROOT = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "OMPI_MCA_rmaps_base_oversubscribe": "1",
-}
-"""Open MPI refuses root, and more processes than cores, unless told."""
 
 
 def sft(world: World, run: str, *layout: str) -> list[str]:
@@ -30,10 +29,6 @@ def sft(world: World, run: str, *layout: str) -> list[str]:
         "--train.steps", str(STEPS), "--run.dir", str(world.folder / run),
         "--checkpoint.every", str(RESUMED_AFTER), "--checkpoint.keep_last", "3", *layout,
     ]  # fmt: skip
-
-
-def torchrun(processes: int) -> list[str]:
-    return ["torchrun", "--nproc_per_node", str(processes), "--master_port", str(free_port())]
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
@@ -55,14 +50,14 @@ def assert_same(got: Path, want: Path) -> None:
 @pytest.fixture(scope="module")
 def single(world: World) -> Path:
     """One process, nothing split."""
-    world.run(*torchrun(1), *sft(world, "one", *ONE))
+    world.run(*launcher_command("torchrun", 1), *sft(world, "one", *ONE))
     return world.folder / "one"
 
 
 @pytest.fixture(scope="module")
 def spread(world: World) -> tuple[Path, str]:
     """Eight processes: 2 tensor x 2 pipeline x 2 data ranks, ZeRO-3; and what was printed."""
-    printed = world.run(*torchrun(8), *sft(world, "torchrun", *SPREAD)).stdout
+    printed = world.run(*launcher_command("torchrun", 8), *sft(world, "torchrun", *SPREAD)).stdout
     return world.folder / "torchrun", printed
 
 
@@ -71,30 +66,19 @@ def test_torchrun(single: Path, spread: tuple[Path, str]) -> None:
     assert_same(run, single)
     assert sorted(log.name for log in (run / "logs").iterdir()) == [f"rank_{rank}.log" for rank in range(8)]
     assert (run / "DONE").read_text() == f"{STEPS}\n"
-    one = f"{world_parameters(single):,} parameters"
-    assert one in printed, "the size of the whole model, not of a rank's part"
+    elements = sum(weight.numel() for weight in read_weights(single).values())
+    assert f"model: {elements:,} parameters" in printed, "of the whole model, not of a rank's part"
     for line in ("2 data ranks x 1 micro-batch x 8", "tensor 2 x pipeline 2, ZeRO-3", "cut: front + 2", "idle",
                  "--train.micro_batch 4"):  # fmt: skip
         assert line in printed, line
 
 
-def world_parameters(run: Path) -> int:
-    """Elements of all weights in a checkpoint."""
-    from aki_megatron.checkpoint.saver import read_weights
-
-    return sum(weight.numel() for weight in read_weights(run).values())
-
-
-def test_deepspeed(world: World, single: Path) -> None:
-    world.run("deepspeed", "--num_gpus", "8", "--master_port", str(free_port()), *sft(world, "deepspeed", *SPREAD))
-    assert_same(world.folder / "deepspeed", single)
-
-
-@pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed (Debian: openmpi-bin)")
-def test_mpirun(world: World, single: Path) -> None:
-    world.environment.update(AS_ROOT)
-    world.run("mpirun", "-np", "8", "python", *sft(world, "mpirun", *SPREAD))
-    assert_same(world.folder / "mpirun", single)
+@pytest.mark.parametrize("launcher", ["deepspeed", "mpirun"])
+def test_other_launchers(world: World, single: Path, launcher: str) -> None:
+    command = launcher_command(launcher, 8)
+    environment = world.environment | (MPIRUN_ENVIRONMENT if launcher == "mpirun" else {})
+    World(world.folder, environment).run(*command, *sft(world, launcher, *SPREAD))
+    assert_same(world.folder / launcher, single)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +96,26 @@ def test_goes_on_under_another_layout(
     for checkpoint in (run / "checkpoints").glob("step_*"):
         if int(checkpoint.name.removeprefix("step_")) > RESUMED_AFTER:
             shutil.rmtree(checkpoint)
-    printed = world.run(*torchrun(processes), *sft(world, run.name, *layout)).stdout
+    printed = world.run(*launcher_command("torchrun", processes), *sft(world, run.name, *layout)).stdout
     assert f"resuming after step {RESUMED_AFTER}" in printed
     assert_same(run, single)
+
+
+def what_is_read(topology, flags: list[str]) -> tuple[bool, int]:
+    """Whether this rank opens the data, and how many micro-batches it loads for a step."""
+    from aki_megatron.train import build
+
+    config = load_run(flags, default_config=Path(flags[1]), prog="sft.py", description="")
+    with patch.object(build, "build_stream", wraps=build.build_stream) as opened:
+        run = build.build_run(config, topology, Console(quiet=True))
+    try:
+        return opened.called, len(next(run.loader.steps(0)))
+    finally:
+        run.loader.close()
+
+
+def test_one_tensor_rank_of_the_first_stage_reads_data(run_on, world: World) -> None:
+    config = ROOT / "configs/demo/sft.yaml"
+    flags = ["--config", str(config), *sft(world, "reading", *SPREAD, "--train.micro_batch", "4")[3:]]
+    (world.folder / "reading").mkdir()
+    assert run_on(8, what_is_read, flags, tensor=2, pipeline=2) == [(True, 2), (False, 0)] * 2 + [(False, 0)] * 4

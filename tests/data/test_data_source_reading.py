@@ -1,0 +1,142 @@
+"""JSON read entry by entry equals JSON read at once, wherever the window ends; packed rows equal a list."""
+
+import json
+import pickle
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from source_files import put
+
+from aki_megatron.data.sources import json_stream, open_sources
+from aki_megatron.data.sources.json_stream import Place, array, arrays, members
+from aki_megatron.data.sources.reading import PackedRows
+from aki_megatron.flow import DataError
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+class Row(NamedTuple):
+    number: int
+    text: str
+    more: list[Any]
+
+
+def through(monkeypatch: pytest.MonkeyPatch, file: Path, chunk: int, read: Callable[[Path], Any]) -> Any:
+    with monkeypatch.context() as patch:
+        patch.setattr(json_stream, "CHUNK", chunk)
+        return read(file)
+
+
+@given(value=st.lists(VALUES, max_size=5), chunk=st.integers(1, 40), indent=st.sampled_from([None, 2]))
+def test_an_array_equals_its_elements(
+    tmp_path_factory: pytest.TempPathFactory, value: list[Any], chunk: int, indent: int | None
+) -> None:
+    file = tmp_path_factory.mktemp("json") / "a.json"
+    file.write_text(json.dumps(value, ensure_ascii=len(value) % 2 == 0, indent=indent) + "\n", errors="surrogatepass")
+    with pytest.MonkeyPatch.context() as patch:
+        found = through(patch, file, chunk, lambda path: list(array(path)))
+    assert found == [(Place("", number), element) for number, element in enumerate(value)]
+
+
+@given(
+    value=st.dictionaries(st.text(max_size=5), VALUES | st.lists(VALUES, max_size=3), max_size=4),
+    chunk=st.integers(1, 40),
+)
+def test_an_object_equals_its_entries(
+    tmp_path_factory: pytest.TempPathFactory, value: dict[str, Any], chunk: int
+) -> None:
+    file = tmp_path_factory.mktemp("json") / "a.json"
+    file.write_text(json.dumps(value))
+    wanted = [name for name, entry in value.items() if isinstance(entry, list)]
+    with pytest.MonkeyPatch.context() as patch:
+        assert through(patch, file, chunk, lambda path: list(members(path))) == [
+            (Place(name), entry) for name, entry in value.items()
+        ]
+        found = through(patch, file, chunk, lambda path: list(arrays(path, *wanted)))
+    assert found == [
+        pair
+        for name, entry in value.items()
+        for pair in ([(Place(name, i), e) for i, e in enumerate(entry)] if name in wanted else [(Place(name), entry)])
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[1, 2, {"a": }]', r"a\.json is not valid JSON: Expecting value \(character 13\)"),
+        ("[1 2]", r"Expecting ',', got '2' \(character 3\)"),
+        ("[1, 2", r"Expecting ',', got the end of the file \(character 5\)"),
+        ("[1, 2] []", r"Extra data \(character 7\)"),
+        ('{"a": [1]}', r"Expecting '\[', got '\{' \(character 0\)"),
+        ("", r"Expecting '\[', got the end of the file \(character 0\)"),
+        ('["a\nb"]', "Invalid control character"),
+        ("[" * 200_000, "recursion"),
+    ],
+)
+@pytest.mark.parametrize("chunk", [1, 7, 2**20])
+def test_what_is_no_json_is_named_with_its_place(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, said: str, chunk: int
+) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(DataError, match=said):
+        through(monkeypatch, tmp_path / "a.json", chunk, lambda path: list(array(path)))
+
+
+def test_a_mark_at_the_start_and_spaces_around_are_no_errors(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf \r\n [ 1 ,\t2 ] \n")
+    assert [value for _, value in array(tmp_path / "a.json")] == [1, 2]
+    with pytest.raises(DataError, match=r"b\.json does not exist"):
+        list(array(tmp_path / "b.json"))
+
+
+@given(
+    rows=st.lists(st.builds(Row, st.integers(), st.text(), st.lists(st.text(max_size=3), max_size=3)), max_size=8),
+    data=st.data(),
+)
+@settings(max_examples=60)
+def test_packed_rows_equal_a_list(rows: list[Row], data: st.DataObject) -> None:
+    packed = PackedRows(iter(rows), Row._make)
+    assert len(packed) == len(rows) and list(packed) == rows
+    part = data.draw(st.slices(len(rows)))
+    assert list(packed[part]) == rows[part]
+    for index in (*range(-len(rows), len(rows)),):
+        assert packed[index] == rows[index]
+    for index in (len(rows), -len(rows) - 1):
+        with pytest.raises(IndexError):
+            packed[index]
+    assert list(pickle.loads(pickle.dumps(packed))) == rows
+
+
+def visual_genome(root: Path, pictures: int, regions: int) -> int:
+    """Made-up files in Visual Genome's layout; the bytes of the region file."""
+    content = [
+        {"id": picture, "regions": [
+            {"region_id": picture * regions + number, "image_id": picture, "x": number, "y": 2 * number, "width": 82,
+             "height": 139, "phrase": f"the clock number {number} is green in colour"}
+            for number in range(regions)]}
+        for picture in range(pictures)
+    ]  # fmt: skip
+    put(root, "VisualGenome/image_data.json", [{"image_id": p, "width": 800, "height": 600} for p in range(pictures)])
+    put(root, "VisualGenome/images/keep", b"")
+    return put(root, "VisualGenome/region_descriptions.json", content).stat().st_size
+
+
+def test_reading_never_holds_a_whole_file(tmp_path: Path) -> None:
+    """20,000 regions: under 130 bytes a row at rest, and less than the file itself at the peak of reading it."""
+    size = visual_genome(tmp_path, pictures=400, regions=50)
+    tracemalloc.start()
+    rows = open_sources(tmp_path, ["visualgenome"], "train")["visualgenome"]
+    at_rest, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(rows) == 20_000 and rows[19_999].turns[0].response == "the clock number 49 is green in colour"
+    assert at_rest < 130 * len(rows), at_rest
+    assert peak < size + 10 * json_stream.CHUNK, (peak, size)  # parsed at once it would be four times the file

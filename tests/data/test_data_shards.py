@@ -1,12 +1,17 @@
 """Tars by random access: order, brace patterns, every kind of damage named by tar and key."""
 
+import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from data_files import pairs, picture_bytes, write_tar
 
+from aki_megatron.data.captions import TextFormat
 from aki_megatron.data.shards import ShardIndex
-from aki_megatron.flow import DataError
+from aki_megatron.data.tar_index import index_path, write_index
+from aki_megatron.flow import Caption, DataError
 
 
 def test_captions_by_number(tmp_path: Path) -> None:
@@ -103,6 +108,82 @@ def test_tar_that_shrinks_during_the_run(tmp_path: Path) -> None:
         file.truncate(2000)
     with pytest.raises(DataError, match=r"x\.tar, key 000002: cut off"):
         index.caption(2)
+
+
+def test_a_tar_replaced_during_the_run(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "x.tar", pairs(3))
+    index = ShardIndex(["x.tar"], tmp_path)
+    assert index.caption(0).text == "The red cat 0.\n"
+    write_tar(tar, pairs(40, first=100))  # in place
+    with pytest.raises(DataError, match=r"x\.tar, key 000000: replaced; the tar has \d+ bytes and had \d+ when"):
+        index.caption(0)
+    write_tar(tar, pairs(3, first=100))  # of the old size, with other samples
+    with pytest.raises(DataError, match=r"x\.tar, key 000001: replaced; the tar has another content"):
+        index.caption(1)
+    write_tar(tar, pairs(3))  # restored: only its time is another
+    assert [caption.text for caption in index] == [f"The red cat {number}.\n" for number in range(3)]
+    tar.unlink()
+    index.close()
+    with pytest.raises(DataError, match=r"Tar .*x\.tar cannot be opened"):
+        index.caption(0)
+
+
+def test_an_index_that_is_damaged_or_replaced_during_the_run(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "x.tar", pairs(3))
+    index = ShardIndex(["x.tar"], tmp_path)
+    write_index(write_tar(tmp_path / "y.tar", pairs(5)), index_path(tar))
+    with pytest.raises(DataError, match=r"Index .*x\.tar\.index of .*x\.tar was replaced since the run started"):
+        index.caption(0)
+    index_path(tar).write_bytes(b"")
+    with pytest.raises(DataError, match=r"x\.tar\.index is missing, malformed"):
+        index.caption(0)
+
+
+def test_text_alone_and_metadata(tmp_path: Path) -> None:
+    members = [("1.jpg", b"i"), ("1.json", b'{"url": 1}'), ("1.txt", b"one"), ("2.jpg", b"i"), ("2.txt", b"two")]
+    index = ShardIndex(["x.tar"], write_tar(tmp_path / "x.tar", members).parent)
+    assert index.caption(0, picture=False) == Caption("x/1", "one", b"")
+    assert [index.metadata(0), index.metadata(1)] == [b'{"url": 1}', None]
+    for number in (-1, 2):
+        with pytest.raises(IndexError):
+            index.caption(number)
+
+
+def test_members_far_apart_are_read_apart(tmp_path: Path) -> None:
+    members = [("1.jpg", b"image"), ("1.mp3", bytes(2**20)), ("1.txt", b"text")]
+    index = ShardIndex(["x.tar"], write_tar(tmp_path / "x.tar", members).parent)
+    assert index.caption(0) == Caption("x/1", "text", b"image")
+
+
+def test_descriptions_of_ocr_shards(tmp_path: Path) -> None:
+    twelve = [{"text": f"level {n % 6}", "granularity": n % 6, "include_datacomp_raw_cap": n > 5} for n in range(12)]
+    members = [("1.jpg", b"i"), ("1.txt", json.dumps(twelve).encode()), ("2.jpg", b"i"), ("2.txt", b"[{]")]
+    root = write_tar(tmp_path / "x.tar", members).parent
+    assert ShardIndex(["x.tar"], root, form=TextFormat("blip3_ocr")).caption(0).text == "level 0"
+    index = ShardIndex(["x.tar"], root, form=TextFormat("blip3_ocr", "official index"))
+    assert index.caption(0).text == "level 1"
+    with pytest.raises(DataError, match=r"x\.tar, key 2: the text is not the JSON list"):
+        index.caption(1)
+
+
+def test_a_name_that_leads_out_of_the_tar(tmp_path: Path) -> None:
+    members = [("../../1.jpg", b"i"), ("../../1.txt", b"t"), ("2.jpg", b"i"), ("2.txt", b"t")]
+    index = ShardIndex(["x.tar"], write_tar(tmp_path / "x.tar", members).parent)
+    with pytest.raises(DataError, match=r"x\.tar, key \.\./\.\./1: the name leads out of the tar"):
+        index.caption(0)
+    assert index.caption(1).key == "x/2"
+
+
+def test_shared_between_threads_and_processes(tmp_path: Path) -> None:
+    for shard in range(80):
+        write_tar(tmp_path / f"{shard:03}.tar", pairs(1, first=shard))
+    index = ShardIndex(["{000..079}.tar"], tmp_path)
+    expected = [f"The red cat {number}.\n" for number in range(80)]
+    with ThreadPoolExecutor(4) as pool:
+        read = list(pool.map(lambda shift: [index.caption((n + 20 * shift) % 80).text for n in range(80)], range(4)))
+    assert read == [expected[20 * shift :] + expected[: 20 * shift] for shift in range(4)]
+    again = pickle.loads(pickle.dumps(index))
+    assert [caption.text for caption in again] == expected
 
 
 def test_many_tars_share_few_file_handles(tmp_path: Path) -> None:

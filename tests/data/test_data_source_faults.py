@@ -200,6 +200,15 @@ def test_numbers_of_pictures_are_numbers(root: Path, image_id: object) -> None:
         assert rows[0].image == root / "VisualGenome/images/1.jpg"  # 1.5 counts as 1
 
 
+@pytest.mark.parametrize("side", [None, "12", float("nan")])
+def test_a_bad_box_of_visual_genome_is_an_error_of_its_sample(root: Path, side: object) -> None:
+    edit(root, FILES["visualgenome"]["train"][0], lambda c: c[0]["regions"][1].update(width=side))
+    rows = open_sources(root, ["visualgenome"], "train")["visualgenome"]
+    assert rows[0].turns and rows[2].turns
+    with pytest.raises(DataError, match="Sample visualgenome/region/1383: "):
+        rows[1]
+
+
 def test_a_source_without_samples_is_an_error(root: Path) -> None:
     put(root, FILES["llava150k"]["train"][0], [])
     with pytest.raises(DataError, match=r"\['llava150k'\] .* no sample in split 'train'"):

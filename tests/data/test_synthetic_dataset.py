@@ -16,7 +16,7 @@ from PIL import Image
 
 from aki_megatron.config.data import SYSTEM_MESSAGE
 from aki_megatron.data.shards import ShardIndex
-from aki_megatron.data.sources import SOURCES
+from aki_megatron.data.sources import SOURCES, SPLITS, open_sources, with_split
 from aki_megatron.data.synthetic.dataset import MANIFEST, DatasetSize, is_complete, make_dataset, was_interrupted
 from aki_megatron.data.synthetic.questions import SHARES
 from aki_megatron.data.template import Template
@@ -26,6 +26,20 @@ from aki_megatron.flow import DataError
 TOOL = Path(__file__).parents[2] / "tools" / "make_data.py"
 SIZE = DatasetSize(scenes=400, held_out=100, seed=5)
 FIRST_HELD_OUT_ID = 500_001
+FIRST_FOUR = {
+    "A-OKVQA/aokvqa_v1p0_train.json": "a74fed78f0e11f27",
+    "A-OKVQA/aokvqa_v1p0_val.json": "ab12bb7d5a8f9ed7",
+    "VQA/v2_OpenEnded_mscoco_train2014_questions.json": "8d636c767faf21a4",
+    "VQA/v2_OpenEnded_mscoco_val2014_questions.json": "3cd4bad6aa0f750f",
+    "VQA/v2_mscoco_train2014_annotations.json": "738c1358fa0ac8f0",
+    "VQA/v2_mscoco_val2014_annotations.json": "38f3d5fb2403b5c2",
+    "ref/annotations/finetune_refcoco_train.json": "446c77c587f755ba",
+    "ref/annotations/finetune_refcoco_val.json": "4b6a2635fe94bf21",
+    "vsr/dev-random.jsonl": "b406ca7b33846ea8",
+    "vsr/test-random.jsonl": "bdda8ad44446435f",
+    "vsr/train-random.jsonl": "0d2bdb6e5f5c2567",
+}
+"""Annotation file of scenes=10, held_out=5, seed=1 -> how its sha256 begins. Pictures depend on the JPEG library."""
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +47,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("synthetic") / "data"
     steps: list[int] = []
     make_dataset(folder, SIZE, steps.append)
-    assert steps == list(range(1, SIZE.scenes + SIZE.held_out + 1))
+    drawn = SIZE.scenes + SIZE.held_out
+    assert steps[:drawn] == list(range(1, drawn + 1))
+    assert steps == sorted(steps) and steps[-1] == SIZE.total
     return folder
 
 
@@ -50,7 +66,9 @@ def load(root: Path, name: str):
 
 
 def digests(folder: Path) -> dict[str, str]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    """Of what is drawn: whoever reads tars writes their indexes beside them."""
+    of_readers = (".index", ".manifest")
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix not in of_readers)
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -222,12 +240,46 @@ def test_every_source_reads_the_files_and_samples_are_short(root: Path) -> None:
                 assert len(sample.token_ids) - 9 <= 20 or source == "aokvqa"
 
 
+def test_every_source_reads_its_added_set(root: Path) -> None:
+    """The tokenizer was not trained on these texts; what it lacks it spells in bytes, never as <unk>."""
+    tokenizer = Tokenizer(root / "tokenizer")
+    template = Template(tokenizer, image_tokens=9, max_text_tokens=512, system_message=SYSTEM_MESSAGE)
+    names = {"gqa": 2.5, "ocrvqa": 5, "scienceqa": 1, "refcoco+": 2, "refcocog": 2, "visualgenome": 4, "llava150k": 0.4}
+    for split in SPLITS:
+        opened = open_sources(root, with_split(names, split), split)
+        for name, rows in opened.items():
+            assert len(rows) >= 20 * names[name], name
+            without_image = 0
+            for conversation in rows:
+                without_image += conversation.image is None
+                assert conversation.image is None or conversation.image.is_file()
+                sample = template.render_conversation(conversation)
+                assert sample is not None and len(sample.token_ids) - 9 < 256
+                assert "<unk>" not in {tokenizer.token(number) for number in sample.token_ids}
+                for turn in conversation.turns:
+                    ids, _ = tokenizer.encode_with_offsets(f"<|assistant|>{turn.response}")
+                    assert tokenizer.decode(ids) == turn.response
+            assert (without_image > 0) == (name == "scienceqa")
+    assert set(SOURCES) == {*names, "vqav2", "vsr", "aokvqa", "refcoco"}, "all eleven are drawn"
+
+
+def test_the_added_sets_leave_the_first_four_as_they_were(tmp_path: Path) -> None:
+    """Digests taken before anything was added: the demo's figures rest on these files."""
+    make_dataset(tmp_path / "data", DatasetSize(scenes=10, held_out=5, seed=1), lambda done: None)
+    found = {name: digest[:16] for name, digest in digests(tmp_path / "data").items() if name in FIRST_FOUR}
+    assert found == FIRST_FOUR
+
+
 def test_changed_or_missing_files_are_noticed_and_drawn_again(tmp_path: Path) -> None:
     size = DatasetSize(scenes=10, held_out=5, seed=1)
     folder = tmp_path / "data"
     counts = make_dataset(folder, size, lambda done: None)
     whole = digests(folder)
     assert is_complete(folder, size) and counts["train/captions"] == 10
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for version in (manifest["version"] - 1, manifest["version"]):  # drawn by an earlier version: drawn again
+        (folder / MANIFEST).write_text(json.dumps({**manifest, "version": version}, indent=1) + "\n")
+        assert is_complete(folder, size) == (version == manifest["version"])
     (folder / "encoder").mkdir()
     (folder / "encoder/keep").write_text("made from these data by another tool")
     next((folder / "VQA/train2014").iterdir()).unlink()

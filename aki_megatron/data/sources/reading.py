@@ -1,7 +1,7 @@
 """What the sources share: compact rows that become conversations on access, records with named faults, file names."""
 
 import io
-import json
+import marshal
 import operator
 from array import array as number_array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,22 +16,21 @@ from aki_megatron.flow import Conversation, DataError
 Row = TypeVar("Row")
 Place = TypeVar("Place")
 
-_ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-_DECODE = json.JSONDecoder().decode
-
 
 class PackedRows(Sequence[Row], Generic[Row]):
-    """Rows as JSON in one blob of bytes, and where each starts: millions of rows are two objects, not millions.
+    """Rows in one blob of bytes, and where each starts: millions of rows are two objects, not millions.
 
     Worker processes that are forked share the two without ever writing to them (no reference counts inside).
-    ``make`` turns the list that JSON gives back into a row: a NamedTuple's ``_make``.
+    A row holds text, numbers and lists of them; ``make`` turns the tuple that comes back into a row: a NamedTuple's
+    ``_make``. The blob lives in memory only; marshal is five times as fast as JSON at both ends.
     """
 
-    def __init__(self, rows: Iterable[Sequence[Any]], make: Callable[[list[Any]], Row]) -> None:
+    def __init__(self, rows: Iterable[Iterable[Any]], make: Callable[[tuple[Any, ...]], Row]) -> None:
         blob, starts = io.BytesIO(), number_array("Q", [0])
+        write, end = blob.write, 0
         for row in rows:
-            blob.write(_ENCODE(row).encode(errors="surrogatepass"))
-            starts.append(blob.tell())
+            end += write(marshal.dumps(tuple(row)))
+            starts.append(end)
         self._blob = blob.getvalue()
         self._starts = np.array(starts, dtype=np.uint64)
         self._make = make
@@ -59,7 +58,7 @@ class PackedRows(Sequence[Row], Generic[Row]):
         if not 0 <= number < len(self):
             raise IndexError(index)
         start, end = self._starts[number : number + 2].tolist()
-        return self._make(_DECODE(self._blob[start:end].decode(errors="surrogatepass")))
+        return self._make(marshal.loads(self._blob[start:end]))
 
 
 class Rows(Sequence[Conversation], Generic[Row]):

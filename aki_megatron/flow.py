@@ -3,9 +3,11 @@
 Letters: B rows, T tokens, N images, Q latents per image, D width, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,6 +102,7 @@ class Batch:
     position_ids  [B, T] int32, restarting at 0 in every segment
     targets       [B, T] int64, already shifted; IGNORE where nothing is learnt
     pixels        [N, 3, H, W] float32, images in the row-major order of their IMAGE places
+    bad           elements of the sources that could not be used while this batch was made
     """
 
     token_ids: Tensor
@@ -108,6 +111,7 @@ class Batch:
     position_ids: Tensor
     targets: Tensor
     pixels: Tensor
+    bad: int = 0
 
     def __post_init__(self) -> None:
         shape = self.token_ids.shape
@@ -119,7 +123,18 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on ``device``."""
-        return Batch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory of the host."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        changed: dict[str, Any] = {}
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            changed[name] = change(value) if isinstance(value, Tensor) else value
+        return Batch(**changed)
 
     @property
     def supervised_tokens(self) -> int:
@@ -177,7 +192,11 @@ class StepReport:
     supervised_tokens: int
     tokens: int
     """Real (not padding) tokens, image places included."""
+    places: int
+    """Places of all rows, padding included; tokens / places is the share that is not wasted."""
     images: int
+    bad_samples: int
+    """Elements of the sources that could not be used."""
     seconds: float
     skipped: bool
     """True when a gradient was not finite and the optimizer did not move."""

@@ -119,7 +119,9 @@ def compare_configs(a: Path, b: Path) -> Iterator[Finding]:
     keys = [key for key in {**first, **second} if first.get(key, _ABSENT) != second.get(key, _ABSENT)]
     free = [key for key in keys if any(f"{key}.".startswith(f"{name}.") for name in MAY_CHANGE)]
     bound = [key for key in keys if key not in free]
-    yield _differing(first, second, bound, "no key differs that decides what is learnt", "keys differ that decide what is learnt")
+    yield _differing(
+        first, second, bound, "no key differs that decides what is learnt", "keys differ that decide what is learnt"
+    )
     if free:
         yield _differing(first, second, free, "", "keys differ that only say where and how fast")
 

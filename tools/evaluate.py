@@ -30,8 +30,8 @@ from aki_megatron.evaluate.runner import answer_all, choose
 from aki_megatron.evaluate.scores import Answer, TaskScore, score
 from aki_megatron.flow import IGNORE, ConfigError, Conversation, DataError, UserError
 from aki_megatron.model.stage import Stage, build_model
-from aki_megatron.train.build import build_template, build_tokenizer
 from aki_megatron.train.folder import RunFolder, read_metrics
+from aki_megatron.train.reading import build_template, build_tokenizer
 from aki_megatron.train.weights import load_weights
 
 console = Console(highlight=False)

@@ -23,7 +23,10 @@ MAY_CHANGE = (
     "parallel",
     "deepspeed",
     "train.micro_batch",
+    "data.workers",
     "data.prefetch_steps",
+    "data.cache",
+    "data.cache_gigabytes",
     "data.max_bad_fraction",
 )
 """Keys and sections that may differ when a run goes on: they change where and how fast, not what is learnt."""

@@ -11,10 +11,13 @@ from aki_megatron.data.image import decode_image, normalize
 from aki_megatron.flow import IGNORE, NO_SEGMENT, Batch, Modality, Picture, Sample
 
 
-def collate(rows: Sequence[Sequence[Sample]], *, pad_id: int, image_size: int, row_tokens: int | None = None) -> Batch:
+def collate(
+    rows: Sequence[Sequence[Sample]], *, pad_id: int, image_size: int, row_tokens: int | None = None, bad: int = 0
+) -> Batch:
     """Rows of samples, one segment per sample, in the order given; the rest of a row is padding on the right.
 
     row_tokens  places of every row; None: as many as the longest row has
+    bad         elements that could not be used, for the batch to carry
 
     Positions restart in every segment and targets are the samples' own, so nothing is predicted across segments. A
     sample that could not be had is left out of its row by the caller; a row may even be empty. Images that are still
@@ -55,6 +58,7 @@ def collate(rows: Sequence[Sequence[Sample]], *, pad_id: int, image_size: int, r
         position_ids=torch.from_numpy(position_ids),
         targets=torch.from_numpy(targets),
         pixels=normalize(pictures, image_size),
+        bad=bad,
     )
 
 

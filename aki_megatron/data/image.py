@@ -105,8 +105,15 @@ class PictureCache:
         self._room = budget_bytes // one if one <= largest_bytes else 0
         self._kept: dict[Path | str, Picture] = {}
 
-    def decode(self, image: Path | bytes, *, key: str) -> Picture:
-        """As decode_image. Encoded bytes are told apart by their sample's key. Raises UnreadableImage."""
+    def decode(self, image: Path | bytes, *, key: str, augmentation: int | None = None) -> Picture:
+        """As decode_image, then ``augment`` with the key given, if any. Raises UnreadableImage.
+
+        Encoded bytes are told apart by their sample's key.
+        """
+        picture = self._plain(image, key)
+        return picture if augmentation is None else augment(picture, augmentation)
+
+    def _plain(self, image: Path | bytes, key: str) -> Picture:
         name = image if isinstance(image, Path) else key
         picture = self._kept.get(name)
         if picture is None:

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -181,7 +182,8 @@ def _serve(waiting: "queue.SimpleQueue[Job]", report: _Report) -> None:
                 )
             report.done(json.loads(answer))
     finally:
-        process.stdin.close()  # the worker ends at the end of its input
+        with suppress(OSError):  # a dead worker cannot take what is still buffered
+            process.stdin.close()  # the worker ends at the end of its input
         process.stdout.close()
         process.wait()
 

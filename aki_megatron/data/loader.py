@@ -1,69 +1,139 @@
-"""Batches of one data-parallel rank, step by step, prepared ahead in a background thread."""
+"""Batches of one data rank, step by step, decoded ahead: by background processes, or by a thread of this one.
+
+What a step holds is decided by steps.py; this decodes it, in order, counts what was bad, and notes what was consumed.
+"""
 
 import queue
 import threading
-from collections.abc import Iterator
-from itertools import repeat
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 from aki_megatron.data.batch import collate
+from aki_megatron.data.losses import Fault, Losses
+from aki_megatron.data.steps import MicroPlan, State, StepPlan, StepPlanner
 from aki_megatron.data.stream import SampleStream
-from aki_megatron.flow import Batch
+from aki_megatron.flow import Batch, Sample
 
 _PATIENCE_SECONDS = 0.1
+_WORD = 2**64
+
+
+@dataclass(frozen=True)
+class LoadedMicro:
+    """A micro-batch, a number that stands for the samples in it and their places, and the bad elements met."""
+
+    batch: Batch
+    consumed: int
+    samples: int
+    faults: tuple[Fault, ...]
+
+    def pin_memory(self) -> "LoadedMicro":
+        """The same with its tensors in page-locked memory; torch's DataLoader calls it."""
+        return LoadedMicro(self.batch.pin_memory(), self.consumed, self.samples, self.faults)
+
+
+@dataclass(frozen=True)
+class LoadedStep:
+    """One optimizer step of one data rank.
+
+    consumed  sum modulo 2^64 over the samples of a hash of (row of the step, place in the row, key): over all data
+              ranks it adds up to the same number however many there are
+    state     from which the next step goes on
+    """
+
+    batches: Sequence[Batch]
+    consumed: int
+    samples: int
+    state: State
+
+
+class MicroBatches(Dataset[LoadedMicro]):
+    """Plans to micro-batches; what background processes run. ``row_tokens``: fixed width of rows, None: the longest."""
+
+    def __init__(
+        self, streams: Sequence[SampleStream], *, pad_id: int, image_size: int, row_tokens: int | None
+    ) -> None:
+        self._streams = streams
+        self._pad_id = pad_id
+        self._image_size = image_size
+        self._row_tokens = row_tokens
+
+    def __getitem__(self, plan: MicroPlan) -> LoadedMicro:
+        """Decode one micro-batch. Raises TooManyLost for a source that has nothing to give."""
+        stream = self._streams[plan.phase]
+        rows: list[list[Sample]] = []
+        faults: list[Fault] = []
+        consumed = samples = 0
+        for row, numbers in plan.rows:
+            rows.append([])
+            for place, number in enumerate(numbers):
+                drawn = stream.sample(number, replace_images=self._row_tokens is None)
+                faults += drawn.faults
+                if drawn.sample is not None:
+                    rows[-1].append(drawn.sample)
+                    consumed += _hash(row, place, drawn.sample.key)
+                    samples += 1
+        batch = collate(
+            rows, pad_id=self._pad_id, image_size=self._image_size, row_tokens=self._row_tokens, bad=len(faults)
+        )
+        return LoadedMicro(batch, consumed % _WORD, samples, tuple(faults))
+
+
+def _hash(row: int, place: int, key: str) -> int:
+    return int.from_bytes(blake2b(f"{row}\x1f{place}\x1f{key}".encode(), digest_size=8).digest(), "little")
 
 
 class Loader:
-    """Cuts the sample stream into optimizer steps. Its whole state is the step number.
-
-    Step s takes samples s*G ... s*G + G - 1 (G = global_batch); micro-batch m of rank r holds the numbers
-    s*G + (m*data_size + r)*micro_batch + (0 ... micro_batch-1). So the samples of a step and their order do not
-    depend on the number of ranks, and any step can be the first.
-    """
+    """The steps of one data rank."""
 
     def __init__(
         self,
-        stream: SampleStream,
+        planner: StepPlanner,
+        micro_batches: MicroBatches,
         *,
-        pad_id: int,
-        image_size: int,
-        global_batch: int,
-        micro_batch: int,
-        data_rank: int = 0,
-        data_size: int = 1,
+        losses: Losses,
+        workers: int = 0,
         prefetch_steps: int = 2,
         pin_memory: bool = False,
     ) -> None:
-        assert global_batch % (micro_batch * data_size) == 0, (global_batch, micro_batch, data_size)
-        assert 0 <= data_rank < data_size and prefetch_steps >= 1, (data_rank, data_size, prefetch_steps)
-        self.stream = stream
-        self.micro_batches = global_batch // (micro_batch * data_size)
-        self._pad_id = pad_id
-        self._image_size = image_size
-        self._global_batch = global_batch
-        self._micro_batch = micro_batch
-        self._data_rank = data_rank
-        self._data_size = data_size
-        self._prefetch_steps = prefetch_steps
-        self._pin_memory = pin_memory
+        """``workers`` background processes decode; 0: a thread of this process does."""
+        assert prefetch_steps >= 1 and workers >= 0, (prefetch_steps, workers)
+        self.planner = planner
+        self.micro_batches = micro_batches
+        self.losses = losses
+        self.workers = workers
+        self.prefetch_steps = prefetch_steps
+        self.pin_memory = pin_memory
+        self._last: LoadedStep | None = None
         self._work: list[_Work] = []
 
-    def numbers(self, step: int, micro: int) -> range:
-        """The sample numbers of one micro-batch of this rank."""
-        first = step * self._global_batch + (micro * self._data_size + self._data_rank) * self._micro_batch
-        return range(first, first + self._micro_batch)
+    def steps(self, start: int, state: State | None = None) -> Iterator[LoadedStep]:
+        """Steps start, start+1, ... without end; ``state`` is that of step ``start - 1``.
 
-    def load(self, step: int) -> list[Batch]:
-        """The micro-batches of one step, prepared now, in the calling thread. Raises TooManyLost."""
-        return [self._batch(self.numbers(step, micro)) for micro in range(self.micro_batches)]
-
-    def steps(self, start: int, stop: int | None = None) -> Iterator[list[Batch]]:
-        """The micro-batches of steps start, start+1, ... (up to, not including, ``stop``).
-
-        Preparation starts at once. What goes wrong in the background is raised here, at the step it belongs to.
+        Preparation starts at once. What goes wrong in the background is raised here, at the step it belongs to;
+        TooManyLost when more was bad than ``losses`` allow.
         """
         self._work = [work for work in self._work if work.thread.is_alive()]
-        self._work.append(_Work(self, start, stop))
-        return _Prefetched(self._work[-1])
+        self._work.append(_Work(self, start, state))
+        return _Prefetched(self._work[-1], self._hand_out)
+
+    def _hand_out(self, plan: StepPlan, micros: Sequence[LoadedMicro]) -> LoadedStep:
+        samples = sum(micro.samples for micro in micros)
+        self.losses.add(samples, (fault for micro in micros for fault in micro.faults))
+        consumed = sum(micro.consumed for micro in micros) % _WORD
+        self._last = LoadedStep([micro.batch for micro in micros], consumed, samples, plan.after)
+        return self._last
+
+    def last(self) -> LoadedStep:
+        """The step that was handed out last."""
+        assert self._last is not None, "no step was handed out yet"
+        return self._last
 
     def close(self) -> None:
         """Stop all background work and wait for it. The loader can be used again."""
@@ -73,50 +143,74 @@ class Loader:
             work.thread.join()
         self._work = []
 
-    @property
-    def prefetch_steps(self) -> int:
-        """Steps prepared ahead."""
-        return self._prefetch_steps
+    def decoded(self, plans: Iterator[StepPlan]) -> Iterator[tuple[StepPlan, list[LoadedMicro]]]:
+        """Every plan with its micro-batches, in order."""
+        if not self.workers:
+            for plan in plans:
+                micros = [self.micro_batches[micro] for micro in plan.micros]
+                yield plan, [micro.pin_memory() for micro in micros] if self.pin_memory else micros
+            return
+        waiting: deque[StepPlan] = deque()
 
-    def _batch(self, numbers: range) -> Batch:
-        samples = [self.stream.sample(n) for n in numbers]
-        batch = collate([[sample] for sample in samples], pad_id=self._pad_id, image_size=self._image_size)
-        if not self._pin_memory:
-            return batch
-        return Batch(*(getattr(batch, name).pin_memory() for name in batch.__dataclass_fields__))
+        def planned() -> Iterator[MicroPlan]:
+            for plan in plans:
+                waiting.append(plan)
+                yield from plan.micros
+
+        count = self.planner.micro_batches
+        ready = iter(
+            DataLoader(
+                self.micro_batches,
+                sampler=_Plans(planned()),
+                batch_size=None,
+                num_workers=self.workers,
+                prefetch_factor=max(1, -(-self.prefetch_steps * count // self.workers)),
+                pin_memory=self.pin_memory,
+                # rows of the sources are shared with the parent's memory, not copied
+                multiprocessing_context="fork",
+                worker_init_fn=_one_thread,
+            )
+        )
+        while True:
+            micros = [next(ready) for _ in range(count)]
+            yield waiting.popleft(), micros
 
 
-class NoBatches:
-    """The steps of a rank that another rank's batches reach by other ways: no micro-batch in any of them."""
+class _Plans:
+    """A sampler: torch asks it for the next thing to load."""
 
-    def steps(self, start: int) -> Iterator[list[Batch]]:
-        """An empty list for ever."""
-        return repeat([])
+    def __init__(self, plans: Iterator[MicroPlan]) -> None:
+        self._plans = plans
 
-    def close(self) -> None:
-        """Nothing to stop."""
+    def __iter__(self) -> Iterator[MicroPlan]:
+        return self._plans
+
+
+def _one_thread(_worker: int) -> None:
+    torch.set_num_threads(1)
 
 
 class _Work:
-    """One pass of a loader: a thread that fills a queue of steps until it is done or cancelled."""
+    """One pass of a loader: a thread that fills a queue of steps until it is cancelled."""
 
-    def __init__(self, loader: Loader, start: int, stop: int | None) -> None:
-        self.ready: queue.Queue[list[Batch] | BaseException | None] = queue.Queue(maxsize=loader.prefetch_steps)
+    def __init__(self, loader: Loader, start: int, state: State | None) -> None:
+        # background processes hold the other prefetched steps
+        self.ready: queue.Queue[Any] = queue.Queue(maxsize=1 if loader.workers else loader.prefetch_steps)
         self.cancelled = threading.Event()
-        self.thread = threading.Thread(target=self._fill, args=(loader, start, stop), name="loader", daemon=True)
+        self.thread = threading.Thread(target=self._fill, args=(loader, start, state), name="loader", daemon=True)
         self.thread.start()
 
-    def _fill(self, loader: Loader, start: int, stop: int | None) -> None:
-        step = start
+    def _fill(self, loader: Loader, start: int, state: State | None) -> None:
+        decoded = loader.decoded(loader.planner.walk(start, state))
         try:
-            while not self.cancelled.is_set() and (stop is None or step < stop):
-                self._put(loader.load(step))
-                step += 1
-            self._put(None)
+            while not self.cancelled.is_set():
+                self._put(next(decoded))
         except BaseException as error:  # every failure belongs to the consumer, which raises it
             self._put(error)
+        finally:
+            decoded.close()  # type: ignore[attr-defined]  # a generator; ends the background processes
 
-    def _put(self, item: list[Batch] | BaseException | None) -> None:
+    def _put(self, item: Any) -> None:
         while not self.cancelled.is_set():
             try:
                 self.ready.put(item, timeout=_PATIENCE_SECONDS)
@@ -125,25 +219,41 @@ class _Work:
                 continue
 
 
-class _Prefetched(Iterator[list[Batch]]):
+class _Prefetched(Iterator[LoadedStep]):
     """Empties the queue of one pass. The thread does not hold it: dropping the iterator cancels the work."""
 
-    def __init__(self, work: _Work) -> None:
+    def __init__(self, work: _Work, hand_out: Callable[[StepPlan, Sequence[LoadedMicro]], LoadedStep]) -> None:
         self._work = work
+        self._hand_out = hand_out
         self._finished = False
 
-    def __next__(self) -> list[Batch]:
+    def __next__(self) -> LoadedStep:
         while not self._finished and not self._work.cancelled.is_set():
             try:
                 item = self._work.ready.get(timeout=_PATIENCE_SECONDS)
             except queue.Empty:
                 continue
-            if isinstance(item, list):
-                return item
-            self._finished = True
-            if item is not None:
+            if isinstance(item, BaseException):
+                self._finished = True
                 raise item
+            return self._hand_out(*item)
         raise StopIteration
 
     def __del__(self) -> None:
         self._work.cancelled.set()
+
+
+class NoBatches:
+    """The steps of a rank that reads nothing: it is sent what it needs."""
+
+    def steps(self, start: int, state: State | None = None) -> Iterator[LoadedStep]:
+        """Empty steps without end."""
+        while True:
+            yield self.last()
+
+    def last(self) -> LoadedStep:
+        """An empty step."""
+        return LoadedStep([], 0, 0, {})
+
+    def close(self) -> None:
+        """Nothing was opened."""

@@ -91,9 +91,7 @@ class StepPlanner:
             begin = (step - first) * self._step_rows
             yield self._plan(step, phase, [(begin + row,) for row in range(self._step_rows)], {"version": VERSION})
 
-    def _packed(
-        self, phase: int, order: PackedOrder, place: RowPlace, steps: Iterable[int]
-    ) -> Iterator[StepPlan]:
+    def _packed(self, phase: int, order: PackedOrder, place: RowPlace, steps: Iterable[int]) -> Iterator[StepPlan]:
         walk = order.walk(place)
         for step in steps:
             taken = [next(walk) for _ in range(self._step_rows)]

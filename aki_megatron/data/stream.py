@@ -1,39 +1,45 @@
-"""The samples of a run, numbered: sample n is a pure function of (seed, n), whoever asks, in any order, at any time."""
+"""The samples of a phase, numbered: sample n is a pure function of (seed, n), whoever asks, in any order, any time."""
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 from aki_megatron.data.image import PictureCache
-from aki_megatron.data.mixture import Mixture
-from aki_megatron.data.shards import ShardIndex
-from aki_megatron.data.template import Template
+from aki_megatron.data.losses import Fault, TooManyLost
+from aki_megatron.data.mixture import Mixture, keyed
+from aki_megatron.data.order import ShardOrder
 from aki_megatron.flow import Caption, Conversation, DataError, Sample
-
-TOLERATED = 8
-"""Bad samples that never stop a run whose budget is not 0: a share means nothing over the first few hundred."""
 
 MOST_ATTEMPTS = 100
 """Elements tried for one sample before its source is given up."""
-
-_NAMED = 5
 
 Element = TypeVar("Element", Conversation, Caption)
 ElementRead = TypeVar("ElementRead", Conversation, Caption, covariant=True)
 
 
-class TooManyLost(DataError):  # noqa: N818 (the name the rules of the house use)
-    """More samples were unreadable or empty than the budget allows; the message names the first ones."""
+@dataclass(frozen=True)
+class Drawn:
+    """A numbered sample with its image decoded, None where it is left out, and the bad elements met on the way."""
+
+    sample: Sample | None
+    faults: tuple[Fault, ...]
 
 
 class SampleStream(Protocol):
-    """Numbered samples with decoded images."""
+    """Numbered samples."""
 
-    losses: "Losses"
+    def sample(self, n: int, *, replace_images: bool = True) -> Drawn:
+        """Sample n: a pure function of (seed, n).
 
-    def sample(self, n: int) -> Sample:
-        """Sample n of the run: a pure function of (seed, n)."""
+        A bad element is replaced by another of its source. With ``replace_images`` off, one whose image cannot be
+        decoded is left out instead, so that what is drawn has the size that ``measure`` told.
+
+        Raises TooManyLost for a source that has nothing to give.
+        """
+        ...
+
+    def measure(self, n: int) -> tuple[int, int]:
+        """Places and images of sample n, without decoding anything."""
         ...
 
 
@@ -45,47 +51,23 @@ class Elements(Protocol[ElementRead]):
     def __getitem__(self, index: int, /) -> ElementRead: ...
 
 
-@dataclass
-class Losses:
-    """Bad elements met by this process since it started, counted by source.
+@dataclass(frozen=True)
+class Source(Generic[Element]):
+    """A source of a mixture.
 
-    The run stops (TooManyLost) as soon as more than max(8, max_bad_fraction x samples asked for) were bad; with
-    max_bad_fraction = 0 at the first. An element that is met again counts again: the budget is a share of
-    what is trained on. Every rank counts what it reads itself.
+    order    in which elements are visited; None: each once per pass, every pass in another keyed order
+    peek     an element without its picture, where reading that costs; None: reading an element costs little
+    augment  whether pictures are cropped and flipped as the released code does (see image.augment)
     """
 
-    max_bad_fraction: float
-    asked: int = 0
-    by_source: Counter[str] = field(default_factory=Counter)
-    first: list[str] = field(default_factory=list)
-    latest: str = ""
-
-    def describe(self) -> str:
-        """How many bad elements were met, by source, and the latest; empty while there is none."""
-        if not self.latest:
-            return ""
-        counts = ", ".join(f"{name} {count}" for name, count in sorted(self.by_source.items()))
-        return f"{self.by_source.total()} bad elements in {self.asked} samples ({counts}); the latest: {self.latest}"
-
-    def record(self, source: str, reason: str) -> None:
-        """Count one bad element; TooManyLost when the budget is spent."""
-        self.by_source[source] += 1
-        self.latest = reason
-        if len(self.first) < _NAMED:
-            self.first.append(reason)
-        bad = self.by_source.total()
-        allowed = max(TOLERATED, self.max_bad_fraction * self.asked) if self.max_bad_fraction else 0
-        if bad > allowed:
-            shares = ", ".join(f"{name} {count}" for name, count in sorted(self.by_source.items()))
-            listing = "\n  ".join(self.first)
-            raise TooManyLost(
-                f"{bad} bad elements in {self.asked} samples ({shares}), more than data.max_bad_fraction="
-                f"{self.max_bad_fraction} allows. Mend or remove them, or raise it. The first:\n  {listing}"
-            )
+    elements: Elements[Element]
+    order: ShardOrder | None = None
+    peek: Callable[[int], Element] | None = None
+    augment: bool = False
 
 
-class _Stream(Generic[Element]):
-    """Mixture, rendering, decoding and the replacement of bad elements, for either kind of element.
+class MixedStream(Generic[Element]):
+    """Mixture, rendering, decoding and the replacement of bad elements, for captions or for conversations.
 
     A bad element (unreadable image, malformed row, text that is refused, nothing left to learn) is replaced by
     another of the same source, chosen by (seed, n, attempt), so the shares of the sources stay.
@@ -93,80 +75,74 @@ class _Stream(Generic[Element]):
 
     def __init__(
         self,
-        sources: Mapping[str, Elements[Element]],
-        render: Callable[[Element], Sample | None],
+        sources: Mapping[str, Source[Element]],
         mixture: Mixture,
+        render: Callable[[Element], Sample | None],
         *,
         image_size: int,
-        max_bad_fraction: float,
     ) -> None:
-        self.losses = Losses(max_bad_fraction)
-        self._sources: list[Elements[Element]] = [sources[name] for name in mixture.names]
-        self._render: Callable[[Element], Sample | None] = render
+        assert set(mixture.names) == set(sources), (mixture.names, sorted(sources))
+        self._sources: list[Source[Element]] = [sources[name] for name in mixture.names]
         self._mixture = mixture
+        self._render: Callable[[Element], Sample | None] = render
         self._pictures = PictureCache(image_size)
 
-    def sample(self, n: int) -> Sample:
-        """Sample n of the run, its image decoded. Raises TooManyLost."""
-        self.losses.asked += 1
-        draw = self._mixture.draw(n)
-        source, name = self._sources[draw.source], self._mixture.names[draw.source]
-        index = self._mixture.element(draw.source, draw.visit, len(source))
-        for attempt in range(1, MOST_ATTEMPTS + 1):
+    def sample(self, n: int, *, replace_images: bool = True) -> Drawn:
+        """See SampleStream.sample."""
+        name, source = self._source(n)
+        faults: list[Fault] = []
+        for element, sample in self._rendered(n, source.elements.__getitem__, faults):
+            if element.image is None:
+                return Drawn(sample, tuple(faults))
             try:
-                sample = self._prepare(source[index])
+                augmentation = keyed("augment", self._mixture.seed, n) if source.augment else None
+                picture = self._pictures.decode(element.image, key=element.key, augmentation=augmentation)
             except DataError as error:
-                self.losses.record(name, str(error))
+                faults.append(Fault(name, str(error)))
+                if not replace_images:
+                    return Drawn(None, tuple(faults))
             else:
+                return Drawn(replace(sample, image=picture), tuple(faults))
+        raise _given_up(name, faults)
+
+    def measure(self, n: int) -> tuple[int, int]:
+        """See SampleStream.measure."""
+        name, source = self._source(n)
+        faults: list[Fault] = []
+        for element, sample in self._rendered(n, source.peek or source.elements.__getitem__, faults):
+            return len(sample.token_ids), int(element.image is not None)
+        raise _given_up(name, faults)
+
+    def _source(self, n: int) -> tuple[str, Source[Element]]:
+        drawn = self._mixture.draw(n).source
+        return self._mixture.names[drawn], self._sources[drawn]
+
+    def _rendered(
+        self, n: int, read: Callable[[int], Element], faults: list[Fault]
+    ) -> Iterator[tuple[Element, Sample]]:
+        """Candidates for sample n whose text is good; what was bad before them goes to ``faults``."""
+        name, _ = self._source(n)
+        for index in self._candidates(n):
+            try:
+                element = read(index)
+                sample = self._render(element)
                 if sample is not None:
-                    return sample
-                self.losses.record(
-                    name, f"{source[index].key}: nothing left to learn (empty, or cut off at the length limit)"
-                )
-            index = self._mixture.substitute(n, attempt, len(source))
-        listing = "\n  ".join(self.losses.first)
-        raise TooManyLost(f"Source {name} gave no readable sample in {MOST_ATTEMPTS} attempts. The first:\n  {listing}")
+                    yield element, sample
+                else:
+                    reason = f"{element.key}: nothing left to learn (empty, or cut off at the length limit)"
+                    faults.append(Fault(name, reason))
+            except DataError as error:
+                faults.append(Fault(name, str(error)))
 
-    def _prepare(self, element: Element) -> Sample | None:
-        sample = self._render(element)
-        if sample is None or element.image is None:
-            return sample
-        return replace(sample, image=self._pictures.decode(element.image, key=element.key))
-
-
-class CaptionStream(_Stream[Caption]):
-    """Pretraining: captions of one set of tars, everything once per pass in a keyed order."""
-
-    def __init__(
-        self, index: ShardIndex, template: Template, *, seed: int, image_size: int, max_bad_fraction: float
-    ) -> None:
-        super().__init__(
-            {"captions": index},
-            template.render_caption,
-            Mixture({"captions": 1.0}, seed=seed),
-            image_size=image_size,
-            max_bad_fraction=max_bad_fraction,
-        )
+    def _candidates(self, n: int) -> Iterator[int]:
+        """The element of sample n, then those that stand in for it."""
+        draw, (_, source) = self._mixture.draw(n), self._source(n)
+        size, order = len(source.elements), source.order
+        yield order.element(draw.visit) if order else self._mixture.element(draw.source, draw.visit, size)
+        for attempt in range(1, MOST_ATTEMPTS):
+            yield order.substitute(draw.visit, attempt) if order else self._mixture.substitute(n, attempt, size)
 
 
-class ConversationStream(_Stream[Conversation]):
-    """Fine-tuning: sources mixed by weight (papers, Table 4)."""
-
-    def __init__(
-        self,
-        sources: Mapping[str, Sequence[Conversation]],
-        weights: Mapping[str, float],
-        template: Template,
-        *,
-        seed: int,
-        image_size: int,
-        max_bad_fraction: float,
-    ) -> None:
-        assert set(weights) == set(sources), (sorted(weights), sorted(sources))
-        super().__init__(
-            sources,
-            template.render_conversation,
-            Mixture(weights, seed=seed),
-            image_size=image_size,
-            max_bad_fraction=max_bad_fraction,
-        )
+def _given_up(name: str, faults: Sequence[Fault]) -> TooManyLost:
+    listing = "\n  ".join(fault.reason for fault in faults[:5])
+    return TooManyLost(f"Source {name} gave no readable sample in {MOST_ATTEMPTS} attempts. The first:\n  {listing}")

@@ -126,7 +126,10 @@ def write_atomically(path: Path, data: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            partial.write_bytes(data)
+            with partial.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())  # or a crash could leave zeros under the final name
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)

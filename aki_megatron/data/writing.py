@@ -128,11 +128,19 @@ def write_shards(
         raise DataError(
             f"{out} holds {len(old)} tars already ({old[0].name} ...); choose another --out, or --overwrite."
         )
+    try:
+        return _replace(old, out, lambda folder: _fill(origin, folder, per_shard, max_bad_fraction, workers, progress))
+    except OSError as error:
+        raise DataError(f"{out} cannot be written: {error}") from error
+
+
+def _replace(old: list[Path], out: Path, fill: Callable[[Path], Written]) -> Written:
+    """Let ``fill`` write tars and indexes aside, then put them where the old ones are."""
     partial = out / _PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        written = _fill(origin, partial, per_shard, max_bad_fraction, workers, progress)
+        written = fill(partial)
         for path in old:
             index_path(path).unlink(missing_ok=True)
             path.unlink()

@@ -81,8 +81,9 @@ class PipelineEngine:
         started = time.perf_counter()
         topology = self._topology
         sizes = share_sizes(microbatches, self._micro_batches, topology)
-        counts = [(size.supervised, size.real, size.images) for size in sizes]
-        supervised, tokens, images = topology.sum_over_data([sum(column) for column in zip(*counts, strict=True)])
+        counts = [(size.supervised, size.real, size.rows * size.tokens, size.images, size.bad) for size in sizes]
+        supervised, *others = topology.sum_over_data([sum(column) for column in zip(*counts, strict=True)])
+        tokens, places, images, bad = (int(number) for number in others)
         ledger = LayoutLedger(topology) if self._steps_taken % self._check_every == 0 else None
         step = _Step(self, microbatches, sizes, topology.data / max(supervised, 1), ledger)
         loss = step.run()
@@ -105,8 +106,10 @@ class PipelineEngine:
             grad_norm=norm,
             lr=lr,
             supervised_tokens=int(supervised),
-            tokens=int(tokens),
-            images=int(images),
+            tokens=tokens,
+            places=places,
+            images=images,
+            bad_samples=bad,
             seconds=time.perf_counter() - started,
             skipped=skipped,
         )

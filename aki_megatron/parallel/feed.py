@@ -26,6 +26,8 @@ class MicroSize:
     supervised: int
     real: int
     """Tokens that are not padding."""
+    bad: int
+    """Elements that could not be used."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def _size(batch: Batch) -> MicroSize:
     rows, tokens = batch.token_ids.shape
     images, _, height, width = batch.pixels.shape
     real = int((batch.modality_ids != Modality.PAD).sum())
-    return MicroSize(rows, tokens, images, height, width, batch.supervised_tokens, real)
+    return MicroSize(rows, tokens, images, height, width, batch.supervised_tokens, real, batch.bad)
 
 
 def share_batch(batch: Batch | None, size: MicroSize, topology: Topology) -> StageInput:

@@ -8,14 +8,13 @@ from rich.console import Console
 
 from aki_megatron.checkpoint.saver import Saver
 from aki_megatron.config.check import micro_batch
+from aki_megatron.config.combinations import offload_device
 from aki_megatron.config.deepspeed import settings_for_engine
 from aki_megatron.config.run import RunConfig
 from aki_megatron.config.save import dump
 from aki_megatron.data.loader import Loader, NoBatches
-from aki_megatron.data.shards import ShardIndex
-from aki_megatron.data.sources import open_sources
-from aki_megatron.data.stream import CaptionStream, ConversationStream, SampleStream
-from aki_megatron.data.template import Template
+from aki_megatron.data.losses import Losses
+from aki_megatron.data.steps import State
 from aki_megatron.data.text import Tokenizer
 from aki_megatron.engine.base import Engine, StageRunner
 from aki_megatron.engine.optimizer import adamw, learning_rate
@@ -31,52 +30,29 @@ from aki_megatron.train.describe import describe, micro_batches, recomputes
 from aki_megatron.train.folder import RunFolder, read_metrics
 from aki_megatron.train.hooks import ConsoleHook, DoneHook, LogHook, MetricsHook, SaveHook, TensorBoardHook
 from aki_megatron.train.hooks_wandb import WandbHook
-from aki_megatron.train.loop import Hook, Run, StepSource
+from aki_megatron.train.ledger import LedgerHook
+from aki_megatron.train.loop import Hook, Run
+from aki_megatron.train.reading import build_reading, build_tokenizer
 from aki_megatron.train.weights import weight_source
 
 
-def build_tokenizer(config: RunConfig) -> Tokenizer:
-    """The tokenizer, proven to have exactly the tokens the model's tables have."""
-    tokenizer = Tokenizer(config.data.tokenizer)
-    tokenizer.check_vocabulary(config.model.decoder)
-    return tokenizer
-
-
-def build_template(config: RunConfig, tokenizer: Tokenizer) -> Template:
-    """How text becomes tokens in this run."""
-    return Template(
-        tokenizer,
-        image_tokens=config.model.resampler.latents,
-        max_text_tokens=config.data.max_text_tokens,
-        system_message=config.data.system_message,
-    )
-
-
-def build_stream(config: RunConfig, template: Template) -> SampleStream:
-    """The numbered samples of the run."""
-    data, seed, size = config.data, config.train.seed, config.model.vision.image_size
-    if data.kind == "captions":
-        index = ShardIndex([shard for captions in data.captions for shard in captions.shards], data.root)
-        return CaptionStream(index, template, seed=seed, image_size=size, max_bad_fraction=data.max_bad_fraction)
-    weights: dict[str, float] = {source.name: source.weight for source in data.sources}
-    sources = open_sources(data.root, list(weights), "train")
-    return ConversationStream(
-        sources, weights, template, seed=seed, image_size=size, max_bad_fraction=data.max_bad_fraction
-    )
-
-
-def build_steps(config: RunConfig, tokenizer: Tokenizer, stream: SampleStream | None, topology: Topology) -> StepSource:
+def build_steps(config: RunConfig, tokenizer: Tokenizer, topology: Topology, console: Console) -> Loader | NoBatches:
     """This rank's batches; none where another rank reads them."""
-    if stream is None:
+    if not topology.reads_data:
         return NoBatches()
-    return Loader(
-        stream,
-        pad_id=tokenizer.pad,
-        image_size=config.model.vision.image_size,
-        global_batch=config.train.global_batch,
-        micro_batch=micro_batch(config, topology.world_size),
+    reading = build_reading(
+        config,
+        tokenizer,
+        micro_rows=micro_batch(config, topology.world_size),
         data_rank=topology.data_rank,
         data_size=topology.data,
+        progress=console.print if topology.rank == 0 else lambda line: None,
+    )
+    return Loader(
+        reading.planner,
+        reading.micro_batches,
+        losses=Losses(config.data.max_bad_fraction),
+        workers=config.data.workers,
         prefetch_steps=config.data.prefetch_steps,
         pin_memory=topology.device.type == "cuda",
     )
@@ -118,7 +94,7 @@ def build_runner(config: RunConfig, stage: Stage, topology: Topology) -> StageRu
         beta1=o.beta1,
         beta2=o.beta2,
         eps=o.eps,
-        fused="offload_optimizer" in settings.get("zero_optimization", {}),
+        fused=offload_device(config, "offload_optimizer") != "none",
     )
     if config.parallel.zero_stage == 0:
         return ReplicaStage(stage, topology, optimizer)
@@ -153,14 +129,14 @@ def build_engine(
     )
 
 
-def restore(engine: Engine, saver: Saver, checkpoint: Path | None) -> int:
-    """Load a checkpoint into the engine; returns how many optimizer steps are done."""
+def restore(engine: Engine, saver: Saver, checkpoint: Path | None) -> tuple[int, State | None]:
+    """Load a checkpoint into the engine; returns how many optimizer steps are done, and where the data stand."""
     if checkpoint is None:
-        return 0
+        return 0, None
     tensors = engine.state()
-    step = int(saver.load(checkpoint, tensors)["step"])
+    saved = saver.load(checkpoint, tensors)
     engine.load_state(tensors)
-    return step
+    return int(saved["step"]), saved.get("data")
 
 
 def report_of(folder: RunFolder) -> None:
@@ -170,20 +146,25 @@ def report_of(folder: RunFolder) -> None:
 
 
 def build_hooks(
-    config: RunConfig, engine: Engine, stream: SampleStream | None, saver: Saver, topology: Topology, console: Console
+    config: RunConfig, engine: Engine, loader: Loader | NoBatches, saver: Saver, topology: Topology, console: Console
 ) -> list[Hook]:
     """Hooks in the order in which they act: a step is recorded before it is saved, and DONE comes last."""
     folder, log, steps = RunFolder(config.run.dir), config.log, config.train.steps
     first = topology.rank == 0
-    logs = LogHook(stream.losses.describe if stream else str, console)
 
     def save(step: int) -> Path:
-        return saver.save(step, engine.state(), {"step": step})
+        return saver.save(step, engine.state(), {"step": step, "data": dict(loader.last().state)})
 
     saving = SaveHook(save, config.checkpoint.every, steps, console if first else None)
+    hooks: list[Hook] = []
+    if isinstance(loader, Loader):
+        hooks.append(LogHook(loader.losses.describe, console))
+        hooks.append(LedgerHook(folder.ledger, loader.last, data_rank=topology.data_rank, data_size=topology.data))
+    else:
+        hooks.append(LogHook(str, console))
     if not first:
-        return [logs, saving]
-    hooks: list[Hook] = [logs, MetricsHook(folder.metrics), ConsoleHook(steps, log.every, console)]
+        return [*hooks, saving]
+    hooks += [MetricsHook(folder.metrics), ConsoleHook(steps, log.every, console)]
     if log.tensorboard:
         hooks.append(TensorBoardHook(folder.path / "tensorboard", log.every))
     if log.wandb != "disabled":
@@ -196,7 +177,6 @@ def build_run(config: RunConfig, topology: Topology, console: Console) -> Run:
     """Every part of a run, put together."""
     folder = RunFolder(config.run.dir)
     tokenizer = build_tokenizer(config)
-    stream = build_stream(config, build_template(config, tokenizer)) if topology.reads_data else None
     saver = Saver(folder.checkpoints, keep_last=config.checkpoint.keep_last)
     checkpoint = saver.latest()
     stages = cut_model(config)
@@ -204,6 +184,7 @@ def build_run(config: RunConfig, topology: Topology, console: Console) -> Run:
         folder.config.write_text(dump(config))
         for line in describe(config, stages, world_size=topology.world_size):
             console.print(line)
+    loader = build_steps(config, tokenizer, topology, console)
     engine = build_engine(
         config, stages, topology, fill=weight_source(config, topology, resuming=checkpoint is not None)
     )
@@ -211,11 +192,13 @@ def build_run(config: RunConfig, topology: Topology, console: Console) -> Run:
     curve: Callable[[int], float] = partial(
         learning_rate, lr=o.lr, min_lr=o.min_lr, warmup_steps=o.warmup_steps, steps=config.train.steps
     )
+    step, data_state = restore(engine, saver, checkpoint)
     return Run(
         engine=engine,
-        loader=build_steps(config, tokenizer, stream, topology),
-        hooks=build_hooks(config, engine, stream, saver, topology, console),
+        loader=loader,
+        hooks=build_hooks(config, engine, loader, saver, topology, console),
         steps=config.train.steps,
         learning_rate=curve,
-        step=restore(engine, saver, checkpoint),
+        step=step,
+        data_state=data_state,
     )

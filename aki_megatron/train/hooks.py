@@ -28,7 +28,7 @@ class ConsoleHook:
         self.every = every
         self.console = console
         self.recent: deque[float] = deque(maxlen=RECENT_STEPS)
-        self.tokens = 0
+        self.tokens = self.places = 0
         self.seconds = 0.0
         self.skipped = 0
 
@@ -44,6 +44,7 @@ class ConsoleHook:
         self.recent.append(now - self.last)
         self.last = now
         self.tokens += report.tokens
+        self.places += report.places
         self.seconds += self.recent[-1]
         self.skipped += report.skipped
         if step % self.every and step != self.steps:
@@ -51,10 +52,11 @@ class ConsoleHook:
         left = timedelta(seconds=round((self.steps - step) * sum(self.recent) / len(self.recent)))
         line = (
             f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {report.loss:7.4f}  norm {report.grad_norm:8.3f}  "
-            f"lr {report.lr:.2e}  {self.tokens / max(self.seconds, 1e-9):9,.0f} tokens/s  left {left}"
+            f"lr {report.lr:.2e}  {self.tokens / max(self.seconds, 1e-9):9,.0f} tokens/s  "
+            f"{self.tokens / max(self.places, 1):4.0%} real  left {left}"
         )
         self.console.print(line + (f"  [red]skipped {self.skipped}[/red]" if self.skipped else ""))
-        self.tokens, self.seconds = 0, 0.0
+        self.tokens, self.places, self.seconds = 0, 0, 0.0
 
     def on_end(self, step: int) -> None:
         """Nothing: DoneHook speaks last."""

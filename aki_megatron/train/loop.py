@@ -4,8 +4,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from aki_megatron.data.loader import LoadedStep
+from aki_megatron.data.steps import State
 from aki_megatron.engine.base import Engine
-from aki_megatron.flow import Batch, StepReport
+from aki_megatron.flow import StepReport
 
 
 class Hook(Protocol):
@@ -24,8 +26,8 @@ class Hook(Protocol):
 class StepSource(Protocol):
     """This rank's endless stream of steps (data/loader.py)."""
 
-    def steps(self, start: int) -> Iterator[list[Batch]]:
-        """The micro-batches of each optimizer step from number ``start`` (counted from 0)."""
+    def steps(self, start: int, state: State | None) -> Iterator[LoadedStep]:
+        """Each optimizer step from number ``start`` (counted from 0); ``state`` is that of the step before it."""
 
     def close(self) -> None:
         """Stop background work."""
@@ -43,6 +45,8 @@ class Run:
     """Rate of the optimizer step with this number, counted from 0."""
     step: int
     """Optimizer steps that the engine's state has seen already: 0, or those of the checkpoint it was restored from."""
+    data_state: State | None = None
+    """Where the data stand after those steps, as the checkpoint says."""
 
 
 def train(run: Run) -> None:
@@ -51,9 +55,9 @@ def train(run: Run) -> None:
     for hook in run.hooks:
         hook.on_start(step)
     try:
-        batches = run.loader.steps(step)
+        steps = run.loader.steps(step, run.data_state)
         while step < run.steps:
-            report = run.engine.train_step(next(batches), run.learning_rate(step))
+            report = run.engine.train_step(next(steps).batches, run.learning_rate(step))
             step += 1
             for hook in run.hooks:
                 hook.after_step(step, report)

@@ -164,14 +164,17 @@ def test_a_worker_that_dies_is_reported(folder: Path, monkeypatch: pytest.Monkey
         make_indices(jobs, small=False, workers=2)
 
 
-def test_ten_thousand_tars_start_in_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thousands_of_tars_start_in_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(TOOLS))
     from made_up_shards import make_up
 
-    pattern = make_up(tmp_path / "many")
-    cold = ShardIndex([pattern], tmp_path / "many")
-    start, cpu = time.perf_counter(), time.process_time()
-    warm = ShardIndex([pattern], tmp_path / "many")
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    assert len(cold) == len(warm) == 100_000_000
-    assert cpu < 5, f"{seconds:.1f} s, {cpu:.1f} s of them computing"
+    try:
+        pattern = make_up(tmp_path / "many", shards=3000)
+        cold = ShardIndex([pattern], tmp_path / "many")
+        cpu = time.process_time()
+        warm = ShardIndex([pattern], tmp_path / "many")
+        cpu = time.process_time() - cpu
+        assert len(cold) == len(warm) == 30_000_000
+        assert cpu < 2, f"{cpu:.1f} s of computing"  # 0.2 s on an idle core; the clock would measure the neighbours
+    finally:
+        shutil.rmtree(tmp_path / "many")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from data_files import pairs, picture_bytes, write_tar
+from webdataset import TarWriter, WebDataset
 
 from aki_megatron.data.captions import TextFormat
 from aki_megatron.data.shards import ShardIndex
@@ -184,6 +185,20 @@ def test_shared_between_threads_and_processes(tmp_path: Path) -> None:
     assert read == [expected[20 * shift :] + expected[: 20 * shift] for shift in range(4)]
     again = pickle.loads(pickle.dumps(index))
     assert [caption.text for caption in again] == expected
+
+
+def test_the_same_samples_as_webdataset_reads(tmp_path: Path) -> None:
+    with TarWriter(str(tmp_path / "x.tar")) as writer:
+        for number in range(20):
+            text = f"The red cat {number}."
+            sample = {"__key__": f"{number:09}", "jpg": picture_bytes(number), "txt": text, "json": {"n": number}}
+            writer.write(sample)
+    index = ShardIndex(["x.tar"], tmp_path)
+    read = list(WebDataset(str(tmp_path / "x.tar"), shardshuffle=False))
+    assert len(read) == 20
+    for number, sample in enumerate(read):
+        assert index.caption(number) == Caption(f"x/{sample['__key__']}", sample["txt"].decode(), sample["jpg"])
+        assert index.metadata(number) == sample["json"]
 
 
 def test_many_tars_share_few_file_handles(tmp_path: Path) -> None:

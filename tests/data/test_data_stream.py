@@ -6,34 +6,48 @@ from pathlib import Path
 import pytest
 from data_files import PICTURE_SIZE, pairs, picture_bytes, write_sources, write_tar
 
+from aki_megatron.data.losses import TOLERATED, Losses, TooManyLost
+from aki_megatron.data.mixture import Mixture
+from aki_megatron.data.order import ShardOrder
 from aki_megatron.data.shards import ShardIndex
 from aki_megatron.data.sources import open_sources
-from aki_megatron.data.stream import TOLERATED, CaptionStream, ConversationStream, Losses, TooManyLost
-from aki_megatron.flow import Picture
+from aki_megatron.data.stream import MixedStream, Source
+from aki_megatron.flow import Picture, Sample
 
 WEIGHTS = {"vqav2": 0.4, "vsr": 0.1, "aokvqa": 0.2, "refcoco": 0.3}
 
 
+class Counted:
+    """A stream whose bad elements are counted as a loader counts them."""
+
+    def __init__(self, stream: MixedStream, budget: float) -> None:
+        self.stream = stream
+        self.losses = Losses(budget)
+
+    def sample(self, n: int) -> Sample:
+        drawn = self.stream.sample(n)
+        self.losses.add(1, drawn.faults)
+        assert drawn.sample is not None
+        return drawn.sample
+
+
 @pytest.fixture
 def conversations(source_root: Path, make_template):
-    def make(root: Path = source_root, *, seed: int = 1, budget: float = 0.001, **template) -> ConversationStream:
-        return ConversationStream(
-            open_sources(root, list(WEIGHTS), "train"),
-            WEIGHTS,
-            make_template(**template),
-            seed=seed,
-            image_size=PICTURE_SIZE,
-            max_bad_fraction=budget,
-        )
+    def make(root: Path = source_root, *, seed: int = 1, budget: float = 0.001, **template) -> Counted:
+        sources = {name: Source(rows) for name, rows in open_sources(root, list(WEIGHTS), "train").items()}
+        render = make_template(**template).render_conversation
+        return Counted(MixedStream(sources, Mixture(WEIGHTS, seed=seed), render, image_size=PICTURE_SIZE), budget)
 
     return make
 
 
 @pytest.fixture
 def captions(tmp_path: Path, make_template):
-    def make(*, seed: int = 1, budget: float = 0.001) -> CaptionStream:
+    def make(*, seed: int = 1, budget: float = 0.001) -> Counted:
         index = ShardIndex(["c/{00000..00001}.tar"], tmp_path)
-        return CaptionStream(index, make_template(128), seed=seed, image_size=PICTURE_SIZE, max_bad_fraction=budget)
+        source = Source(index, order=ShardOrder(index.counts, seed=seed), peek=index.caption)
+        mixture, render = Mixture({"captions": 1.0}, seed=seed), make_template(128).render_caption
+        return Counted(MixedStream({"captions": source}, mixture, render, image_size=PICTURE_SIZE), budget)
 
     write_tar(tmp_path / "c/00000.tar", pairs(5))
     write_tar(tmp_path / "c/00001.tar", pairs(6, first=5))

@@ -188,6 +188,7 @@ def test_wrong_tables_are_refused_in_words(run: Run, folder: Path, tmp_path: Pat
     for words, message in cases.items():
         code, _, error = run("shards", "--out", out, *words)
         assert code == 2 and message in error, error
+    assert "cannot be written" in run("shards", "--out", folder / "0.txt", "--folder", folder)[2]
     (tmp_path / "empty").mkdir()
     assert "holds no picture" in run("shards", "--out", out, "--folder", tmp_path / "empty")[2]
     assert not out.exists() or list(out.iterdir()) == []

@@ -31,10 +31,10 @@ from aki_megatron.data.synthetic.writers import write_tar
 from aki_megatron.data.template import Template
 from aki_megatron.flow import Caption
 
-WORDS = (
-    "a the of on in with and photograph street red blue small large wooden table window person dog sitting standing "
-    "near background sky light building green trees sign text reads left right two several white car evening glass"
-).split()
+WORDS = """
+a the of on in with and photograph street red blue small large wooden table window person dog sitting standing near
+background sky light building green trees sign text reads left right two several white car evening glass
+"""
 CAPTION_WORDS = 67
 """Words of a caption of BLIP3-KALE on average."""
 ENDLESS = 1 << 40
@@ -43,7 +43,8 @@ ENDLESS = 1 << 40
 def captions(number: int, *, seed: int = 0) -> list[str]:
     """Made-up captions."""
     draws = np.random.default_rng(seed)
-    return [" ".join(draws.choice(WORDS, CAPTION_WORDS)) for _ in range(number)]
+    words = WORDS.split()
+    return [" ".join(draws.choice(words, CAPTION_WORDS)) for _ in range(number)]
 
 
 def jpegs(number: int, width: int, height: int, *, seed: int = 0) -> list[bytes]:

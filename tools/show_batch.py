@@ -35,7 +35,7 @@ from aki_megatron.data.loader import LoadedMicro
 from aki_megatron.data.steps import StepPlan, StepPlanner
 from aki_megatron.data.text import Tokenizer
 from aki_megatron.flow import IGNORE, NO_SEGMENT, Batch, ConfigError, Modality, UserError
-from aki_megatron.train.build import build_reading, build_tokenizer
+from aki_megatron.train.reading import build_reading, build_tokenizer
 
 SPACE = "\u2581"
 """What the vocabulary writes for a space."""

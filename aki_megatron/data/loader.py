@@ -5,6 +5,7 @@ What a step holds is decided by steps.py; this decodes it, in order, counts what
 
 import queue
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from aki_megatron.data.batch import collate
 from aki_megatron.data.losses import Fault, Losses
 from aki_megatron.data.steps import MicroPlan, State, StepPlan, StepPlanner
 from aki_megatron.data.stream import SampleStream
-from aki_megatron.flow import Batch, Sample
+from aki_megatron.flow import Batch, DataError, Sample, UserError
 
 _PATIENCE_SECONDS = 0.1
 _WORD = 2**64
@@ -64,8 +65,14 @@ class MicroBatches(Dataset[LoadedMicro]):
         self._image_size = image_size
         self._row_tokens = row_tokens
 
-    def __getitem__(self, plan: MicroPlan) -> LoadedMicro:
-        """Decode one micro-batch. Raises TooManyLost for a source that has nothing to give."""
+    def __getitem__(self, plan: MicroPlan) -> LoadedMicro | UserError:
+        """Decode one micro-batch. A UserError is handed over: raised in a background process it would lose its words."""
+        try:
+            return self._load(plan)
+        except UserError as error:
+            return error
+
+    def _load(self, plan: MicroPlan) -> LoadedMicro:
         stream = self._streams[plan.phase]
         rows: list[list[Sample]] = []
         faults: list[Fault] = []
@@ -147,7 +154,7 @@ class Loader:
         """Every plan with its micro-batches, in order."""
         if not self.workers:
             for plan in plans:
-                micros = [self.micro_batches[micro] for micro in plan.micros]
+                micros = [_checked(self.micro_batches[micro]) for micro in plan.micros]
                 yield plan, [micro.pin_memory() for micro in micros] if self.pin_memory else micros
             return
         waiting: deque[StepPlan] = deque()
@@ -158,6 +165,8 @@ class Loader:
                 yield from plan.micros
 
         count = self.planner.micro_batches
+        # torch advises against more processes than cores; how many is the user's choice
+        warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")
         ready = iter(
             DataLoader(
                 self.micro_batches,
@@ -172,8 +181,21 @@ class Loader:
             )
         )
         while True:
-            micros = [next(ready) for _ in range(count)]
+            try:
+                micros = [_checked(next(ready)) for _ in range(count)]
+            except (EOFError, ConnectionError, RuntimeError) as error:
+                raise DataError(
+                    "A background process that decodes pictures ended without a word (killed? out of memory?): "
+                    f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. "
+                    "Lower data.workers or data.prefetch_steps; data.workers 0 decodes in this process."
+                ) from error
             yield waiting.popleft(), micros
+
+
+def _checked(micro: LoadedMicro | UserError) -> LoadedMicro:
+    if isinstance(micro, UserError):
+        raise micro
+    return micro
 
 
 class _Plans:

@@ -20,9 +20,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def make_template(tokenizer: Tokenizer) -> Callable[..., Template]:
-    def make(
-        max_text_tokens: int = 512, system_message: str = SYSTEM_MESSAGE, *, text_first: bool = False
-    ) -> Template:
+    def make(max_text_tokens: int = 512, system_message: str = SYSTEM_MESSAGE, *, text_first: bool = False) -> Template:
         return Template(tokenizer, IMAGE_TOKENS, max_text_tokens, system_message, text_first)
 
     return make

@@ -1,5 +1,9 @@
 """Batches: padding, the split over ranks, restart at any step, prefetch, errors and clean shutdown."""
 
+import gc
+import multiprocessing
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -10,10 +14,25 @@ from data_files import PICTURE_SIZE
 
 from aki_megatron.data.batch import collate
 from aki_megatron.data.image import UnreadableImage, normalize
-from aki_megatron.data.loader import Loader
+from aki_megatron.data.loader import LoadedStep, Loader, MicroBatches
+from aki_megatron.data.losses import Fault, Losses, TooManyLost
+from aki_megatron.data.mixture import Mixture
+from aki_megatron.data.packing import Limits, PackedOrder
 from aki_megatron.data.sources import open_sources
-from aki_megatron.data.stream import ConversationStream, Losses, TooManyLost
-from aki_megatron.flow import IGNORE, NO_SEGMENT, Batch, Conversation, Modality, Picture, Sample, Turn
+from aki_megatron.data.steps import Phase, StepPlanner
+from aki_megatron.data.stream import Drawn, MixedStream, Source
+from aki_megatron.flow import (
+    IGNORE,
+    NO_SEGMENT,
+    Batch,
+    CheckpointError,
+    Conversation,
+    DataError,
+    Modality,
+    Picture,
+    Sample,
+    Turn,
+)
 
 PAD = 99
 
@@ -21,24 +40,41 @@ PAD = 99
 class NumberedStream:
     """Sample n holds the number n; its length varies."""
 
-    def __init__(self, *, fails_at: int | None = None) -> None:
-        self.losses = Losses(0.0)
+    def __init__(self, *, fails_at: int | None = None, hole_at: int | None = None) -> None:
         self.fails_at = fails_at
+        self.hole_at = hole_at
 
-    def sample(self, n: int) -> Sample:
+    def sample(self, n: int, *, replace_images: bool = True) -> Drawn:
         if n == self.fails_at:
             raise TooManyLost(f"sample {n}")
-        length = 2 + n % 5
+        if n == self.hole_at and not replace_images:
+            return Drawn(None, (Fault("numbers", f"no picture {n}"),))
+        length = self.measure(n)[0]
         picture = Picture(bytes([n % 256]) * 3 * 16, 4) if n % 3 else None
-        return Sample(
+        made = Sample(
             f"numbers/{n}", [n] * length, [1] * (length - 1) + [2], [IGNORE] * (length - 2) + [n, IGNORE], picture
         )
+        return Drawn(made, ())
+
+    def measure(self, n: int) -> tuple[int, int]:
+        return 2 + n % 5, int(bool(n % 3))
 
 
-def loader(stream=None, **options) -> Loader:
-    return Loader(
-        stream or NumberedStream(), **{"pad_id": PAD, "image_size": 4, "global_batch": 8, "micro_batch": 2} | options
-    )
+def loader(stream=None, *, phases=None, row_tokens=None, micro_batch=2, image_size=4, budget=0.0, **options) -> Loader:
+    phases = phases or [Phase(10**9, stream or NumberedStream())]
+    ranks = {name: options.pop(name) for name in ("data_rank", "data_size") if name in options}
+    planner = StepPlanner(phases, step_rows=8, micro_batch=micro_batch, **ranks)
+    streams = [phase.stream for phase in phases]
+    micros = MicroBatches(streams, pad_id=PAD, image_size=image_size, row_tokens=row_tokens)
+    return Loader(planner, micros, losses=Losses(budget), **options)
+
+
+def load(made: Loader, step: int) -> list[Batch]:
+    """One step, alone."""
+    iterator = made.steps(step)
+    batches = next(iterator).batches
+    made.close()
+    return list(batches)
 
 
 def numbers(batch: Batch) -> list[int]:
@@ -47,7 +83,7 @@ def numbers(batch: Batch) -> list[int]:
 
 def equal(one: list[Batch], other: list[Batch]) -> bool:
     return len(one) == len(other) and all(
-        torch.equal(getattr(a, name), getattr(b, name))
+        torch.equal(torch.as_tensor(getattr(a, name)), torch.as_tensor(getattr(b, name)))
         for a, b in zip(one, other, strict=True)
         for name in a.__dataclass_fields__
     )
@@ -80,7 +116,7 @@ def test_collate_decodes_what_is_still_encoded_and_takes_batches_without_image(s
 
 
 def test_images_stand_in_the_order_of_their_rows() -> None:
-    (batch,) = loader(global_batch=8, micro_batch=8).load(0)
+    (batch,) = load(loader(micro_batch=8), 0)
     expected = [Picture(bytes([n]) * 48, 4) for n in range(8) if n % 3]
     assert torch.equal(batch.pixels, normalize(expected, 4))
 
@@ -88,34 +124,162 @@ def test_images_stand_in_the_order_of_their_rows() -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("step", [0, 3, 1_000_000])
 def test_a_step_holds_the_same_samples_in_the_same_order_on_any_number_of_ranks(ranks: int, step: int) -> None:
-    parts = [loader(data_rank=rank, data_size=ranks).load(step) for rank in range(ranks)]
+    parts = [load(loader(data_rank=rank, data_size=ranks), step) for rank in range(ranks)]
     together = [n for micro in zip(*parts, strict=True) for batch in micro for n in numbers(batch)]
     assert together == list(range(8 * step, 8 * step + 8))
 
 
-def test_restart_at_any_step_gives_the_same_batches() -> None:
-    whole = loader()
-    undisturbed = [step for _, step in zip(range(9), whole.steps(0), strict=False)]
+@pytest.mark.parametrize("workers", [0, 2])
+def test_restart_at_any_step_gives_the_same_batches(workers: int) -> None:
+    whole = loader(workers=workers)
+    undisturbed = [step.batches for _, step in zip(range(9), whole.steps(0), strict=False)]
     whole.close()
     for start in (1, 4, 8):
         resumed = loader()
-        assert all(equal(one, other) for one, other in zip(undisturbed[start:], resumed.steps(start), strict=False))
+        again = (step.batches for step in resumed.steps(start))
+        assert all(equal(one, other) for one, other in zip(undisturbed[start:], again, strict=False))
         resumed.close()
 
 
-def test_steps_end_at_stop_and_run_on_without() -> None:
-    bounded = loader(prefetch_steps=1)
-    assert [numbers(step[0])[0] for step in bounded.steps(2, 6)] == [16, 24, 32, 40]
-    iterator = bounded.steps(0)
-    assert [numbers(next(iterator)[0])[0] for _ in range(30)] == list(range(0, 240, 8))
-    bounded.close()
+def packed_phases(*, stream=None) -> list[Phase]:
+    """Two phases over the same samples, packed in orders of their own."""
+    stream = stream or NumberedStream()
+    orders = [PackedOrder(stream.measure, Limits(16, 4), block_samples=40, key=key) for key in (1, 2)]
+    return [Phase(7, stream, orders[0]), Phase(5, stream, orders[1])]
 
 
-def test_an_error_in_the_background_is_raised_at_its_step() -> None:
-    failing = loader(NumberedStream(fails_at=21))
+def consumed(steps: list[LoadedStep]) -> list[tuple[int, int]]:
+    return [(step.consumed, step.samples) for step in steps]
+
+
+def taken(made: Loader, count: int, start: int = 0, state=None) -> list[LoadedStep]:
+    steps = [step for _, step in zip(range(count), made.steps(start, state), strict=False)]
+    made.close()
+    return steps
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_packed_rows_resume_anywhere_on_any_number_of_ranks(ranks: int) -> None:
+    """Blocks end in the middle of steps and phases in the middle of blocks; two integers say where a run stands."""
+    whole = taken(loader(phases=packed_phases(), row_tokens=16), 12)
+    assert all(batch.token_ids.shape[1] == 16 for step in whole for batch in step.batches)
+    assert all(int(batch.segment_ids.max()) > 0 for batch in whole[0].batches)
+    for start in (0, 1, 3, 6, 7, 8, 11):
+        state = whole[start - 1].state if start else None
+        parts = [
+            taken(loader(phases=packed_phases(), row_tokens=16, data_rank=r, data_size=ranks), 12 - start, start, state)
+            for r in range(ranks)
+        ]
+        for number, steps in enumerate(zip(*parts, strict=True), start):
+            together = [batch for micro in zip(*(step.batches for step in steps), strict=True) for batch in micro]
+            assert equal(together, list(whole[number].batches))
+            assert sum(step.consumed for step in steps) % 2**64 == whole[number].consumed
+            assert {tuple(step.state.items()) for step in steps} == {tuple(whole[number].state.items())}
+    assert len({value for value, _ in consumed(whole)}) == 12
+
+
+def test_packed_runs_train_every_sample_of_a_block_once() -> None:
+    steps = taken(loader(phases=[packed_phases()[0]], row_tokens=16), 30)
+    seen = [
+        n
+        for step in steps
+        for batch in step.batches
+        for row, segments in zip(batch.token_ids.tolist(), batch.segment_ids.tolist(), strict=True)
+        for place, n in enumerate(row)
+        if segments[place] >= 0 and (place == 0 or segments[place] != segments[place - 1])
+    ]
+    blocks = len(seen) // 40
+    assert blocks > 5 and sorted(seen[: 40 * (blocks - 1)]) != seen[: 40 * (blocks - 1)]
+    assert set(range(40 * (blocks - 1))) <= set(seen) and len(seen) == len(set(seen))
+
+
+def test_a_hole_in_a_packed_row_is_counted_and_leaves_the_rest_where_it_was() -> None:
+    hurt = NumberedStream(hole_at=5)
+    made = loader(phases=packed_phases(stream=hurt), row_tokens=16, budget=0.5)
+    steps, whole = taken(made, 3), taken(loader(phases=packed_phases(), row_tokens=16), 3)
+    assert made.losses.first == ["no picture 5"]
+    assert sum(batch.bad for step in steps for batch in step.batches) == 1
+    assert [step.state for step in steps] == [step.state for step in whole]
+    assert sum(step.samples for step in whole) - sum(step.samples for step in steps) == 1
+    assert sum(one.consumed != other.consumed for one, other in zip(steps, whole, strict=True)) == 1
+
+
+def test_a_packed_run_does_not_go_on_without_its_state() -> None:
+    another_phase = {"version": 1, "phase": 1, "block": 0, "row": 0}
+    for state, said in ((None, "missing"), ({"version": 0}, "version than 1"), (another_phase, "of phase 1")):
+        with pytest.raises(CheckpointError, match=said):
+            taken(loader(phases=packed_phases(), row_tokens=16), 1, 3, state)
+
+
+def test_phases_follow_each_other_and_the_last_runs_on() -> None:
+    class Shifted(NumberedStream):
+        def sample(self, n: int, *, replace_images: bool = True) -> Drawn:
+            return super().sample(n + 1000)
+
+    phases = [Phase(3, NumberedStream()), Phase(2, Shifted())]
+    firsts = [numbers(step.batches[0])[0] for step in taken(loader(phases=phases), 7)]
+    assert firsts == [0, 8, 16, 1000, 1008, 1016, 1024]
+    assert numbers(load(loader(phases=phases), 4)[0])[0] == 1008
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_background_processes_change_nothing(workers: int) -> None:
+    alone = taken(loader(phases=packed_phases(), row_tokens=16), 12)
+    beside = taken(loader(phases=packed_phases(), row_tokens=16, workers=workers), 12)
+    assert consumed(alone) == consumed(beside) and [step.state for step in alone] == [step.state for step in beside]
+    assert all(equal(list(one.batches), list(other.batches)) for one, other in zip(alone, beside, strict=True))
+
+
+def test_background_processes_end_with_the_loader() -> None:
+    before = {child.pid for child in multiprocessing.active_children()}
+    made = loader(workers=2)
+    iterator = made.steps(0)
+    next(iterator)
+    started = {child.pid for child in multiprocessing.active_children()} - before
+    assert len(started) == 2
+    made.close()
+    assert not {child.pid for child in multiprocessing.active_children()} & started
+    with pytest.raises(StopIteration):
+        next(iterator)
+
+
+def test_a_background_process_that_is_killed_is_an_error_not_a_hang() -> None:
+    before = {child.pid for child in multiprocessing.active_children()}
+    made = loader(workers=1)
+    iterator = made.steps(0)
+    next(iterator)
+    (victim,) = {child.pid for child in multiprocessing.active_children()} - before
+    os.kill(victim, signal.SIGKILL)
+    with pytest.raises(DataError, match="ended without a word.*data.workers"):
+        for _ in range(100):
+            next(iterator)
+    made.close()
+
+
+def test_nothing_grows_over_ten_thousand_batches() -> None:
+    made = loader(micro_batch=8, workers=2)
+    iterator = made.steps(0)
+    sizes, handles = [], []
+    for number in range(10_000):
+        next(iterator)
+        if number in (2000, 9999):
+            gc.collect()
+            sizes.append(resident_bytes())
+            handles.append(len(os.listdir("/proc/self/fd")))
+    made.close()
+    assert sizes[1] - sizes[0] < 8 * 2**20 and handles[1] <= handles[0] + 8
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_in_the_background_is_raised_at_its_step(workers: int) -> None:
+    failing = loader(NumberedStream(fails_at=21), workers=workers)
     iterator = failing.steps(0)
-    assert [numbers(next(iterator)[0])[0] for _ in range(2)] == [0, 8]
-    with pytest.raises(TooManyLost, match="sample 21"):
+    assert [numbers(next(iterator).batches[0])[0] for _ in range(2)] == [0, 8]
+    with pytest.raises(TooManyLost, match="^sample 21$"):
         next(iterator)
     with pytest.raises(StopIteration):
         next(iterator)
@@ -146,7 +310,7 @@ def test_prefetch_is_bounded() -> None:
     asked: list[int] = []
 
     class Recording(NumberedStream):
-        def sample(self, n: int) -> Sample:
+        def sample(self, n: int, *, replace_images: bool = True) -> Drawn:
             asked.append(n)
             return super().sample(n)
 
@@ -160,21 +324,14 @@ def test_prefetch_is_bounded() -> None:
 
 def test_real_streams_give_equal_batches_on_one_and_two_ranks(source_root: Path, make_template) -> None:
     def make(rank: int, ranks: int) -> Loader:
-        sources = open_sources(source_root, ["vqav2", "vsr"], "train")
-        stream = ConversationStream(
-            sources,
-            {"vqav2": 1.0, "vsr": 1.0},
-            make_template(),
-            seed=4,
-            image_size=PICTURE_SIZE,
-            max_bad_fraction=0.001,
-        )
+        sources = {name: Source(rows) for name, rows in open_sources(source_root, ["vqav2", "vsr"], "train").items()}
+        mixture = Mixture({"vqav2": 1.0, "vsr": 1.0}, seed=4)
+        stream = MixedStream(sources, mixture, make_template().render_conversation, image_size=PICTURE_SIZE)
         return loader(stream, image_size=PICTURE_SIZE, data_rank=rank, data_size=ranks)
 
-    single, halves = make(0, 1), [make(rank, 2) for rank in range(2)]
     for step in (0, 5):
-        joined = [batch for micro in zip(*(half.load(step) for half in halves), strict=True) for batch in micro]
-        assert equal(single.load(step), joined)
+        single, halves = load(make(0, 1), step), [load(make(rank, 2), step) for rank in range(2)]
+        assert equal(single, [batch for micro in zip(*halves, strict=True) for batch in micro])
 
 
 def test_text_only_conversations_make_a_batch(make_template) -> None:

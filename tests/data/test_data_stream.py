@@ -1,18 +1,21 @@
 """Sample n is a pure function of (seed, n); bad samples are counted, replaced the same way, and budgeted."""
 
 from collections import Counter
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 from data_files import PICTURE_SIZE, pairs, picture_bytes, write_sources, write_tar
+from PIL import Image
 
-from aki_megatron.data.losses import TOLERATED, Losses, TooManyLost
+from aki_megatron.data.losses import TOLERATED, Fault, Losses, TooManyLost
 from aki_megatron.data.mixture import Mixture
 from aki_megatron.data.order import ShardOrder
 from aki_megatron.data.shards import ShardIndex
 from aki_megatron.data.sources import open_sources
 from aki_megatron.data.stream import MixedStream, Source
-from aki_megatron.flow import Picture, Sample
+from aki_megatron.flow import Conversation, Picture, Sample, Turn
 
 WEIGHTS = {"vqav2": 0.4, "vsr": 0.1, "aokvqa": 0.2, "refcoco": 0.3}
 
@@ -141,10 +144,9 @@ def test_budget(conversations, tmp_path: Path) -> None:
 
 def test_the_budget_is_a_share_once_there_are_many() -> None:
     losses = Losses(0.01, asked=10_000)
-    for _ in range(100):
-        losses.record("vsr", "x")
+    losses.add(0, [Fault("vsr", "x")] * 100)
     with pytest.raises(TooManyLost, match="101 bad elements in 10000 samples .vsr 101."):
-        losses.record("vsr", "x")
+        losses.add(0, [Fault("vsr", "x")])
 
 
 def test_a_source_without_any_readable_sample_ends_the_run(conversations, tmp_path: Path) -> None:
@@ -156,3 +158,45 @@ def test_a_source_without_any_readable_sample_ends_the_run(conversations, tmp_pa
     with pytest.raises(TooManyLost, match="gave no readable sample in 100 attempts"):
         for n in range(50):
             stream.sample(n)
+
+
+def test_measuring_tells_the_size_without_decoding(conversations, captions) -> None:
+    for stream in (conversations().stream, captions().stream):
+        for n in range(30):
+            sample = stream.sample(n).sample
+            assert sample is not None
+            assert stream.measure(n) == (len(sample.token_ids), int(sample.image is not None))
+
+
+def test_in_a_packed_row_a_bad_image_leaves_its_place_empty(conversations, tmp_path: Path) -> None:
+    """What replaced it might not fit."""
+    write_sources(tmp_path)
+    (tmp_path / "VQA/train2014/COCO_train2014_000000000003.jpg").write_bytes(b"")
+    whole, stream = conversations().stream, conversations(tmp_path).stream
+    holes = 0
+    for n in range(200):
+        drawn = stream.sample(n, replace_images=False)
+        if drawn.sample is None:
+            holes += 1
+            assert len(drawn.faults) == 1 and "000000000003.jpg" in drawn.faults[0].reason
+            assert stream.sample(n).sample is not None, "an unpacked run takes another"
+        else:
+            assert drawn.sample == whole.sample(n).sample and not drawn.faults
+        assert stream.measure(n) == whole.measure(n)
+    assert holes
+
+
+def test_official_augmentation_changes_pixels_alone_and_purely(make_template) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (PICTURE_SIZE, PICTURE_SIZE, 3), dtype=np.uint8)
+    file = BytesIO()
+    Image.fromarray(noise).save(file, format="PNG")
+    rows = [Conversation(f"vqav2/count/{n}", (Turn("How many?", str(n)),), file.getvalue()) for n in range(8)]
+
+    def stream(augment: bool) -> MixedStream:
+        sources, mixture = {"vqav2": Source(rows, augment=augment)}, Mixture({"vqav2": 1.0}, seed=1)
+        return MixedStream(sources, mixture, make_template().render_conversation, image_size=PICTURE_SIZE)
+
+    plain, augmented, again = ([stream(on).sample(n).sample for n in range(24)] for on in (False, True, True))
+    assert augmented == again
+    assert [sample.token_ids for sample in plain] == [sample.token_ids for sample in augmented]
+    assert sum(one.image != other.image for one, other in zip(plain, augmented, strict=True)) > 12

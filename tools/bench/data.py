@@ -4,8 +4,8 @@
     python tools/bench/data.py --parts loading --seconds 120
     python tools/bench/data.py --json data.json         # also as a list of objects
 
-loading   JPEGs of 640 x 480, drawn into tars and files, decoded and resized to 384 x 384: our loader (which tokenizes
-          too), a plain webdataset pipeline, and torch's DataLoader over the files, with 0, 1 and 2 workers. The three
+loading   JPEGs of 640 x 480, drawn into tars and files, decoded and resized to 384 x 384, their captions tokenized: our
+          loader, a plain webdataset pipeline, and torch's DataLoader over the files, with 0, 1 and 2 workers. The three
           take turns; speeds are medians over the turns, and so are the ratios of two speeds of one turn. Images per
           core are per second of processor time of all processes, which other programs disturb least.
 text      rendering and tokenizing captions and conversations, tokens per second of processor time, one core.
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data_cases import Drawn, Speed, captions, draw, jpegs, our_loader, ours, plain_webdataset, timed, torch_files
+from data_cases import Drawn, Read, Speed, captions, draw, jpegs, our_loader, ours, plain_webdataset, timed, torch_files
 from packing import finetune_lengths, measured, pretrain_lengths
 from rich.console import Console
 from rich.table import Table
@@ -84,11 +84,11 @@ def loading(folder: Path, template: Template, seconds: float, workers: Sequence[
 
 def contenders(drawn: Drawn, template: Template, workers: int) -> dict[str, Callable[[], Any]]:
     """What takes turns."""
-    plain = {"size": SIZE, "batch": BATCH, "workers": workers}
+    read = Read(template, SIZE)
     return {
-        "ours": partial(ours, drawn, template, micros=MICROS, **plain),
-        "webdataset": partial(plain_webdataset, drawn, **plain),
-        "torch files": partial(torch_files, drawn, **plain),
+        "ours": partial(ours, drawn, template, size=SIZE, batch=BATCH, micros=MICROS, workers=workers),
+        "webdataset": partial(plain_webdataset, drawn, read, batch=BATCH, workers=workers),
+        "torch files": partial(torch_files, drawn, read, batch=BATCH, workers=workers),
     }
 
 

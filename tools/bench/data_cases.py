@@ -1,7 +1,7 @@
 """What tools/bench/data.py measures: pictures drawn into tars and files, and three ways to read them as batches.
 
-All three decode with the same function (PIL, RGB, bicubic, normalized to [-1, 1]) and give float32 [B, 3, S, S] with
-the captions; ours also tokenizes them and makes the other tensors of a batch.
+All three decode with the same function (PIL, RGB, bicubic, normalized to [-1, 1]), tokenize the captions with the same
+template, and give float32 [B, 3, S, S]; ours also makes the other tensors of a batch.
 """
 
 import io
@@ -95,7 +95,7 @@ Batches = Iterator[torch.Tensor]
 def our_loader(index: ShardIndex, template: Template, *, size: int, batch: int, micros: int, workers: int) -> Loader:
     """A pretraining run's loader over tars: ``micros`` micro-batches of ``batch`` samples per step."""
     order = ShardOrder(index.counts, seed=0)
-    source: Source[Caption] = Source(index, order=order.element)
+    source: Source[Caption] = Source(index, order=order)
     stream = MixedStream({"captions": source}, Mixture({"captions": 1.0}, seed=0), template.render_caption,
                          image_size=size)  # fmt: skip
     planner = StepPlanner([Phase(ENDLESS, stream)], step_rows=batch * micros, micro_batch=batch)
@@ -113,25 +113,28 @@ def ours(drawn: Drawn, template: Template, *, size: int, batch: int, micros: int
 
 
 @dataclass(frozen=True)
-class _Decode:
-    """Picklable for the workers of other start methods."""
+class Read:
+    """What the plain pipelines do with an encoded picture and its text; picklable for their workers."""
 
+    template: Template
     size: int
 
-    def __call__(self, encoded: bytes) -> torch.Tensor:
+    def picture(self, encoded: bytes) -> torch.Tensor:
+        """float32 [3, S, S]"""
         return load_image(encoded, self.size)
 
+    def tokens(self, text: bytes) -> list[int]:
+        """Token ids of the caption."""
+        sample = self.template.render_caption(Caption("", text.decode("utf-8"), b""))
+        return sample.token_ids if sample is not None else []
 
-def _text(encoded: bytes) -> str:
-    return encoded.decode("utf-8")
 
-
-def plain_webdataset(drawn: Drawn, *, size: int, batch: int, workers: int) -> Batches:
+def plain_webdataset(drawn: Drawn, read: Read, *, batch: int, workers: int) -> Batches:
     """The pipeline of webdataset's manual without its shuffle, tars dealt to the workers."""
     dataset = (
         webdataset.WebDataset([str(tar) for tar in drawn.tars], shardshuffle=False)
         .to_tuple("jpg", "txt")
-        .map_tuple(_Decode(size), _text)
+        .map_tuple(read.picture, read.tokens)
         .batched(batch, partial=False)
         .repeat()
     )
@@ -140,27 +143,32 @@ def plain_webdataset(drawn: Drawn, *, size: int, batch: int, workers: int) -> Ba
         yield pixels
 
 
-class _Files(Dataset[tuple[torch.Tensor, str]]):
-    def __init__(self, files: Sequence[Path], size: int) -> None:
-        self.files, self.decode = files, _Decode(size)
+class _Files(Dataset[tuple[torch.Tensor, list[int]]]):
+    def __init__(self, files: Sequence[Path], read: Read) -> None:
+        self.files, self.read = files, read
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, list[int]]:
         file = self.files[index]
-        return self.decode(file.read_bytes()), file.with_suffix(".txt").read_text()
+        return self.read.picture(file.read_bytes()), self.read.tokens(file.with_suffix(".txt").read_bytes())
 
 
-def torch_files(drawn: Drawn, *, size: int, batch: int, workers: int) -> Batches:
+def _stack(members: Sequence[tuple[torch.Tensor, list[int]]]) -> tuple[torch.Tensor, list[list[int]]]:
+    return torch.stack([pixels for pixels, _ in members]), [tokens for _, tokens in members]
+
+
+def torch_files(drawn: Drawn, read: Read, *, batch: int, workers: int) -> Batches:
     """torch's DataLoader over a shuffled folder; its workers stay from pass to pass."""
     loader = DataLoader(
-        _Files(drawn.files, size),
+        _Files(drawn.files, read),
         batch_size=batch,
         shuffle=True,
         drop_last=True,
         num_workers=workers,
         persistent_workers=workers > 0,
+        collate_fn=_stack,
         multiprocessing_context=_fork(workers),
     )
     while True:

@@ -54,7 +54,7 @@ class LoadedStep:
     state: State
 
 
-class MicroBatches(Dataset[LoadedMicro]):
+class MicroBatches(Dataset[LoadedMicro | UserError]):
     """Plans to micro-batches; what background processes run. ``row_tokens``: fixed width of rows, None: the longest."""
 
     def __init__(
@@ -66,7 +66,7 @@ class MicroBatches(Dataset[LoadedMicro]):
         self._row_tokens = row_tokens
 
     def __getitem__(self, plan: MicroPlan) -> LoadedMicro | UserError:
-        """Decode one micro-batch. A UserError is handed over: raised in a background process it would lose its words."""
+        """Decode. A UserError is handed over: raised in a background process it would lose its words."""
         try:
             return self._load(plan)
         except UserError as error:

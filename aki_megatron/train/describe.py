@@ -24,11 +24,13 @@ def describe(config: RunConfig, stages: Sequence[range], *, world_size: int) -> 
 def step_line(config: RunConfig, world_size: int) -> str:
     """What a step is made of: samples over data ranks, ranks over the model, precision."""
     parallel, ranks, at_once = config.parallel, data_size(config, world_size), micro_batch(config, world_size)
+    packing = config.data.packing
+    rows = f"rows of {packing.row_tokens} places" if packing.enabled else "samples"
     spread = f"tensor {parallel.tensor} x pipeline {parallel.pipeline}"
     if parallel.chunks > 1:
         spread += f" (x {parallel.chunks} chunks)"
     return (
-        f"step: {config.train.global_batch} samples = {counted(ranks, 'data rank')} x "
+        f"step: {config.train.global_batch} {rows} = {counted(ranks, 'data rank')} x "
         f"{counted(micro_batches(config, world_size), 'micro-batch', 'micro-batches')} x {at_once}; {spread}, "
         f"ZeRO-{parallel.zero_stage}, {config.train.precision}, rule {config.attention.rule}"
     )

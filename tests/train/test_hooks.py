@@ -16,7 +16,16 @@ FIELDS = ["step", "loss", "grad_norm", "lr", "supervised_tokens", "tokens", "ima
 
 def report(loss: float = 1.5, *, skipped: bool = False) -> StepReport:
     return StepReport(
-        loss=loss, grad_norm=2.0, lr=1e-3, supervised_tokens=7, tokens=40, images=2, seconds=0.5, skipped=skipped
+        loss=loss,
+        grad_norm=2.0,
+        lr=1e-3,
+        supervised_tokens=7,
+        tokens=40,
+        places=50,
+        images=2,
+        bad_samples=0,
+        seconds=0.5,
+        skipped=skipped,
     )
 
 

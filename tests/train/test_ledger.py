@@ -12,7 +12,16 @@ from aki_megatron.flow import DataError, StepReport
 from aki_megatron.train.ledger import WORD, LedgerHook, read_ledger
 
 REPORT = StepReport(
-    loss=1.0, grad_norm=1.0, lr=1e-3, supervised_tokens=7, tokens=40, images=2, seconds=0.5, skipped=False
+    loss=1.0,
+    grad_norm=1.0,
+    lr=1e-3,
+    supervised_tokens=7,
+    tokens=40,
+    places=50,
+    images=2,
+    bad_samples=0,
+    seconds=0.5,
+    skipped=False,
 )
 
 

@@ -27,6 +27,8 @@ MAX_RANKS = 8
 GRACE_SECONDS = 15.0
 """After the first rank failed, how long the others may take to fail by themselves; then they count as hung."""
 PRELOAD = ["torch", "torch.distributed.checkpoint", "deepspeed", "megatron.core"]
+MOST_THREADS = 150
+"""A worker with more is replaced: groups that something still refers to leave threads behind, and those cost time."""
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "DS_ACCELERATOR": "cpu",
@@ -94,6 +96,9 @@ class Pool:
 
     def _worker(self, rank: int) -> "_Worker":
         worker = self._workers[rank]
+        if worker is not None and worker.threads() > MOST_THREADS:
+            worker.kill()
+            worker = None
         if worker is None or not worker.process.is_alive():
             with _environment(ENVIRONMENT if not self._with_gpus else {}):
                 worker = self._workers[rank] = _Worker(self._context)
@@ -113,6 +118,11 @@ class _Worker:
         os.kill(self.process.pid, signal.SIGUSR1)
         time.sleep(0.5)
         return self.stacks.read_text()
+
+    def threads(self) -> int:
+        """Threads of the process, where /proc tells."""
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        return len(list(tasks.iterdir())) if tasks.is_dir() else 0
 
     def kill(self) -> None:
         self.process.kill()

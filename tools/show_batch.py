@@ -204,7 +204,10 @@ def load(config: RunConfig, tokenizer: Tokenizer, step: int, micro: int, row: in
         f"{micro}, row {row} (row {number} of the step); numbers of its samples in the phase: "
         + ", ".join(f"{sample:,}" for sample in samples)
     )
-    return reading.micro_batches[chosen], where
+    loaded = reading.micro_batches[chosen]
+    if isinstance(loaded, UserError):  # found while decoding; a loader raises it at the step it belongs to
+        raise loaded
+    return loaded, where
 
 
 def show(config: RunConfig, arguments: argparse.Namespace, console: Console) -> None:

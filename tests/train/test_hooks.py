@@ -11,7 +11,19 @@ from aki_megatron.flow import CheckpointError, StepReport
 from aki_megatron.train.folder import read_metrics, rewind_lines
 from aki_megatron.train.hooks import ConsoleHook, MetricsHook, SaveHook
 
-FIELDS = ["step", "loss", "grad_norm", "lr", "supervised_tokens", "tokens", "images", "seconds", "skipped"]
+FIELDS = [
+    "step",
+    "loss",
+    "grad_norm",
+    "lr",
+    "supervised_tokens",
+    "tokens",
+    "places",
+    "images",
+    "bad_samples",
+    "seconds",
+    "skipped",
+]
 
 
 def report(loss: float = 1.5, *, skipped: bool = False) -> StepReport:

@@ -12,8 +12,8 @@ from aki_megatron.train.hooks_wandb import WandbHook
 
 def report(step: int) -> StepReport:
     return StepReport(
-        loss=1 / step, grad_norm=float("inf") if step == 4 else 2.0, lr=1e-3, supervised_tokens=7, tokens=40, places=50, bad_samples=0,
-        images=2, seconds=0.5, skipped=step == 4,
+        loss=1 / step, grad_norm=float("inf") if step == 4 else 2.0, lr=1e-3, supervised_tokens=7, tokens=40,
+        places=50, images=2, bad_samples=0, seconds=0.5, skipped=step == 4,
     )  # fmt: skip
 
 

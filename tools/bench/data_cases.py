@@ -54,9 +54,9 @@ def jpegs(number: int, width: int, height: int, *, seed: int = 0) -> list[bytes]
     for _ in range(number):
         coarse = draws.integers(0, 256, (6, 8, 3), dtype=np.uint8)
         fine = draws.integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8)
-        layers = (Image.fromarray(layer).resize((width, height), Image.Resampling.BICUBIC) for layer in (coarse, fine))
+        layers = [Image.fromarray(layer).resize((width, height), Image.Resampling.BICUBIC) for layer in (coarse, fine)]
         written = io.BytesIO()
-        Image.blend(*layers, alpha=0.2).save(written, "JPEG", quality=85)
+        Image.blend(layers[0], layers[1], 0.2).save(written, "JPEG", quality=85)
         encoded.append(written.getvalue())
     return encoded
 

@@ -53,7 +53,10 @@ def batch_of(rows: Sequence[Sequence[Sample]], row_tokens: int | None = None) ->
 
 
 def equal(one: Batch, other: Batch) -> bool:
-    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in one.__dataclass_fields__)
+    return all(
+        torch.equal(torch.as_tensor(getattr(one, name)), torch.as_tensor(getattr(other, name)))
+        for name in one.__dataclass_fields__
+    )
 
 
 def test_several_samples_stand_in_one_row() -> None:

@@ -62,6 +62,7 @@ CELLS: dict[str, tuple[int, int, int, Setting]] = {
     "TP2 x PP2 x 2 chunks x DP2, ZeRO-3": (8, 2, 2, Setting(chunks=2)),
     "PP2 x DP2, ZeRO-3, recompute": (4, 1, 2, Setting(recompute=True)),
     "TP2 x PP2 x DP2, ZeRO-3, recompute": (8, 2, 2, Setting(recompute=True)),
+    "TP2 x DP2, ZeRO-2, optimizer on the host": (4, 2, 1, Setting(zero_stage=2, offload=True)),
     "PP2, causal": (2, 1, 2, Setting(rule="causal")),
 }
 """Name -> ranks, tensor, pipeline, setting. Cells with one stage and one tensor rank are in test_zero.py too."""

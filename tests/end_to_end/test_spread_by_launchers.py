@@ -106,10 +106,10 @@ def what_is_read(topology, flags: list[str]) -> tuple[bool, int]:
     from aki_megatron.train import build
 
     config = load_run(flags, default_config=Path(flags[1]), prog="sft.py", description="")
-    with patch.object(build, "build_stream", wraps=build.build_stream) as opened:
+    with patch.object(build, "build_reading", wraps=build.build_reading) as opened:
         run = build.build_run(config, topology, Console(quiet=True))
     try:
-        return opened.called, len(next(run.loader.steps(0)))
+        return opened.called, len(next(run.loader.steps(0, None)).batches)
     finally:
         run.loader.close()
 

@@ -191,8 +191,6 @@ class FailureWatch:
             return json.loads(self.folder.first_failure.read_text())
         except FileNotFoundError:
             return {}
-        except ValueError:  # it is being written
-            return {"rank": None, "text": "", "code": FAILED}
 
     def _wait_for_cause(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -207,8 +205,7 @@ class FailureWatch:
         """Print what happened to ``rank`` unless some rank has spoken before; the exit code of the whole run."""
         cause = {"rank": rank, "text": text, "code": code, "time": time.time(), "said_by": self.rank}
         try:
-            with self.folder.first_failure.open("x") as file:
-                file.write(json.dumps(cause) + "\n")
+            self._claim(json.dumps(cause) + "\n")
         except FileExistsError:
             if earlier := self._cause():
                 return self._silent(earlier)
@@ -216,6 +213,15 @@ class FailureWatch:
             logger.error("cannot write %s: %s", self.folder.first_failure, error)
         self._say(text + self._see_log(rank) if named else text, f" on rank {rank}" if named else "")
         return code
+
+    def _claim(self, text: str) -> None:
+        """Be the first to write first_failure.json; FileExistsError where another rank was. It appears whole."""
+        aside = self.folder.first_failure.with_suffix(f".{self.rank}")
+        try:
+            aside.write_text(text)
+            os.link(aside, self.folder.first_failure)
+        finally:
+            aside.unlink(missing_ok=True)
 
     def _see_log(self, rank: int) -> str:
         return f"\n  log of rank {rank}: {self.folder.log(rank)}"

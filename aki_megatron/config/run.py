@@ -41,10 +41,10 @@ class TrainConfig(Section):
     steps: PositiveInt
     """Optimizer steps of the whole run."""
     global_batch: PositiveInt
-    """Samples per optimizer step over all ranks."""
+    """Samples per optimizer step over all ranks; rows with data.packing.enabled."""
     micro_batch: PositiveInt
-    """Most samples per forward pass of one rank. A rank's share of the global batch is cut into the largest equal parts
-    that this allows; results do not depend on it, memory and speed do."""
+    """Most samples (or rows) per forward pass of one rank. A rank's share of the global batch is cut into the largest
+    equal parts that this allows; results do not depend on it, memory and speed do."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: bf16 weights and activations, fp32 master weights, fp32 gradient accumulation."""
     seed: NonNegativeInt = 42

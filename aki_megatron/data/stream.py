@@ -146,6 +146,6 @@ class MixedStream(Generic[Element]):
 def _given_up(name: str, faults: Sequence[Fault]) -> TooManyLost:
     listing = "\n  ".join(fault.reason for fault in faults[:5])
     return TooManyLost(
-        f"Source {name} gave no readable sample in {MOST_ATTEMPTS} attempts: data.max_bad_fraction is for a few bad ones, "
-        f"here all seem to be. Mend the source, or leave it out. The first:\n  {listing}"
+        f"Source {name} gave no readable sample in {MOST_ATTEMPTS} attempts: data.max_bad_fraction is for a few bad "
+        f"ones, here all seem to be. Mend the source, or leave it out. The first:\n  {listing}"
     )

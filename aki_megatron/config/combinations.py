@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from aki_megatron.config.run import RunConfig
 
+ZERO = "tests/distributed/test_zero.py"
 SPREAD = "tests/distributed/test_spread.py"
 OFFLOAD = "tests/distributed/test_offload.py"
 
@@ -96,7 +97,7 @@ AXES: dict[str, Axis] = {
         shown=lambda run: f"attention.rule={run.attention.rule}",
     ),
 }
-"""In the order of the columns. Data parallelism and packing are columns of the page too, but no key decides them."""
+"""In the order of the columns. Data parallelism and packing are columns of the page too; both go with everything."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination(
         name="data parallelism",
         where={"tensor": ("1",), "pipeline": ("1",), "chunks": ("1",), "zero": SHARDED, "offload": ("none",)},
-        proof=SPREAD,
+        proof=ZERO,
     ),
     Combination(
         name="tensor parallelism",
@@ -255,10 +256,10 @@ KEYS = {
 
 BESIDE = """\
 | data | number of ranks / (tensor x pipeline) | any size |
-| packing | the batches: several samples in one row, each a segment of its own | yes |
+| packing | `data.packing.enabled`: several samples in one row, each a segment of its own | any |
 
-Data parallelism is in every row, at any size that divides `train.global_batch`. Packed rows are taken by the model and
-by the engine in every supported row; no key packs the batches of a run yet.
+Data parallelism is in every row, at any size that divides `train.global_batch`. Packed rows are part of the batches
+with which the rows are proven.
 
 ## Supported
 
@@ -295,7 +296,7 @@ def page() -> str:
     headings = [axis.heading for axis in AXES.values()]
     axes = "".join(f"| {axis.heading} | {KEYS[name]} | {', '.join(axis.cells)} |\n" for name, axis in AXES.items())
     supported = [["", *headings, "data", "packing", "proven by"]] + [
-        [row.name, *_cells(row), "any", "yes", f"[{row.proof.rpartition('/')[2]}](../{row.proof})"]
+        [row.name, *_cells(row), "any", "any", f"[{row.proof.rpartition('/')[2]}](../{row.proof})"]
         for row in COMBINATIONS
         if row.proof
     ]

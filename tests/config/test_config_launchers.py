@@ -34,8 +34,8 @@ def test_help_teaches(name: str) -> None:
         f"python launcher/{name}.py --config configs/demo/{name}.yaml",
         "--config FILE",
         "--ds_config FILE",
-        "Samples per optimizer step over all ranks.",
-        "(default: 192)" if name == "pretrain" else "(default: 64)",
+        "Samples per optimizer step over all ranks;",
+        "(default: 192)" if name == "pretrain" else "(default: 8)",
         "bf16|fp32",
     ):
         assert words in done.stdout, words

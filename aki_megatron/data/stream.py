@@ -6,7 +6,7 @@ from typing import Generic, Protocol, TypeVar
 
 from aki_megatron.data.image import PictureCache
 from aki_megatron.data.losses import Fault, TooManyLost
-from aki_megatron.data.mixture import Mixture, keyed
+from aki_megatron.data.mixture import Draw, Mixture, keyed
 from aki_megatron.data.order import ShardOrder
 from aki_megatron.flow import Caption, Conversation, DataError, Sample
 
@@ -89,9 +89,10 @@ class MixedStream(Generic[Element]):
 
     def sample(self, n: int, *, replace_images: bool = True) -> Drawn:
         """See SampleStream.sample."""
-        name, source = self._source(n)
+        draw = self._mixture.draw(n)
+        name, source = self._mixture.names[draw.source], self._sources[draw.source]
         faults: list[Fault] = []
-        for element, sample in self._rendered(n, source.elements.__getitem__, faults):
+        for element, sample in self._rendered(n, draw, source.elements.__getitem__, faults):
             if element.image is None:
                 return Drawn(sample, tuple(faults))
             try:
@@ -107,22 +108,19 @@ class MixedStream(Generic[Element]):
 
     def measure(self, n: int) -> tuple[int, int]:
         """See SampleStream.measure."""
-        name, source = self._source(n)
+        draw = self._mixture.draw(n)
+        name, source = self._mixture.names[draw.source], self._sources[draw.source]
         faults: list[Fault] = []
-        for element, sample in self._rendered(n, source.peek or source.elements.__getitem__, faults):
+        for element, sample in self._rendered(n, draw, source.peek or source.elements.__getitem__, faults):
             return len(sample.token_ids), int(element.image is not None)
         raise _given_up(name, faults)
 
-    def _source(self, n: int) -> tuple[str, Source[Element]]:
-        drawn = self._mixture.draw(n).source
-        return self._mixture.names[drawn], self._sources[drawn]
-
     def _rendered(
-        self, n: int, read: Callable[[int], Element], faults: list[Fault]
+        self, n: int, draw: Draw, read: Callable[[int], Element], faults: list[Fault]
     ) -> Iterator[tuple[Element, Sample]]:
         """Candidates for sample n whose text is good; what was bad before them goes to ``faults``."""
-        name, _ = self._source(n)
-        for index in self._candidates(n):
+        name = self._mixture.names[draw.source]
+        for index in self._candidates(n, draw):
             try:
                 element = read(index)
                 sample = self._render(element)
@@ -134,9 +132,9 @@ class MixedStream(Generic[Element]):
             except DataError as error:
                 faults.append(Fault(name, str(error)))
 
-    def _candidates(self, n: int) -> Iterator[int]:
+    def _candidates(self, n: int, draw: Draw) -> Iterator[int]:
         """The element of sample n, then those that stand in for it."""
-        draw, (_, source) = self._mixture.draw(n), self._source(n)
+        source = self._sources[draw.source]
         size, order = len(source.elements), source.order
         yield order.element(draw.visit) if order else self._mixture.element(draw.source, draw.visit, size)
         for attempt in range(1, MOST_ATTEMPTS):

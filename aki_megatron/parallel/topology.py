@@ -94,11 +94,6 @@ class Topology:
         return self.pipeline_rank == 0
 
     @property
-    def is_last_stage(self) -> bool:
-        """Whether losses come out of the model here."""
-        return self.pipeline_rank == self.pipeline - 1
-
-    @property
     def reads_data(self) -> bool:
         """Whether this rank loads batches: one tensor rank of the first stage; the others are sent what they need."""
         return self.is_first_stage and self.tensor_rank == 0

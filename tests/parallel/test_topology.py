@@ -43,7 +43,7 @@ def test_members_of_every_group():
         "edge": [3, 9],
         "alone": [9],
     }
-    assert (own.peer(0), own.replica_source, own.reads_data, own.is_last_stage) == (3, 2, False, True)
+    assert (own.peer(0), own.replica_source, own.reads_data) == (3, 2, False)
     assert [rank for rank in range(12) if a_topology(rank).reads_data] == [0, 2, 4]
 
 

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from data_cases import Drawn, Read, Speed, captions, draw, jpegs, our_loader, ours, plain_webdataset, timed, torch_files
+from made_up_shards import link_copies
 from packing import finetune_lengths, measured, pretrain_lengths
 from rich.console import Console
 from rich.table import Table
@@ -38,7 +39,7 @@ from aki_megatron.data.packing import BLOCK_SAMPLES, Limits
 from aki_megatron.data.shards import ShardIndex
 from aki_megatron.data.synthetic.tokenizer import write_tokenizer
 from aki_megatron.data.synthetic.writers import write_tar
-from aki_megatron.data.tar_index import index_path, write_index
+from aki_megatron.data.tar_index import write_index
 from aki_megatron.data.template import Template
 from aki_megatron.data.text import Tokenizer
 from aki_megatron.flow import Caption, Conversation, Turn
@@ -134,16 +135,13 @@ def start(folder: Path, template: Template, tars: int, per_tar: int) -> list[Row
     """Start on many tars, then go on in the middle of the first pass."""
     folder.mkdir()
     images, texts = jpegs(16, 64, 48), captions(16)
-    names = [folder / f"{number:05d}.tar" for number in range(tars)]
+    first = folder / "00000.tar"
     members = ((f"{n:06d}", "jpg", images[n % 16], texts[n % 16]) for n in range(per_tar))
-    write_tar(names[0], members)
+    write_tar(first, members)
     begin = time.perf_counter()
-    write_index(names[0])
+    write_index(first)
     indexing = time.perf_counter() - begin
-    for name in names[1:]:
-        os.link(names[0], name)
-        os.link(index_path(names[0]), index_path(name))
-    pattern = [f"{{00000..{tars - 1:05d}}}.tar"]
+    pattern = [link_copies(first, tars)]
     rows: list[Row] = [{"part": "start", "what": f"indexing a tar of {per_tar:,}", "seconds": round(indexing, 3)}]
     for what in ("first start, no manifest", "later start"):
         begin = time.perf_counter()

@@ -5,7 +5,7 @@ Letters: B rows, T tokens, N images, Q latents per image, D width, V vocabulary.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +180,16 @@ def stack_ids(batch: Batch) -> Tensor:
     return torch.stack([column.to(torch.int32) for column in columns], dim=-1)
 
 
+class Wish(IntFlag):
+    """What ranks want done after a step; what one wants, all do, after the same step."""
+
+    NONE = 0
+    SAVE = 1
+    """Write a checkpoint now."""
+    STOP = 2
+    """Write a checkpoint and end, to be started again later."""
+
+
 @dataclass(frozen=True)
 class StepReport:
     """What one optimizer step did, summed over all ranks; one line of metrics.jsonl is made of it."""
@@ -199,4 +209,6 @@ class StepReport:
     """Elements of the sources that could not be used."""
     seconds: float
     skipped: bool
-    """True when a gradient was not finite and the optimizer did not move."""
+    """True when the optimizer did not move: a gradient was not finite, or the step was refused."""
+    wish: Wish = Wish.NONE
+    """All ranks' wishes together; the same on every rank."""

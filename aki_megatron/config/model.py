@@ -1,5 +1,6 @@
-"""Sizes of the three parts of the model: SigLIP encoder, Perceiver resampler, decoder of the Phi-3 family."""
+"""Sizes of the three parts of the model: SigLIP encoder, Perceiver resampler, decoder of one of four families."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -65,24 +66,41 @@ class ResamplerConfig(Section):
 
 
 class RopeConfig(Section):
-    """Rotary position embedding. ``longrope`` divides each frequency by a factor: the short ones up to
+    """Rotary position embedding. ``longrope`` (Phi-3) divides each frequency by a factor: the short ones up to
     ``original_max_positions``, the long ones beyond, and scales cos and sin by
-    sqrt(1 + ln(max / original) / ln(original))."""
+    sqrt(1 + ln(max / original) / ln(original)). ``llama3`` (LLaMA 3.1 and later) divides slow frequencies by
+    ``factor``, keeps fast ones, and blends those between."""
 
-    kind: Literal["default", "longrope"] = "default"
+    kind: Literal["default", "longrope", "llama3"] = "default"
     theta: PositiveFloat = 10000.0
     max_positions: PositiveInt = 4096
     original_max_positions: PositiveInt = 4096
     short_factor: Floats = ()
     """One factor per frequency (half the head width); longrope only."""
     long_factor: Floats = ()
+    factor: PositiveFloat = 1.0
+    """How much slower a slow frequency gets; llama3 only."""
+    low_freq_factor: PositiveFloat = 1.0
+    """llama3: waves longer than original_max_positions / low_freq_factor positions are slow."""
+    high_freq_factor: PositiveFloat = 4.0
+    """llama3: waves shorter than original_max_positions / high_freq_factor positions are fast."""
 
     @model_validator(mode="after")
     def _relations(self) -> "RopeConfig":
-        if self.kind == "default" and (self.short_factor or self.long_factor):
+        if self.kind != "longrope" and (self.short_factor or self.long_factor):
             raise ConfigError(
-                "model.decoder.rope has short_factor or long_factor but kind=default, which uses none; "
+                f"model.decoder.rope has short_factor or long_factor but kind={self.kind}, which uses none; "
                 "write kind: longrope or leave the factors out."
+            )
+        if self.kind != "llama3" and self.factor != 1.0:
+            raise ConfigError(
+                f"model.decoder.rope.factor={self.factor} but kind={self.kind}, which uses none; "
+                "write kind: llama3 or leave the factor out."
+            )
+        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ConfigError(
+                f"model.decoder.rope.low_freq_factor={self.low_freq_factor} must be below "
+                f"high_freq_factor={self.high_freq_factor} for kind=llama3."
             )
         if self.kind == "longrope" and not 1 < self.original_max_positions <= self.max_positions:
             raise ConfigError(
@@ -127,12 +145,33 @@ PHI35_MINI_ROPE = RopeConfig(
 """The published values of microsoft/Phi-3.5-mini-instruct (config.json, rope_scaling): 48 factors for head width 96."""
 
 
+@dataclass(frozen=True)
+class FamilyTraits:
+    """What tells one family of decoders from another: all are RMSNorm, rotary positions, SwiGLU."""
+
+    qkv_bias: bool
+    """Queries, keys and values have biases; the attention's output has none."""
+    qk_norm: bool
+    """Queries and keys go through an RMSNorm over the head's width before they are turned."""
+
+
+FAMILIES: dict[str, FamilyTraits] = {
+    "phi3": FamilyTraits(qkv_bias=False, qk_norm=False),
+    "llama": FamilyTraits(qkv_bias=False, qk_norm=False),
+    "qwen2": FamilyTraits(qkv_bias=True, qk_norm=False),
+    "qwen3": FamilyTraits(qkv_bias=False, qk_norm=True),
+}
+"""Families by the name that transformers gives them (model_type)."""
+
+
 class DecoderConfig(Section):
-    """Decoder of the Phi-3 family; the defaults are microsoft/Phi-3.5-mini-instruct as AKI-4B holds it.
+    """Decoder of one of FAMILIES; the defaults are microsoft/Phi-3.5-mini-instruct as AKI-4B holds it.
 
     A decoder of another head width needs a ``rope`` of its own: the default holds 48 factors for head width 96.
     """
 
+    family: Literal["phi3", "llama", "qwen2", "qwen3"] = "phi3"
+    """Decides biases and norms of the attention, and the names of the tensors in Hugging Face folders."""
     width: PositiveInt = 3072
     """Features of a token between layers; width / heads is the width of an attention head."""
     layers: PositiveInt = 32
@@ -177,6 +216,11 @@ class DecoderConfig(Section):
                     "give that many, or write rope: {kind: default}."
                 )
         return self
+
+    @property
+    def traits(self) -> FamilyTraits:
+        """What its family has."""
+        return FAMILIES[self.family]
 
     @property
     def head_width(self) -> int:

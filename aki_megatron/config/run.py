@@ -102,6 +102,34 @@ class CheckpointConfig(Section):
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep_last: PositiveInt = 2
     """Older checkpoints are deleted once a newer one is complete."""
+    keep_every: NonNegativeInt = 0
+    """Checkpoints of steps that are multiples of this stay for ever; 0: none does."""
+    asynchronous: bool = True
+    """Training goes on while a background thread writes a copy in the host's memory (12 bytes per parameter, shared by
+    the ranks); false: training waits for the disk and needs no copy."""
+
+
+class WatchConfig(Section):
+    """What is watched while a run trains, and what happens then; everything is written to <run.dir>/events.jsonl."""
+
+    hang_factor: PositiveFloat = 20.0
+    """A step that takes longer than this many times the median of the last steps (and than hang_seconds) is a hang: the
+    stacks of all ranks are written, the rank that lags is named, and the run ends, to be started again."""
+    hang_seconds: PositiveFloat = 600.0
+    """No shorter step is ever a hang; nor is the first step, a checkpoint or start-up before start_seconds."""
+    start_seconds: PositiveFloat = 3600.0
+    """Longest time for start-up, the first step, or a checkpoint."""
+    non_finite: Literal["skip", "rollback", "stop"] = "skip"
+    """A step whose loss or gradient is not finite. skip: the optimizer does not move. rollback: back to the newest
+    checkpoint, and the data of the steps since are left out. stop: the run ends with an error."""
+    spike: Literal["off", "skip", "rollback", "stop"] = "off"
+    """The same for a loss or a gradient norm above spike_factor times the median of the last spike_window steps."""
+    spike_factor: float = Field(default=4.0, gt=1)
+    """Loss or gradient norm relative to the median."""
+    spike_window: PositiveInt = 128
+    """Steps in the median; before that many are done nothing is a spike."""
+    max_rollbacks: PositiveInt = 3
+    """Rollbacks to one and the same checkpoint after which the run ends with an error."""
 
 
 class LogConfig(Section):
@@ -129,6 +157,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig
+    watch: WatchConfig = WatchConfig()
     log: LogConfig = LogConfig()
     deepspeed: dict[str, Any] = {}
     """DeepSpeed's settings besides those the run decides, in DeepSpeed's format; --ds_config fills it."""

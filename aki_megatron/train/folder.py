@@ -73,7 +73,9 @@ def metrics_line(step: int, report: StepReport) -> dict[str, Any]:
 
     Loss and norm are None where they are not finite (a skipped step): JSON has no such numbers.
     """
-    line = {"step": step} | asdict(report) | {"tokens_per_second": report.tokens / max(report.seconds, 1e-9)}
+    facts = asdict(report)
+    del facts["wish"]
+    line = {"step": step} | facts | {"tokens_per_second": report.tokens / max(report.seconds, 1e-9)}
     return {name: value if math.isfinite(value) else None for name, value in line.items()}
 
 

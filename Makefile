@@ -2,6 +2,7 @@
 # make demo       draw data, train a small model end to end, write runs/demo/report.html
 # make test       every test            make test-fast   without worker processes and launchers
 # make lint       ruff and mypy         make format      let ruff rewrite
+# make slurm-up   a throw-away Slurm cluster on this machine to try slurm/*.sbatch on       make slurm-down
 
 SHELL := bash
 BIN := $(CURDIR)/.venv/bin
@@ -11,7 +12,7 @@ export PATH := $(BIN):$(PATH)
 test test-fast: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format
+.PHONY: help setup demo test test-fast lint format slurm-up slurm-down
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -37,7 +38,7 @@ test: setup
 	python -m pytest
 
 test-fast: setup
-	python -m pytest -m "not distributed and not end_to_end"
+	python -m pytest -m "not distributed and not end_to_end and not slurm"
 
 lint: setup
 	ruff check .
@@ -47,3 +48,16 @@ lint: setup
 format: setup
 	ruff check --fix .
 	ruff format .
+
+# Below build/, which git ignores. docs/cluster.md goes on from here.
+SLURM_FOLDER := $(CURDIR)/build/slurm
+
+slurm-up: setup
+	@slurm/cluster.sh up $(SLURM_FOLDER)
+	@echo "then, for example, the demo's second stage on two nodes with one rank each:"
+	@echo "  AKI_CONFIG=configs/demo/sft.yaml AKI_RUN=runs/slurm sbatch --nodes 2 --ntasks-per-node 1 slurm/sft_aki4b.sbatch"
+	@echo "  squeue; python tools/status.py runs/slurm"
+	@echo "and at last: make slurm-down"
+
+slurm-down:
+	@slurm/cluster.sh down $(SLURM_FOLDER)

@@ -28,7 +28,12 @@ DOORS = {
     "megatron": {"parallel/megatron.py"},
     "deepspeed": {"engine/zero.py"},
     "webdataset": {"data/shards.py"},
-    "transformers": {"data/text.py", "checkpoint/huggingface.py"},
+    "transformers": {
+        "data/text.py",
+        "checkpoint/reference.py",
+        "checkpoint/modeling_aki.py",
+        "checkpoint/processing_aki.py",
+    },
     "wandb": {"train/hooks_wandb.py"},
     "mpi4py": {"parallel/mpi.py"},
 }

@@ -57,7 +57,7 @@ def mask_of(conversation: Conversation, template: Template, config: RunConfig) -
         rule=rule,
         scored=torch.tensor([sample.targets]) != IGNORE,
     )
-    labels = [template.tokenizer.token(token) for token in sample.token_ids]
+    labels = [template.tokenizer.spelling(token).decode(errors="replace") for token in sample.token_ids]
     picture = draw_masks([MaskPanel(f"{rule}: {sample.key}", layout.dense()[0])], sample.modality_ids, labels)
     return (
         picture,

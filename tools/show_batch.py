@@ -16,7 +16,6 @@ Without colour, learnt tokens stand between {+ and +}. A space that is a token b
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,12 +36,7 @@ from aki_megatron.data.text import Tokenizer
 from aki_megatron.flow import IGNORE, NO_SEGMENT, Batch, ConfigError, Modality, UserError
 from aki_megatron.train.reading import build_reading, build_tokenizer
 
-SPACE = "\u2581"
-"""What the vocabulary writes for a space."""
-
 STYLES = {Modality.TEXT: "blue", Modality.RESPONSE: "green", Modality.IMAGE: "magenta", Modality.PAD: "bright_black"}
-
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 @dataclass(frozen=True)
@@ -83,28 +77,30 @@ def places(batch: Batch, row: int) -> list[Place]:
 
 
 def readable(tokenizer: Tokenizer, tokens: Sequence[int], marks: Marks) -> Iterator[tuple[str, bool]]:
-    """(what a token says, whether it is a special one) for tokens in a row.
+    """(what tokens say, whether it is a special one) for tokens in a row.
 
-    Bytes outside the vocabulary are joined to characters; those that make none keep their names.
+    Tokens that are parts of characters are joined; bytes that make none are printed as numbers.
     """
-    names = [tokenizer.token(token) for token in tokens]
-    for is_byte, group in groupby(names, key=lambda name: bool(_BYTE.fullmatch(name))):
-        if is_byte:
-            spelt = list(group)
-            data = bytes(int(name[3:5], 16) for name in spelt)
-            try:
-                text = data.decode("utf-8").replace("\n", marks.newline).replace("\t", marks.tab)
-            except UnicodeDecodeError:
-                text = "".join(spelt)
-            yield text, False
+    for special, group in groupby(tokens, key=tokenizer.is_special):
+        if special:
+            yield from ((tokenizer.token(token), True) for token in group)
             continue
-        for name in group:
-            if tokenizer.find_special(name) == name:
-                yield name, True
-            elif not name.strip(SPACE):
-                yield marks.space * len(name), False
-            else:
-                yield name.replace(SPACE, " ").replace("\n", marks.newline).replace("\t", marks.tab), False
+        rest = b""
+        for token in group:
+            rest += tokenizer.spelling(token)
+            try:
+                text = rest.decode()
+            except UnicodeDecodeError:
+                continue
+            rest = b""
+            yield marks.space * len(text) if not text.strip(" ") else visible(text, marks), False
+        if rest:
+            yield visible(rest.decode(errors="backslashreplace"), marks), False
+
+
+def visible(text: str, marks: Marks) -> str:
+    """The text with marks for what ends lines."""
+    return text.replace("\n", marks.newline).replace("\t", marks.tab)
 
 
 def rendered(row: Sequence[Place], tokenizer: Tokenizer, image_places: int, marks: Marks, *, plain: bool) -> Text:

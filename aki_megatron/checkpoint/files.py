@@ -1,4 +1,9 @@
-"""Checkpoint files on disk: complete or not there at all, and checked before anything in them is read."""
+"""Checkpoint files on disk: complete or not there at all, and checked before anything in them is read.
+
+A folder of checkpoints holds, besides ``step_000100`` and so on, names that begin with a dot, which no reader takes for
+a checkpoint: ``.writing_`` is being written, ``.removing_`` is being removed, and ``.replaced_`` stands in for the
+checkpoint of that step until a new one of the same step has taken its place.
+"""
 
 import hashlib
 import json
@@ -8,10 +13,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from aki_megatron.flow import CheckpointError
+from aki_megatron.errors import CheckpointError
 
 MANIFEST, LATEST, PREFIX = "manifest.json", "latest", "step_"
 """A folder without a manifest is no checkpoint; ``latest`` holds the name of the newest one."""
+
+INDEX, EXTRA, CONFIG = ".metadata", "extra.json", "config.yaml"
+"""torch's index of the tensors; what else was saved with them; the run, or the model, that they belong to."""
+
+WRITING, REMOVING, REPLACED = ".writing_", ".removing_", ".replaced_"
+
+DIGEST_BYTES = 2**22
+"""Files are read in pieces of this size."""
 
 
 def folder_name(step: int) -> str:
@@ -19,10 +32,16 @@ def folder_name(step: int) -> str:
     return f"{PREFIX}{step:06d}"
 
 
+def step_of(path: Path) -> int:
+    """100 of step_000100."""
+    return int(path.name.removeprefix(REPLACED).removeprefix(PREFIX))
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints in ``folder``, oldest first."""
-    found = [path for path in folder.glob(f"{PREFIX}*") if (path / MANIFEST).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+    named = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    named += [path for path in folder.glob(f"{REPLACED}*") if not (folder / path.name.removeprefix(REPLACED)).exists()]
+    return sorted((path for path in named if (path / MANIFEST).is_file()), key=step_of)
 
 
 def newest(folder: Path) -> Path | None:
@@ -33,50 +52,113 @@ def newest(folder: Path) -> Path | None:
     return next(reversed(checkpoints(folder)), None)
 
 
+def find(path: Path) -> Path:
+    """The checkpoint meant by a checkpoint, a folder of checkpoints, or a run folder.
+
+    Errors: CheckpointError when there is none.
+    """
+    if (path / MANIFEST).is_file() or path.name.startswith(PREFIX):
+        return path
+    for folder in (path / "checkpoints", path):
+        if found := newest(folder):
+            return found
+    raise CheckpointError(
+        f"No complete checkpoint in {path}: looked for {PREFIX}*/{MANIFEST} there and in its folder checkpoints."
+    )
+
+
 def digest(path: Path) -> dict[str, Any]:
     """Manifest entry of a file: bytes and sha256."""
+    sha256, size = hashlib.sha256(), 0
     with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": sha256}
+        while piece := file.read(DIGEST_BYTES):
+            sha256.update(piece)
+            size += len(piece)
+    return {"bytes": size, "sha256": sha256.hexdigest()}
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write and force to disk."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write and force to disk."""
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    write_text(path, json.dumps(content, indent=1))
 
 
-def publish(aside: Path, name: str) -> None:
+def begin(folder: Path, step: int) -> Path:
+    """An empty folder to write the checkpoint of ``step`` into, aside; what killed processes left behind goes."""
+    for stale in (*folder.glob(f"{WRITING}*"), *folder.glob(f"{REMOVING}*")):
+        shutil.rmtree(stale)
+    for replaced in folder.glob(f"{REPLACED}*"):
+        name = replaced.name.removeprefix(REPLACED)
+        if (folder / name).exists():
+            _remove(replaced)
+        else:
+            replaced.rename(folder / name)
+    aside = folder / f"{WRITING}{folder_name(step)}"
+    aside.mkdir(parents=True)
+    return aside
+
+
+def complete(aside: Path, step: int, written: Mapping[str, Any]) -> Path:
+    """Give a folder that ``begin`` made its manifest, its name, and ``latest``; the checkpoint's folder.
+
+    written  manifest entries of the files whose content is known to be on disk; the others are read for theirs
+
+    Errors: CheckpointError when a file of ``written`` is not here, or not as long as it was.
+    """
+    for name, entry in written.items():
+        found = (aside / name).stat().st_size if (aside / name).is_file() else "no"
+        if found != entry["bytes"]:
+            raise CheckpointError(
+                f"{aside / name} has {found} bytes here instead of the {entry['bytes']} that were written: the folder "
+                "must lie on a file system that all ranks share"
+            )
+    others = sorted(path.relative_to(aside).as_posix() for path in aside.rglob("*") if path.is_file())
+    listed = dict(written) | {name: digest(aside / name) for name in others if name not in written}
+    write_json(aside / MANIFEST, {"step": step, "files": listed})
+    return publish(aside, folder_name(step))
+
+
+def publish(aside: Path, name: str) -> Path:
     """Rename a finished folder to ``name``, replacing one of that name, then move ``latest``."""
     folder, target = aside.parent, aside.parent / name
     sync_folder(aside)
     if target.exists():
-        replaced = folder / f".replaced_{name}"
-        shutil.rmtree(replaced, ignore_errors=True)
+        replaced = folder / f"{REPLACED}{name}"
         target.rename(replaced)
         aside.rename(target)
-        shutil.rmtree(replaced)
+        sync_folder(folder)
+        _remove(replaced)
     else:
         aside.rename(target)
     sync_folder(folder)
     pointer = folder / f".{LATEST}"
-    with pointer.open("w") as file:
-        file.write(name + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write_text(pointer, name + "\n")
     pointer.rename(folder / LATEST)
     sync_folder(folder)
+    return target
 
 
-def keep_newest(folder: Path, count: int) -> None:
-    """Remove all checkpoints but the ``count`` newest; a half-removed one is none, since its manifest goes first."""
+def prune(folder: Path, *, keep_last: int, keep_every: int) -> None:
+    """Remove checkpoints that are not among the newest ``keep_last``, nor of a multiple of ``keep_every`` steps (if
+    that is not 0), nor what ``latest`` points to."""
     current = newest(folder)
-    for path in checkpoints(folder)[:-count]:
-        if path != current:
-            (path / MANIFEST).unlink()
-            shutil.rmtree(path)
+    for path in checkpoints(folder)[:-keep_last]:
+        if path != current and not (keep_every and step_of(path) % keep_every == 0):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; half-removed it is none."""
+    gone = path.parent / f"{REMOVING}{folder_name(step_of(path))}"
+    path.rename(gone)
+    shutil.rmtree(gone)
 
 
 def sync_folder(folder: Path) -> None:

@@ -4,26 +4,16 @@ The release has three parts: ``vision_encoder.`` (SigLIP), ``vision_tokenizer.``
 (Phi-3 with rows of their own for added tokens, and with a bias on the head). At AKI-4B's size it holds 718 tensors.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
-
-from aki_megatron.checkpoint.weights import (
-    DECODER_LAYER_RULES,
-    DECODER_RULES,
-    POOLING_RULES,
-    VISION_LAYER_RULES,
-    VISION_RULES,
-    TensorFiles,
-    WeightRule,
-    check_shapes,
-    linear,
-    model_shapes,
-    names,
-)
+from aki_megatron.checkpoint.report import STRICT, Allowed, Match, match
+from aki_megatron.checkpoint.sources import Places, open_safetensors, open_torch_file
+from aki_megatron.checkpoint.tensors import NameTable, TensorSource
+from aki_megatron.checkpoint.weights import WeightRule, language_names, linear, model_shapes, names, vision_names
 from aki_megatron.config.model import ModelConfig
-from aki_megatron.flow import CheckpointError
+from aki_megatron.errors import CheckpointError
+
+ENCODER, RESAMPLER, LANGUAGE = PREFIXES = ("vision_encoder.", "vision_tokenizer.", "lang_model.")
 
 RESAMPLER_LAYER_RULES = (
     *linear("front.resampler.blocks.{i}.attention.norm_media", "layers.{i}.0.norm_media"),
@@ -49,51 +39,51 @@ EXTRA_RULES = (
 )
 
 
-def official_names(config: ModelConfig, *, vision: bool = True) -> dict[str, str]:
+def official_names(config: ModelConfig, *, vision: bool = True) -> NameTable:
     """Our names to the release's, for a model of this size; without the encoder's where ``vision`` is False.
 
     Raises CheckpointError for a model that the release's format cannot hold.
     """
     decoder = config.decoder
-    if decoder.tie_embeddings or not decoder.head_bias or not decoder.extra_tokens:
+    fits = decoder.family == "phi3" and decoder.head_bias and decoder.extra_tokens and not decoder.tie_embeddings
+    if not fits:
         raise CheckpointError(
-            "The official AKI format holds a head of its own with a bias, and added tokens; the model has "
-            f"tie_embeddings={decoder.tie_embeddings}, head_bias={decoder.head_bias}, "
+            "The official AKI format holds a Phi-3 with a head of its own with a bias, and added tokens; the model has "
+            f"family={decoder.family}, tie_embeddings={decoder.tie_embeddings}, head_bias={decoder.head_bias}, "
             f"extra_tokens={decoder.extra_tokens}."
         )
-    table = names(RESAMPLER_RULES, prefix="vision_tokenizer.")
-    table |= names(RESAMPLER_LAYER_RULES, prefix="vision_tokenizer.", layers=config.resampler.layers)
-    table |= names((*DECODER_RULES, *EXTRA_RULES), prefix="lang_model.")
-    table |= names(DECODER_LAYER_RULES, prefix="lang_model.", layers=decoder.layers)
-    if vision:
-        pooling = POOLING_RULES if config.vision.pooling_head else ()
-        table |= names((*VISION_RULES, *pooling), prefix="vision_encoder.")
-        table |= names(VISION_LAYER_RULES, prefix="vision_encoder.", layers=config.vision.layers)
-    return table
+    table = names(RESAMPLER_RULES, prefix=RESAMPLER)
+    table |= names(RESAMPLER_LAYER_RULES, prefix=RESAMPLER, layers=config.resampler.layers)
+    table |= names(EXTRA_RULES, prefix=LANGUAGE)
+    table |= language_names(decoder, LANGUAGE)
+    return {**table, **vision_names(config.vision, ENCODER)} if vision else table
 
 
-def from_official(tensors: Mapping[str, Tensor], config: ModelConfig, *, vision: bool = True) -> dict[str, Tensor]:
-    """A release's tensors under our names, strictly: all of them, no other, right shapes (CheckpointError).
+def open_official(path: Path) -> Places:
+    """The tensors of a release: its safetensors file, a folder with it, or a training checkpoint (``.pt``).
 
-    The release's training checkpoints leave the encoder out: ``vision=False``.
+    Errors: CheckpointError when it cannot be read, or is anything else.
     """
-    table = official_names(config, vision=vision)
-    shapes = model_shapes(config)
-    got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    check_shapes(got, {theirs: shapes[ours] for ours, theirs in table.items()}, "the official release")
-    return {ours: tensors[theirs] for ours, theirs in table.items()}
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give the release's safetensors, its folder, or a .pt.")
+    source = open_torch_file(path) if path.is_file() and path.suffix != ".safetensors" else open_safetensors(path)
+    if not any(name.startswith(PREFIXES) for name in source.facts):
+        raise CheckpointError(
+            f"{path} is not of the AKI release: no tensor's name begins with {', '.join(PREFIXES)} (the first is "
+            f"{next(iter(source.facts), 'none')}). Folders of language models and of SigLIP are read by from-hf."
+        )
+    return source
 
 
-def to_official(tensors: Mapping[str, Tensor], config: ModelConfig, *, vision: bool = True) -> dict[str, Tensor]:
-    """Our tensors under the release's names; the reverse of from_official."""
-    table = official_names(config, vision=vision)
-    shapes = model_shapes(config)
-    got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    check_shapes(got, {ours: shapes[ours] for ours in table}, "the model")
-    return {theirs: tensors[ours] for ours, theirs in table.items()}
+def has_encoder(source: TensorSource) -> bool:
+    """Whether a release holds the encoder; its training checkpoints leave it out."""
+    return any(name.startswith(ENCODER) for name in source.facts)
 
 
-def read_official(path: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """The tensors of a release's safetensors file, or of a folder with it, under our names."""
-    files = TensorFiles(path)
-    return from_official(dict(files.read(files.shapes)), config)
+def match_official(source: Places, config: ModelConfig, allowed: Allowed = STRICT) -> Match:
+    """Compare a release with a model of this size, strictly.
+
+    Errors: CheckpointError with every tensor that is missing, extra or of another shape and not allowed by name.
+    """
+    table = official_names(config, vision=has_encoder(source))
+    return match(source.facts, table, model_shapes(config), source=str(source.path), allowed=allowed)

@@ -1,30 +1,31 @@
-"""Weights under other names: the table of rules, and strict reading of safetensors files.
+"""Weights under other names: the table of rules.
 
-A rule is a row (our name, their name); ``{i}`` stands for the layer number. The same rows serve Hugging Face folders
-and the official AKI release, which differ in what they put in front of their names.
+A rule is a row (our name, their names); ``{i}`` stands for the layer number. The same rows serve Hugging Face folders
+and the official AKI release, which differ in what they put in front of their names. Several of their names: we hold
+these tensors as one, put together along axis 0 in this order (checkpoint/tensors.py does it).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from aki_megatron.config.model import ModelConfig
-from aki_megatron.flow import CheckpointError
+from aki_megatron.checkpoint.tensors import NameTable, Shape
+from aki_megatron.config.model import DecoderConfig, ModelConfig, VisionConfig
+from aki_megatron.errors import CheckpointError
 from aki_megatron.model.stage import build_model
 
-Shape = tuple[int, ...]
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class WeightRule:
-    """One tensor, or one per layer, under two names; values and shape are the same."""
+    """One tensor of ours, or one per layer, and theirs: one of the same values, or several that are its parts."""
 
     ours: str
-    theirs: str
+    theirs: tuple[str, ...]
+
+    def __init__(self, ours: str, *theirs: str) -> None:
+        object.__setattr__(self, "ours", ours)
+        object.__setattr__(self, "theirs", theirs)
 
 
 def linear(ours: str, theirs: str) -> tuple[WeightRule, WeightRule]:
@@ -59,37 +60,84 @@ POOLING_RULES = (
     *linear("front.vision.pooling.feed_forward.down", "head.mlp.fc2"),
 )
 
-DECODER_LAYER_RULES = (
+_NORMS_AND_OUTPUTS = (
     WeightRule("blocks.{i}.attention_norm.weight", "model.layers.{i}.input_layernorm.weight"),
-    WeightRule("blocks.{i}.attention.qkv.weight", "model.layers.{i}.self_attn.qkv_proj.weight"),
     WeightRule("blocks.{i}.attention.out.weight", "model.layers.{i}.self_attn.o_proj.weight"),
     WeightRule("blocks.{i}.feed_forward_norm.weight", "model.layers.{i}.post_attention_layernorm.weight"),
-    WeightRule("blocks.{i}.feed_forward.gate_up.weight", "model.layers.{i}.mlp.gate_up_proj.weight"),
     WeightRule("blocks.{i}.feed_forward.down.weight", "model.layers.{i}.mlp.down_proj.weight"),
 )
-
-DECODER_RULES = (
-    WeightRule("front.embedding.table.weight", "model.embed_tokens.weight"),
-    WeightRule("head.norm.weight", "model.norm.weight"),
-    WeightRule("head.output.weight", "lm_head.weight"),
+_FUSED = (
+    WeightRule("blocks.{i}.attention.qkv.weight", "model.layers.{i}.self_attn.qkv_proj.weight"),
+    WeightRule("blocks.{i}.feed_forward.gate_up.weight", "model.layers.{i}.mlp.gate_up_proj.weight"),
+)
+_SEPARATE = (
+    WeightRule(
+        "blocks.{i}.attention.qkv.weight",
+        "model.layers.{i}.self_attn.q_proj.weight",
+        "model.layers.{i}.self_attn.k_proj.weight",
+        "model.layers.{i}.self_attn.v_proj.weight",
+    ),
+    WeightRule(
+        "blocks.{i}.feed_forward.gate_up.weight",
+        "model.layers.{i}.mlp.gate_proj.weight",
+        "model.layers.{i}.mlp.up_proj.weight",
+    ),
+)
+_QKV_BIAS = WeightRule(
+    "blocks.{i}.attention.qkv.bias",
+    "model.layers.{i}.self_attn.q_proj.bias",
+    "model.layers.{i}.self_attn.k_proj.bias",
+    "model.layers.{i}.self_attn.v_proj.bias",
+)
+_QK_NORMS = (
+    WeightRule("blocks.{i}.attention.query_norm.weight", "model.layers.{i}.self_attn.q_norm.weight"),
+    WeightRule("blocks.{i}.attention.key_norm.weight", "model.layers.{i}.self_attn.k_norm.weight"),
 )
 
+LANGUAGE_LAYER_RULES: dict[str, tuple[WeightRule, ...]] = {
+    "phi3": (*_NORMS_AND_OUTPUTS, *_FUSED),
+    "llama": (*_NORMS_AND_OUTPUTS, *_SEPARATE),
+    "qwen2": (*_NORMS_AND_OUTPUTS, *_SEPARATE, _QKV_BIAS),
+    "qwen3": (*_NORMS_AND_OUTPUTS, *_SEPARATE, *_QK_NORMS),
+}
+"""Family of decoders (config/model.py) -> the tensors of one of its layers."""
 
-def names(rules: Iterable[WeightRule], *, prefix: str = "", layers: int | None = None) -> dict[str, str]:
+LANGUAGE_RULES = (
+    WeightRule("front.embedding.table.weight", "model.embed_tokens.weight"),
+    WeightRule("head.norm.weight", "model.norm.weight"),
+)
+
+HEAD_RULES = (WeightRule("head.output.weight", "lm_head.weight"),)
+"""Of a language model whose head is not tied to its embedding; a tied one has no such tensor."""
+
+
+def names(rules: Iterable[WeightRule], *, prefix: str = "", layers: int | None = None) -> dict[str, tuple[str, ...]]:
     """Our names to theirs, ``prefix`` put before theirs; one entry per layer for rules with ``{i}``."""
     numbers = [""] if layers is None else [str(number) for number in range(layers)]
     return {
-        rule.ours.replace("{i}", number): prefix + rule.theirs.replace("{i}", number)
+        rule.ours.replace("{i}", number): tuple(prefix + name.replace("{i}", number) for name in rule.theirs)
         for number in numbers
         for rule in rules
     }
 
 
+def language_names(config: DecoderConfig, prefix: str = "") -> NameTable:
+    """The tensors of a stock language model of the decoder's family: what AKI adds to it is not among them."""
+    rules = LANGUAGE_RULES if config.tie_embeddings else (*LANGUAGE_RULES, *HEAD_RULES)
+    return names(rules, prefix=prefix) | names(LANGUAGE_LAYER_RULES[config.family], prefix=prefix, layers=config.layers)
+
+
+def vision_names(config: VisionConfig, prefix: str) -> NameTable:
+    """The tensors of a SigLIP encoder, its pooling head among them where the configuration has one."""
+    rules = (*VISION_RULES, *POOLING_RULES) if config.pooling_head else VISION_RULES
+    return names(rules, prefix=prefix) | names(VISION_LAYER_RULES, prefix=prefix, layers=config.layers)
+
+
 def model_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Names and shapes of the whole model's tensors; nothing is allocated."""
+    """Names and shapes of the whole model's tensors, what a tied head shares once; nothing is allocated."""
     with torch.device("meta"):
         model = build_model(config, rule="causal")
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
 
 
 def check_shapes(got: Mapping[str, Shape], wanted: Mapping[str, Shape], source: str) -> None:
@@ -108,51 +156,3 @@ def check_shapes(got: Mapping[str, Shape], wanted: Mapping[str, Shape], source: 
             + "\n".join(shown)
             + "\nChoose the folder or file that belongs to the model section of the configuration, or change that."
         )
-
-
-class TensorFiles:
-    """The tensors of a safetensors file, or of a folder with one or with several and an index; read one by one."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.files = [path] if path.is_file() else _files(path)
-        self.shapes: dict[str, Shape] = {}
-        self._file_of: dict[str, Path] = {}
-        for file in self.files:
-            with _open(file) as tensors:
-                for name in tensors.keys():  # noqa: SIM118  the reader is no mapping
-                    self.shapes[name] = tuple(tensors.get_slice(name).get_shape())
-                    self._file_of[name] = file
-
-    def read(self, wanted: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors, file by file, so that one file is open at a time."""
-        asked = set(wanted)
-        for file in self.files:
-            with _open(file) as tensors:
-                for name in sorted(name for name in asked if self._file_of[name] == file):
-                    yield name, tensors.get_tensor(name)
-
-
-def _files(folder: Path) -> list[Path]:
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return [single]
-    files = sorted(folder.glob("model-*-of-*.safetensors"))
-    if not files:
-        raise CheckpointError(
-            f"{folder} holds no weights: looked for model.safetensors and model-00001-of-0000N.safetensors. "
-            "Weights in pickle files (.bin, .pt) are not read; convert them to safetensors."
-        )
-    count = int(files[0].stem.rsplit("-", 1)[1])
-    wanted = [folder / f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    missing = [file.name for file in wanted if not file.is_file()]
-    if missing or len(files) != count:
-        raise CheckpointError(f"{folder} is incomplete: of {count} weight files {missing} are missing.")
-    return wanted
-
-
-def _open(file: Path) -> safe_open:
-    try:
-        return safe_open(str(file), "pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is not a readable safetensors file ({error}); fetch it again.") from error

@@ -73,15 +73,20 @@ def sentence(error: ErrorDetails) -> tuple[Location, str]:
     return location, f"{key} must be {must}; got {shown(error['input'])}."
 
 
-def build_sections(values: Mapping[str, Any], describe: Callable[[Location], str]) -> tuple[dict[str, Any], list[str]]:
-    """Each section on its own, so that all problems are found at once; ``describe`` says where a key was written."""
+def build_sections(
+    values: Mapping[str, Any],
+    describe: Callable[[Location], str],
+    wanted: Iterable[str] = tuple(RunConfig.model_fields),
+) -> tuple[dict[str, Any], list[str]]:
+    """Each wanted section on its own, so that all problems are found at once; ``describe`` says where a key stands."""
     built: dict[str, Any] = {}
     problems: dict[Location, str] = {}
     for name in values:
         if name not in RunConfig.model_fields:
             # Strangers at the root stand under a name of their own in pydantic's words, too.
             problems[(name,)] = f"unknown key {name}{suggestion(name, [*RunConfig.model_fields, *KEYS])}"
-    for name, info in RunConfig.model_fields.items():
+    for name in wanted:
+        info = RunConfig.model_fields[name]
         if name not in values:
             if info.default is PydanticUndefined:
                 inner = sections(info.annotation)

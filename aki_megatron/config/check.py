@@ -203,6 +203,21 @@ def stage_layers_problem(layers: int, *, stages: int, layers_per_stage: Sequence
     return ""
 
 
+def watch_problems(run: RunConfig) -> Iterator[str]:
+    """What is watched can happen within the run."""
+    watch, steps = run.watch, run.train.steps
+    if watch.hang_seconds > watch.start_seconds:
+        yield (
+            f"watch.hang_seconds={watch.hang_seconds:g} exceeds watch.start_seconds={watch.start_seconds:g}, the "
+            f"longest time for anything; add --watch.start_seconds {watch.hang_seconds:g}."
+        )
+    if watch.spike != "off" and watch.spike_window >= steps:
+        yield (
+            f"watch.spike={watch.spike} compares with the last watch.spike_window={watch.spike_window} steps, but "
+            f"train.steps={steps}: nothing would ever be a spike; add --watch.spike_window {max(1, steps // 10)}."
+        )
+
+
 CHECKS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     data_problems,
     phase_problems,
@@ -211,6 +226,7 @@ CHECKS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     schedule_problems,
     init_problems,
     parallel_problems,
+    watch_problems,
 )
 
 

@@ -105,7 +105,7 @@ class DataConfig(Section):
     packing: PackingConfig = PackingConfig()
     """Fixed rows of several samples."""
     tokenizer: FilePath
-    """Hugging Face tokenizer folder with Phi-3's special tokens."""
+    """Hugging Face tokenizer folder of the family model.decoder.family, as published or with AKI's tokens."""
     system_message: str = SYSTEM_MESSAGE
     """Opens every conversation."""
     max_text_tokens: PositiveInt

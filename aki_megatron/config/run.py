@@ -23,7 +23,7 @@ class InitConfig(Section):
     vision: FilePath | None = None
     """Hugging Face folder of a SigLIP model. The encoder stays frozen."""
     language: FilePath | None = None
-    """Hugging Face folder of a Phi-3 model."""
+    """Hugging Face folder of a language model of model.decoder.family: Phi-3, LLaMA 3, Qwen2.5 or Qwen3."""
     weights: FilePath | None = None
     """Run folder or checkpoint folder of an earlier run: every weight, no optimizer state. Excludes the two above."""
 
@@ -112,13 +112,13 @@ class CheckpointConfig(Section):
 class WatchConfig(Section):
     """What is watched while a run trains, and what happens then; everything is written to <run.dir>/events.jsonl."""
 
-    hang_factor: PositiveFloat = 20.0
+    hang_factor: float = Field(default=20.0, gt=1)
     """A step that takes longer than this many times the median of the last steps (and than hang_seconds) is a hang: the
     stacks of all ranks are written, the rank that lags is named, and the run ends, to be started again."""
     hang_seconds: PositiveFloat = 600.0
     """No shorter step is ever a hang; nor is the first step, a checkpoint or start-up before start_seconds."""
     start_seconds: PositiveFloat = 3600.0
-    """Longest time for start-up, the first step, or a checkpoint."""
+    """Longest time for start-up, the first step, a checkpoint, or anything else."""
     non_finite: Literal["skip", "rollback", "stop"] = "skip"
     """A step whose loss or gradient is not finite. skip: the optimizer does not move. rollback: back to the newest
     checkpoint, and the data of the steps since are left out. stop: the run ends with an error."""

@@ -6,20 +6,24 @@ from typing import Any
 
 import yaml
 
-from aki_megatron.config.build import build
+from aki_megatron.config.build import build, build_sections
 from aki_megatron.config.check import report
 from aki_megatron.config.describe import shown
 from aki_megatron.config.load import file_values
-from aki_megatron.config.run import RunConfig
+from aki_megatron.config.model import ModelConfig
+from aki_megatron.config.run import AttentionConfig, RunConfig
 from aki_megatron.config.yaml_file import read_yaml
 from aki_megatron.errors import ConfigError
 
 HEADER = "# The resolved configuration of this run; --config FILE with this file is the same run.\n"
 
+MODEL_HEADER = "# The model of this converted checkpoint, and who attends to whom in it.\n"
+
 MAY_CHANGE = (
     "run.dir",
     "log",
     "checkpoint",
+    "watch",
     "parallel",
     "deepspeed",
     "train.micro_batch",
@@ -37,6 +41,22 @@ def dump(run: RunConfig) -> str:
     return HEADER + yaml.safe_dump(
         run.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=None, width=120
     )
+
+
+def dump_model(model: ModelConfig, attention: AttentionConfig) -> str:
+    """The part of ``dump`` that weights need to mean something: what a converted checkpoint holds."""
+    values = {"model": model.model_dump(mode="json"), "attention": attention.model_dump(mode="json")}
+    return MODEL_HEADER + yaml.safe_dump(
+        values, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120
+    )
+
+
+def load_model(path: Path) -> tuple[ModelConfig, AttentionConfig]:
+    """These two sections of a file that ``dump`` or ``dump_model`` wrote. Raises ConfigError with all problems."""
+    built, problems = build_sections(read_yaml(path).values, lambda _: "", ("model", "attention"))
+    if problems:
+        raise ConfigError(report(str(path), problems))
+    return built.get("model", ModelConfig()), built["attention"]
 
 
 def load_saved(path: Path) -> RunConfig:

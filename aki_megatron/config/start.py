@@ -1,10 +1,10 @@
 """What a launcher does before anything heavy is imported: read the command line and refuse what is wrong."""
 
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from aki_megatron.config.interrupts import Interrupts
 from aki_megatron.config.load import load_run
 from aki_megatron.config.run import RunConfig
 from aki_megatron.errors import UserError
@@ -18,15 +18,17 @@ GRACE_SECONDS = 5.0
 """Mostly every rank meets the same mistake, and launchers end all ranks when one ends: rank 0 speaks first."""
 
 
-def refuse(error: UserError, environ: Mapping[str, str], *, grace_seconds: float = GRACE_SECONDS) -> int:
+def refuse(
+    error: UserError, environ: Mapping[str, str], interrupts: Interrupts, *, grace_seconds: float = GRACE_SECONDS
+) -> int:
     """Print the message of a mistake and return the exit code.
 
-    Rank 0 speaks at once. Another rank is ended by its launcher before it speaks, unless the mistake is its own
+    Rank 0 speaks at once. Another rank is told to end by its launcher before it speaks, unless the mistake is its own
     (a node without the data, say).
     """
     rank = next((environ[name] for name in RANK_NAMES if name in environ), "0")
-    if rank != "0":
-        time.sleep(grace_seconds)
+    if rank != "0" and interrupts.wait(grace_seconds):
+        return USER_ERROR
     print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
     return USER_ERROR
 
@@ -34,6 +36,7 @@ def refuse(error: UserError, environ: Mapping[str, str], *, grace_seconds: float
 def start(
     argv: Sequence[str],
     environ: Mapping[str, str],
+    interrupts: Interrupts,
     *,
     default_config: Path,
     prog: str,
@@ -44,5 +47,5 @@ def start(
     try:
         run = load_run(argv, default_config=default_config, prog=prog, description=description)
     except UserError as error:
-        return refuse(error, environ)
+        return refuse(error, environ, interrupts)
     return train(run)

@@ -3,7 +3,9 @@
 What a step holds is decided by steps.py; this decodes it, in order, counts what was bad, and notes what was consumed.
 """
 
+import os
 import queue
+import signal
 import threading
 import warnings
 from collections import deque
@@ -177,7 +179,7 @@ class Loader:
                 pin_memory=self.pin_memory,
                 # rows of the sources are shared with the parent's memory, not copied
                 multiprocessing_context="fork",
-                worker_init_fn=_one_thread,
+                worker_init_fn=_begin_worker,
             )
         )
         while True:
@@ -208,8 +210,16 @@ class _Plans:
         return self._plans
 
 
-def _one_thread(_worker: int) -> None:
+def _begin_worker(_worker: int) -> None:
+    """Leave signals to the rank: a scheduler may send SIGTERM to all processes of a job, and a rank that saves its
+    state needs batches until it stops. The second one is meant for this process."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, _end))
+
+
+def _end(number: int, _frame: Any) -> None:
+    os._exit(128 + number)
 
 
 class _Work:

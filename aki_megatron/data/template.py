@@ -1,8 +1,11 @@
 """Conversations and captions to samples: AKI's text formats (AKI, Table 5, and its released code).
 
-The whole string is tokenized once, with offsets. What a token is (prompt, image, response) follows from the
-part of the string in which it starts, never from a search for a marker id. Parts meet only at special tokens,
-which the tokenizer never merges with their neighbours, so no token crosses two parts.
+A sample is a string in parts, and each part is tokenized by itself: no token crosses two parts, and what a token is
+(prompt, image, response) is what its part is, never found by searching for a marker id. So the tokens of a prompt are
+the first tokens of the sample, however its response begins. Markers are never merged with their neighbours, so this
+gives the tokens of the whole string, unless a response begins with white space after a header that ends with some.
+
+With Phi-3's markers (the families' are in data/chat.py):
 
     fine-tuning  <s> <|system|>\\n{system}<|end|>\\n<|user|>\\n<image>\\n{prompt}<|end|>\\n<|assistant|>\\n
                  {response}<|endoftext|>
@@ -10,23 +13,23 @@ which the tokenizer never merges with their neighbours, so no token crosses two 
 
 Text-first order, for dual-order training (AKI, Figure 4), puts the image after the question or the caption:
 
-    fine-tuning  ... <|user|>\n{prompt}\n<image><|end|>\n<|assistant|>\n{response}<|endoftext|>
+    fine-tuning  ... <|user|>\\n{prompt}\\n<image><|end|>\\n<|assistant|>\\n{response}<|endoftext|>
     captions     <s>{caption}<image><|endofchunk|><|endoftext|>
 
 The space after <s> is the lone space token that the release's slow tokenizer puts before <|system|> (and not
-before <image>), and that its inference code writes out. Newlines after chat markers vanish in tokenization;
-the one after <image> stays.
+before <image>), and that its inference code writes out. Newlines after Phi-3's markers vanish in tokenization; those
+of the other families and the one after <image> stay, and belong to the prompt.
 """
 
-from bisect import bisect_left
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from aki_megatron.data.text import ASSISTANT, BOS, END, ENDOFCHUNK, EOS, IMAGE, SYSTEM, USER, Tokenizer
+from aki_megatron.data.chat import ENDOFCHUNK, IMAGE
+from aki_megatron.data.text import Tokenizer
 from aki_megatron.flow import IGNORE, Caption, ConfigError, Conversation, DataError, Modality, Sample
 
 FEWEST_TEXT_TOKENS = 5
-"""<s>, <image>, one token of a caption, <|endofchunk|>, <|endoftext|>."""
+"""Of a caption: its start, <image>, one token of text, <|endofchunk|>, the end."""
 
 
 class Part(NamedTuple):
@@ -38,7 +41,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Template:
-    """Renders text and images into samples.
+    """Renders text and images into samples, as the family of the tokenizer writes them.
 
     image_tokens     places of one image (Q)
     max_text_tokens  longest text in tokens: markers and <image> (as one) count, image places do not
@@ -64,41 +67,39 @@ class Template:
             )
 
     def conversation_parts(self, conversation: Conversation) -> list[Part]:
-        """The string, in parts. Inner responses end with <|end|> (learnt), the last with <|endoftext|>.
+        """The string, in parts. Inner responses end with the chat's ``close``, the last with its ``final``: all learnt.
 
         Raises DataError for text that holds a special token.
         """
-        turns = conversation.turns
+        turns, chat = conversation.turns, self.tokenizer.chat
         assert turns, conversation.key
         self._refuse_special(conversation.key, *(text for turn in turns for text in (turn.prompt, turn.response)))
-        system = f"{SYSTEM}\n{self.system_message}{END}\n" if self.system_message else ""
-        parts = [Part(f"{BOS} {system}{USER}\n", Modality.TEXT)]
-        image = [Part(IMAGE, Modality.IMAGE)] if conversation.image is not None else []
-        closing = f"{END}\n{ASSISTANT}\n"
+        image = Part(IMAGE, Modality.IMAGE) if conversation.image is not None else None
+        ending, user = chat.close + chat.after, chat.opening("user")
+        system = f"{chat.opening('system')}{self.system_message}{ending}" if self.system_message else ""
+        opening, closing = f"{chat.start}{system}{user}", f"{ending}{chat.answer_start}"
+        parts: list[Part] = []
         for number, turn in enumerate(turns):
-            opening = f"\n{USER}\n" if number else ""
-            if number or not image:
+            if number or image is None:
                 parts.append(Part(f"{opening}{turn.prompt}{closing}", Modality.TEXT))
             elif self.text_first:
-                parts += [Part(f"{turn.prompt}\n", Modality.TEXT), *image, Part(closing, Modality.TEXT)]
+                parts += [Part(f"{opening}{turn.prompt}\n", Modality.TEXT), image, Part(closing, Modality.TEXT)]
             else:
-                parts += [*image, Part(f"\n{turn.prompt}{closing}", Modality.TEXT)]
-            ending = EOS if number == len(turns) - 1 else END
-            parts.append(Part(f"{turn.response}{ending}", Modality.RESPONSE))
+                parts += [Part(opening, Modality.TEXT), image, Part(f"\n{turn.prompt}{closing}", Modality.TEXT)]
+            opening = f"{chat.after}{user}"
+            last = number == len(turns) - 1
+            parts.append(Part(f"{turn.response}{chat.final if last else chat.close}", Modality.RESPONSE))
         return parts
 
     def caption_parts(self, caption: Caption) -> list[Part]:
         """The string of a caption, in parts."""
         self._refuse_special(caption.key, caption.text)
-        text, ending, image = caption.text.strip(), f"{ENDOFCHUNK}{EOS}", Part(IMAGE, Modality.IMAGE)
+        chat, text = self.tokenizer.chat, caption.text.strip()
+        start, image = Part(chat.caption_start, Modality.TEXT), Part(IMAGE, Modality.IMAGE)
+        ending = f"{ENDOFCHUNK}{chat.final}"
         if self.text_first:
-            return [
-                Part(BOS, Modality.TEXT),
-                Part(text, Modality.RESPONSE),
-                image,
-                Part(ending, Modality.RESPONSE),
-            ]
-        return [Part(BOS, Modality.TEXT), image, Part(f"{text}{ending}", Modality.RESPONSE)]
+            return [start, Part(text, Modality.RESPONSE), image, Part(ending, Modality.RESPONSE)]
+        return [start, image, Part(f"{text}{ending}", Modality.RESPONSE)]
 
     def render_conversation(self, conversation: Conversation) -> Sample | None:
         """A training sample; None if no token of any response is left to learn.
@@ -110,24 +111,24 @@ class Template:
             del ids[self.max_text_tokens - 1 :], modalities[self.max_text_tokens - 1 :]
             while modalities and modalities[-1] != Modality.RESPONSE:
                 del ids[-1], modalities[-1]
-            if ids and ids[-1] == self.tokenizer.end:
+            if ids and ids[-1] == self.tokenizer.close:
                 del ids[-1], modalities[-1]
-            ids.append(self.tokenizer.eos)
+            ids.append(self.tokenizer.final)
             modalities.append(Modality.RESPONSE)
-        markers = (self.tokenizer.end, self.tokenizer.eos)
+        markers = (self.tokenizer.close, self.tokenizer.final)
         return self._sample(conversation, ids, modalities, markers)
 
     def render_caption(self, caption: Caption) -> Sample | None:
-        """A pretraining sample; None if the caption is empty. <|endofchunk|> and <|endoftext|> survive truncation."""
+        """A pretraining sample; None if the caption is empty. Both end markers survive truncation."""
         ids, modalities = self._tokenize(self.caption_parts(caption))
         if len(ids) > self.max_text_tokens:
             kept = 3 if self.text_first else 2  # the image and the end markers stay
             del ids[self.max_text_tokens - kept : -kept], modalities[self.max_text_tokens - kept : -kept]
-        markers = (self.tokenizer.endofchunk, self.tokenizer.eos)
+        markers = (self.tokenizer.endofchunk, self.tokenizer.final)
         return self._sample(caption, ids, modalities, markers)
 
     def render_prompt(self, conversation: Conversation) -> Sample:
-        """What the model reads before it generates: the conversation up to and including the last <|assistant|>.
+        """What the model reads before it generates: the conversation up to and including the last answer's header.
 
         Nothing is learnt and nothing is truncated; the last response is not looked at.
         """
@@ -137,13 +138,12 @@ class Template:
 
     def _tokenize(self, parts: list[Part]) -> tuple[list[int], list[int]]:
         """Ids and modalities of the tokens, an image still being one token."""
-        ids, starts = self.tokenizer.encode_with_offsets("".join(part.text for part in parts))
+        ids: list[int] = []
         modalities: list[int] = []
-        character = 0
         for part in parts:
-            character += len(part.text)
-            modalities += [int(part.modality)] * (bisect_left(starts, character) - len(modalities))
-        assert len(modalities) == len(ids)
+            tokens = self.tokenizer.encode(part.text, after=ids[-1] if ids else None)
+            ids += tokens
+            modalities += [int(part.modality)] * len(tokens)
         return ids, modalities
 
     def _sample(

@@ -7,56 +7,56 @@ fast tokenizer is stripped of that rule; then both give the same ids (proved in 
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from aki_megatron.config.model import DecoderConfig
+from aki_megatron.data.chat import ENDOFCHUNK, IMAGE, PAD, Chat
 from aki_megatron.flow import ConfigError, DataError
 
-BOS = "<s>"
-EOS = "<|endoftext|>"
-SYSTEM = "<|system|>"
-USER = "<|user|>"
-END = "<|end|>"
-ASSISTANT = "<|assistant|>"
-PAD = "<pad>"
-IMAGE = "<image>"
-ENDOFCHUNK = "<|endofchunk|>"
-
-REQUIRED = (BOS, EOS, SYSTEM, USER, END, ASSISTANT)
-"""Special tokens the folder must hold."""
-
-ADDED = (PAD, IMAGE, ENDOFCHUNK)
-"""Tokens added in this order where missing (Phi-3.5: ids 32011, 32012, 32013, as in AKI's release)."""
+_SPACE = "\u2581"
+"""What sentencepiece writes for a space."""
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+"""What it writes for a byte that is no character of the vocabulary."""
 
 
 class Tokenizer:
-    """A Hugging Face fast tokenizer folder of the Phi-3 family. Every id is looked up by name.
+    """A Hugging Face fast tokenizer folder of one family. Every id is looked up by name.
 
-    Attributes ``bos eos pad image endofchunk assistant end`` are token ids; ``size`` is the number of tokens.
-    Raises DataError where the folder is missing, has no fast tokenizer, or lacks a special token.
+    chat  how the family writes conversations; the folder must hold its markers
+
+    AKI's tokens are added where they are missing, as ``grow_tokenizer`` does. Attributes ``eos pad image endofchunk``
+    and ``close final`` (of ``chat``) are token ids; ``stops`` are those that end what is generated; ``size`` is the
+    number of tokens.
+    Errors: DataError where the folder is missing, has no fast tokenizer, or lacks a marker.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._backend = _load(folder)
-        missing = [name for name in REQUIRED if self._backend.token_to_id(name) is None]
-        if missing:
+    def __init__(self, folder: Path, chat: Chat) -> None:
+        self.folder, self.chat = folder, chat
+        loaded = _open(folder)
+        _add_tokens(loaded, folder)
+        rules = _stripped(json.loads(loaded.backend_tokenizer.to_str()))
+        self._backend = tokenizers.Tokenizer.from_str(json.dumps(rules))
+        special = self._backend.get_added_tokens_decoder()
+        self._special = {i: token.content for i, token in special.items()}
+        self._swallowing = {i: token.content for i, token in special.items() if token.rstrip}
+        if missing := [name for name in chat.markers if name not in self._special.values()]:
             raise DataError(
-                f"Tokenizer {folder} lacks the special tokens {', '.join(missing)}; it needs {', '.join(REQUIRED)}. "
-                "Point data.tokenizer to a folder of the Phi-3 family."
+                f"Tokenizer {folder} lacks the special tokens {', '.join(missing)}; it needs "
+                f"{', '.join(chat.markers)}. Point data.tokenizer to a folder of the family model.decoder.family."
             )
-        # without strip flags: the newline after <image> stays and is tokenized, as in the release
-        self._backend.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in ADDED])
-        self.bos, self.eos, self.end = self.id(BOS), self.id(EOS), self.id(END)
-        self.assistant = self.id(ASSISTANT)
-        self.pad, self.image, self.endofchunk = self.id(PAD), self.id(IMAGE), self.id(ENDOFCHUNK)
+        self.eos, self.pad = int(loaded.eos_token_id), int(loaded.pad_token_id)
+        self.image, self.endofchunk = self.id(IMAGE), self.id(ENDOFCHUNK)
+        self.close, self.final = self.id(chat.close), self.id(chat.final)
+        self.stops = frozenset({self.eos, *map(self.id, chat.stops)})
         self.size = self._backend.get_vocab_size(with_added_tokens=True)
-        names = sorted((token.content for token in self._backend.get_added_tokens_decoder().values()), key=len)
-        self._special = re.compile("|".join(re.escape(name) for name in reversed(names)))
+        names = sorted(self._special.values(), key=len, reverse=True)
+        self._any_special = re.compile("|".join(map(re.escape, names)))
+        self._bytes = _byte_letters() if '"ByteLevel"' in json.dumps(rules["decoder"]) else None
 
     def id(self, name: str) -> int:
         """The id of one token by its exact name; DataError if there is none."""
@@ -65,29 +65,44 @@ class Tokenizer:
             raise DataError(f"Tokenizer {self.folder} has no token {name!r}.")
         return found
 
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids of the text as it stands (nothing added), and the character at which each token starts.
+    def encode(self, text: str, after: int | None = None) -> list[int]:
+        """Token ids of the text as it stands (nothing added), where it follows the token ``after``.
 
-        Special tokens written in the text become their ids. The starts never decrease; the bytes of one
-        character outside the vocabulary share one start.
+        Special tokens written in the text become their ids. No token begins before the text; but a special token there
+        may swallow the white space at its beginning, as Phi-3's do.
         """
-        encoding = self._backend.encode(text, add_special_tokens=False)
-        return encoding.ids, [start for start, _ in encoding.offsets]
+        before = self._swallowing.get(after, "") if after is not None else ""
+        ids = self._backend.encode(before + text, add_special_tokens=False).ids
+        return ids[1:] if before else ids
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids, special tokens left out."""
         return self._backend.decode(ids, skip_special_tokens=True)
 
     def token(self, token_id: int) -> str:
-        """The name of one id as the vocabulary writes it (a space is U+2581)."""
+        """The name of one id as the vocabulary writes it (sentencepiece writes U+2581 for a space)."""
         name = self._backend.id_to_token(token_id)
         if name is None:
             raise DataError(f"Tokenizer {self.folder} has {self.size} tokens; there is no id {token_id}.")
         return name
 
+    def spelling(self, token_id: int) -> bytes:
+        """What one token stands for, in UTF-8; it may be a part of a character. A special token stands for its name."""
+        name = self.token(token_id)
+        if self.is_special(token_id):
+            return name.encode()
+        if self._bytes is not None:
+            return bytes(self._bytes[letter] for letter in name)
+        byte = _BYTE.fullmatch(name)
+        return bytes.fromhex(byte[1]) if byte else name.replace(_SPACE, " ").encode()
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether it is a token that text is cut at, a marker for example."""
+        return token_id in self._special
+
     def find_special(self, text: str) -> str | None:
         """The first special token that is written out in the text, or None."""
-        found = self._special.search(text) if "<" in text else None
+        found = self._any_special.search(text)
         return found.group() if found else None
 
     def check_vocabulary(self, config: DecoderConfig) -> None:
@@ -110,8 +125,83 @@ class Tokenizer:
             )
 
 
-def _load(folder: Path) -> tokenizers.Tokenizer:
-    """The fast tokenizer of a local folder, without a space before text that follows a special token."""
+@dataclass(frozen=True)
+class Vocabulary:
+    """Token ids of a tokenizer that was grown for AKI, and the sizes that the decoder needs for them."""
+
+    base_tokens: int
+    """Ids below it are rows of the language model's tables; ``image`` is the first that is not."""
+    extra_tokens: int
+    bos: int | None
+    eos: int
+    pad: int
+    image: int
+    endofchunk: int
+
+
+def grow_tokenizer(source: Path, out: Path) -> Vocabulary:
+    """Add AKI's tokens to the tokenizer of a language model's folder and write it to ``out``.
+
+    ``<pad>`` is added only where the tokenizer has no padding token or pads with its end-of-text token, as the release
+    does; then ``<image>`` and ``<|endofchunk|>``. What is written gives the ids of Tokenizer, also to those who read it
+    with transformers alone. A tokenizer that was grown before stays as it is.
+
+    Errors: DataError where the folder has no fast tokenizer or no end-of-text token, or where the added tokens would
+    not be its last ones.
+    """
+    loaded = _open(source)
+    _add_tokens(loaded, source)
+    size, ids = len(loaded), loaded.get_vocab()
+    image, endofchunk = ids[IMAGE], ids[ENDOFCHUNK]
+    if (image, endofchunk) != (size - 2, size - 1):
+        raise DataError(
+            f"Tokenizer {source} has {size} tokens; {IMAGE} and {ENDOFCHUNK} must be the last two, and are {image} and "
+            f"{endofchunk}. Give the tokenizer of the language model as it was published."
+        )
+    _ids_of_training(loaded).save_pretrained(str(out))
+    return Vocabulary(
+        base_tokens=image,
+        extra_tokens=2,
+        bos=loaded.bos_token_id,
+        eos=loaded.eos_token_id,
+        pad=loaded.pad_token_id,
+        image=image,
+        endofchunk=endofchunk,
+    )
+
+
+def _add_tokens(loaded: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Add AKI's tokens where they are missing: <pad> only where nothing else than the end of text would pad."""
+    if loaded.eos_token_id is None:
+        raise DataError(f"Tokenizer {folder} names no end-of-text token (eos_token in tokenizer_config.json); name it.")
+    needs_pad = loaded.pad_token_id in (None, loaded.eos_token_id)
+    names = (PAD, IMAGE, ENDOFCHUNK) if needs_pad else (IMAGE, ENDOFCHUNK)
+    # without strip flags: the newline after <image> stays and is tokenized, as in the release
+    added = [tokenizers.AddedToken(name, normalized=False, special=True) for name in names]
+    loaded.add_tokens(added, special_tokens=True)
+    if needs_pad:
+        loaded.pad_token = PAD
+
+
+def _ids_of_training(loaded: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same tokenizer without a space before text that follows a special token; itself where it puts none."""
+    rules = json.loads(loaded.backend_tokenizer.to_str())
+    stripped = _stripped(rules)
+    if stripped == rules:
+        return loaded
+    # classes of families put the rule back whenever they are loaded; this one takes tokenizer.json as it is
+    kept = {name: str(token) for name, token in loaded.special_tokens_map.items() if isinstance(token, str)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(stripped)),
+        model_max_length=loaded.model_max_length,
+        chat_template=loaded.chat_template,
+        clean_up_tokenization_spaces=False,
+        **kept,
+    )
+
+
+def _open(folder: Path) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a local folder as transformers gives it."""
     if not folder.is_dir():
         raise DataError(f"Tokenizer folder {folder} does not exist (data.tokenizer).")
     if not (folder / "tokenizer.json").is_file():
@@ -121,16 +211,19 @@ def _load(folder: Path) -> tokenizers.Tokenizer:
             "save it with transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)."
         )
     try:
-        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        # False: a folder that brings code (one that to-hf wrote) would have transformers ask whether to run it
+        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library raises bare Exception for malformed JSON; the cause is kept
         raise DataError(f"Tokenizer folder {folder} cannot be read: {error}") from error
-    if not getattr(loaded, "is_fast", False):
+    if not isinstance(loaded, PreTrainedTokenizerFast):
         raise DataError(f"Tokenizer folder {folder} gives {type(loaded).__name__}, which is not a fast tokenizer.")
-    rules = json.loads(loaded.backend_tokenizer.to_str())
-    rules["normalizer"] = _without_prefix(rules["normalizer"])
-    rules["pre_tokenizer"] = _without_prefix(rules["pre_tokenizer"])
-    rules["truncation"] = rules["padding"] = None
-    return tokenizers.Tokenizer.from_str(json.dumps(rules))
+    return loaded
+
+
+def _stripped(rules: dict[str, Any]) -> dict[str, Any]:
+    """Rules as in tokenizer.json, without a space before text, without truncation and padding."""
+    normalizer, pre_tokenizer = _without_prefix(rules["normalizer"]), _without_prefix(rules["pre_tokenizer"])
+    return {**rules, "normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "truncation": None, "padding": None}
 
 
 def _without_prefix(rule: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -144,3 +237,10 @@ def _without_prefix(rule: dict[str, Any] | None) -> dict[str, Any] | None:
             kept = [part for part in map(_without_prefix, rule[parts]) if part is not None]
             return {**rule, parts: kept}
     return rule
+
+
+def _byte_letters() -> dict[str, int]:
+    """How byte-level vocabularies write bytes: as the letter with that number if it prints, else U+0100 and on."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printed]
+    return {chr(byte): byte for byte in printed} | {chr(0x100 + i): byte for i, byte in enumerate(others)}

@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from aki_megatron.attention import ModalityLayout
-from aki_megatron.flow import Batch, StepReport, UserError
+from aki_megatron.flow import Batch, StepReport, UserError, Wish
 from aki_megatron.model.stage import Stage
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -97,11 +97,11 @@ class Engine(Protocol):
     Every method is collective: all ranks call it, in the same order.
     """
 
-    def train_step(self, microbatches: Sequence[Batch], lr: float) -> StepReport:
+    def train_step(self, microbatches: Sequence[Batch], lr: float, *, wish: Wish = Wish.NONE) -> StepReport:
         """Forward and backward over the micro-batches, then one optimizer step at learning rate ``lr``.
 
         Ranks that read data give their share, the same number of micro-batches each, all others none. The report's
-        numbers are global.
+        numbers are global. ``wish`` is what this rank wants done after the step; the report's holds the wishes of all.
 
         Errors: DivergedError when the gradient was not finite in MAX_SKIPPED_IN_A_ROW steps in a row,
         LayoutMismatchError when the ranks of a replica have not built the same attention layout.
@@ -116,7 +116,7 @@ class Engine(Protocol):
         ...
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over tensors of the form ``state`` returns, saved under any layout."""
+        """Take over tensors of the form ``state`` returns, saved under any layout; at any time between two steps."""
         ...
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

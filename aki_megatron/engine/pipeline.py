@@ -5,16 +5,18 @@ decides for all ranks at once:
 
 - The loss is a sum until the last moment: supervised tokens of the whole step are counted over all data ranks first.
   Runners average gradients over data ranks, so the loss is multiplied by data ranks / supervised tokens.
-- One all-reduce over the world carries the loss and the square of the gradient norm. Each element of the gradient
-  counts once: copies that tensor ranks or the last stage's tied head hold are left out.
-- A gradient that is not finite anywhere makes all ranks skip the step.
+- One all-reduce over the world carries the loss, the square of the gradient norm, and what ranks want done after the
+  step. Each element of the gradient counts once: copies that tensor ranks or the last stage's tied head hold are left
+  out.
+- A gradient that is not finite anywhere makes all ranks skip the step; so does ``accept``, which sees the same numbers
+  on every rank.
 - Ids travel with the hidden states, each stage rebuilds the attention layout from what it got, and layouts are compared
   over the ranks of a replica in the first step and in every ``check_every``-th after it.
 """
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -26,13 +28,24 @@ from aki_megatron.engine import logical
 from aki_megatron.engine.agreement import LayoutLedger
 from aki_megatron.engine.base import MAX_SKIPPED_IN_A_ROW, DivergedError, StageRunner
 from aki_megatron.engine.norm import clip_factor, squared_norm
-from aki_megatron.flow import Batch, Carry, StepReport
+from aki_megatron.flow import Batch, Carry, StepReport, Wish
 from aki_megatron.model.split import cut, join, split_of
 from aki_megatron.model.stage import logical_names
 from aki_megatron.parallel.feed import MicroSize, share_batch, share_sizes
 from aki_megatron.parallel.schedule import Message, Work, schedule
 from aki_megatron.parallel.topology import Topology
 from aki_megatron.parallel.wire import Wire
+
+WISHES = (Wish.SAVE, Wish.STOP)
+"""Each has a place in the all-reduce at the end of a step."""
+
+
+def _accept_all(_loss: float, _norm: float) -> bool:
+    return True
+
+
+def _tell_nobody(_place: str) -> None:
+    pass
 
 
 class PipelineEngine:
@@ -47,18 +60,25 @@ class PipelineEngine:
         precision: Literal["bf16", "fp32"],
         clip_norm: float,
         check_every: int,
+        accept: Callable[[float, float], bool] = _accept_all,
+        at: Callable[[str], None] = _tell_nobody,
     ) -> None:
         """Drive this rank's ``runners``, one per chunk, in model order; every rank has the same number of them.
 
         micro_batches  per step and data rank
         clip_norm      limit of the global gradient norm
         check_every    steps between comparisons of attention layouts
+        accept         asked on every rank, with the same loss and finite gradient norm, before each update; False
+                       discards the update
+        at             told where in the step this rank is, often: it must be cheap
         """
         self._runners = runners
         self._topology = topology
         self._micro_batches = micro_batches
         self._clip_norm = clip_norm
         self._check_every = check_every
+        self._accept = accept
+        self._at = at
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self._ticks = schedule(pipeline=topology.pipeline, chunks=len(runners), micro_batches=micro_batches)[
             topology.pipeline_rank
@@ -67,7 +87,7 @@ class PipelineEngine:
         self._mesh = DeviceMesh.from_group(topology.stage_group, topology.device.type)
         self._names = [logical_names(runner.stage) for runner in runners]
         self._steps_taken = 0
-        self._skipped_in_a_row = 0
+        self._not_finite_in_a_row = 0
         self.most_in_flight = 0
         """Most forwards whose backward was still to come; schedule.in_flight is its bound."""
 
@@ -76,10 +96,11 @@ class PipelineEngine:
         """Most received messages that waited for their work; schedule.parked is its bound."""
         return self._wire.most_parked
 
-    def train_step(self, microbatches: Sequence[Batch], lr: float) -> StepReport:
+    def train_step(self, microbatches: Sequence[Batch], lr: float, *, wish: Wish = Wish.NONE) -> StepReport:
         """See Engine.train_step."""
         started = time.perf_counter()
         topology = self._topology
+        self._at("counts tokens")
         sizes = share_sizes(microbatches, self._micro_batches, topology)
         counts = [(size.supervised, size.real, size.rows * size.tokens, size.images, size.bad) for size in sizes]
         supervised, *others = topology.sum_over_data([sum(column) for column in zip(*counts, strict=True)])
@@ -90,19 +111,16 @@ class PipelineEngine:
         self.most_in_flight = max(self.most_in_flight, step.most_in_flight)
         if ledger is not None:
             ledger.compare()
-        loss_sum, norm = self._reduce(loss)
-        skipped = not math.isfinite(norm)
-        for runner in self._runners:
-            if skipped:
-                runner.discard()
-                continue
-            if (factor := clip_factor(norm, self._clip_norm)) < 1.0:
-                runner.scale_gradients(factor)
-            runner.update(lr)
+        self._at("reduces")
+        loss_sum, norm, wishes = self._reduce(loss, wish)
+        mean_loss = loss_sum / max(supervised, 1)
+        skipped = not (math.isfinite(norm) and self._accept(mean_loss, norm))
+        self._at("updates")
+        self._update(lr, None if skipped else norm)
         self._steps_taken += 1
-        self._count_skipped(skipped)
+        self._count_not_finite(not math.isfinite(norm))
         return StepReport(
-            loss=loss_sum / max(supervised, 1),
+            loss=mean_loss,
             grad_norm=norm,
             lr=lr,
             supervised_tokens=int(supervised),
@@ -112,10 +130,21 @@ class PipelineEngine:
             bad_samples=bad,
             seconds=time.perf_counter() - started,
             skipped=skipped,
+            wish=wishes,
         )
 
-    def _reduce(self, loss: Tensor) -> tuple[float, float]:
-        """Summed loss and gradient norm over the world, after tied gradients are exchanged; inf if not finite."""
+    def _update(self, lr: float, norm: float | None) -> None:
+        """Apply the gradients, of this global norm; None discards them."""
+        for runner in self._runners:
+            if norm is None:
+                runner.discard()
+                continue
+            if (factor := clip_factor(norm, self._clip_norm)) < 1.0:
+                runner.scale_gradients(factor)
+            runner.update(lr)
+
+    def _reduce(self, loss: Tensor, wish: Wish) -> tuple[float, float, Wish]:
+        """Over the world: summed loss, gradient norm (inf if not finite), wishes. Exchanges tied gradients before."""
         topology = self._topology
         square = torch.zeros((), dtype=torch.float64, device=topology.device)
         for runner in self._runners:
@@ -126,17 +155,20 @@ class PipelineEngine:
                         dist.all_reduce(tensor, group=topology.edge_group)
                 if not copied and (group.split or topology.tensor_rank == 0):
                     square += squared_norm(group.tensors, topology.device)
-        sums = torch.stack([loss.double() if topology.tensor_rank == 0 else torch.zeros_like(square), square])
+        counted = loss.double() if topology.tensor_rank == 0 else torch.zeros_like(square)
+        wanted = torch.tensor([float(known in wish) for known in WISHES], dtype=torch.float64, device=topology.device)
+        sums = torch.cat([torch.stack([counted, square]), wanted])
         dist.all_reduce(sums)
-        loss_sum, square_sum = sums.tolist()
-        return loss_sum, math.sqrt(square_sum) if math.isfinite(square_sum) else math.inf
+        loss_sum, square_sum, *counts = sums.tolist()
+        wishes = Wish(sum(known for known, count in zip(WISHES, counts, strict=True) if count))
+        return loss_sum, math.sqrt(square_sum) if math.isfinite(square_sum) else math.inf, wishes
 
-    def _count_skipped(self, skipped: bool) -> None:
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
-        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+    def _count_not_finite(self, not_finite: bool) -> None:
+        self._not_finite_in_a_row = self._not_finite_in_a_row + 1 if not_finite else 0
+        if self._not_finite_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise DivergedError(
-                f"The gradient was not finite in {self._skipped_in_a_row} steps in a row: training has diverged. Lower "
-                "optimizer.lr, lengthen optimizer.warmup_steps, or look at the data, and resume from a checkpoint."
+                f"The gradient was not finite in {self._not_finite_in_a_row} steps in a row: training has diverged. "
+                "Lower optimizer.lr, lengthen optimizer.warmup_steps, or look at the data, and go on from a checkpoint."
             )
 
     def state(self) -> dict[str, Tensor]:
@@ -157,6 +189,7 @@ class PipelineEngine:
         for runner in self._runners:
             runner.updates = int(tensors[logical.STEP])
             runner.refresh()
+        self._not_finite_in_a_row = 0
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """See Engine.weights."""
@@ -216,8 +249,10 @@ class _Step:
             runner.begin_step()
         for tick in self._engine._ticks:
             if tick.work is not None:
+                self._engine._at(f"waits for {tick.work.kind} {tick.work.micro}")
                 (self._forward if tick.work.kind == "forward" else self._backward)(tick.work)
             self._wire.exchange([(message, self._handed.pop(message)) for message in tick.sends], tick.receives)
+        self._engine._at("sends")
         self._wire.close_step()
         assert not self._kept and not self._handed
         return self._loss
@@ -233,6 +268,7 @@ class _Step:
             carry = self._wire.take_carry(self._incoming("forward", stage, work.micro))
             inputs, ids = carry.hidden.requires_grad_(), carry.ids
             hidden = inputs
+        self._engine._at(f"forward {work.micro}")
         layout = runner.stage.layout(ids)
         if self._ledger is not None:
             self._ledger.record(stage, work.micro, layout, ids)
@@ -248,11 +284,13 @@ class _Step:
         runner, stage = self._runners[work.chunk], self._stage(work.chunk)
         hidden, output = self._kept.pop((work.chunk, work.micro))
         last = work.micro == len(self._sizes) - 1
+        gradient = None
         if stage == self._stages - 1:
-            runner.backward(output * self._scale, None, last=last)
+            output = output * self._scale
         else:
             gradient = self._wire.take_gradient(self._incoming("backward", stage, work.micro))
-            runner.backward(output, gradient, last=last)
+        self._engine._at(f"backward {work.micro}")
+        runner.backward(output, gradient, last=last)
         if hidden is not None:
             assert hidden.grad is not None
             self._hand("backward", stage - 1, work.micro, hidden.grad)

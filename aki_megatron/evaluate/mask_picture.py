@@ -32,7 +32,7 @@ class MaskPanel:
 
 
 def _short(label: str) -> str:
-    label = label.replace("\u2581", " ").replace("\n", "\\n").replace("$", r"\$").strip()
+    label = label.replace("\n", "\\n").replace("$", r"\$").strip()
     return label if len(label) <= LABEL_LENGTH else label[: LABEL_LENGTH - 3] + "..."
 
 

@@ -50,11 +50,10 @@ def answer_all(
 ) -> Iterator[Answer]:
     """Answer every question; ``progress`` is called with the number of questions answered so far."""
     tokenizer = template.tokenizer
-    stop_ids = {tokenizer.eos, tokenizer.end, tokenizer.assistant}  # Phi-3.5's generation settings
     for first in range(0, len(conversations), batch_size):
         group = conversations[first : first + batch_size]
         batch = prompt_batch(group, template, model.config.vision.image_size)
-        replies = generate(model, batch, stop_ids=stop_ids, max_new_tokens=max_new_tokens)
+        replies = generate(model, batch, stop_ids=tokenizer.stops, max_new_tokens=max_new_tokens)
         for conversation, ids in zip(group, replies, strict=True):
             turn = conversation.turns[-1]
             yield Answer(

@@ -1,9 +1,10 @@
-"""Decoder layer of the Phi-3 family: RMSNorm, fused projections without biases, rotary positions, SwiGLU.
+"""Decoder layer of the families of config/model.py: RMSNorm, fused projections, rotary positions, SwiGLU.
 
 B rows, T tokens, D width, Hq query heads, Hkv key and value heads, d head width.
-Equal to transformers' Phi3DecoderLayer under a causal rule (tests/parity).
+Under a causal rule equal to transformers' layers of Phi-3, LLaMA, Qwen2 and Qwen3 (tests/parity).
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,6 +15,18 @@ from aki_megatron.model.rotary import rotate
 from aki_megatron.model.split import gate_up_parts, qkv_parts
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm over the width of a head. Every process has the whole weight and uses it for its share of the heads."""
+
+    def __init__(self, head_width: int, eps: float, linears: LinearFactory) -> None:
+        super().__init__(head_width, eps=eps)
+        self.linears = linears
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, H, d] -> [B, T, H, d]"""
+        return F.rms_norm(x, self.normalized_shape, self.linears.shared(self.weight), self.eps)
+
+
 class Attention(nn.Module):
     """Self-attention of one layer. Rows of ``qkv``: all queries, all keys, all values."""
 
@@ -21,8 +34,10 @@ class Attention(nn.Module):
         super().__init__()
         self.head_width = config.head_width
         self.queries_per_key = config.heads // config.kv_heads
-        parts = qkv_parts(config)
-        self.qkv = linears.column(config.width, sum(parts), bias=False, std=config.width**-0.5, parts=parts)
+        traits, parts, std = config.traits, qkv_parts(config), config.width**-0.5
+        self.qkv = linears.column(config.width, sum(parts), bias=traits.qkv_bias, std=std, parts=parts)
+        self.query_norm = HeadNorm(config.head_width, config.norm_eps, linears) if traits.qk_norm else None
+        self.key_norm = HeadNorm(config.head_width, config.norm_eps, linears) if traits.qk_norm else None
         self.out = linears.row(config.width, config.width, bias=False, std=residual_std)
 
     def forward(
@@ -43,7 +58,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_width))
         # a split layer holds fewer heads, in the same proportion
         kv_heads = qkv.shape[2] // (self.queries_per_key + 2)
-        turned = rotate(qkv[:, :, :-kv_heads], cos, sin).transpose(1, 2)
+        turned = rotate(self._normed(qkv[:, :, :-kv_heads], kv_heads), cos, sin).transpose(1, 2)
         q, k, v = turned[:, :-kv_heads], turned[:, -kv_heads:], qkv[:, :, -kv_heads:].transpose(1, 2)
         if layout is not None:
             seen = attend(q, k, v, layout)
@@ -55,6 +70,12 @@ class Attention(nn.Module):
             cache.append(k, v)
             seen = attend_cached(q, cache)
         return self.out(seen.transpose(1, 2).flatten(2))
+
+    def _normed(self, qk: Tensor, kv_heads: int) -> Tensor:
+        """Queries and keys [B, T, Hq + Hkv, d], as they are in a family without norms of them."""
+        if self.query_norm is None or self.key_norm is None:
+            return qk
+        return torch.cat([self.query_norm(qk[:, :, :-kv_heads]), self.key_norm(qk[:, :, -kv_heads:])], dim=2)
 
 
 class FeedForward(nn.Module):

@@ -1,4 +1,4 @@
-"""Rotary position embedding, plain and longrope (Phi-3's way), computed in fp32.
+"""Rotary position embedding, plain, longrope (Phi-3's way) and llama3, computed in fp32.
 
 B rows, T tokens, H heads, d head width.
 """
@@ -64,8 +64,17 @@ class Rotary:
                 torch.tensor(factor or (1.0,), dtype=torch.float32, device=device)
                 for factor in (self.config.short_factor, self.config.long_factor)
             ]
-            self._frequencies[device] = (1.0 / (factors[0] * plain), 1.0 / (factors[1] * plain))
+            short, long = (1.0 / (factor * plain) for factor in factors)
+            self._frequencies[device] = (self._slowed(short), long) if self.config.kind == "llama3" else (short, long)
         return self._frequencies[device]
+
+    def _slowed(self, frequencies: Tensor) -> Tensor:
+        """LLaMA 3.1's rule: slow waves a factor slower, fast ones as they are, a blend by the wavelength between."""
+        config = self.config
+        waves_seen = config.original_max_positions * frequencies / (2 * math.pi)
+        fastness = (waves_seen - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
+        fastness = fastness.clamp(0, 1)
+        return (1 - fastness) * frequencies / config.factor + fastness * frequencies
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

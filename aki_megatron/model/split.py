@@ -36,6 +36,7 @@ def gate_up_parts(config: DecoderConfig) -> tuple[int, int]:
 SPLITS: dict[str, Callable[[DecoderConfig], Split]] = {
     "front.embedding.table.weight": lambda config: Split(0, (config.vocab_rows,)),
     "blocks.{i}.attention.qkv.weight": lambda config: Split(0, qkv_parts(config)),
+    "blocks.{i}.attention.qkv.bias": lambda config: Split(0, qkv_parts(config)),
     "blocks.{i}.attention.out.weight": lambda config: Split(1, (config.width,)),
     "blocks.{i}.feed_forward.gate_up.weight": lambda config: Split(0, gate_up_parts(config)),
     "blocks.{i}.feed_forward.down.weight": lambda config: Split(1, (config.mlp_width,)),

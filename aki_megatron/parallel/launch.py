@@ -7,10 +7,13 @@ torchrun and deepspeed, which start their own processes, always win; ``mpirun`` 
 WORLD_SIZE, ... set by hand must agree with the launcher that started the process.
 """
 
+import os
+import platform
 import re
+import time
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from aki_megatron.flow import ConfigError
@@ -57,6 +60,8 @@ class Launch:
     launcher: LauncherName
     master_address: str = "127.0.0.1"
     master_port: int = 0
+    attempt: str = field(default="", compare=False)
+    """Names this start of the run: job and number of its restart under Slurm, whatever starts the processes there."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -84,7 +89,7 @@ def discover_launch(environ: Mapping[str, str], *, agree: Agree = master_over_mp
             return _launch(name, environ, variables, agree)  # type: ignore[arg-type]
     if "RANK" in environ or "WORLD_SIZE" in environ:
         return _launch("environment", environ, GENERIC, agree)
-    return Launch(rank=0, local_rank=0, world_size=1, local_world_size=1, launcher="single")
+    return Launch(rank=0, local_rank=0, world_size=1, local_world_size=1, launcher="single", attempt=_attempt(environ))
 
 
 def _launch(name: LauncherName, environ: Mapping[str, str], variables: Mapping[str, str], agree: Agree) -> Launch:
@@ -104,7 +109,15 @@ def _launch(name: LauncherName, environ: Mapping[str, str], variables: Mapping[s
         launcher=name,
         master_address=address,
         master_port=port,
+        attempt=_attempt(environ),
     )
+
+
+def _attempt(environ: Mapping[str, str]) -> str:
+    """What a batch script knows as well as its ranks; elsewhere a name of its own for each process."""
+    if job := environ.get("SLURM_JOB_ID"):
+        return f"{job}.{environ.get('SLURM_RESTART_COUNT', '0')}"
+    return f"{platform.node()}-{os.getpid()}-{time.time():.0f}"
 
 
 def _refuse_contradiction(name: LauncherName, facts: Mapping[str, int], environ: Mapping[str, str]) -> None:

@@ -122,6 +122,10 @@ class Topology:
         else:
             dist.barrier()
 
+    def new_gloo_group(self, timeout_seconds: float) -> ProcessGroup:
+        """A group of all ranks on the CPU for a thread whose collectives must not mix with training's; collective."""
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+
     def shutdown(self) -> None:
         """Leave the world. Without it gloo ranks sometimes abort at exit."""
         if dist.is_initialized():

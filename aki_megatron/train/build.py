@@ -1,8 +1,10 @@
 """RunConfig to Run: the only place that constructs. One function per part."""
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -10,11 +12,11 @@ from aki_megatron.checkpoint.saver import Saver
 from aki_megatron.config.check import micro_batch
 from aki_megatron.config.combinations import offload_device
 from aki_megatron.config.deepspeed import settings_for_engine
+from aki_megatron.config.interrupts import Interrupts
 from aki_megatron.config.run import RunConfig
 from aki_megatron.config.save import dump
 from aki_megatron.data.loader import Loader, NoBatches
 from aki_megatron.data.losses import Losses
-from aki_megatron.data.steps import State
 from aki_megatron.data.text import Tokenizer
 from aki_megatron.engine.base import Engine, StageRunner
 from aki_megatron.engine.optimizer import adamw, learning_rate
@@ -22,18 +24,25 @@ from aki_megatron.engine.pipeline import PipelineEngine
 from aki_megatron.engine.replica import ReplicaStage
 from aki_megatron.engine.zero import ZeroStage
 from aki_megatron.evaluate.report import RunRecord, write_report
+from aki_megatron.flow import CheckpointError
 from aki_megatron.model.stage import Stage, build_stage
 from aki_megatron.parallel.cut import stage_layers
 from aki_megatron.parallel.megatron import build_linears
 from aki_megatron.parallel.topology import Topology
 from aki_megatron.train.describe import describe, micro_batches, recomputes
+from aki_megatron.train.events import record
 from aki_megatron.train.folder import RunFolder, read_metrics
-from aki_megatron.train.hooks import ConsoleHook, DoneHook, LogHook, MetricsHook, SaveHook, TensorBoardHook
+from aki_megatron.train.hooks import ConsoleHook, EndHook, LogHook, MetricsHook, SaveHook, TensorBoardHook
 from aki_megatron.train.hooks_wandb import WandbHook
 from aki_megatron.train.ledger import LedgerHook
-from aki_megatron.train.loop import Hook, Run
+from aki_megatron.train.loop import Hook, Progress, Run
 from aki_megatron.train.reading import build_reading, build_tokenizer
+from aki_megatron.train.spikes import Judge, Note
+from aki_megatron.train.watch import Pulse, collective_seconds
 from aki_megatron.train.weights import weight_source
+from aki_megatron.train.wishes import Wishes
+
+logger = logging.getLogger("aki_megatron.train")
 
 
 def build_steps(config: RunConfig, tokenizer: Tokenizer, topology: Topology, console: Console) -> Loader | NoBatches:
@@ -109,9 +118,17 @@ def build_runner(config: RunConfig, stage: Stage, topology: Topology) -> StageRu
 
 
 def build_engine(
-    config: RunConfig, stages: Sequence[range], topology: Topology, *, fill: Callable[[Stage], None]
+    config: RunConfig,
+    stages: Sequence[range],
+    topology: Topology,
+    *,
+    fill: Callable[[Stage], None],
+    accept: Callable[[float, float], bool] = lambda loss, norm: True,
+    at: Callable[[str], None] = lambda place: None,
 ) -> Engine:
     """The engine over this rank's stages; ``fill`` puts the weights the run starts from into each.
+
+    ``accept`` and ``at``: see PipelineEngine.
 
     One stage is whole in memory at a time: its runner partitions it before the next is built.
     """
@@ -126,17 +143,57 @@ def build_engine(
         precision=config.train.precision,
         clip_norm=config.optimizer.clip_norm,
         check_every=config.parallel.check_every,
+        accept=accept,
+        at=at,
     )
 
 
-def restore(engine: Engine, saver: Saver, checkpoint: Path | None) -> tuple[int, State | None]:
-    """Load a checkpoint into the engine; returns how many optimizer steps are done, and where the data stand."""
-    if checkpoint is None:
-        return 0, None
+def build_saver(config: RunConfig, topology: Topology) -> Saver:
+    """What saves and loads the run's checkpoints; collective."""
+    c = config.checkpoint
+    return Saver(
+        RunFolder(config.run.dir).checkpoints,
+        keep_last=c.keep_last,
+        keep_every=c.keep_every,
+        config_yaml=dump(config),
+        asynchronous=c.asynchronous,
+        group=topology.new_gloo_group(collective_seconds(config.watch)),
+    )
+
+
+def extra_of(progress: Progress, judge: Judge) -> dict[str, Any]:
+    """What a checkpoint holds besides the engine's state; ``restore`` returns it."""
+    return {
+        "step": progress.step,
+        "data_step": progress.data_step,
+        "data": dict(progress.data),
+        "judge": judge.state(),
+    }
+
+
+def restore(engine: Engine, saver: Saver, checkpoint: Path) -> dict[str, Any]:
+    """Load a checkpoint into the engine; what ``extra_of`` returned when it was saved."""
     tensors = engine.state()
     saved = saver.load(checkpoint, tensors)
     engine.load_state(tensors)
-    return int(saved["step"]), saved.get("data")
+    return saved
+
+
+def go_back(engine: Engine, saver: Saver) -> Mapping[str, Any]:
+    """``restore`` the newest checkpoint in the middle of a run.
+
+    Errors: CheckpointError where there is none.
+    """
+    try:
+        saver.wait()
+    except CheckpointError as error:
+        logger.error("the last checkpoint failed, so the run goes back to one before: %s", error)
+    if (checkpoint := saver.latest()) is None:
+        raise CheckpointError(
+            f"The run should go back to a checkpoint (watch.non_finite, watch.spike), but {saver.folder} has none: not "
+            "even the first could be written, and the logs say why."
+        )
+    return restore(engine, saver, checkpoint)
 
 
 def report_of(folder: RunFolder) -> None:
@@ -145,60 +202,105 @@ def report_of(folder: RunFolder) -> None:
     write_report(folder.report, f"Run {folder.path.name}", [record])
 
 
+def build_saving(
+    config: RunConfig,
+    saver: Saver,
+    save: Callable[[int], None],
+    console: Console | None,
+    at: Callable[[str], None],
+    note: Note,
+) -> SaveHook:
+    """What decides when to ``save``. A run that may have to go back has a checkpoint from the beginning."""
+    goes_back = "rollback" in (config.watch.non_finite, config.watch.spike)
+    every, steps = config.checkpoint.every, config.train.steps
+    return SaveHook(saver, save, every, steps, console, at_start=goes_back, at=at, note=note)
+
+
+def build_curve(config: RunConfig) -> Callable[[int], float]:
+    """Learning rate of the optimizer step with a number, counted from 0."""
+    o = config.optimizer
+    return partial(learning_rate, lr=o.lr, min_lr=o.min_lr, warmup_steps=o.warmup_steps, steps=config.train.steps)
+
+
+def announce(config: RunConfig, stages: Sequence[range], topology: Topology, console: Console) -> None:
+    """Write the resolved configuration, and say what the run is."""
+    RunFolder(config.run.dir).config.write_text(dump(config))
+    for line in describe(config, stages, world_size=topology.world_size):
+        console.print(line)
+
+
 def build_hooks(
-    config: RunConfig, engine: Engine, loader: Loader | NoBatches, saver: Saver, topology: Topology, console: Console
+    config: RunConfig,
+    loader: Loader | NoBatches,
+    saving: SaveHook,
+    ending: EndHook,
+    topology: Topology,
+    console: Console,
 ) -> list[Hook]:
     """Hooks in the order in which they act: a step is recorded before it is saved, and DONE comes last."""
-    folder, log, steps = RunFolder(config.run.dir), config.log, config.train.steps
-    first = topology.rank == 0
-
-    def save(step: int) -> Path:
-        return saver.save(step, engine.state(), {"step": step, "data": dict(loader.last().state)})
-
-    saving = SaveHook(save, config.checkpoint.every, steps, console if first else None)
+    folder, log = RunFolder(config.run.dir), config.log
     hooks: list[Hook] = []
     if isinstance(loader, Loader):
         hooks.append(LogHook(loader.losses.describe, console))
         hooks.append(LedgerHook(folder.ledger, loader.last, data_rank=topology.data_rank, data_size=topology.data))
     else:
         hooks.append(LogHook(str, console))
-    if not first:
+    if topology.rank != 0:
         return [*hooks, saving]
-    hooks += [MetricsHook(folder.metrics), ConsoleHook(steps, log.every, console)]
+    hooks += [MetricsHook(folder.metrics), ConsoleHook(config.train.steps, log.every, console)]
     if log.tensorboard:
         hooks.append(TensorBoardHook(folder.path / "tensorboard", log.every))
     if log.wandb != "disabled":
         values = config.model_dump(mode="json")
         hooks.append(WandbHook(folder.path, project=log.wandb_project, mode=log.wandb, every=log.every, config=values))
-    return [*hooks, saving, DoneHook(folder, report_of, console)]
+    return [*hooks, saving, ending]
 
 
-def build_run(config: RunConfig, topology: Topology, console: Console) -> Run:
-    """Every part of a run, put together."""
-    folder = RunFolder(config.run.dir)
+def build_run(
+    config: RunConfig, topology: Topology, console: Console, *, attempt: str, interrupts: Interrupts, pulse: Pulse
+) -> Run:
+    """Every part of a run, put together.
+
+    attempt     names this start of the run
+    interrupts  signals that ask it to stop
+    pulse       is told what this rank does
+    """
+    folder, first = RunFolder(config.run.dir), topology.rank == 0
     tokenizer = build_tokenizer(config)
-    saver = Saver(folder.checkpoints, keep_last=config.checkpoint.keep_last)
+    saver = build_saver(config, topology)
     checkpoint = saver.latest()
     stages = cut_model(config)
-    if topology.rank == 0:
-        folder.config.write_text(dump(config))
-        for line in describe(config, stages, world_size=topology.world_size):
-            console.print(line)
+    if first:
+        announce(config, stages, topology, console)
     loader = build_steps(config, tokenizer, topology, console)
     engine = build_engine(
-        config, stages, topology, fill=weight_source(config, topology, resuming=checkpoint is not None)
+        config,
+        stages,
+        topology,
+        fill=weight_source(config, topology, resuming=checkpoint is not None),
+        accept=lambda loss, norm: judge.accept(loss, norm),  # the judge's past is in the checkpoint: it is made below
+        at=pulse.at,
     )
-    o = config.optimizer
-    curve: Callable[[int], float] = partial(
-        learning_rate, lr=o.lr, min_lr=o.min_lr, warmup_steps=o.warmup_steps, steps=config.train.steps
-    )
-    step, data_state = restore(engine, saver, checkpoint)
+    saved = restore(engine, saver, checkpoint) if checkpoint else {}
+    note: Note = partial(record, folder) if first else lambda step, kind, text: None
+    judge = Judge(config.watch, saved.get("judge"), note=note)
+    progress = Progress(saved["step"], saved["data_step"], saved["data"]) if saved else Progress()
+    wishes = Wishes(folder, interrupts, looks=first)
+
+    def save(step: int) -> None:
+        saver.save(step, engine.state(), extra_of(progress, judge))
+
+    saving = build_saving(config, saver, save, console if first else None, pulse.at, note)
+    ending = EndHook(folder, attempt, wishes.why_stop, note, report_of, console)
     return Run(
         engine=engine,
         loader=loader,
-        hooks=build_hooks(config, engine, loader, saver, topology, console),
+        hooks=[pulse, *build_hooks(config, loader, saving, ending, topology, console)],
+        judge=judge,
         steps=config.train.steps,
-        learning_rate=curve,
-        step=step,
-        data_state=data_state,
+        learning_rate=build_curve(config),
+        progress=progress,
+        wishes=wishes,
+        go_back=partial(go_back, engine, saver),
+        at=pulse.at,
     )

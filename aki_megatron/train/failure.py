@@ -1,8 +1,9 @@
 """The end of a run in which a rank fails: all ranks end, one of them says which rank failed first, and why.
 
 When a rank ends, the others fail too: their collectives break, or the launcher sends them SIGTERM. Such an *echo* is
-never the cause, so a rank with an echo looks for the cause before it speaks. What ranks know of each other lies in
-<run.dir>/logs, because files outlive a rank and work under every launcher:
+never the cause, so a rank with an echo looks for the cause before it speaks. SIGTERM without a cause asks for a stop:
+the run saves a checkpoint and ends in an orderly way. What ranks know of each other lies in <run.dir>/logs, because
+files outlive a rank and work under every launcher:
 
 rank_N.process      who rank N is; removed when it ends in an orderly way, so it betrays a rank that was killed
 first_failure.json  the cause. Whoever creates it speaks; every other rank stays silent, and so there is one message
@@ -17,13 +18,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
 
+from aki_megatron.config.interrupts import Interrupts, forget
 from aki_megatron.config.start import GRACE_SECONDS, USER_ERROR
 from aki_megatron.flow import UserError
 from aki_megatron.train.folder import RunFolder
@@ -52,7 +54,7 @@ POLL_SECONDS = 2.0
 """How often a rank looks whether another has failed. Most launchers send SIGTERM sooner; not all do, nor everywhere."""
 
 TOLD = {int(number): number.name for number in (signal.SIGTERM, signal.SIGINT)}
-"""Signals by which launchers and people end a rank."""
+"""Signals by which schedulers, launchers and people end a rank."""
 
 ALIKE_SECONDS = 0.2
 """Ranks that meet the same error at the same time let rank 0 say it."""
@@ -91,14 +93,32 @@ def describe(error: BaseException) -> str:
 class FailureWatch:
     """Speaks for this rank when the run fails, if it is this rank's turn to speak.
 
-    From ``begin`` to ``end`` a rank with others around it answers SIGTERM and SIGINT by ending at once, from a thread
-    of its own: its main thread may be stuck in a collective that waits for a rank which is gone.
+    From ``begin`` to ``end`` a rank with others around it answers SIGINT, and a SIGTERM that another rank's failure is
+    behind, by ending at once, from a thread of its own: its main thread may be stuck in a collective that waits for a
+    rank which is gone. Any other SIGTERM becomes a wish to stop, in ``interrupts``.
     """
 
-    def __init__(self, folder: RunFolder, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        rank: int,
+        world_size: int,
+        interrupts: Interrupts,
+        *,
+        by_scheduler: bool = False,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """
+        by_scheduler  SIGTERM comes from Slurm itself, which preempts jobs by it; other launchers mostly send it when a
+                      rank has failed
+        note          called with what ended the run, before this process ends
+        """
         self.folder = folder
         self.rank = rank
         self.world_size = world_size
+        self.interrupts = interrupts
+        self.by_scheduler = by_scheduler
+        self.note = note
         self.training = False
         """Before training, ranks mostly make the same mistake alike; rank 0 says it, without naming a rank."""
         self._joined = False
@@ -120,6 +140,8 @@ class FailureWatch:
         self._crashes = self.folder.log(self.rank).open("a")
         faulthandler.enable(self._crashes)
         self._listen()
+        if self.interrupts.terminated and not self.by_scheduler:  # nothing is lost yet
+            leave(self.folder, self.rank, 128 + signal.SIGTERM)
 
     def joined(self) -> None:
         """All ranks have begun: their files are of this attempt."""
@@ -137,6 +159,15 @@ class FailureWatch:
         self._crashes.close()
         self.folder.process(self.rank).unlink(missing_ok=True)
 
+    def hosts(self) -> list[str]:
+        """Names of the machines of all ranks, once all have joined."""
+        return sorted({process.host for process in [this_process(), *self._others().values()]})
+
+    def accuse(self, rank: int, text: str) -> None:
+        """End this process, and with it all others, because of ``rank``; from any thread."""
+        if self._ending.acquire(blocking=False):
+            leave(self.folder, self.rank, self._speak(rank, text, FAILED))
+
     def failed(self, error: BaseException) -> int:
         """Log an error of this rank, speak if it is this rank's turn; the exit code. Takes some seconds at most."""
         self._ending.acquire()  # never released: a rank ends once
@@ -144,6 +175,7 @@ class FailureWatch:
         code = USER_ERROR if isinstance(error, UserError) else FAILED
         alike = isinstance(error, UserError) and not self.training
         if self.world_size == 1:
+            self.note(describe(error))
             self._say(str(error) if isinstance(error, UserError) else describe(error) + self._see_log(self.rank))
             return code
         if is_echo(error):
@@ -157,8 +189,7 @@ class FailureWatch:
     def _echo(self, text: str, code: int) -> int:
         """Speak of a rank that ended without a word, or of this one where no other is to blame; the exit code."""
         replace(this_process(), ending=True).write(self.folder.process(self.rank))
-        elsewhere = any(other.machine != this_process().machine for other in self._others().values())
-        end = time.monotonic() + (PATIENCE_ELSEWHERE_SECONDS if elsewhere else PATIENCE_SECONDS)
+        end = time.monotonic() + self._patience()
         while time.monotonic() < end:
             if cause := self._cause():
                 return self._silent(cause)
@@ -169,6 +200,11 @@ class FailureWatch:
         if quiet := [f"{rank} on {other.host}" for rank, other in self._others().items() if not other.ending]:
             text += f" (not heard of: rank {', rank '.join(quiet)})"
         return self._speak(self.rank, text, code)
+
+    def _patience(self) -> float:
+        """Seconds in which the cause of an echo can be expected to show."""
+        elsewhere = any(other.machine != this_process().machine for other in self._others().values())
+        return PATIENCE_ELSEWHERE_SECONDS if elsewhere else PATIENCE_SECONDS
 
     def _others(self) -> dict[int, Process]:
         """The other ranks that have not ended in an orderly way."""
@@ -198,6 +234,7 @@ class FailureWatch:
             time.sleep(LOOK_SECONDS)
 
     def _silent(self, cause: dict[str, Any]) -> int:
+        self.note(f"rank {cause['rank']}: {cause['text']}")
         logger.error("rank %d ended because of rank %s: %s", self.rank, cause["rank"], cause["text"])
         return int(cause["code"])
 
@@ -212,6 +249,7 @@ class FailureWatch:
         except OSError as error:  # a full disk, say: better two messages than none
             logger.error("cannot write %s: %s", self.folder.first_failure, error)
         self._say(text + self._see_log(rank) if named else text, f" on rank {rank}" if named else "")
+        self.note(f"rank {rank}: {text}" if named else text)
         return code
 
     def _claim(self, text: str) -> None:
@@ -234,12 +272,12 @@ class FailureWatch:
     def _listen(self) -> None:
         wakes, self._wake = socket.socketpair()
         self._wake.setblocking(False)
+        signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         for number in TOLD:
             if signal.getsignal(number) != signal.SIG_IGN:
                 self._handlers[number] = signal.signal(number, lambda *_: None)
-        signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         # a forked child would share the socket, and its own SIGTERM would end this process
-        os.register_at_fork(after_in_child=self._stop_listening)
+        os.register_at_fork(after_in_child=self._leave_to_parent)
         threading.Thread(target=self._answer, args=(wakes,), name="signals", daemon=True).start()
 
     def _stop_listening(self) -> None:
@@ -248,6 +286,10 @@ class FailureWatch:
             number, handler = self._handlers.popitem()
             signal.signal(number, handler or signal.SIG_DFL)
         self._wake.close()
+
+    def _leave_to_parent(self) -> None:
+        self._stop_listening()
+        forget()
 
     def _answer(self, wakes: socket.socket) -> None:
         """End this process when it is told to, or when another rank has failed; runs in a thread."""
@@ -260,11 +302,30 @@ class FailureWatch:
 
     def _reason_to_end(self, signals: bytes | None) -> tuple[str, int]:
         """Why this process should end, and its exit code; 0 for no reason."""
-        if told := next((number for number in signals or b"" if number in TOLD), 0):
-            return f"told to end by {TOLD[told]}: by its launcher or by a person", 128 + told
-        if signals is None and (self._cause() or self._gone()):
+        for number in signals or b"":
+            if number == signal.SIGINT or (number == signal.SIGTERM and self._is_the_end()):
+                return f"told to end by {TOLD[number]}: by its launcher or by a person", 128 + number
+        if signals is None and self._another_failed():
             return "another rank failed", FAILED
         return "", 0
+
+    def _another_failed(self) -> bool:
+        return bool(self._cause() or self._gone())
+
+    def _is_the_end(self) -> bool:
+        """Whether a SIGTERM that has just come ends this process at once; if not, it has become a wish to stop."""
+        if self.interrupts.again():
+            return True
+        if not self.by_scheduler and not self._joined:
+            return True
+        end = time.monotonic() + (0.0 if self.by_scheduler else self._patience())
+        while not self._another_failed():
+            if time.monotonic() >= end:
+                logger.warning("rank %d is asked to stop by SIGTERM", self.rank)
+                self.interrupts.stop(signal.SIGTERM.name)
+                return False
+            time.sleep(LOOK_SECONDS)
+        return True
 
     def _end_from_outside(self, reason: str, code: int) -> int:
         """Why this rank ends although its main thread works, or waits; the exit code."""

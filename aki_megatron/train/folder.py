@@ -1,16 +1,21 @@
 """The run folder: where each file of a run lives, and its metrics as one line per optimizer step.
 
 config.yaml  metrics.jsonl  ledger/replica_0.jsonl  checkpoints/step_000100/  logs/rank_0.log  report.html  DONE
+attempts.jsonl  events.jsonl  heartbeat/rank_0.json  STOPPED.<attempt>, and from a person's hand STOP and SAVE
 """
+
+from __future__ import annotations
 
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from aki_megatron.flow import StepReport
+if TYPE_CHECKING:  # tools that look at a run need no torch
+    from aki_megatron.flow import StepReport
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,48 @@ class RunFolder:
         return self.path / "DONE"
 
     @property
+    def stop(self) -> Path:
+        """Made by a person: the run stops after the next step, and does not start while this is there."""
+        return self.path / "STOP"
+
+    @property
+    def save(self) -> Path:
+        """Made by a person: a checkpoint after the next step; it goes when that is written."""
+        return self.path / "SAVE"
+
+    def stopped(self, attempt: str) -> Path:
+        """Where and why an attempt stopped in an orderly way, to be started again."""
+        return self.path / f"STOPPED.{attempt}"
+
+    @property
+    def attempts(self) -> Path:
+        """One line when an attempt starts and one when it ends (train/attempts.py)."""
+        return self.path / "attempts.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """Spikes, rollbacks, hangs, checkpoints that failed, ... (train/events.py)."""
+        return self.path / "events.jsonl"
+
+    @property
+    def heartbeats(self) -> Path:
+        """Folder of a file per rank, written anew every few seconds."""
+        return self.path / "heartbeat"
+
+    def heartbeat(self, rank: int) -> Path:
+        """Where a rank stands (train/heartbeat.py)."""
+        return self.heartbeats / f"rank_{rank}.json"
+
+    @property
+    def hang(self) -> Path:
+        """Exists once a rank of this attempt has noticed a hang: all ranks write their stacks (train/watch.py)."""
+        return self.heartbeats / "hang"
+
+    def hang_stacks(self, rank: int) -> Path:
+        """Stacks of a rank when a hang was noticed."""
+        return self.logs / f"hang_rank_{rank}.txt"
+
+    @property
     def logs(self) -> Path:
         """What each rank leaves for a person, and for the other ranks when it fails."""
         return self.path / "logs"
@@ -86,6 +133,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text().split("\n")
     # What follows the last newline was never finished: a crash in the middle of a write.
     return [json.loads(line) for line in lines[:-1] if line]
+
+
+def append_line(path: Path, line: Mapping[str, Any]) -> None:
+    """Append to a short file of JSON lines, in one write; a last line that a crash has cut goes first."""
+    if path.exists():
+        content = path.read_bytes()
+        if (whole := content.rfind(b"\n") + 1) != len(content):
+            os.truncate(path, whole)
+    with path.open("ab", buffering=0) as file:
+        file.write((json.dumps(line) + "\n").encode())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

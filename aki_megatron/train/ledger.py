@@ -17,6 +17,7 @@ from typing import NamedTuple, TextIO
 from aki_megatron.data.loader import LoadedStep
 from aki_megatron.flow import DataError, StepReport
 from aki_megatron.train.folder import RunFolder, read_lines, rewind_lines
+from aki_megatron.train.loop import Hook
 
 WORD = 2**64
 """Sums of ``consumed`` are taken modulo this."""
@@ -33,7 +34,7 @@ class _Line(NamedTuple):
     consumed: int
 
 
-class LedgerHook:
+class LedgerHook(Hook):
     """Writes this data rank's file; one rank per replica, one that reads data.
 
     latest  the step that was trained on last; asked once after every step
@@ -73,6 +74,11 @@ class LedgerHook:
         }
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
+
+    def on_rollback(self, step: int) -> None:
+        """Drop the lines of steps that are done again with other samples."""
+        self.on_end(step)
+        self.on_start(step)
 
     def on_end(self, step: int) -> None:
         """Close the file."""

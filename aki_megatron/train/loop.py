@@ -1,16 +1,17 @@
 """The training loop. Everything else is a part it is given (train/build.py) or a hook (train/hooks.py)."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from aki_megatron.data.loader import LoadedStep
 from aki_megatron.data.steps import State
 from aki_megatron.engine.base import Engine
-from aki_megatron.flow import StepReport
+from aki_megatron.flow import StepReport, Wish
+from aki_megatron.train.spikes import Judge, Verdict
 
 
-class Hook(Protocol):
+class Hook:
     """Something that happens around steps. Called on every rank; a hook that writes does so on one."""
 
     def on_start(self, step: int) -> None:
@@ -18,6 +19,13 @@ class Hook(Protocol):
 
     def after_step(self, step: int, report: StepReport) -> None:
         """After optimizer step number ``step`` (counted from 1)."""
+
+    def on_rollback(self, step: int) -> None:
+        """The steps after ``step`` never were: the run is back at a checkpoint, and does them with other data."""
+
+    def on_stop(self, step: int) -> None:
+        """After the last step of an attempt that was asked to stop; the run goes on from there another time."""
+        self.on_end(step)
 
     def on_end(self, step: int) -> None:
         """After the last step; not called when the run fails."""
@@ -27,10 +35,22 @@ class StepSource(Protocol):
     """This rank's endless stream of steps (data/loader.py)."""
 
     def steps(self, start: int, state: State | None) -> Iterator[LoadedStep]:
-        """Each optimizer step from number ``start`` (counted from 0); ``state`` is that of the step before it."""
+        """Each step of the data from number ``start`` (from 0); ``state`` is that of the step before it."""
 
     def close(self) -> None:
         """Stop background work."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands: the loop moves it on, a checkpoint keeps it."""
+
+    step: int = 0
+    """Optimizer steps that the engine's state has seen."""
+    data_step: int = 0
+    """Steps of the data that are used up: more than ``step`` once a rollback has left some out."""
+    data: State = field(default_factory=dict)
+    """Where the data stand after those."""
 
 
 @dataclass(frozen=True)
@@ -40,28 +60,57 @@ class Run:
     engine: Engine
     loader: StepSource
     hooks: Sequence[Hook]
+    judge: Judge
     steps: int
     learning_rate: Callable[[int], float]
     """Rate of the optimizer step with this number, counted from 0."""
-    step: int
-    """Optimizer steps that the engine's state has seen already: 0, or those of the checkpoint it was restored from."""
-    data_state: State | None = None
-    """Where the data stand after those steps, as the checkpoint says."""
+    progress: Progress
+    wishes: Callable[[], Wish]
+    """What this rank wants done after the step that begins."""
+    go_back: Callable[[], Mapping[str, Any]]
+    """Load the newest checkpoint into the engine; what was saved with it. Collective."""
+    at: Callable[[str], None]
+    """Told what this rank does; cheap."""
 
 
-def train(run: Run) -> None:
-    """Train until ``run.steps`` optimizer steps are done."""
-    step = run.step
+def train(run: Run) -> bool:
+    """Train until ``run.steps`` optimizer steps are done, or until a rank wants to stop; whether the run is done."""
+    progress, wishes = run.progress, Wish.NONE
     for hook in run.hooks:
-        hook.on_start(step)
+        hook.on_start(progress.step)
     try:
-        steps = run.loader.steps(step, run.data_state)
-        while step < run.steps:
-            report = run.engine.train_step(next(steps).batches, run.learning_rate(step))
-            step += 1
+        steps = run.loader.steps(progress.data_step, progress.data)
+        while progress.step < run.steps and Wish.STOP not in wishes:
+            run.at("waits for data")
+            loaded = next(steps)
+            report = run.engine.train_step(loaded.batches, run.learning_rate(progress.step), wish=run.wishes())
+            progress.data_step += 1
+            progress.data = loaded.state
+            if run.judge.after(progress.step + 1, report) is Verdict.ROLL_BACK:
+                roll_back(run)
+                continue
+            progress.step += 1
+            run.at("hooks")
             for hook in run.hooks:
-                hook.after_step(step, report)
+                hook.after_step(progress.step, report)
+            wishes = report.wish
     finally:
         run.loader.close()
+    done = progress.step >= run.steps
+    run.at("ends")
     for hook in run.hooks:
-        hook.on_end(step)
+        if done:
+            hook.on_end(progress.step)
+        else:
+            hook.on_stop(progress.step)
+    return done
+
+
+def roll_back(run: Run) -> None:
+    """Go back to the newest checkpoint, but not in the data: those of the steps since are left out."""
+    run.at("goes back to a checkpoint")
+    saved = run.go_back()
+    run.progress.step = saved["step"]
+    run.judge.rewind(saved["step"], saved["judge"])
+    for hook in run.hooks:
+        hook.on_rollback(saved["step"])

@@ -3,11 +3,13 @@
 import logging
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
 
 from aki_megatron.config.check import check_world
+from aki_megatron.config.interrupts import Interrupts
 from aki_megatron.config.run import RunConfig
 from aki_megatron.config.save import check_resume
 from aki_megatron.config.start import refuse
@@ -15,10 +17,12 @@ from aki_megatron.data.shards import missing_shards
 from aki_megatron.data.sources import missing_files
 from aki_megatron.flow import DataError, UserError
 from aki_megatron.parallel.topology import Launch, discover_launch, start
+from aki_megatron.train.attempts import begin_attempt, end_attempt, newest_step
 from aki_megatron.train.build import build_run
 from aki_megatron.train.failure import FailureWatch, leave
 from aki_megatron.train.folder import RunFolder
 from aki_megatron.train.loop import train
+from aki_megatron.train.watch import HangWatch, Pulse, collective_seconds
 
 logger = logging.getLogger("aki_megatron")
 
@@ -65,12 +69,26 @@ def prepare(config: RunConfig, launch: Launch) -> None:
     check_inputs(config)
 
 
-def train_in_world(config: RunConfig, launch: Launch, console: Console, watch: FailureWatch) -> None:
+def train_in_world(config: RunConfig, launch: Launch, console: Console, watch: FailureWatch, pulse: Pulse) -> None:
     """Join the other ranks, build, train, leave together."""
-    topology = start(launch, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
+    topology = start(
+        launch,
+        tensor=config.parallel.tensor,
+        pipeline=config.parallel.pipeline,
+        timeout_seconds=collective_seconds(config.watch),
+    )
     watch.joined()
     try:
-        run = build_run(config, topology, console)
+        if launch.rank == 0:
+            folder = watch.folder
+            begin_attempt(
+                folder,
+                launch.attempt,
+                from_step=newest_step(folder),
+                world_size=launch.world_size,
+                hosts=watch.hosts(),
+            )
+        run = build_run(config, topology, console, attempt=launch.attempt, interrupts=watch.interrupts, pulse=pulse)
         watch.training = True
         train(run)
         # No rank leaves before rank 0 has written the end of the run: launchers end everybody when one exits.
@@ -83,17 +101,33 @@ def train_in_world(config: RunConfig, launch: Launch, console: Console, watch: F
     topology.shutdown()
 
 
-def run_training(config: RunConfig, launch: Launch, console: Console) -> int:
-    """Train one run to its end in the world of ``launch``; the exit code.
+def run_training(config: RunConfig, launch: Launch, console: Console, interrupts: Interrupts) -> int:
+    """Train one run in the world of ``launch``, to its end or until it is asked to stop; the exit code.
 
     With several ranks a failure ends this process instead of returning.
     """
     folder = RunFolder(config.run.dir)
     log_to_file(folder, launch.rank)
-    watch = FailureWatch(folder, launch.rank, launch.world_size)
+
+    def note_failure(text: str) -> None:
+        with suppress(OSError):  # a full disk, say: the message matters more
+            if launch.rank == 0:
+                end_attempt(folder, launch.attempt, step=None, end="failed", reason=text)
+
+    watch = FailureWatch(
+        folder,
+        launch.rank,
+        launch.world_size,
+        interrupts,
+        by_scheduler=launch.launcher == "srun",
+        note=note_failure,
+    )
     watch.begin()
+    pulse = Pulse(config.watch)
+    hangs = HangWatch(folder, launch.rank, launch.world_size, pulse, watch.accuse)
+    hangs.begin()
     try:
-        train_in_world(config, launch, console, watch)
+        train_in_world(config, launch, console, watch, pulse)
     except BaseException as error:
         if launch.world_size == 1 and not isinstance(error, Exception):
             raise
@@ -101,23 +135,36 @@ def run_training(config: RunConfig, launch: Launch, console: Console) -> int:
         if launch.world_size > 1:
             leave(folder, launch.rank, code)
         return code
+    finally:
+        hangs.end()
     return 0
 
 
-def main(config: RunConfig, environ: Mapping[str, str]) -> int:
+def nothing_to_do(folder: RunFolder) -> str:
+    """Why a run is not started, in one sentence; empty where it is."""
+    if folder.done.exists():
+        return f"{folder.path} is done already ({folder.done} exists). --run.dir starts another run."
+    if folder.stop.exists():
+        return f"{folder.path} was stopped by a person and stays so ({folder.stop} exists): remove the file to go on."
+    return ""
+
+
+def main(config: RunConfig, environ: Mapping[str, str], interrupts: Interrupts) -> int:
     """Run a launcher's run; the exit code: 0, USER_ERROR for a user's mistake, another for an error of ours.
 
-    Whatever fails, one message says so (train/failure.py).
+    0 says nothing of whether the run is done: DONE does. Whatever fails, one message says so (train/failure.py).
     """
     console = Console(file=sys.stdout, width=160 if not sys.stdout.isatty() else None, highlight=False)
+    folder = RunFolder(config.run.dir)
     try:
         launch = discover_launch(environ)
-        done = RunFolder(config.run.dir).done
-        if done.exists():
+        if reason := nothing_to_do(folder):
             if launch.rank == 0:
-                console.print(f"{config.run.dir} is done already ({done} exists). --run.dir starts another run.")
+                console.print(reason, soft_wrap=True)
             return 0
         prepare(config, launch)
     except UserError as error:
-        return refuse(error, environ)
-    return run_training(config, launch, console)
+        return refuse(error, environ, interrupts)
+    if launch.rank == 0:
+        folder.stopped(launch.attempt).unlink(missing_ok=True)  # two starts in one allocation have one name
+    return run_training(config, launch, console, interrupts)

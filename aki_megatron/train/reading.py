@@ -8,6 +8,7 @@ from typing import Any
 from aki_megatron.config.data import CaptionsConfig, DataConfig, PhaseConfig
 from aki_megatron.config.run import RunConfig
 from aki_megatron.data.captions import TextFormat
+from aki_megatron.data.chat import CHATS
 from aki_megatron.data.fetch import ShardCache
 from aki_megatron.data.loader import MicroBatches
 from aki_megatron.data.mixture import Mixture, keyed
@@ -30,8 +31,8 @@ class Reading:
 
 
 def build_tokenizer(config: RunConfig) -> Tokenizer:
-    """The tokenizer, proven to have exactly the tokens the model's tables have."""
-    tokenizer = Tokenizer(config.data.tokenizer)
+    """The tokenizer of the decoder's family, proven to have exactly the tokens the model's tables have."""
+    tokenizer = Tokenizer(config.data.tokenizer, CHATS[config.model.decoder.family])
     tokenizer.check_vocabulary(config.model.decoder)
     return tokenizer
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from aki_megatron.checkpoint import saver
-from aki_megatron.checkpoint.saver import IndexedReader, SavedWeights, Saver, read_weights
+from aki_megatron.checkpoint.saver import SavedWeights, Saver
+from aki_megatron.checkpoint.stored import CheckpointSource, IndexedReader
 from aki_megatron.engine.logical import shard_rows
 from aki_megatron.flow import CheckpointError
 
@@ -67,7 +67,7 @@ def test_a_tied_table_is_written_once(run_on, tmp_path):
     chunks = index.state_dict_metadata["weight.table"].chunks
     assert sorted((chunk.offsets[0], chunk.sizes[0]) for chunk in chunks) == [(0, 4), (4, 3)]
     assert len([place for place in index.storage_data if place.fqn == "weight.table"]) == 2
-    assert torch.equal(read_weights(path)["table"], whole("weight.table"))
+    assert torch.equal(CheckpointSource(path).get("table"), whole("weight.table"))
 
 
 def refused(topology, folder: Path) -> str:
@@ -90,14 +90,10 @@ def test_names_are_compared_over_all_ranks(run_on, tmp_path):
 
 
 def read_own(topology, folder: Path) -> dict[str, bool]:
-    monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(saver, "READ_ELEMENTS", 8)  # several groups
     saved = SavedWeights(folder)
     assert saved.shapes == {name.removeprefix("weight."): SHAPES[name] for name in SHAPES if "weight" in name}
     names = [name.removeprefix("weight.") for name in OF_RANK[topology.pipeline_rank] if "weight" in name]
-    found = {name: torch.equal(tensor, whole(f"weight.{name}")) for name, tensor in saved.read(names)}
-    monkeypatch.undo()
-    return found
+    return {name: torch.equal(tensor, whole(f"weight.{name}")) for name, tensor in saved.read(names)}
 
 
 def test_each_rank_reads_the_weights_it_needs(run_on, tmp_path):

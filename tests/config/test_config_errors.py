@@ -142,6 +142,8 @@ OVERRIDE_MISTAKES: list[tuple[list[str], list[str]]] = [
     (["--optimizer.lr", "-1"], ["optimizer.lr must be a number > 0; got -1"]),
     (["--data.sources", "[{weight: 1}]"], ["data.sources[0].name is missing"]),
     (["--parallel.zero_stage", "4"], ["parallel.zero_stage must be one of 0, 1, 2, 3; got 4"]),
+    (["--watch.spike", "ignore"], ["watch.spike must be one of off, skip, rollback, stop"]),
+    (["--watch.hang_factor", "1"], ["watch.hang_factor must be a number > 1"]),
     (["--config", "none.yaml"], ["none.yaml: there is no such file"]),
 ]
 
@@ -205,6 +207,8 @@ CONTRADICTIONS: list[tuple[Path, list[str], list[str]]] = [
     (PRETRAIN, ["--train.steps", "50"], ["optimizer.warmup_steps=50", "train.steps=50", "--optimizer.warmup_steps 5"]),
     (SFT, ["--optimizer.min_lr", "1"], ["optimizer.min_lr=1", "optimizer.lr="]),
     (SFT, ["--data.max_text_tokens", "600"], ["data.max_text_tokens=600", "max_positions=512", "503"]),
+    (SFT, ["--watch.hang_seconds", "5000"], ["hang_seconds=5000 exceeds watch.start_seconds=3600", "seconds 5000"]),
+    (SFT, ["--watch.spike", "skip", "--watch.spike_window", "1600"], ["watch.spike_window=1600", "spike_window 160."]),
 ]
 
 

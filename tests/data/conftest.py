@@ -4,9 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from data_files import PHI3_LIKE, write_sources
+from chat_folders import PHI3_LIKE
+from data_files import write_sources
 
 from aki_megatron.config.data import SYSTEM_MESSAGE
+from aki_megatron.data.chat import CHATS
 from aki_megatron.data.template import Template
 from aki_megatron.data.text import Tokenizer
 
@@ -15,7 +17,7 @@ IMAGE_TOKENS = 3
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    return Tokenizer(PHI3_LIKE)
+    return Tokenizer(PHI3_LIKE, CHATS["phi3"])
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from typing import Any
 
 from PIL import Image
 
-PHI3_LIKE = Path(__file__).parent / "phi3_like"
 PICTURE_SIZE = 24
 
 

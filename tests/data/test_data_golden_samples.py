@@ -155,11 +155,11 @@ def test_golden_sample(
     assert isinstance(conversation.image, Path | None) and (conversation.image is None or conversation.image.is_file())
 
     # the release's rule, by the marker: everything up to and including the first <|assistant|> is not learnt
-    first = sample.token_ids.index(tokenizer.assistant) + 1
+    first = sample.token_ids.index(tokenizer.id("<|assistant|>")) + 1
     assert sample.targets == [IGNORE] * (first - 1) + sample.token_ids[first:] + [IGNORE]
     response = [i for i, kind in enumerate(sample.modality_ids) if kind == Modality.RESPONSE]
     assert response == list(range(first, len(sample.token_ids)))
-    answer = tokenizer.encode_with_offsets(learnt)[0]  # no newline: the one after <|assistant|> vanishes
+    answer = tokenizer.encode(learnt)  # no newline: the one after <|assistant|> vanishes
     assert sample.token_ids[first:] == answer and answer[-1] == tokenizer.eos
     assert tokenizer.decode(answer) + "<|endoftext|>" == learnt
     assert sample.token_ids.count(tokenizer.image) == (template.image_tokens if "<image>" in text else 0)
@@ -179,8 +179,8 @@ def test_golden_whole_dialogue(golden_root: Path, make_template: Callable[..., T
     assert sample is not None
     learnt = [token for token in sample.targets if token != IGNORE]
     assert learnt == [
-        *tokenizer.encode_with_offsets("The bus in the image is white and red.<|end|>")[0],
-        *tokenizer.encode_with_offsets("The bus is driving down the street.<|endoftext|>")[0],
+        *tokenizer.encode("The bus in the image is white and red.<|end|>"),
+        *tokenizer.encode("The bus is driving down the street.<|endoftext|>"),
     ]
 
 

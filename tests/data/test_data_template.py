@@ -46,7 +46,7 @@ def test_fine_tuning_spans_and_targets(make_template, tokenizer: Tokenizer) -> N
     sample = template.render_conversation(asked("What color is the cat?", "red"))
     assert sample is not None
     names = [tokenizer.token(token) for token in sample.token_ids]
-    answer = tokenizer.encode_with_offsets("red")[0]
+    answer = tokenizer.encode("red")
     at = names.index("<image>")
     assert names[:3] == ["<s>", "\u2581", "<|system|>"] and names[at - 1] == "<|user|>"
     assert names[at : at + 4] == ["<image>"] * 3 + ["<0x0A>"]  # 3 latents; the newline is a token of its own
@@ -67,8 +67,14 @@ def test_caption_text_spans_and_targets(make_template, tokenizer: Tokenizer) -> 
     )
     sample = template.render_caption(caption)
     assert sample is not None
-    words = tokenizer.encode_with_offsets("The red cat.")[0]
-    assert sample.token_ids == [tokenizer.bos, *[tokenizer.image] * 3, *words, tokenizer.endofchunk, tokenizer.eos]
+    words = tokenizer.encode("The red cat.")
+    assert sample.token_ids == [
+        tokenizer.id("<s>"),
+        *[tokenizer.image] * 3,
+        *words,
+        tokenizer.endofchunk,
+        tokenizer.eos,
+    ]
     assert sample.modality_ids == [TEXT] + [IMAGE] * 3 + [RESPONSE] * (len(words) + 2)
     # the last image place predicts the first token of the caption
     assert sample.targets == [IGNORE] * 3 + [*words, tokenizer.endofchunk, tokenizer.eos, IGNORE]
@@ -80,17 +86,17 @@ WORDS = st.lists(
 
 
 @given(prompts=st.lists(WORDS, min_size=1, max_size=3), responses=st.lists(WORDS, min_size=3, max_size=3))
-def test_spans_by_offset_equal_counting_token_by_token(
+def test_tokens_of_parts_are_those_of_the_whole_string(
     make_session_template, tokenizer: Tokenizer, prompts: list[str], responses: list[str]
 ) -> None:
-    """The number of tokens up to the end of each part, by tokenizing ever longer prefixes of the string."""
+    """How many each part has, by tokenizing ever longer prefixes of the string; here every part ends in a marker."""
     template: Template = make_session_template
     turns = tuple(Turn(prompt, response) for prompt, response in zip(prompts, responses, strict=False))
     conversation = Conversation("key", turns, b"x")
     prefix, modalities = "", []
     for part in template.conversation_parts(conversation):
         prefix += part.text
-        tokens = len(tokenizer.encode_with_offsets(prefix)[0])
+        tokens = len(tokenizer.encode(prefix))
         modalities += [int(part.modality)] * (tokens - len(modalities))
     at = modalities.index(IMAGE)
     modalities[at:at] = [IMAGE] * 2
@@ -99,6 +105,8 @@ def test_spans_by_offset_equal_counting_token_by_token(
         assert not any(response.strip() for _, response in zip(prompts, responses, strict=False))
         return
     assert sample.modality_ids == modalities
+    ids = tokenizer.encode(prefix)
+    assert sample.token_ids == [*ids[:at], *[tokenizer.image] * 3, *ids[at + 1 :]]
     check_targets(sample)
 
 
@@ -112,8 +120,8 @@ def test_several_turns_learn_responses_only(make_template, tokenizer: Tokenizer)
     )
     sample = template.render_conversation(conversation)
     assert sample is not None
-    red, twelve = (tokenizer.encode_with_offsets(text)[0] for text in ("red", "12"))
-    assert learnt(sample) == [*red, tokenizer.end, *twelve, tokenizer.eos]
+    red, twelve = (tokenizer.encode(text) for text in ("red", "12"))
+    assert learnt(sample) == [*red, tokenizer.close, *twelve, tokenizer.eos]
     prompt = template.render_prompt(conversation)
     assert prompt.token_ids == sample.token_ids[: -len(twelve) - 1]
     assert prompt.modality_ids == sample.modality_ids[: -len(twelve) - 1]  # the first answer is still a RESPONSE
@@ -126,7 +134,7 @@ def test_prompt_is_the_training_sample_up_to_the_assistant_marker(make_template,
     prompt, sample = template.render_prompt(conversation), template.render_conversation(conversation)
     assert sample is not None
     assert prompt.token_ids == sample.token_ids[: len(prompt.token_ids)]
-    assert prompt.token_ids[-1] == tokenizer.assistant
+    assert prompt.token_ids[-1] == tokenizer.id("<|assistant|>")
     assert sample.modality_ids[len(prompt.token_ids) :] == [RESPONSE] * len(learnt(sample))
 
 
@@ -154,7 +162,7 @@ def test_truncation_keeps_the_end_marker(make_template, tokenizer: Tokenizer) ->
 def test_truncated_caption_keeps_both_end_markers(make_template, tokenizer: Tokenizer) -> None:
     sample = make_template(max_text_tokens=6).render_caption(Caption("key", "The red cat is beside the dog", b"x"))
     assert sample is not None and length(sample) == 6
-    words = tokenizer.encode_with_offsets("The red cat")[0][:2]
+    words = tokenizer.encode("The red cat")[:2]
     assert learnt(sample) == [*words, tokenizer.endofchunk, tokenizer.eos]
 
 
@@ -162,7 +170,7 @@ def test_truncation_inside_a_later_prompt_ends_after_the_last_response(make_temp
     turns = (Turn("What color?", "red"), Turn("How many cats are there? " * 20, "12"))
     sample = make_template(60, system_message="").render_conversation(Conversation("key", turns, b"x"))
     assert sample is not None
-    assert learnt(sample) == [*tokenizer.encode_with_offsets("red")[0], tokenizer.eos]
+    assert learnt(sample) == [*tokenizer.encode("red"), tokenizer.eos]
     assert sample.modality_ids[-1] == RESPONSE
     check_targets(sample)
 
@@ -199,7 +207,7 @@ def test_text_first_puts_the_image_after_the_question(make_template, tokenizer: 
     sample = template.render_conversation(conversation)
     assert sample is not None
     assert sorted(sample.token_ids) == sorted(make_template().render_conversation(conversation).token_ids)
-    assert sample.modality_ids.index(IMAGE) > sample.token_ids.index(tokenizer.encode_with_offsets("How")[0][-1])
+    assert sample.modality_ids.index(IMAGE) > sample.token_ids.index(tokenizer.encode("How")[-1])
     check_targets(sample)
     dialogue = Conversation("a/b/1", (Turn("How many?", "3"), Turn("Sure?", "yes")), b"x")
     text = "".join(part.text for part in template.conversation_parts(dialogue))
@@ -214,14 +222,20 @@ def test_text_first_puts_the_image_after_the_question(make_template, tokenizer: 
 def test_text_first_captions_are_learnt_before_the_image(make_template, tokenizer: Tokenizer) -> None:
     template: Template = make_template(text_first=True)
     caption = Caption("captions/0/1", "The red cat.", b"x")
-    words = tokenizer.encode_with_offsets("The red cat.")[0]
+    words = tokenizer.encode("The red cat.")
     sample = template.render_caption(caption)
     assert sample is not None
-    assert sample.token_ids == [tokenizer.bos, *words, *[tokenizer.image] * 3, tokenizer.endofchunk, tokenizer.eos]
+    assert sample.token_ids == [
+        tokenizer.id("<s>"),
+        *words,
+        *[tokenizer.image] * 3,
+        tokenizer.endofchunk,
+        tokenizer.eos,
+    ]
     assert learnt(sample) == [*words, tokenizer.endofchunk, tokenizer.eos]
     check_targets(sample)
     short = make_template(FEWEST_TEXT_TOKENS, text_first=True).render_caption(caption)
     assert short is not None
     assert short.token_ids == [
-        tokenizer.bos, words[0], *[tokenizer.image] * 3, tokenizer.endofchunk, tokenizer.eos
+        tokenizer.id("<s>"), words[0], *[tokenizer.image] * 3, tokenizer.endofchunk, tokenizer.eos
     ]  # fmt: skip

@@ -9,10 +9,11 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from data_files import PHI3_LIKE
+from chat_folders import PHI3_LIKE, chat_folder
 from PIL import Image
 
 from aki_megatron.config.load import load_run
+from aki_megatron.data.chat import CHATS
 from aki_megatron.data.loader import LoadedStep
 from aki_megatron.data.synthetic.dataset import DatasetSize, make_dataset
 from aki_megatron.data.text import Tokenizer
@@ -224,7 +225,7 @@ def test_show_batch_refuses_what_the_run_does_not_have(
 
 
 def test_bytes_and_spaces_are_made_visible() -> None:
-    tokenizer = Tokenizer(PHI3_LIKE)
+    tokenizer = Tokenizer(PHI3_LIKE, CHATS["phi3"])
     marks = show_batch.Marks.of("utf-8")
 
     def words(*names: str) -> list[tuple[str, bool]]:
@@ -233,15 +234,24 @@ def test_bytes_and_spaces_are_made_visible() -> None:
     assert words("<s>", "\u2581", "<|end|>") == [("<s>", True), ("\u2423", False), ("<|end|>", True)]
     assert words("<0x0A>") == [("\u23ce\n", False)]
     assert words("<0xC3>", "<0xA9>") == [("\u00e9", False)]
-    assert words("<0xC3>") == [("<0xC3>", False)]
+    assert words("<0xC3>") == [("\\xc3", False)]
     assert show_batch.Marks.of("ascii").newline == "\\n\n"
 
 
+def test_byte_level_tokens_are_read_as_text(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(chat_folder(tmp_path / "llama", "llama"), CHATS["llama"])
+    marks = show_batch.Marks.of("utf-8")
+    ids = tokenizer.encode("<|eot_id|> red \u4e16\n\ncat ")
+    words = list(show_batch.readable(tokenizer, ids, marks))
+    assert "".join(word for word, _ in words) == "<|eot_id|> red\u2423\u4e16\u23ce\n\u23ce\ncat\u2423"
+    assert [word for word, special in words if special] == ["<|eot_id|>"] and len(words) < len(ids)
+
+
 def test_colour_underlines_what_is_learnt_and_nothing_else() -> None:
-    tokenizer = Tokenizer(PHI3_LIKE)
+    tokenizer = Tokenizer(PHI3_LIKE, CHATS["phi3"])
     place, learnt = show_batch.Place, Modality.RESPONSE
     row = [
-        place(tokenizer.bos, Modality.TEXT, 0, False),
+        place(tokenizer.id("<s>"), Modality.TEXT, 0, False),
         *[place(tokenizer.image, Modality.IMAGE, 0, False)] * 4,
         place(tokenizer.id("\u2581"), learnt, 0, True),
         place(tokenizer.eos, learnt, 0, True),

@@ -15,6 +15,7 @@ import synthetic_answers
 from PIL import Image
 
 from aki_megatron.config.data import SYSTEM_MESSAGE
+from aki_megatron.data.chat import CHATS
 from aki_megatron.data.shards import ShardIndex
 from aki_megatron.data.sources import SOURCES, SPLITS, open_sources, with_split
 from aki_megatron.data.synthetic.dataset import MANIFEST, DatasetSize, is_complete, make_dataset, was_interrupted
@@ -228,7 +229,7 @@ def test_held_out_scenes_are_not_those_of_training(captions: dict[int, str]) -> 
 
 
 def test_every_source_reads_the_files_and_samples_are_short(root: Path) -> None:
-    tokenizer = Tokenizer(root / "tokenizer")
+    tokenizer = Tokenizer(root / "tokenizer", CHATS["phi3"])
     template = Template(tokenizer, image_tokens=9, max_text_tokens=64, system_message=SYSTEM_MESSAGE)
     for source in ("vqav2", "vsr", "aokvqa", "refcoco"):
         for split in ("train", "val"):
@@ -242,7 +243,7 @@ def test_every_source_reads_the_files_and_samples_are_short(root: Path) -> None:
 
 def test_every_source_reads_its_added_set(root: Path) -> None:
     """The tokenizer was not trained on these texts; what it lacks it spells in bytes, never as <unk>."""
-    tokenizer = Tokenizer(root / "tokenizer")
+    tokenizer = Tokenizer(root / "tokenizer", CHATS["phi3"])
     template = Template(tokenizer, image_tokens=9, max_text_tokens=512, system_message=SYSTEM_MESSAGE)
     names = {"gqa": 2.5, "ocrvqa": 5, "scienceqa": 1, "refcoco+": 2, "refcocog": 2, "visualgenome": 4, "llava150k": 0.4}
     for split in SPLITS:
@@ -257,7 +258,7 @@ def test_every_source_reads_its_added_set(root: Path) -> None:
                 assert sample is not None and len(sample.token_ids) - 9 < 256
                 assert "<unk>" not in {tokenizer.token(number) for number in sample.token_ids}
                 for turn in conversation.turns:
-                    ids, _ = tokenizer.encode_with_offsets(f"<|assistant|>{turn.response}")
+                    ids = tokenizer.encode(f"<|assistant|>{turn.response}")
                     assert tokenizer.decode(ids) == turn.response
             assert (without_image > 0) == (name == "scienceqa")
     assert set(SOURCES) == {*names, "vqav2", "vsr", "aokvqa", "refcoco"}, "all eleven are drawn"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from aki_megatron.config.data import SYSTEM_MESSAGE
+from aki_megatron.data.chat import CHATS
 from aki_megatron.data.sources import aokvqa, refcoco, vqav2, vsr
 from aki_megatron.data.synthetic.scenes import COLORS, KINDS, LETTERS, PLACES, SHAPES
 from aki_megatron.data.synthetic.tokenizer import (
@@ -180,9 +181,9 @@ def test_the_folder_loads_as_a_fast_tokenizer(folder: Path) -> None:
 
 
 def test_the_templates_tokenizer_adds_three(folder: Path) -> None:
-    tokenizer = Tokenizer(folder)
+    tokenizer = Tokenizer(folder, CHATS["phi3"])
     end = BASE_TOKENS + len(ADDED_TOKENS)
     assert (tokenizer.pad, tokenizer.image, tokenizer.endofchunk, tokenizer.size) == (end, end + 1, end + 2, 768)
-    ids, _ = tokenizer.encode_with_offsets("<|assistant|>\nred circle<|endoftext|>")
+    ids = tokenizer.encode("<|assistant|>\nred circle<|endoftext|>")
     assert [tokenizer.token(number) for number in ids[1:-1]] == ["red", f"{SPACE}circle"]
     assert tokenizer.decode(ids) == "red circle"

@@ -54,6 +54,7 @@ class Setting:
     layers_per_stage: tuple[int, ...] = ()
     recompute: bool = False
     tied: bool = False
+    family: str = "phi3"
     rule: str = "mma"
     offload: bool = False
     zero_settings: tuple[tuple[str, int], ...] = ()
@@ -62,6 +63,8 @@ class Setting:
 
     @property
     def model(self) -> ModelConfig:
+        if self.family != "phi3":
+            return model_config(family=self.family)
         return TIED_MODEL if self.tied else MODEL
 
     @property
@@ -90,7 +93,7 @@ def tiny_stages(topology: Topology, setting: Setting) -> list[Stage]:
     ]
 
 
-def tiny_engine(topology: Topology, setting: Setting = Setting()) -> PipelineEngine:
+def tiny_engine(topology: Topology, setting: Setting = Setting(), **more: Any) -> PipelineEngine:
     runners: list[Any] = []
     zero_settings = dict(setting.zero_settings) | ({"offload_optimizer": {"device": "cpu"}} if setting.offload else {})
     for stage in tiny_stages(topology, setting):
@@ -115,6 +118,7 @@ def tiny_engine(topology: Topology, setting: Setting = Setting()) -> PipelineEng
         precision=setting.precision,
         clip_norm=setting.clip_norm,
         check_every=setting.check_every,
+        **more,
     )
 
 

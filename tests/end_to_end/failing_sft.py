@@ -1,4 +1,4 @@
-"""launcher/sft.py with one rank that fails in a step: what test_rank_failure.py starts under each launcher.
+"""launcher/sft.py with one rank that fails in a step: what other tests start under each launcher.
 
 AKI_TEST_FAILS is RANK:STEP:HOW, steps counted from 1.
 """
@@ -6,39 +6,57 @@ AKI_TEST_FAILS is RANK:STEP:HOW, steps counted from 1.
 import os
 import runpy
 import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from aki_megatron.parallel.launch import discover_launch
-from aki_megatron.train import main
+from aki_megatron.train import main, watch
 from aki_megatron.train.loop import Run
+
+watch.ANSWER_SECONDS = 8.0  # a silent rank is waited for so long, and nobody else is
 
 
 def fail(how: str) -> None:
     if how == "raise":
         raise ArithmeticError("the answer\nis 43")
-    assert how == "kill", how
-    os.kill(os.getpid(), signal.SIGKILL)
+    assert how in ("kill", "stop"), how
+    os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
 
 
 rank, step, how = os.environ["AKI_TEST_FAILS"].split(":")
 healthy_train = main.train
 
 
-def train(run: Run) -> None:
-    """The training loop around an engine that fails on one rank."""
-    engine: Any = run.engine
-    healthy_step, steps = engine.train_step, 0
+def sleep_in_the_loader(steps: Iterator[Any]) -> Iterator[Any]:
+    """Steps of the data, of which one never comes."""
+    for number, loaded in enumerate(steps, 1):
+        if number == int(step):
+            time.sleep(3600)
+        yield loaded
 
-    def train_step(*args: Any) -> Any:
+
+def train(run: Run) -> bool:
+    """The training loop around an engine, or a loader, that fails on one rank."""
+    if discover_launch(os.environ).rank != int(rank):
+        return healthy_train(run)
+    engine: Any = run.engine
+    loader: Any = run.loader
+    healthy_step, healthy_steps, steps = engine.train_step, loader.steps, 0
+
+    def train_step(*args: Any, **options: Any) -> Any:
         nonlocal steps
         steps += 1
-        if steps == int(step) and discover_launch(os.environ).rank == int(rank):
+        if steps == int(step):
             fail(how)
-        return healthy_step(*args)
+        return healthy_step(*args, **options)
 
-    engine.train_step = train_step
-    healthy_train(run)
+    if how == "sleep":
+        loader.steps = lambda *args: sleep_in_the_loader(healthy_steps(*args))
+    else:
+        engine.train_step = train_step
+    return healthy_train(run)
 
 
 main.train = train

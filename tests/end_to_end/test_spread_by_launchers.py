@@ -10,8 +10,10 @@ from launchers import MPIRUN_ENVIRONMENT, launcher_command
 from rich.console import Console
 from small_demo import ROOT, World
 
-from aki_megatron.checkpoint.saver import read_weights
+from aki_megatron.checkpoint.stored import CheckpointSource
+from aki_megatron.config.interrupts import Interrupts
 from aki_megatron.config.load import load_run
+from aki_megatron.train.watch import Pulse
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
 
@@ -66,7 +68,7 @@ def test_torchrun(single: Path, spread: tuple[Path, str]) -> None:
     assert_same(run, single)
     assert sorted(log.name for log in (run / "logs").iterdir()) == [f"rank_{rank}.log" for rank in range(8)]
     assert (run / "DONE").read_text() == f"{STEPS}\n"
-    elements = sum(weight.numel() for weight in read_weights(single).values())
+    elements = sum(fact.elements for fact in CheckpointSource(single).facts.values())
     assert f"model: {elements:,} parameters" in printed, "of the whole model, not of a rank's part"
     for line in ("2 data ranks x 1 micro-batch x 8", "tensor 2 x pipeline 2, ZeRO-3", "cut: front + 2", "idle",
                  "--train.micro_batch 4"):  # fmt: skip
@@ -107,7 +109,14 @@ def what_is_read(topology, flags: list[str]) -> tuple[bool, int]:
 
     config = load_run(flags, default_config=Path(flags[1]), prog="sft.py", description="")
     with patch.object(build, "build_reading", wraps=build.build_reading) as opened:
-        run = build.build_run(config, topology, Console(quiet=True))
+        run = build.build_run(
+            config,
+            topology,
+            Console(quiet=True),
+            attempt="test",
+            interrupts=Interrupts(),
+            pulse=Pulse(config.watch),
+        )
     try:
         return opened.called, len(next(run.loader.steps(0, None)).batches)
     finally:

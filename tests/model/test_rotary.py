@@ -59,5 +59,30 @@ def test_a_single_generated_token_far_out_takes_the_long_factors() -> None:
         torch.testing.assert_close(cos[row, 0, 0], torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
+def test_llama3_slows_long_waves_and_leaves_short_ones() -> None:
+    config = RopeConfig(
+        kind="llama3", theta=10000.0, max_positions=1024, original_max_positions=256,
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    )  # fmt: skip
+    rotary = Rotary(config, 16)
+    positions = torch.tensor([[1]], dtype=torch.int32)
+    _, sin = rotary(positions, torch.zeros_like(positions), torch.float64)
+    kinds = []
+    for index in range(8):
+        wave = 2 * math.pi * 10000.0 ** (2 * index / 16)  # positions per turn
+        if wave < 256 / 4:
+            kinds.append("fast")
+            share = 1.0
+        elif wave > 256:
+            kinds.append("slow")
+            share = 0.0
+        else:
+            kinds.append("between")
+            share = (256 / wave - 1) / (4 - 1)
+        frequency = 2 * math.pi / wave * ((1 - share) / 8 + share)
+        assert float(sin[0, 0, 0, index]) == pytest.approx(math.sin(frequency), rel=1e-5)
+    assert set(kinds) == {"fast", "between", "slow"}
+
+
 def test_scale_of_phi_35_mini() -> None:
     assert Rotary(PHI35_MINI_ROPE, 96).scale == pytest.approx(1.19024, abs=1e-5)

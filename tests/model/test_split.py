@@ -4,21 +4,18 @@ import pytest
 import torch
 
 from aki_megatron.checkpoint.weights import model_shapes
-from aki_megatron.config.model import ModelConfig
+from aki_megatron.config.model import FAMILIES, DecoderConfig, ModelConfig
 from aki_megatron.model.split import SPLITS, Split, cut, join, split_of
 
 
-def config_with(kv_heads: int) -> ModelConfig:
-    config = ModelConfig()
-    return config.model_copy(update={"decoder": config.decoder.model_copy(update={"kv_heads": kv_heads})})
-
-
 @pytest.mark.parametrize("kv_heads", [32, 8])
-def test_the_parts_fill_the_axis(kv_heads: int) -> None:
-    config = config_with(kv_heads)
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_the_parts_fill_the_axis(family: str, kv_heads: int) -> None:
+    config = ModelConfig(decoder=DecoderConfig(family=family, kv_heads=kv_heads))
     shapes = model_shapes(config)
     split = {name: split_of(name, config.decoder) for name in shapes}
-    assert {name.replace("blocks.31.", "blocks.{i}.") for name, found in split.items() if found} >= set(SPLITS)
+    cut_ones = {name.replace("blocks.31.", "blocks.{i}.") for name, found in split.items() if found}
+    assert cut_ones >= set(SPLITS) - (set() if family == "qwen2" else {"blocks.{i}.attention.qkv.bias"})
     for name, found in split.items():
         if found:
             assert sum(found.parts) == shapes[name][found.axis], name
@@ -28,6 +25,7 @@ def test_what_is_not_in_the_table_is_whole() -> None:
     decoder = ModelConfig().decoder
     for name in (
         "blocks.3.attention_norm.weight",
+        "blocks.3.attention.query_norm.weight",
         "front.embedding.extra",
         "head.extra.weight",
         "front.vision.norm.bias",

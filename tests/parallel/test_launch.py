@@ -67,6 +67,19 @@ def test_no_launcher_is_a_world_of_one():
     assert discover_launch({"HOME": "/root"}) == Launch(0, 0, 1, 1, "single")
 
 
+@pytest.mark.parametrize("environ", [TORCHRUN, SRUN, MPIRUN, BATCH_SCRIPT])
+def test_under_slurm_an_attempt_is_named_as_its_batch_script_names_it(environ):
+    slurm = {"SLURM_JOB_ID": "77"}
+    assert discover_launch(environ | slurm).attempt == "77.0"
+    assert discover_launch(environ | slurm | {"SLURM_RESTART_COUNT": "3"}).attempt == "77.3"
+
+
+def test_elsewhere_an_attempt_has_a_name_of_its_own(monkeypatch):
+    one = discover_launch({}).attempt
+    monkeypatch.setattr("os.getpid", lambda: 1)
+    assert one and discover_launch({}).attempt != one
+
+
 def test_a_batch_script_without_srun_is_a_world_of_one():
     assert discover_launch(BATCH_SCRIPT).launcher == "single"
 

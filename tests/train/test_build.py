@@ -1,6 +1,8 @@
 """From a configuration to an engine: however the model is spread, it starts with the weights of the whole one."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +10,9 @@ from torch import Tensor
 
 from aki_megatron.config.load import load_run
 from aki_megatron.config.run import RunConfig
+from aki_megatron.flow import CheckpointError
 from aki_megatron.model.stage import build_model
-from aki_megatron.train.build import build_engine, cut_model
+from aki_megatron.train.build import build_engine, cut_model, go_back
 
 SFT = Path(__file__).resolve().parents[2] / "configs/demo/sft.yaml"
 
@@ -46,3 +49,25 @@ def test_a_spread_model_starts_as_the_whole_one(run_on, tensor, pipeline, flags)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert len(shares[0]) < len(expected) or pipeline == 1
+
+
+def test_a_run_goes_back_to_the_newest_whole_checkpoint_though_the_last_save_failed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def wait() -> None:
+        raise CheckpointError("the disk is full")
+
+    loaded: list[Any] = []
+    engine: Any = SimpleNamespace(state=dict, load_state=loaded.append)
+    saver: Any = SimpleNamespace(
+        folder=Path("runs/x/checkpoints"),
+        wait=wait,
+        latest=lambda: Path("step_000004"),
+        load=lambda path, tensors: path,
+    )
+    assert go_back(engine, saver) == Path("step_000004") and loaded == [{}]
+    assert "the disk is full" in caplog.text
+    saver.latest = lambda: None
+    with pytest.raises(CheckpointError, match="runs/x/checkpoints has none"):
+        go_back(engine, saver)
+    assert len(loaded) == 1

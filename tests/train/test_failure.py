@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from aki_megatron.config.interrupts import DUPLICATE_SECONDS, Interrupts
 from aki_megatron.flow import ConfigError, DataError, UserError
 from aki_megatron.train import failure
 from aki_megatron.train.failure import FailureWatch, describe, is_echo, leave
@@ -32,14 +33,23 @@ def wait_for_ever() -> None:
     lock.acquire()
 
 
-def run_ranks(folder: Path, count: int, behave: Behave) -> tuple[list[int], list[str]]:
+def run_ranks(folder: Path, count: int, behave: Behave, *, by_scheduler: bool = False) -> tuple[list[int], list[str]]:
     """Exit codes of ``count`` processes that behave so, and the lines they wrote to stderr."""
     fork = multiprocessing.get_context("fork")
     meeting, said = fork.Barrier(count), folder / "stderr"
 
     def rank_main(rank: int) -> None:
         sys.stderr = said.open("a")
-        watch = FailureWatch(RunFolder(folder), rank, count)
+        interrupts = Interrupts()
+        interrupts.listen()
+        watch = FailureWatch(
+            RunFolder(folder),
+            rank,
+            count,
+            interrupts,
+            by_scheduler=by_scheduler,
+            note=lambda text: (folder / f"note_{rank}").write_text(text),
+        )
         watch.begin()
         meeting.wait()
         watch.joined()
@@ -90,6 +100,7 @@ def test_ranks_that_wait_for_ever_end_when_another_raises(tmp_path: Path) -> Non
     assert codes == [1, 1, 1]
     assert said == ["error on rank 1: KeyError: 'weight'", f"  log of rank 1: {tmp_path}/logs/rank_1.log"]
     assert json.loads((tmp_path / "logs/first_failure.json").read_text())["rank"] == 1
+    assert {(tmp_path / f"note_{rank}").read_text() for rank in range(3)} == {"rank 1: KeyError: 'weight'"}
 
 
 def test_a_mistake_of_one_rank_has_the_exit_code_of_a_mistake_everywhere(tmp_path: Path) -> None:
@@ -141,7 +152,12 @@ def test_ranks_that_wait_in_vain_say_who_was_not_heard_of(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_told_to_end_says_so_once(tmp_path: Path, number: signal.Signals) -> None:
+    """By SIGINT, or by a second SIGTERM."""
+
     def behave(rank: int, watch: FailureWatch) -> None:
+        if number == signal.SIGTERM:
+            ask_to_stop(watch)
+            time.sleep(DUPLICATE_SECONDS + 0.1)
         os.kill(os.getpid(), number)
         wait_for_ever()
 
@@ -149,6 +165,65 @@ def test_a_run_that_is_told_to_end_says_so_once(tmp_path: Path, number: signal.S
     assert codes == [128 + number] * 3
     assert len(said) == 2 and f"told to end by {number.name}" in said[0]
     assert "wait_for_ever" in (tmp_path / "logs/rank_0.log").read_text()
+
+
+def ask_to_stop(watch: FailureWatch) -> None:
+    """Send SIGTERM to this rank, and wait until it has become a wish to stop."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    while not watch.interrupts.reason:
+        time.sleep(0.01)
+    assert watch.interrupts.reason == "SIGTERM"
+
+
+@pytest.mark.parametrize("by_scheduler", [False, True])
+def test_sigterm_that_no_failure_is_behind_asks_for_a_stop(tmp_path: Path, by_scheduler: bool) -> None:
+    def behave(rank: int, watch: FailureWatch) -> None:
+        ask_to_stop(watch)
+        os.kill(os.getpid(), signal.SIGTERM)  # of the same stop, passed on by a launcher
+        time.sleep(failure.PATIENCE_SECONDS)
+
+    assert run_ranks(tmp_path, 2, behave, by_scheduler=by_scheduler) == ([0, 0], [])
+
+
+def test_sigterm_that_a_failure_is_behind_ends_a_rank_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failure, "POLL_SECONDS", 3600.0)  # it would not find out by itself
+
+    def behave(rank: int, watch: FailureWatch) -> None:
+        watch.training = True
+        if rank == 1:
+            raise ValueError("of rank 1")
+        while not watch.folder.first_failure.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_for_ever()
+
+    codes, said = run_ranks(tmp_path, 2, behave, by_scheduler=True)
+    assert codes == [1, 1] and said[0] == "error on rank 1: ValueError: of rank 1"
+
+
+def test_a_failure_after_sigterm_ends_a_rank_that_wanted_to_stop(tmp_path: Path) -> None:
+    def behave(rank: int, watch: FailureWatch) -> None:
+        ask_to_stop(watch)
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        wait_for_ever()  # in the collective of the last step
+
+    codes, said = run_ranks(tmp_path, 2, behave)
+    assert codes == [1, -signal.SIGKILL] and said[0].startswith("error on rank 1: it ended without a word")
+
+
+@pytest.mark.parametrize("by_scheduler", [False, True])
+def test_sigterm_before_the_ranks_have_met(tmp_path: Path, by_scheduler: bool) -> None:
+    """A scheduler's is held; another launcher's ends a rank that has nothing to lose yet."""
+    child = os.fork()
+    if child == 0:
+        interrupts = Interrupts()
+        interrupts.listen()
+        os.kill(os.getpid(), signal.SIGTERM)
+        FailureWatch(RunFolder(tmp_path), 1, 2, interrupts, by_scheduler=by_scheduler).begin()
+        os._exit(0 if interrupts.reason == "SIGTERM" else 1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == (0 if by_scheduler else 128 + signal.SIGTERM)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -179,7 +254,7 @@ def test_one_process_returns_after_one_message(tmp_path: Path, capsys: pytest.Ca
         (ConfigError("that is wrong."), 2, "error: that is wrong.\n"),
         (OSError("disk\n  gone"), 1, f"error: OSError: disk gone\n  log of rank 0: {tmp_path}/logs/rank_0.log\n"),
     ):
-        watch = FailureWatch(RunFolder(tmp_path), 0, 1)
+        watch = FailureWatch(RunFolder(tmp_path), 0, 1, Interrupts())
         before = signal.getsignal(signal.SIGTERM)
         watch.begin()
         assert watch.failed(error) == code

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from aki_megatron.flow import CheckpointError, StepReport
-from aki_megatron.train.folder import read_metrics, rewind_lines
-from aki_megatron.train.hooks import ConsoleHook, MetricsHook, SaveHook
+from aki_megatron.flow import CheckpointError, StepReport, Wish
+from aki_megatron.train.attempts import read_attempts
+from aki_megatron.train.events import read_events, record
+from aki_megatron.train.folder import RunFolder, read_metrics, rewind_lines
+from aki_megatron.train.hooks import ConsoleHook, EndHook, MetricsHook, SaveHook
 
 FIELDS = [
     "step",
@@ -26,7 +28,7 @@ FIELDS = [
 ]
 
 
-def report(loss: float = 1.5, *, skipped: bool = False) -> StepReport:
+def report(loss: float = 1.5, *, skipped: bool = False, wish: Wish = Wish.NONE) -> StepReport:
     return StepReport(
         loss=loss,
         grad_norm=2.0,
@@ -38,6 +40,7 @@ def report(loss: float = 1.5, *, skipped: bool = False) -> StepReport:
         bad_samples=0,
         seconds=0.5,
         skipped=skipped,
+        wish=wish,
     )
 
 
@@ -87,17 +90,104 @@ def test_console_prints_when_it_is_time_and_counts_skipped_steps() -> None:
     assert all("loss" in line and "left" in line and "skipped 1" in line for line in lines[1:])
 
 
+class FullDisk:
+    """A saver that is never behind; ``save`` fails at some steps."""
+
+    def __init__(self, *full_at: int) -> None:
+        self.full_at = full_at
+        self.saved: list[int] = []
+
+    def save(self, step: int) -> None:
+        self.saved.append(step)
+        if step in self.full_at:
+            raise CheckpointError("the disk is full")
+
+    def wait(self) -> None:
+        return None
+
+    poll = wait
+
+
 def test_a_failed_checkpoint_stops_the_run_only_at_the_end() -> None:
-    out, saved = io.StringIO(), []
-
-    def save(step: int) -> None:
-        saved.append(step)
-        raise CheckpointError("the disk is full")
-
-    hook = SaveHook(save, 2, 5, Console(file=out, width=200))
+    out, disk, noted = io.StringIO(), FullDisk(2, 4, 5), []
+    console = Console(file=out, width=200)
+    hook = SaveHook(disk, disk.save, 2, 5, console, note=lambda *event: noted.append(event))  # type: ignore[arg-type]
     for step in range(1, 5):
         hook.after_step(step, report())
-    assert saved == [2, 4]
+    assert disk.saved == [2, 4]
+    assert noted == [(step, "save_failed", "the disk is full") for step in (2, 4)]
     assert "no checkpoint at step 4" in out.getvalue() and "the disk is full" in out.getvalue()
     with pytest.raises(CheckpointError, match="the disk is full"):
         hook.after_step(5, report())
+
+
+def test_a_checkpoint_that_is_wished_for_may_fail_but_not_that_of_a_stop() -> None:
+    out, disk = io.StringIO(), FullDisk(3, 5)
+    hook = SaveHook(disk, disk.save, 100, 200, Console(file=out, width=200))  # type: ignore[arg-type]
+    for step in range(1, 5):
+        hook.after_step(step, report(wish=Wish.SAVE if step == 3 else Wish.NONE))
+    assert disk.saved == [3] and "no checkpoint at step 3, training goes on" in out.getvalue()
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        hook.after_step(5, report(wish=Wish.STOP))
+
+
+@pytest.mark.parametrize("step", [0, 4])
+def test_only_a_new_run_is_saved_at_its_start(step: int) -> None:
+    disk = FullDisk()
+    for at_start in (False, True):
+        SaveHook(disk, disk.save, 2, 5, None, at_start=at_start).on_start(step)  # type: ignore[arg-type]
+    assert disk.saved == ([] if step else [0])
+
+
+def test_metrics_are_rewound_by_a_rollback(tmp_path: Path) -> None:
+    hook = MetricsHook(tmp_path / "metrics.jsonl")
+    hook.on_start(0)
+    for step in (1, 2, 3):
+        hook.after_step(step, report(step))
+    hook.on_rollback(1)
+    hook.after_step(2, report(20))
+    hook.on_stop(2)
+    assert [(line["step"], line["loss"]) for line in read_metrics(hook.path)] == [(1, 1), (2, 20)]
+
+
+def end_hook(folder: RunFolder) -> EndHook:
+    def write_report(folder: RunFolder) -> None:
+        assert not folder.done.exists(), "DONE is the last word"
+        folder.report.touch()
+
+    return EndHook(
+        folder,
+        "77.1",
+        lambda: "SIGUSR1",
+        lambda step, kind, text: record(folder, step, kind, text),
+        write_report,
+        Console(quiet=True),
+    )
+
+
+def test_an_attempt_that_stops_says_where_and_why(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    end_hook(folder).on_stop(7)
+    assert json.loads((tmp_path / "STOPPED.77.1").read_text()) == {"step": 7, "reason": "SIGUSR1"}
+    assert not folder.done.exists() and not folder.report.exists()
+    (attempt,) = read_attempts(folder)
+    assert (attempt.name, attempt.step, attempt.end, attempt.reason) == ("77.1", 7, "stopped", "SIGUSR1")
+    assert [(event["kind"], event["step"]) for event in read_events(folder)] == [("stop", 7)]
+
+
+def test_a_run_that_is_done_says_so(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    end_hook(folder).on_end(9)
+    assert folder.done.read_text() == "9\n" and folder.report.exists() and not list(tmp_path.glob("STOPPED*"))
+    assert [(attempt.step, attempt.end) for attempt in read_attempts(folder)] == [(9, "done")]
+
+
+def test_a_wish_for_a_checkpoint_goes_once_it_is_granted(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.save.touch()
+    hook = end_hook(folder)
+    hook.after_step(1, report())
+    assert folder.save.exists()
+    hook.after_step(2, report(wish=Wish.SAVE))
+    assert not folder.save.exists()
+    assert [(event["kind"], event["step"]) for event in read_events(folder)] == [("save", 2)]

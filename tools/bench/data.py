@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aki_megatron.config.data import SYSTEM_MESSAGE
+from aki_megatron.data.chat import CHATS
 from aki_megatron.data.packing import BLOCK_SAMPLES, Limits
 from aki_megatron.data.shards import ShardIndex
 from aki_megatron.data.synthetic.tokenizer import write_tokenizer
@@ -183,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="loading; default: %(default)s")
     parser.add_argument("--tars", type=int, default=10_000, help="start; default: %(default)s")
     parser.add_argument("--per_tar", type=int, default=10_000, help="samples of each; default: %(default)s")
-    parser.add_argument("--tokenizer", type=Path, help="a tokenizer folder; default: the demo's, made now")
+    parser.add_argument("--tokenizer", type=Path, help="a folder of Phi-3's family; default: the demo's, made now")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -192,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = Path(name)
         if arguments.tokenizer is None:
             write_tokenizer(folder / "tokenizer")
-        tokenizer = Tokenizer(arguments.tokenizer or folder / "tokenizer")
+        tokenizer = Tokenizer(arguments.tokenizer or folder / "tokenizer", CHATS["phi3"])
         template = Template(tokenizer, IMAGE_TOKENS, 512, SYSTEM_MESSAGE)
         load = os.getloadavg()[0]
         for part, measure in (

@@ -25,8 +25,7 @@ from aki_megatron.config.load import load_run
 from aki_megatron.data.mixture import Mixture
 from aki_megatron.data.packing import Limits, fewest_rows, pack
 from aki_megatron.data.sources import open_sources
-from aki_megatron.data.template import Template
-from aki_megatron.data.text import Tokenizer
+from aki_megatron.train.reading import build_template, build_tokenizer
 
 Lengths = tuple[np.ndarray, np.ndarray]
 """Places and images of many samples, in the order of training."""
@@ -81,9 +80,7 @@ def run_lengths(file: Path, samples: int) -> Lengths:
     """The first samples of a fine-tuning run's own data, in the mixture's order."""
     config = load_run([], default_config=file, prog="packing", description="")
     data = config.data
-    template = Template(
-        Tokenizer(data.tokenizer), config.model.resampler.latents, data.max_text_tokens, data.system_message
-    )
+    template = build_template(config, build_tokenizer(config))
     mixture = Mixture({source.name: source.weight for source in data.sources}, seed=config.train.seed)
     sources = open_sources(data.root, list(mixture.names), "train")
     rows = []

@@ -1,0 +1,190 @@
+"""Saving in the background: training goes on, errors come later, and the ranks' messages never mix."""
+
+import importlib.util
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import RanksFailedError
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from aki_megatron.checkpoint import files, stored
+from aki_megatron.checkpoint.saver import Saver
+from aki_megatron.checkpoint.stored import CheckpointSource
+from aki_megatron.engine.logical import shard_rows
+from aki_megatron.flow import CheckpointError
+
+
+def tensors(value: float) -> dict[str, Tensor]:
+    return {"weight.a": torch.full((5, 3), value)}
+
+
+@pytest.fixture
+def gate(monkeypatch) -> threading.Event:
+    """Nothing is written before it is open."""
+    opened, save = threading.Event(), torch.save
+
+    def wait_and_save(*args):
+        assert opened.wait(60)
+        save(*args)
+
+    monkeypatch.setattr(stored.torch, "save", wait_and_save)
+    return opened
+
+
+@pytest.fixture
+def keeper(tmp_path) -> Saver:
+    return Saver(tmp_path, keep_last=2, asynchronous=True)
+
+
+def test_training_does_not_wait(keeper, gate):
+    state, extra = tensors(1), {"step": 1}
+    keeper.save(1, state, extra)
+    drawn = torch.rand(3)
+    extra["step"] = 2
+    assert keeper.poll() is None and keeper.latest() is None, "it is still being written"
+    gate.set()
+    saved = keeper.wait()
+    assert (saved.step, saved.path) == (1, keeper.latest()) and saved.seconds > 0
+    assert keeper.poll() is None and keeper.wait() is None, "told once"
+    assert keeper.load(keeper.latest(), state) == {"step": 1}, "what was so at the save"
+    assert torch.equal(torch.rand(3), drawn)
+
+
+def test_one_save_is_under_way_at_most(keeper, gate):
+    keeper.save(1, tensors(1), {})
+    threading.Timer(0.2, gate.set).start()
+    keeper.save(2, tensors(2), {})
+    assert (keeper.folder / "step_000001").exists()
+    keeper.wait()
+    assert [path.name for path in files.checkpoints(keeper.folder)] == ["step_000001", "step_000002"]
+
+
+def test_an_error_comes_with_the_next_question(keeper, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    keeper.save(1, tensors(1), {})
+    keeper.wait()
+    for ask in (keeper.wait, lambda: keeper.save(3, tensors(3), {}), lambda: keeper.load(keeper.latest(), tensors(0))):
+        with monkeypatch.context() as patch:
+            patch.setattr(stored.torch, "save", full)
+            keeper.save(2, tensors(2), {})
+            with pytest.raises(CheckpointError, match="No space left on device.*Earlier checkpoints are whole"):
+                ask()
+        assert keeper.wait() is None, "told once"
+    assert sorted(path.name for path in keeper.folder.iterdir()) == ["latest", "step_000001"]
+
+
+def test_checkpoints_that_stay(tmp_path):
+    keeper = Saver(tmp_path, keep_last=2, keep_every=100)
+    for step in range(0, 260, 20):
+        keeper.save(step, tensors(step), {})
+    assert [files.step_of(path) for path in files.checkpoints(tmp_path)] == [0, 100, 200, 220, 240]
+
+
+def test_the_configuration_is_in_every_checkpoint(tmp_path):
+    keeper = Saver(tmp_path, keep_last=1, config_yaml="run: {dir: here}\n")
+    keeper.save(1, tensors(1), {})
+    config = keeper.latest() / "config.yaml"
+    assert config.read_text() == "run: {dir: here}\n"
+    config.write_text("run: {dir: hers}\n")
+    with pytest.raises(CheckpointError, match="config.yaml is corrupt"):
+        keeper.load(keeper.latest(), tensors(0))
+
+
+def collective_saves(topology, folder: Path) -> float:
+    """Saves while training's own collectives go on; their sum."""
+    mesh = DeviceMesh.from_group(topology.stage_group, topology.device.type)
+    keeper = Saver(folder, keep_last=3, asynchronous=True, group=topology.new_gloo_group(60))
+    total = torch.zeros(())
+    for step in (1, 2, 3):
+        rows = torch.arange(6.0).view(3, 2) * step
+        keeper.save(step, {"weight.a": shard_rows(rows, mesh)}, {})
+        for _ in range(100):
+            one = torch.ones(())
+            dist.all_reduce(one)
+            total += one
+    keeper.wait()
+    into = {"weight.a": shard_rows(torch.zeros(3, 2), mesh)}
+    keeper.load(keeper.latest(), into)
+    assert torch.equal(into["weight.a"].full_tensor(), torch.arange(6.0).view(3, 2) * 3)
+    return float(total)
+
+
+def failing_saves(topology, folder: Path) -> str:
+    """The disk of rank 1 is full."""
+    keeper = Saver(folder, keep_last=3, asynchronous=True, group=topology.new_gloo_group(60))
+    with pytest.MonkeyPatch.context() as patch:
+        if topology.rank == 1:
+            patch.setattr(stored, "_compact", _full)
+        keeper.save(4, {f"weight.{topology.rank}": torch.ones(3)}, {})
+        try:
+            keeper.wait()
+        except CheckpointError as error:
+            return str(error)
+    return "saved"
+
+
+def _full(_tensor: Tensor) -> Tensor:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.distributed
+def test_on_several_ranks_beside_training(run_on, tmp_path):
+    assert run_on(3, collective_saves, tmp_path) == [900.0] * 3
+    for step in (1, 2, 3):
+        whole = CheckpointSource(tmp_path / f"step_00000{step}").get("a")
+        assert torch.equal(whole, torch.arange(6.0).view(3, 2) * step)
+    for message in run_on(3, failing_saves, tmp_path):
+        assert "No space left on device" in message, message
+    assert files.newest(tmp_path).name == "step_000003" and not list(tmp_path.glob(".*"))
+
+
+def dies_while_saving(topology, folder: Path) -> None:
+    """Rank 1 is gone in the middle of writing."""
+    keeper = Saver(folder, keep_last=3, asynchronous=True, group=topology.new_gloo_group(60))
+    keeper.save(1, {f"weight.{topology.rank}": torch.ones(3)}, {})
+    keeper.wait()
+    if topology.rank == 1:
+        stored._compact = lambda _tensor: os._exit(9)
+    keeper.save(2, {f"weight.{topology.rank}": torch.ones(3)}, {})
+    keeper.wait()
+
+
+@pytest.mark.distributed
+def test_a_rank_that_dies_leaves_no_half_checkpoint(run_on, tmp_path):
+    with pytest.raises(RanksFailedError, match="rank 1: died with exit code 9"):
+        run_on(2, dies_while_saving, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".writing_step_000002", "latest", "step_000001"]
+    assert CheckpointSource(tmp_path).path.name == "step_000001"
+
+
+def group_is_missing(topology, folder: Path) -> str:
+    with pytest.raises(AssertionError) as caught:
+        Saver(folder, keep_last=1, asynchronous=True)
+    return str(caught.value)
+
+
+@pytest.mark.distributed
+def test_the_background_needs_a_group_of_its_own(run_on, tmp_path):
+    assert all("a group of its own" in message for message in run_on(2, group_is_missing, tmp_path))
+
+
+def test_the_benchmark_prints_both_pauses(tmp_path, capsys):
+    path = Path(__file__).parents[2] / "tools" / "bench" / "saving.py"
+    spec = importlib.util.spec_from_file_location("bench_saving", path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    small = ["--megabytes", "13", "--saves", "1", "--steps", "1", "--folder", str(tmp_path)]
+    tool.main([*small, "--json", str(tmp_path / "figures.json")])
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["ratio"] == figures["synchronous"]["pause"] / figures["asynchronous"]["pause"]
+    assert figures["synchronous"]["pause"] > figures["synchronous"]["complete"], "training waits for all of it"
+    assert figures["asynchronous"]["step while writing"] > 0
+    assert f"13 MB: the pause is {figures['ratio']:.1f} times shorter" in capsys.readouterr().out

@@ -1,0 +1,211 @@
+"""What tools/convert.py refuses: each wrong input gets one clear message, and nothing is left of the output."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conversions import Run, done, refused
+from safetensors.torch import load_file, save_file
+from tiny_folders import language_folder
+from torch import Tensor
+
+from aki_megatron.checkpoint import convert as conversions_of
+from aki_megatron.checkpoint.drawn import Drawn
+from aki_megatron.checkpoint.report import fits
+from aki_megatron.checkpoint.stored import CheckpointSource
+from aki_megatron.config.run import AttentionConfig
+from aki_megatron.config.save import dump_model, load_model
+
+NORM = "model.norm.weight"
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A language model in several files."""
+    return language_folder(tmp_path_factory.mktemp("lm"), "Qwen3-1.7B", shard="10KB")
+
+
+def changed(folder: Path, to: Path, change: dict[str, Tensor | None]) -> Path:
+    """A copy in one file with tensors put in, replaced or (None) taken out."""
+    tensors: dict[str, Tensor | None] = {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= load_file(path)
+    tensors |= change
+    shutil.copytree(folder, to, ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, to / "model.safetensors")
+    return to
+
+
+def without_a_part(folder: Path) -> None:
+    next(folder.glob("model-00002-*")).unlink()
+
+
+def only_a_pickle(folder: Path) -> None:
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    torch.save({"a": torch.ones(1)}, folder / "pytorch_model.bin")
+
+
+def cut_off(folder: Path) -> None:
+    file = next(folder.glob("model-00002-*"))
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def no_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+def another_family(folder: Path) -> None:
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(described | {"model_type": "gemma"}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (without_a_part, "these are missing: model-00002"),
+        (only_a_pickle, "Pickle files (pytorch_model.bin) are not read"),
+        (cut_off, "is cut off"),
+        (no_tokenizer, "has no tokenizer.json"),
+        (another_family, "model_type=gemma"),
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+    ],
+)
+def test_a_damaged_language_model(
+    damage: Callable[[Path], None], said: str, lm: Path, siglip: Path, convert: Run, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(lm, tmp_path / "lm")
+    damage(folder)
+    result = convert("from-hf", "--lm", folder, "--vision", siglip, "--out", tmp_path / "out")
+    assert said in refused(result, tmp_path / "out")
+
+
+def test_swapped_folders_and_half_a_command(lm: Path, siglip: Path, convert: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    swapped = convert("from-hf", "--lm", siglip, "--tokenizer", lm, "--vision", lm, "--out", out)
+    assert "model_type=siglip_vision_model; language models are read of phi3" in refused(swapped, out)
+    swapped = convert("from-hf", "--lm", lm, "--vision", lm, "--out", out)
+    assert "model_type=qwen3" in refused(swapped, out)
+    for words in (("--lm", lm), ("--aki", lm, "--vision", siglip), ()):
+        assert "--lm and --vision together, or --aki alone" in refused(convert("from-hf", *words, "--out", out), out)
+    assert "model_type=qwen3, not aki" in refused(convert("from-hf", "--aki", lm, "--out", out), out)
+    assert "is not of the AKI release" in refused(convert("from-official", lm, "--out", out), out)
+    assert "does not exist" in refused(convert("from-official", tmp_path / "none", "--out", out), out)
+    for command in ("to-hf", "to-official", "reshard"):
+        assert "No complete checkpoint in" in refused(convert(command, lm, "--out", out), out)
+    code, _, errors = convert("verify")
+    assert code == 2 and "Give a folder" in errors
+    for command in ("verify", "inspect"):
+        code, _, errors = convert(command, tmp_path)
+        assert code == 2 and "No complete checkpoint in" in errors
+
+
+def test_an_output_that_is_there_stays_as_it_is(lm: Path, siglip: Path, convert: Run, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("precious")
+    code, _, errors = convert("from-hf", "--lm", lm, "--vision", siglip, "--out", tmp_path / "out")
+    assert code == 2 and "exists and is not empty" in errors
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
+
+
+def test_every_difference_is_named_and_excepted_only_by_name(
+    lm: Path, siglip: Path, convert: Run, tmp_path: Path
+) -> None:
+    attention = "model.layers.1.self_attn"
+    change = {
+        NORM: None,
+        "stray.a": torch.ones(2),
+        "stray.b": torch.ones(2),
+        f"{attention}.q_norm.weight": torch.ones(4),
+    }
+    change[f"{attention}.k_proj.weight"] = None
+    folder, out = changed(lm, tmp_path / "lm", change), tmp_path / "out"
+    words = ("from-hf", "--lm", folder, "--vision", siglip, "--out", out, "--seed", 3)
+    said = refused(convert(*words), out)
+    for line in (
+        "5 differences",
+        f"missing: {NORM} (for head.norm.weight (32,))",
+        f"missing: {attention}.k_proj.weight (for blocks.1.attention.qkv.weight (64, 32))",
+        f"shape-changed: {attention}.q_norm.weight is (4,), the model needs (8,)",
+        "extra: stray.a (2,)",
+        "--allow-missing",
+    ):
+        assert line in said
+    words += ("--allow-missing", NORM, "--allow-missing", f"{attention}.*", "--allow-extra", "stray.a")
+    words += ("--allow-changed", "model.layers.1.*")
+    said = refused(convert(*words), out)
+    assert "1 differences" in said and "stray.b" in said and "stray.a" not in said
+    printed = done(convert(*words, "--allow-extra", "stray.b"))
+    assert "(4,) in the source" in printed
+    report = json.loads((out / "conversion.json").read_text())
+    kinds = {
+        row["kind"]: row["wrote"] or row["read"] for row in report["rows"] if row["kind"] not in ("mapped", "drawn")
+    }
+    assert kinds["shape-changed"] == ["blocks.1.attention.query_norm.weight"]
+    assert kinds["extra"] == ["stray.b"]
+    ours = CheckpointSource(out)
+    drawn = Drawn(load_model(out / "step_000000" / "config.yaml")[0], 3)
+    for name in ("head.norm.weight", "blocks.1.attention.qkv.weight", "blocks.1.attention.query_norm.weight"):
+        assert torch.equal(ours.get(name), drawn.get(name))
+
+
+def test_an_exported_folder_is_as_strict(
+    lm: Path, siglip: Path, convert: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--skip-logits-check", "--out")
+    done(convert("from-hf", "--lm", lm, "--vision", siglip, *words, tmp_path / "start"))
+    done(convert("to-hf", tmp_path / "start", *words, tmp_path / "export"))
+    latents = "model.resampler.latents"
+    folder, out = changed(tmp_path / "export", tmp_path / "damaged", {latents: None}), tmp_path / "out"
+    assert f"missing: {latents}" in refused(convert("from-hf", "--aki", folder, "--out", out), out)
+    monkeypatch.setattr("convert.PROGRESS_SECONDS", 0)
+    code, printed, errors = convert("from-hf", "--aki", folder, "--allow-missing", latents, "--seed", 5, "--out", out)
+    assert code == 0 and "passed" in printed and "not compared" in printed
+    assert "writing the checkpoint: 0.0 of 0.0 GB" in errors and "comparing logits: " in errors
+    drawn = Drawn(load_model(out / "step_000000" / "config.yaml")[0], 5)
+    assert torch.equal(CheckpointSource(out).get("front.resampler.latents"), drawn.get("front.resampler.latents"))
+
+
+def test_a_pattern_is_a_name_or_a_beginning() -> None:
+    assert fits("a.b", ["a.b"]) and fits("a.b", ["x", "a.*"]) and fits("a.b", ["*"])
+    assert not fits("a.b", ["a"]) and not fits("a.b", ["a.b.c"]) and not fits("a.b", ["*.b"]) and not fits("a.b", [])
+
+
+def test_a_conversion_that_computes_something_else_is_not_kept(
+    lm: Path, siglip: Path, convert: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("from-hf", "--lm", lm, "--vision", siglip, "--out", tmp_path / "out")
+    as_ours = conversions_of.as_ours
+
+    def swapped(source: object, table: dict[str, tuple[str, ...]]) -> object:
+        up = [name for name in table if name.endswith("gate_up.weight")]
+        return as_ours(source, {**table, **{name: table[name][::-1] for name in up}})  # type: ignore[arg-type]
+
+    monkeypatch.setattr(conversions_of, "as_ours", swapped)
+    said = refused(convert(*words), tmp_path / "out")
+    assert "logits of what was written and of its source differ" in said and "FAILED" in said and "in decoder layer 0" in said
+    assert "logits not compared (--skip-logits-check)" in done(convert(*words, "--skip-logits-check"))
+
+
+def test_the_tokenizer_decides_the_ids_and_a_model_file_the_rest(
+    lm: Path, siglip: Path, convert: Run, tmp_path: Path
+) -> None:
+    words = ("from-hf", "--lm", lm, "--vision", siglip, "--skip-logits-check")
+    done(convert(*words, "--out", tmp_path / "start"))
+    config, _ = load_model(tmp_path / "start" / "step_000000" / "config.yaml")
+    model = tmp_path / "model.yaml"
+    for base_tokens, resampler in ((57, config.resampler), (56, config.resampler.model_copy(update={"layers": 1}))):
+        decoder = config.decoder.model_copy(update={"base_tokens": base_tokens})
+        wanted = config.model_copy(update={"decoder": decoder, "resampler": resampler})
+        model.write_text(dump_model(wanted, AttentionConfig(rule="causal")))
+        result = convert(*words, "--model", model, "--out", tmp_path / "out")
+        if base_tokens == 57:
+            said = refused(result, tmp_path / "out")
+            assert "base_tokens=57 and extra_tokens=2, the tokenizer" in said and "needs 56 and 2" in said
+    done(result)
+    assert load_model(tmp_path / "out" / "step_000000" / "config.yaml") == (wanted, AttentionConfig(rule="causal"))
+    blocks = {name.split(".")[3] for name in CheckpointSource(tmp_path / "out").facts if "resampler.blocks" in name}
+    assert blocks == {"0"}

@@ -1,0 +1,158 @@
+"""Whatever happens while a checkpoint is written, the newest complete one is whole: kills, and a full disk."""
+
+import io
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from aki_megatron.checkpoint import files
+from aki_megatron.checkpoint.saver import Saver
+from aki_megatron.checkpoint.stored import CheckpointSource
+from aki_megatron.flow import CheckpointError, StepReport
+from aki_megatron.train.hooks import SaveHook
+
+KILLS = 20
+ELEMENTS = 2**18
+"""A save that takes milliseconds, most of them in writing."""
+
+
+def tensors(step: int, elements: int = ELEMENTS) -> dict[str, torch.Tensor]:
+    return {f"weight.{name}": torch.full((elements,), float(step)) for name in "abcd"}
+
+
+def saver(folder: Path, *, asynchronous: bool = False, keep_last: int = 1) -> Saver:
+    return Saver(folder, keep_last=keep_last, asynchronous=asynchronous)
+
+
+def newest_is_whole(folder: Path) -> int:
+    """The step of the newest checkpoint, all of which was read and is what that step saved."""
+    path = files.newest(folder)
+    assert path is not None
+    source = CheckpointSource(path)
+    step = files.step_of(path)
+    assert sorted(source.facts) == ["a", "b", "c", "d"]
+    assert all(bool((source.get(name) == step).all()) for name in source.facts)
+    return step
+
+
+def save_for_ever(folder: Path, asynchronous: bool) -> None:
+    """Steps after the newest, each twice, for a checkpoint may be replaced by one of the same step."""
+    keeper, step = saver(folder, asynchronous=asynchronous), newest_is_whole(folder)
+    while True:
+        step += 1
+        for _ in range(2):
+            keeper.save(step, tensors(step), {})
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["in training's thread", "in the background"])
+def test_killed_at_random_moments(tmp_path, asynchronous):
+    draw = random.Random(asynchronous)
+    keeper = saver(tmp_path)
+    started = time.monotonic()
+    keeper.save(1, tensors(1), {})
+    longest = 4 * (time.monotonic() - started)
+    reached, in_the_middle = [1], 0
+    for _ in range(KILLS):
+        child = os.fork()
+        if child == 0:
+            try:
+                save_for_ever(tmp_path, asynchronous)
+            finally:
+                os._exit(1)
+        time.sleep(draw.uniform(0.25, 1) * longest)
+        os.kill(child, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "it was still saving"
+        in_the_middle += any(tmp_path.glob(".writing_*"))
+        reached.append(newest_is_whole(tmp_path))
+    assert reached == sorted(reached), "nothing that was complete is lost"
+    assert reached[-1] > 1 and in_the_middle > 0
+    keeper.save(10**6, tensors(10**6), {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_1000000"], "leftovers go"
+
+
+def dying_at(patch: pytest.MonkeyPatch, number: int) -> list[str]:
+    """Let the process "die" before the operation on the disk with this number; the operations so far."""
+    done: list[str] = []
+
+    def watch(owner: object, name: str) -> None:
+        original: Callable[..., object] = getattr(owner, name)
+
+        def operation(*args: object, **kwargs: object) -> object:
+            if len(done) == number:
+                raise KeyboardInterrupt
+            done.append(name)
+            return original(*args, **kwargs)
+
+        patch.setattr(owner, name, operation)
+
+    for owner, name in ((Path, "rename"), (Path, "mkdir"), (files, "write_text"), (files, "sync_folder")):
+        watch(owner, name)
+    watch(shutil, "rmtree")
+    return done
+
+
+@pytest.mark.parametrize("step", [1, 2], ids=["same step again", "next step"])
+def test_killed_before_every_operation(tmp_path, step):
+    """The random moments above seldom meet the microseconds in which a folder is renamed."""
+    for number in range(100):
+        folder = tmp_path / str(number)
+        saver(folder).save(1, tensors(1, 8), {})
+        with pytest.MonkeyPatch.context() as patch:
+            operations = dying_at(patch, number)
+            try:
+                saver(folder).save(step, tensors(step, 8), {})
+                break
+            except KeyboardInterrupt:
+                pass
+        assert newest_is_whole(folder) in (1, step), operations
+        saver(folder).save(3, tensors(3, 8), {})
+        assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_000003"], operations
+    assert operations.count("rename") >= 4 and "rmtree" in operations and number == len(operations)
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 4 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "none", folder], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"a full disk needs a small file system, and this user may not mount one: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["in training's thread", "in the background"])
+def test_a_full_disk_is_an_error_and_training_goes_on(small_disk, asynchronous):
+    out = io.StringIO()
+    keeper = saver(small_disk, asynchronous=asynchronous, keep_last=2)
+    sizes = {2: 1000, 4: 10**6, 6: 1000, 7: 10**6}
+    hook = SaveHook(
+        keeper, lambda step: keeper.save(step, tensors(step, sizes[step]), {}), 2, 7, Console(file=out, width=500)
+    )
+    report = StepReport(0.0, 0.0, 0.0, 0, 0, 0, 0, 0, 0.0, False)
+    for step in range(1, 6):
+        hook.after_step(step, report)
+    while "no checkpoint" not in out.getvalue():  # the background is heard of when it is done
+        time.sleep(0.01)
+        hook.after_step(5, report)
+    assert re.search("no checkpoint at step 4, training goes on: .*No space left on device", out.getvalue())
+    assert newest_is_whole(small_disk) == 2
+    assert not list(small_disk.glob(".*")), "what was half written does not keep the disk full"
+    hook.after_step(6, report)
+    with pytest.raises(CheckpointError, match="No space left on device.*Earlier checkpoints are whole"):
+        hook.after_step(7, report)
+    assert newest_is_whole(small_disk) == 6
+    assert "saved step 6: training paused" in out.getvalue()

@@ -1,0 +1,241 @@
+"""Every family's conversations, captions and prompts: strings written out by hand, tokens, what is prompt and what learnt.
+
+The strings are those of the published chat templates with the papers' content between the markers.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from chat_folders import RULES, SENTENCES, byte_level, chat_folder
+
+from aki_megatron.config.model import DecoderConfig
+from aki_megatron.data.chat import CHATS
+from aki_megatron.data.template import Template
+from aki_megatron.data.text import Tokenizer, grow_tokenizer
+from aki_megatron.errors import DataError
+from aki_megatron.flow import IGNORE, Caption, Conversation, Modality, Sample, Turn
+
+PLACES = 3
+TEXT, RESPONSE, IMAGE = Modality.TEXT, Modality.RESPONSE, Modality.IMAGE
+SYSTEM = "The assistant gives polite answers."
+DIALOGUE = Conversation("key", (Turn("What is in the picture?", "A red box."), Turn("How many?", "12")), b"x")
+CAPTION = Caption("key", " The red cat.\n", b"x")
+
+LLAMA_USER = "<|start_header_id|>user<|end_header_id|>\n\n"
+LLAMA_ANSWER = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+LLAMA = [
+    (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nThe assistant gives polite answers.<|eot_id|>"
+        + LLAMA_USER,
+        TEXT,
+    ),
+    ("<image>", IMAGE),
+    ("\nWhat is in the picture?" + LLAMA_ANSWER, TEXT),
+    ("A red box.<|eot_id|>", RESPONSE),
+    (LLAMA_USER + "How many?" + LLAMA_ANSWER, TEXT),
+    ("12<|eot_id|>", RESPONSE),
+]
+CHATML = [
+    ("<|im_start|>system\nThe assistant gives polite answers.<|im_end|>\n<|im_start|>user\n", TEXT),
+    ("<image>", IMAGE),
+    ("\nWhat is in the picture?<|im_end|>\n<|im_start|>assistant\n", TEXT),
+    ("A red box.<|im_end|>", RESPONSE),
+    ("\n<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n", TEXT),
+    ("12<|im_end|>", RESPONSE),
+]
+PHI3 = [
+    ("<s> <|system|>\nThe assistant gives polite answers.<|end|>\n<|user|>\n", TEXT),
+    ("<image>", IMAGE),
+    ("\nWhat is in the picture?<|end|>\n<|assistant|>\n", TEXT),
+    ("A red box.<|end|>", RESPONSE),
+    ("\n<|user|>\nHow many?<|end|>\n<|assistant|>\n", TEXT),
+    ("12<|endoftext|>", RESPONSE),
+]
+DIALOGUES = {"phi3": PHI3, "llama": LLAMA, "qwen2": CHATML, "qwen3": CHATML}
+CAPTIONS = {
+    "phi3": ("<s>", "The red cat.", "<|endofchunk|><|endoftext|>"),
+    "llama": ("<|begin_of_text|>", "The red cat.", "<|endofchunk|><|eot_id|>"),
+    "qwen2": ("", "The red cat.", "<|endofchunk|><|im_end|>"),
+    "qwen3": ("", "The red cat.", "<|endofchunk|><|im_end|>"),
+}
+FAMILIES = pytest.mark.parametrize("family", CHATS)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("tokenizers")
+    return {family: chat_folder(root / family, family) for family in CHATS}
+
+
+@pytest.fixture(scope="module")
+def templates(folders: dict[str, Path]) -> dict[str, Template]:
+    return {family: Template(Tokenizer(folders[family], CHATS[family]), PLACES, 512, SYSTEM) for family in CHATS}
+
+
+def placed(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """The image at all its places."""
+    at = ids.index(tokenizer.image)
+    return [*ids[:at], *[tokenizer.image] * PLACES, *ids[at + 1 :]]
+
+
+def learnt(sample: Sample) -> list[int]:
+    return [target for target in sample.targets if target != IGNORE]
+
+
+@FAMILIES
+def test_a_dialogue_is_what_the_published_template_writes(family: str, templates: dict[str, Template]) -> None:
+    template, expected = templates[family], DIALOGUES[family]
+    tokenizer = template.tokenizer
+    assert template.conversation_parts(DIALOGUE) == expected
+    sample = template.render_conversation(DIALOGUE)
+    assert sample is not None
+    whole = "".join(text for text, _ in expected)
+    assert sample.token_ids == placed(tokenizer, tokenizer.encode(whole)), "as if it were tokenized at once"
+    # independently of parts: a token belongs to where it ends, by the number of tokens of ever longer strings
+    prefix, modalities = "", []
+    for text, modality in expected:
+        prefix += text
+        tokens = len(tokenizer.encode(prefix)) + (PLACES - 1 if tokenizer.image in tokenizer.encode(prefix) else 0)
+        modalities += [int(modality)] * (tokens - len(modalities))
+    assert sample.modality_ids == modalities
+    answers = [text for text, modality in expected if modality == RESPONSE]
+    assert learnt(sample) == [token for answer in answers for token in tokenizer.encode(answer)]
+    following = zip(sample.token_ids[1:], sample.modality_ids[1:], strict=True)
+    assert sample.targets == [token if kind == RESPONSE else IGNORE for token, kind in following] + [IGNORE]
+
+
+@FAMILIES
+def test_a_prompt_ends_with_the_whole_header_and_all_of_it_is_prompt(
+    family: str, templates: dict[str, Template]
+) -> None:
+    template = templates[family]
+    tokenizer = template.tokenizer
+    first = replace(DIALOGUE, turns=DIALOGUE.turns[:1])
+    prompt = template.render_prompt(first)
+    text = "".join(text for text, _ in DIALOGUES[family][:3])
+    assert prompt.token_ids == placed(tokenizer, tokenizer.encode(text))
+    assert {kind for kind in prompt.modality_ids if kind != IMAGE} == {TEXT}
+    header = {
+        "phi3": ["<|assistant|>"],  # which swallows the newline
+        "llama": ["<|start_header_id|>", "assistant", "<|end_header_id|>", "\u010a\u010a"],
+        "qwen2": ["<|im_start|>", "assistant", "\u010a"],
+    }
+    expected = header.get(family, header["qwen2"])
+    assert [tokenizer.token(token) for token in prompt.token_ids[-len(expected) :]] == expected
+    sample = template.render_conversation(first)
+    assert sample is not None
+    # the last token of the header predicts the first of the answer
+    assert sample.targets[len(prompt.token_ids) - 1] == tokenizer.encode("A red box.")[0]
+    assert sample.token_ids[: len(prompt.token_ids)] == prompt.token_ids
+    assert set(sample.modality_ids[len(prompt.token_ids) :]) == {RESPONSE}
+
+
+@FAMILIES
+def test_a_caption(family: str, templates: dict[str, Template]) -> None:
+    start, text, ending = CAPTIONS[family]
+    template = templates[family]
+    tokenizer = template.tokenizer
+    first, words, last = (tokenizer.encode(part) for part in (start, text, ending))
+    sample = template.render_caption(CAPTION)
+    assert sample is not None
+    assert sample.token_ids == [*first, *[tokenizer.image] * PLACES, *words, *last]
+    assert sample.modality_ids == [TEXT] * len(first) + [IMAGE] * PLACES + [RESPONSE] * (len(words) + 2)
+    assert learnt(sample) == [*words, *last] and len(last) == 2
+    mirrored = replace(template, text_first=True).render_caption(CAPTION)
+    assert mirrored is not None
+    assert mirrored.token_ids == [*first, *words, *[tokenizer.image] * PLACES, *last]
+    # the first token of a text is nobody's target: where nothing begins a text, it is the caption's
+    assert learnt(mirrored) == [*words, *last][0 if first else 1 :]
+
+
+@FAMILIES
+@pytest.mark.parametrize("response", ["red", " red", "\n\nred", " \n red", "\tred", "\r\n\n\n12", "e\u0301", "\u0301"])
+def test_no_token_crosses_from_the_prompt_into_the_answer(
+    family: str, response: str, templates: dict[str, Template]
+) -> None:
+    template = templates[family]
+    asked = Conversation("key", (Turn(" \n?\n", response), Turn("\n\nWhy?", response)), b"x")
+    prompt, sample = template.render_prompt(replace(asked, turns=asked.turns[:1])), template.render_conversation(asked)
+    assert sample is not None
+    size = len(prompt.token_ids)
+    assert (sample.token_ids[:size], sample.modality_ids[:size]) == (prompt.token_ids, prompt.modality_ids)
+    assert sample.modality_ids[size] == RESPONSE
+    assert template.render_prompt(asked).token_ids == sample.token_ids[: len(template.render_prompt(asked).token_ids)]
+
+
+def test_tokenized_at_once_newlines_would_cross(templates: dict[str, Template]) -> None:
+    """What the parts prevent: the end of LLaMA's header and the beginning of an answer as one token."""
+    tokenizer = templates["llama"].tokenizer
+    at_once = tokenizer.encode(CHATS["llama"].answer_start + "\n\nred")
+    assert tokenizer.token(at_once[3]) == "\u010a" * 4
+    header = tokenizer.encode(CHATS["llama"].answer_start)
+    assert at_once[: len(header)] != header
+
+
+@FAMILIES
+def test_truncation_keeps_the_end_of_the_family(family: str, templates: dict[str, Template]) -> None:
+    whole = templates[family].render_conversation(DIALOGUE)
+    assert whole is not None
+    for cut in range(1, len(learnt(whole)) + 20):
+        short = replace(templates[family], max_text_tokens=len(whole.token_ids) - (PLACES - 1) - cut)
+        sample = short.render_conversation(DIALOGUE)
+        if sample is None:
+            break
+        assert sample.token_ids[-1] == templates[family].tokenizer.final and sample.modality_ids[-1] == RESPONSE
+        assert sample.token_ids[-2] != templates[family].tokenizer.close
+        assert sample.token_ids[:-1] == whole.token_ids[: len(sample.token_ids) - 1]
+
+
+@FAMILIES
+def test_a_grown_folder_and_a_model_folder_give_the_ids_of_the_published_one(
+    family: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    vocabulary = grow_tokenizer(folders[family], tmp_path / "grown")
+    model = shutil.copytree(folders[family], tmp_path / "model")
+    (model / "config.json").write_text(json.dumps({"model_type": family}))
+    texts = ["".join(text for text, _ in DIALOGUES[family]), *SENTENCES, "<image>\n\n x e\u0301 123<|endofchunk|>\n"]
+    expected = Tokenizer(folders[family], CHATS[family])
+    for folder in (tmp_path / "grown", model):
+        other = Tokenizer(folder, CHATS[family])
+        assert [other.encode(text) for text in texts] == [expected.encode(text) for text in texts]
+        for own in (other, expected):
+            found = (own.eos, own.pad, own.image, own.endofchunk, own.size)
+            v = vocabulary
+            assert found == (v.eos, v.pad, v.image, v.endofchunk, v.base_tokens + v.extra_tokens)
+    # Qwen pads with a token of its own; Phi-3 would pad with the end of text, and LLaMA with nothing
+    assert expected.token(expected.pad) == ("<|endoftext|>" if family.startswith("qwen") else "<pad>")
+    sizes = {"vocab_rows": 640, "base_tokens": vocabulary.base_tokens, "extra_tokens": vocabulary.extra_tokens}
+    expected.check_vocabulary(DecoderConfig(family=family, **sizes))
+
+
+def test_a_base_models_tokenizer_is_trained_and_stopped_like_an_instruction_models(tmp_path: Path) -> None:
+    """It has all markers, but another end of text, with which Qwen's also pads."""
+    for family, end in (("qwen2", "<|endoftext|>"), ("llama", "<|end_of_text|>")):
+        base = replace(RULES[family], named={**RULES[family].named, "eos_token": end})
+        tokenizer = Tokenizer(byte_level(tmp_path / family, base, SENTENCES), CHATS[family])
+        assert tokenizer.token(tokenizer.eos) == end and tokenizer.token(tokenizer.pad) == "<pad>"
+        assert tokenizer.token(tokenizer.final) == CHATS[family].close
+        assert tokenizer.stops == {tokenizer.eos, tokenizer.close}
+
+
+def test_a_tokenizer_of_another_family_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"lacks the special tokens <\|begin_of_text\|>, .*of the family model.decoder"):
+        Tokenizer(folders["qwen2"], CHATS["llama"])
+    with pytest.raises(DataError, match=r"lacks the special tokens <s>, <\|system\|>, <\|user\|>, <\|assistant\|>"):
+        Tokenizer(folders["qwen3"], CHATS["phi3"])
+    endless = replace(RULES["qwen2"], named={"tokenizer_class": "Qwen2Tokenizer", "eos_token": None})
+    with pytest.raises(DataError, match="names no end-of-text token"):
+        Tokenizer(byte_level(tmp_path / "endless", endless), CHATS["qwen2"])
+
+
+@FAMILIES
+def test_a_token_is_spelt_in_bytes(family: str, templates: dict[str, Template]) -> None:
+    tokenizer = templates[family].tokenizer
+    text = " The red cat,\n\tcaf\u00e9 \u4e16 12<|endofchunk|>"
+    ids = tokenizer.encode(text)
+    assert b"".join(map(tokenizer.spelling, ids)).decode() == text
+    assert [tokenizer.is_special(token) for token in ids] == [False] * (len(ids) - 1) + [True]
+    assert tokenizer.spelling(tokenizer.encode("\u4e16")[0]) != "\u4e16".encode() or family == "phi3"

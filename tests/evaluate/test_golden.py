@@ -1,0 +1,225 @@
+"""A folder of golden numbers is verified: one line per case, other sizes and ids, and folders that are wrong."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from aki_megatron.checkpoint.official import official_names
+from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
+from aki_megatron.evaluate.golden import verify_golden
+from aki_megatron.evaluate.golden_files import Golden
+from aki_megatron.flow import IGNORE, CheckpointError, Modality
+from aki_megatron.model.stage import build_model
+
+OFFICIAL = Path(__file__).parents[1] / "golden" / "official_aki"
+PAD, ASSISTANT, IMAGE = 49, 40, 50
+
+LONGROPE = RopeConfig(
+    kind="longrope",
+    theta=500.0,
+    max_positions=64,
+    original_max_positions=16,
+    short_factor=(1.0, 1.5, 2.0, 2.5),
+    long_factor=(1.2, 4.0, 9.0, 20.0),
+)
+CONFIG = ModelConfig(
+    vision=VisionConfig(image_size=20, patch_size=5, width=24, layers=1, heads=2, mlp_width=32, pooling_head=False),
+    resampler=ResamplerConfig(latents=4, layers=2, heads=2, head_width=8, mlp_ratio=2),
+    decoder=DecoderConfig(
+        width=32,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        mlp_width=40,
+        vocab_rows=64,
+        base_tokens=50,
+        extra_tokens=3,
+        rope=LONGROPE,
+    ),
+)
+
+
+def describe(config: ModelConfig) -> dict[str, Any]:
+    """config.json of a folder of this model."""
+    vision, resampler, decoder = config.vision, config.resampler, config.decoder
+    return {
+        "vision": {
+            "hidden_size": vision.width,
+            "num_hidden_layers": vision.layers,
+            "num_attention_heads": vision.heads,
+            "intermediate_size": vision.mlp_width,
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "layer_norm_eps": vision.norm_eps,
+        },
+        "resampler": {
+            "depth": resampler.layers,
+            "heads": resampler.heads,
+            "dim_head": resampler.head_width,
+            "ff_mult": resampler.mlp_ratio,
+            "num_latents": resampler.latents,
+            "layer_norm_eps": resampler.norm_eps,
+        },
+        "lang": {
+            "architecture": "Phi3ForCausalLM",
+            "hidden_size": decoder.width,
+            "num_hidden_layers": decoder.layers,
+            "num_attention_heads": decoder.heads,
+            "num_key_value_heads": decoder.kv_heads,
+            "intermediate_size": decoder.mlp_width,
+            "rms_norm_eps": decoder.norm_eps,
+            "embedding_rows": decoder.vocab_rows,
+            "rope_theta": decoder.rope.theta,
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": list(decoder.rope.short_factor),
+                "long_factor": list(decoder.rope.long_factor),
+            },
+            "max_position_embeddings": decoder.rope.max_positions,
+            "original_max_position_embeddings": decoder.rope.original_max_positions,
+        },
+        "initial_tokenizer_len": decoder.base_tokens,
+        "output_vocab": decoder.num_tokens,
+        "pad_token_id": PAD,
+        "token_ids": {"<image>": IMAGE, "<|assistant|>": ASSISTANT},
+    }
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a model of other sizes and ids, with one case: a padded row with an image before one without."""
+    folder = tmp_path_factory.mktemp("golden")
+    model = build_model(CONFIG, rule="mma", seed=3)
+    names = official_names(CONFIG)
+    save_file(
+        {names[name][0]: tensor.detach() for name, tensor in model.named_parameters()}, folder / "weights.safetensors"
+    )
+    (folder / "config.json").write_text(json.dumps(describe(CONFIG)))
+    torch.manual_seed(0)
+    text, image, response, pad = (
+        int(kind) for kind in (Modality.TEXT, Modality.IMAGE, Modality.RESPONSE, Modality.PAD)
+    )
+    given = torch.tensor([[3, IMAGE, 7, 8, ASSISTANT, 9, 10, PAD], [3, 5, 6, 7, ASSISTANT, 8, 9, 4]])
+    kinds = torch.tensor(
+        [[text, *[image] * 4, text, text, text, response, response, pad], [*[text] * 5, *[response] * 3, *[pad] * 3]]
+    )
+    tokens = torch.tensor([[3, *[IMAGE] * 4, 7, 8, ASSISTANT, 9, 10, PAD], [*given[1].tolist(), *[PAD] * 3]])
+    ids = torch.stack(
+        [kinds, torch.zeros_like(kinds), torch.arange(11).expand(2, 11), torch.full_like(kinds, IGNORE)], dim=-1
+    ).int()
+    ids[1, 8:, 1] = -1
+    pixels = torch.randn(2, 1, 1, 3, 20, 20)  # the second row's is not used
+    with torch.no_grad():
+        logits = model.logits(tokens, ids, pixels[0, 0])[kinds != pad]
+    cases = {
+        "input_ids": given,
+        "attention_mask": (given != PAD).long(),
+        "pixel_values": pixels,
+        "logits": logits[:, [0, 5, 51]],
+        "valid": kinds != pad,
+        "spans": torch.tensor([[1, 5, 7, 10], [-1, -1, -1, 8]]),
+    }
+    recorded = {f"mine/{name}": tensor for name, tensor in cases.items()} | {"logit_columns": torch.tensor([0, 5, 51])}
+    save_file(recorded, folder / "cases.safetensors")
+    return folder
+
+
+def changed(folder: Path, out: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+    """A copy of a folder with changed records."""
+    records = load_file(folder / "cases.safetensors")
+    change(records)
+    for name in ("config.json", "weights.safetensors"):
+        (out / name).write_bytes((folder / name).read_bytes())
+    save_file(records, out / "cases.safetensors")
+    return out
+
+
+def test_the_official_folder_is_reproduced_a_line_per_case() -> None:
+    lines: list[str] = []
+    assert verify_golden(OFFICIAL, lines.append)
+    assert len(lines) == 9 and all(": ok  " in line for line in lines[:8])
+    assert lines[-1] == "8 of 8 cases reproduced"
+    first = lines[0].split(": ok  ")
+    assert first[0] == "case1_sft" and {"expanded_mask equal", "logits_argmax equal"} <= set(first[1].split(", "))
+    assert any(part.startswith("grad_norm of 96 ") and float(part.split()[-1]) < 1e-4 for part in first[1].split(", "))
+
+
+def test_a_folder_of_other_sizes_and_ids(other: Path) -> None:
+    assert Golden(other).config == CONFIG
+    lines: list[str] = []
+    assert verify_golden(other, lines.append)
+    assert len(lines) == 2 and lines[0].startswith("mine: ok  valid equal, spans equal, logits ")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("logits", lambda logits: logits + 6e-4, "logits 6.0e-04 ABOVE 5e-04"),
+        ("logits", lambda logits: logits * float("nan"), "logits nan ABOVE"),
+        ("logits", lambda logits: logits[:, :2], "logits inf ABOVE"),
+        ("valid", lambda valid: ~valid, "valid 22 ENTRIES DIFFER"),
+    ],
+)
+def test_a_number_that_is_not_reproduced(
+    name: str, change: Callable[[Tensor], Tensor], said: str, other: Path, tmp_path: Path
+) -> None:
+    lines: list[str] = []
+
+    def apply(records: dict[str, Tensor]) -> None:
+        records[f"mine/{name}"] = change(records[f"mine/{name}"]).contiguous()
+
+    assert not verify_golden(changed(other, tmp_path, apply), lines.append)
+    assert lines[0].startswith("mine: FAILED  ") and said in lines[0]
+    assert lines[1] == "0 of 1 cases reproduced"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda records: records.pop("mine/input_ids"), "mine/input_ids or logit_columns is missing"),
+        (lambda records: records.update({"mine/colour": torch.zeros(1)}), "Not known how to compute colour; known"),
+        (
+            lambda records: [records.pop(f"mine/{n}") for n in ("logits", "valid", "spans")],
+            "a case that records nothing",
+        ),
+        (lambda records: [records.pop(name) for name in list(records) if "/" in name], "records no case"),
+    ],
+)
+def test_records_that_prove_nothing_are_refused(
+    change: Callable[[dict[str, Tensor]], Any], said: str, other: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        verify_golden(changed(other, tmp_path, change), print)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("cases.safetensors", None, "no folder of golden numbers: cases.safetensors missing"),
+        ("cases.safetensors", "text", "cases.safetensors is not readable"),
+        ("weights.safetensors", "text", "weights.safetensors is not a readable safetensors file"),
+        ("config.json", "{", "config.json is not JSON"),
+        ("config.json", json.dumps(describe(CONFIG) | {"vision": {}}), "config.json does not say .*_size"),
+        ("config.json", json.dumps(describe(CONFIG) | {"output_vocab": 51}), "other shape: lang_model.*additional"),
+        (
+            "config.json",
+            json.dumps(describe(CONFIG) | {"lang": {"architecture": "LlamaForCausalLM"}}),
+            "the official release is a Phi3ForCausalLM",
+        ),
+    ],
+)
+def test_a_folder_of_another_form_is_refused(
+    file: str, content: str | None, said: str, other: Path, tmp_path: Path
+) -> None:
+    folder = changed(other, tmp_path, lambda records: None)
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_text(content)
+    with pytest.raises(CheckpointError, match=said):
+        verify_golden(folder, print)

@@ -54,7 +54,7 @@ SLURM_FOLDER := $(CURDIR)/build/slurm
 
 slurm-up: setup
 	@slurm/cluster.sh up $(SLURM_FOLDER)
-	@echo "then, for example, the demo's second stage on two nodes with one rank each:"
+	@echo "then, for example, the second stage of the demo (make demo) on two nodes with one rank each:"
 	@echo "  AKI_CONFIG=configs/demo/sft.yaml AKI_RUN=runs/slurm sbatch --nodes 2 --ntasks-per-node 1 slurm/sft_aki4b.sbatch"
 	@echo "  squeue; python tools/status.py runs/slurm"
 	@echo "and at last: make slurm-down"

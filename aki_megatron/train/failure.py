@@ -265,9 +265,11 @@ class FailureWatch:
         return f"\n  log of rank {rank}: {self.folder.log(rank)}"
 
     def _say(self, text: str, where: str = "") -> None:
-        # one write: the lines of several ranks must not mix
-        sys.stderr.write(f"error{where}: {text}\n")
-        sys.stderr.flush()
+        # the launcher that read stderr may have been killed; the logs have it all
+        with suppress(OSError):
+            # one write: the lines of several ranks must not mix
+            sys.stderr.write(f"error{where}: {text}\n")
+            sys.stderr.flush()
 
     def _listen(self) -> None:
         wakes, self._wake = socket.socketpair()

@@ -1,6 +1,6 @@
-"""Every family's conversations, captions and prompts: strings written out by hand, tokens, what is prompt and what learnt.
+"""Every family's conversations, captions and prompts: their strings, their tokens, and what of them is learnt.
 
-The strings are those of the published chat templates with the papers' content between the markers.
+The strings were written out by hand: the published chat templates' markers, with the papers' content between them.
 """
 
 import json
@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 from chat_folders import RULES, SENTENCES, byte_level, chat_folder
 
 from aki_megatron.config.model import DecoderConfig
@@ -198,6 +199,11 @@ def test_a_grown_folder_and_a_model_folder_give_the_ids_of_the_published_one(
     (model / "config.json").write_text(json.dumps({"model_type": family}))
     texts = ["".join(text for text, _ in DIALOGUES[family]), *SENTENCES, "<image>\n\n x e\u0301 123<|endofchunk|>\n"]
     expected = Tokenizer(folders[family], CHATS[family])
+    if family != "phi3":  # whose published rules put a space before text
+        as_written = tokenizers.Tokenizer.from_file(str(tmp_path / "grown/tokenizer.json"))
+        assert [as_written.encode(text, add_special_tokens=False).ids for text in texts] == [
+            expected.encode(text) for text in texts
+        ]
     for folder in (tmp_path / "grown", model):
         other = Tokenizer(folder, CHATS[family])
         assert [other.encode(text) for text in texts] == [expected.encode(text) for text in texts]
@@ -238,4 +244,3 @@ def test_a_token_is_spelt_in_bytes(family: str, templates: dict[str, Template]) 
     ids = tokenizer.encode(text)
     assert b"".join(map(tokenizer.spelling, ids)).decode() == text
     assert [tokenizer.is_special(token) for token in ids] == [False] * (len(ids) - 1) + [True]
-    assert tokenizer.spelling(tokenizer.encode("\u4e16")[0]) != "\u4e16".encode() or family == "phi3"

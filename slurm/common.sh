@@ -168,7 +168,7 @@ start_again() {
   state=$(squeue --noheader --jobs="$(job_id)" --format=%T)
   [ "$state" = RUNNING ] || { say "this job is $state: it does not requeue itself"; exit 1; }
   trap '' TERM USR1   # requeueing sends TERM to this shell, which has something left to do
-  scontrol requeue "$(job_id)" || die "this job cannot be requeued (forbidden here?); submit it again, or use slurm/chain.sh"
+  scontrol requeue "$(job_id)" || die "Slurm does not requeue this job; submit it again, or use slurm/chain.sh"
   exclude_bad_nodes
   exit 0
 }
@@ -230,8 +230,12 @@ train() {
   export_settings
   trap 'pass_on USR1' USR1
   trap 'say TERM' TERM   # the ranks get their own; this shell waits for them
-  answer=$("$HOST_PYTHON" tools/attempt.py begin "$run" --attempt "$attempt") || { say "$answer"; cancel_successors; exit 0; }
-  say "$answer"
+  answer=$("$HOST_PYTHON" tools/attempt.py begin "$run" --attempt "$attempt")
+  case $? in
+    0) say "$answer" ;;
+    30) say "$answer"; cancel_successors; exit 0 ;;
+    *) die "$HOST_PYTHON tools/attempt.py does not work here (HOST_PYTHON in the site file)" ;;
+  esac
   if choose_nodes; then
     export_master "$nodes"
     count=$(wc -l <<< "$nodes")

@@ -98,7 +98,8 @@ def test_mpirun_killed_and_asked_to_stop(world: World) -> None:
     killed.kill()
     assert killed.wait(TIMEOUT_SECONDS) == -signal.SIGKILL
     wait_for(lambda: folder.first_failure.exists() and not any(map(is_alive, ranks)), "the end of the orphans")
-    assert "Input/output error" in json.loads(folder.first_failure.read_text())["text"]
+    # a terminal or a pipe without a reader
+    assert json.loads(folder.first_failure.read_text())["text"].startswith(("OSError", "BrokenPipeError"))
     assert not folder.process(0).exists() and read_attempts(folder)[0].end == "failed"
 
     asked = start(world, "mpirun", *launcher)

@@ -10,14 +10,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from throwaway import ROOT, Cluster, Job
+from throwaway import PREFLIGHT, ROOT, STEPS, Cluster, Job
 
 NODES = 4
 PACED = Path(__file__).with_name("paced.py")
-STEPS = 60
-PREFLIGHT = "with_preflight.env"
-"""A site file beside the one that tests use, which skips the pre-flight to save time."""
-
 NEEDED = ("slurmctld", "slurmd", "munged")
 
 

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import PREFLIGHT, STEPS
-from throwaway import Cluster, Job, wait_for
+from throwaway import PREFLIGHT, STEPS, Cluster, Job, wait_for
 
 from aki_megatron.train.folder import read_lines
 from aki_megatron.train.ledger import read_ledger

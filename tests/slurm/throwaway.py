@@ -17,6 +17,12 @@ from aki_megatron.train.events import read_events
 from aki_megatron.train.folder import RunFolder, read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
+STEPS = 60
+"""Of the small run."""
+
+PREFLIGHT = "with_preflight.env"
+"""A site file beside the one that tests use, which skips the pre-flight to save time."""
+
 LONGEST_SECONDS = 240.0
 """For anything a test waits for; machines may be busy."""
 

@@ -2,7 +2,8 @@
 
 import json
 import struct
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,13 @@ def records(file: Path) -> Iterator[bytes]:
             record = b""
 
 
+def wait_until(true: Callable[[], bool]) -> None:
+    """wandb's own process may write a moment after the run has finished."""
+    end = time.monotonic() + 60
+    while not true() and time.monotonic() < end:
+        time.sleep(0.1)
+
+
 def points(file: Path) -> dict[int, float]:
     """Step -> loss of every point in a file that wandb will upload."""
     from wandb.proto.wandb_internal_pb2 import Record
@@ -92,6 +100,8 @@ def test_wandb_goes_on_with_the_same_run_at_the_right_step(tmp_path: Path) -> No
     assert first.run.id == second.run.id == run_id(run) and run_id(run).startswith("demo-sft-")
     files = sorted(run.glob(f"wandb/offline-run-*/run-{run_id(run)}.wandb"))
     assert len(files) == 2, "an attempt has a folder of its own"
+    for file in files:
+        wait_until(lambda file=file: len(points(file)) == 3)
     found = sorted((points(file) for file in files), key=min)
     assert found == [{step: 1 / step for step in steps} for steps in ((1, 2, 3), (3, 4, 5))]
 

@@ -205,6 +205,7 @@ def test_a_failure_after_sigterm_ends_a_rank_that_wanted_to_stop(tmp_path: Path)
     def behave(rank: int, watch: FailureWatch) -> None:
         ask_to_stop(watch)
         if rank == 1:
+            time.sleep(2 * failure.PATIENCE_SECONDS)  # rank 0 has come to the same conclusion
             os.kill(os.getpid(), signal.SIGKILL)
         wait_for_ever()  # in the collective of the last step
 

@@ -257,7 +257,7 @@ FLAGS: dict[str, dict[str, Any]] = {
         "help": "YAML with sections model and attention, as any run's config.yaml (default: what the folders say and "
         "AKI's resampler; AKI-4B for from-official)",
     },
-    "--tokenizer": {"type": Path, "help": "folder of the tokenizer (default: where the language model lies)"},
+    "--tokenizer": {"type": Path, "help": "folder of the tokenizer (default: beside the weights, or the run's)"},
     "--files": {"type": int, "help": "how many files to write (default: about 5 GB each)"},
     "--seed": {"type": int, "default": 42, "help": "of what has to be drawn (default %(default)s, as a run's)"},
     "--dtype": {"choices": list(DTYPES), "default": "stored", "help": "what to write (default: each tensor's own)"},

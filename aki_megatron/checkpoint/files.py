@@ -186,6 +186,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         ) from None
     except (ValueError, KeyError, TypeError, AssertionError):
         raise CheckpointError(f"{path / MANIFEST} is corrupt. {alternatives(path)}") from None
+    if CONFIG not in files:
+        raise CheckpointError(
+            f"{path} was written before checkpoints held their {CONFIG}; use the version of this project that wrote it."
+        )
     return files
 
 

@@ -114,6 +114,32 @@ def test_the_same_weights_compute_the_same(family: str) -> None:
     assert "passed" in report.text() and "front.resampler (" in report.text()
 
 
+def amplifying(gain: float) -> tuple[ModelConfig, Reference]:
+    """A deep model whose weights make any difference grow from layer to layer."""
+    decoder = DECODERS["phi3"].model_copy(update={"layers": 32, "rope": RopeConfig()})
+    config = model_config(decoder)
+    reference = stock(config)
+    tensors = {name: torch.ones(fact.shape) for name, fact in reference.source.facts.items()}
+    for name, tensor in tensors.items():
+        if tensor.dim() > 1:
+            tensor.normal_(std=1.0 if "embed" in name else gain * (tensor.numel() / len(tensor)) ** -0.5)
+        elif name.endswith("bias"):
+            tensor.zero_()
+    return config, Reference(source_of(tensors), reference.names, reference.language, reference.vision)
+
+
+def test_rounding_that_a_model_amplifies_is_told_from_a_mistake() -> None:
+    config, reference = amplifying(6.0)
+    ours = ours_of(config, reference)
+    report = check_logits(source_of(ours), config, reference)
+    assert report.limit > 2 * logits.TOLERANCE * report.scale
+    assert report.passed and not report.parted, report.text()
+    name = "blocks.20.attention.qkv.weight"
+    ours[name] = ours[name] * 1.05
+    report = check_logits(source_of(ours), config, reference)
+    assert not report.passed and report.parted == "in decoder layer 20", report.text()
+
+
 def swap_halves(name: str, rows: int) -> Callable[[Tensors], None]:
     """Exchange the first ``rows`` rows of a fused tensor with as many after them."""
 

@@ -125,6 +125,15 @@ def test_a_broken_manifest(run):
         run.load(run.latest(), tensors())
 
 
+def test_a_checkpoint_of_an_older_form_is_refused(run):
+    manifest = run.latest() / files.MANIFEST
+    facts = json.loads(manifest.read_text())
+    del facts["files"][files.CONFIG]
+    manifest.write_text(json.dumps(facts))
+    with pytest.raises(CheckpointError, match=r"before checkpoints held their config\.yaml"):
+        run.load(run.latest(), tensors())
+
+
 def test_nothing_there(tmp_path):
     assert Saver(tmp_path / "none", keep_last=1).latest() is None
     with pytest.raises(CheckpointError, match="No complete checkpoint"):

@@ -1,4 +1,4 @@
-"""Save under one layout, resume under another: the next steps are those of an undisturbed run."""
+"""Save under one layout, resume under another: the next five steps are those of an undisturbed run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import STEPS, Setting, Trained, difference, take_steps, tiny_engine, together, train_plainly
+from tiny import Setting, Trained, difference, take_steps, tiny_engine, together, train_plainly
 from torch import Tensor
 
 from aki_megatron.checkpoint.saver import Saver
@@ -16,7 +16,7 @@ from aki_megatron.engine.pipeline import PipelineEngine
 from aki_megatron.flow import StepReport
 
 pytestmark = pytest.mark.distributed
-SAVED_AFTER = 3
+SAVED_AFTER, LAST = 2, 7
 LIMIT = 1e-5
 
 
@@ -53,6 +53,7 @@ LAYOUTS = {
     "PP4, ZeRO-1": Layout(4, pipeline=4, zero_stage=1),
     "TP2 x PP2, ZeRO-3": Layout(4, tensor=2, pipeline=2),
     "TP2 x PP2 x DP2, ZeRO-3": Layout(8, tensor=2, pipeline=2),
+    "TP2 x PP2 x DP2, cut 1 + 3, ZeRO-3": Layout(8, tensor=2, pipeline=2, cut=(1, 3)),
 }
 EVERYTHING = "TP2 x PP2 x DP2, ZeRO-3"
 
@@ -74,7 +75,7 @@ def train_and_save(topology, setting: Setting, folder: Path) -> Trained:
     state = engine.state()
     copies = {name: logical.gather(tensor).clone() for name, tensor in state.items()}
     saver.save(SAVED_AFTER, state, {"step": SAVED_AFTER})
-    reports = take_steps(engine, topology, range(SAVED_AFTER, STEPS))
+    reports = take_steps(engine, topology, range(SAVED_AFTER, LAST))
     saver.wait()
     assert all(torch.equal(logical.gather(tensor), copies[name]) for name, tensor in state.items()), "none changes it"
     return result(engine, reports)
@@ -83,14 +84,14 @@ def train_and_save(topology, setting: Setting, folder: Path) -> Trained:
 def load_and_train(topology, setting: Setting, folder: Path) -> Trained:
     engine = tiny_engine(topology, setting)
     # away from the initial weights and moments, so that whatever is not loaded shows
-    take_steps(engine, topology, [4])
+    take_steps(engine, topology, [LAST])
     saver = Saver(folder, keep_last=1)
     tensors = engine.state()
     assert saver.load(saver.latest(), tensors) == {"step": SAVED_AFTER}
     engine.load_state(tensors)
     loaded = {name: logical.gather(tensor) for name, tensor in tensors.items()}
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in whole_state(engine).items())
-    return result(engine, take_steps(engine, topology, range(SAVED_AFTER, STEPS)))
+    return result(engine, take_steps(engine, topology, range(SAVED_AFTER, LAST)))
 
 
 def read_state(topology, folder: Path, setting: Setting) -> dict[str, Tensor]:
@@ -169,7 +170,7 @@ def test_resume_in_bf16_keeps_master_weights(pool, tmp_path, layout):
 
 def test_the_saved_run_is_the_plain_run(saved):
     folder, undisturbed = saved
-    plain = train_plainly()
+    plain = train_plainly(range(LAST))
     assert max(abs(a - b) for a, b in zip(undisturbed.losses, plain.losses[SAVED_AFTER:], strict=True)) <= LIMIT
     source = CheckpointSource(folder)
     weights = {name: source.get(name) for name in source.facts}

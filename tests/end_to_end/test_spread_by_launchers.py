@@ -1,4 +1,4 @@
-"""A run spread over eight processes by any launcher is the run of one process, and goes on under any other layout."""
+"""A run spread over processes by any launcher is the run of one process, and goes on under any other layout."""
 
 import json
 import shutil
@@ -77,7 +77,7 @@ def test_torchrun(single: Path, spread: tuple[Path, str]) -> None:
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "mpirun"])
 def test_other_launchers(world: World, single: Path, launcher: str) -> None:
-    command = launcher_command(launcher, 8)
+    command = launcher_command(launcher, 4)
     environment = world.environment | (MPIRUN_ENVIRONMENT if launcher == "mpirun" else {})
     World(world.folder, environment).run(*command, *sft(world, launcher, *SPREAD))
     assert_same(world.folder / launcher, single)

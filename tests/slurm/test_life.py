@@ -17,7 +17,8 @@ TWO_RANKS = ("--nodes=2", "--ntasks-per-node=1")
 """Instead of eight ranks on a node, for the sake of this machine's cores."""
 
 SFT = (*TWO_RANKS, "slurm/sft_aki4b.sbatch")
-PACE_SECONDS = 0.5
+PACE_SECONDS = 1.5
+"""Slow enough that the run does not end before Slurm has dealt its blows, which takes it up to half a minute each."""
 
 Submit = Callable[..., Job]
 

@@ -70,7 +70,7 @@ def kill(ranks: list[subprocess.Popen[bytes]]) -> None:
 @pytest.mark.timeout(900)
 def test_whatever_kills_a_run_it_consumes_the_same_samples(world: World) -> None:
     draw = random.Random(5)
-    finish(start(world, "whole", 1, 29640))
+    finish(start(world, "kill_none", 1, 29640))
     run = world.folder / "kills"
     for number in range(KILLS):
         ranks = start(world, "kills", (1, 2, 4)[number % 3], 29641 + number)
@@ -82,9 +82,9 @@ def test_whatever_kills_a_run_it_consumes_the_same_samples(world: World) -> None
         kill(ranks)
         assert not (run / "DONE").exists()
     finish(start(world, "kills", 2, 29690))
-    whole, killed = (read_ledger(world.folder / name) for name in ("whole", "kills"))
+    whole, killed = (read_ledger(world.folder / name) for name in ("kill_none", "kills"))
     assert sorted(whole) == list(range(1, STEPS + 1)) and killed == whole
     losses = [
-        [line["loss"] for line in read_lines(RunFolder(world.folder / name).metrics)] for name in ("whole", "kills")
+        [line["loss"] for line in read_lines(RunFolder(world.folder / name).metrics)] for name in ("kill_none", "kills")
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -89,9 +89,9 @@ def test_deepspeed_on_a_hostfile(world: World, tmp_path: Path) -> None:
 
 
 def test_mpirun_killed_and_asked_to_stop(world: World) -> None:
-    folder = RunFolder(world.folder / "mpirun")
+    folder = RunFolder(world.folder / "mpirun_killed")
     launcher = launcher_command("mpirun", 2)
-    killed = start(world, "mpirun", *launcher)
+    killed = start(world, "mpirun_killed", *launcher)
     wait_for_steps(folder, 3)
     ranks = training(folder)
     assert len(ranks) == 2
@@ -102,7 +102,7 @@ def test_mpirun_killed_and_asked_to_stop(world: World) -> None:
     assert json.loads(folder.first_failure.read_text())["text"].startswith(("OSError", "BrokenPipeError"))
     assert not folder.process(0).exists() and read_attempts(folder)[0].end == "failed"
 
-    asked = start(world, "mpirun", *launcher)
+    asked = start(world, "mpirun_killed", *launcher)
     wait_for_steps(folder, 3)
     asked.send_signal(signal.SIGUSR1)  # SIGTERM would kill the ranks a second later
     assert asked.wait(TIMEOUT_SECONDS) == 0, "as if all were done"

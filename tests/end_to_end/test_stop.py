@@ -80,8 +80,8 @@ def stopped(folder: RunFolder) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def undisturbed(world: World) -> Path:
-    finish(start(world, "whole", 1, 29720))
-    return world.folder / "whole"
+    finish(start(world, "stop_none", 1, 29720))
+    return world.folder / "stop_none"
 
 
 def test_stops_leave_no_trace_in_the_run(world: World, undisturbed: Path) -> None:

@@ -1,6 +1,6 @@
 """Time and peak memory of every conversion at the size of AKI-4B, with random weights.
 
-    python tools/bench/converting.py --work /scratch/convert        # about 50 GB of disk, removed at the end
+    python tools/bench/converting.py --work /scratch/convert        # about 52 GB of disk, removed at the end
 
 Makes the folders of a language model and of SigLIP with random bfloat16 weights, then runs tools/convert.py on them, a
 process for each command: from-hf, to-hf, to-official in fp32, from-official, and the same through a training checkpoint

@@ -1,6 +1,6 @@
 """Mistakes a user can mend. On the lowest floor and without torch, so that a wrong flag is refused in a moment.
 
-Everything above imports these names from ``aki_megatron.flow``; config, which must stay light, imports them here.
+Everything above imports these names from ``aki_megatron.types``; config, which must stay light, imports them here.
 """
 
 

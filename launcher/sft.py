@@ -16,12 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 if find_spec("aki_megatron") is None:  # a checkout that was not installed with pip
     sys.path.insert(0, str(ROOT))
 
-from aki_megatron.config.interrupts import Interrupts  # noqa: E402
+from aki_megatron.supervise.signals import StopSignals  # noqa: E402
 
-INTERRUPTS = Interrupts()
+STOP_SIGNALS = StopSignals()
 
 if __name__ == "__main__":
-    INTERRUPTS.listen()  # before the imports that follow, which take seconds
+    STOP_SIGNALS.listen()  # before the imports that follow, which take seconds
 
 from aki_megatron.config.run import RunConfig  # noqa: E402
 from aki_megatron.config.start import start  # noqa: E402
@@ -31,7 +31,7 @@ def train(run: RunConfig) -> int:
     """Build the run and train it; the exit code."""
     from aki_megatron.train.main import main  # seconds of imports that --help and a wrong flag do not need
 
-    return main(run, os.environ, INTERRUPTS)
+    return main(run, os.environ, STOP_SIGNALS)
 
 
 if __name__ == "__main__":
@@ -39,7 +39,7 @@ if __name__ == "__main__":
         start(
             sys.argv[1:],
             os.environ,
-            INTERRUPTS,
+            STOP_SIGNALS,
             default_config=Path(os.path.relpath(ROOT / "configs/aki4b/sft.yaml")),
             prog="launcher/sft.py",
             description="Fine-tune a vision-language model on conversations.",

@@ -23,15 +23,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from aki_megatron.train.attempts import Answer, begin_attempt, end_attempt, judge, newest_step
-from aki_megatron.train.folder import RunFolder
+from aki_megatron.supervise.attempts import Answer, begin_attempt, end_attempt, judge, newest_step
+from aki_megatron.supervise.run_paths import RunPaths
 
 BEGUN, STOP_FILE = 0, 30
 
 EXIT_CODES: dict[Answer, int] = {"done": 0, "stopped": 10, "retry": 10, "give up": 20, "stop-file": STOP_FILE}
 
 
-def begin(folder: RunFolder, attempt: str) -> int:
+def begin(folder: RunPaths, attempt: str) -> int:
     """Note that an attempt starts; the exit code."""
     if folder.stop.exists():
         print(f"stop-file: {folder.stop} exists; remove it to let the run go on")
@@ -43,7 +43,7 @@ def begin(folder: RunFolder, attempt: str) -> int:
     return BEGUN
 
 
-def verdict(folder: RunFolder, attempt: str, give_up_after: int) -> int:
+def verdict(folder: RunPaths, attempt: str, give_up_after: int) -> int:
     """Say whether to start the run again; the exit code. Giving up is noted in the run folder."""
     found = judge(folder, attempt, give_up_after=give_up_after)
     if found.answer == "give up":
@@ -75,7 +75,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what was asked; the exit code."""
     arguments = parse(argv)
-    folder = RunFolder(arguments.run)
+    folder = RunPaths(arguments.run)
     if arguments.command == "begin":
         return begin(folder, arguments.attempt)
     return verdict(folder, arguments.attempt, arguments.give_up_after)

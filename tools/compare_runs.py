@@ -30,11 +30,11 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from aki_megatron.config.describe import shown
+from aki_megatron.config.field_info import shown
 from aki_megatron.config.save import MAY_CHANGE
-from aki_megatron.flow import DataError, UserError
-from aki_megatron.train.folder import RunFolder, read_metrics
-from aki_megatron.train.ledger import read_ledger
+from aki_megatron.errors import DataError, UserError
+from aki_megatron.supervise.run_paths import RunPaths, read_metrics
+from aki_megatron.train.sample_audit import read_ledger
 
 PARTS = ("samples", "metrics", "config")
 METRICS = ("loss", "grad_norm")
@@ -164,7 +164,7 @@ def _unequal_ends(a: int, b: int) -> str:
 
 
 def _metrics_of(run: Path) -> dict[int, dict[str, Any]]:
-    path = RunFolder(run).metrics
+    path = RunPaths(run).metrics
     lines = read_metrics(path)
     if not lines:
         raise DataError(f"{run} has no metrics ({path}); give a run that took a step.")
@@ -173,7 +173,7 @@ def _metrics_of(run: Path) -> dict[int, dict[str, Any]]:
 
 def _config_of(run: Path) -> dict[str, Any]:
     # Read as plain YAML: runs of earlier versions, whose keys may be gone, can be compared too.
-    path = RunFolder(run).config
+    path = RunPaths(run).config
     try:
         found = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:

@@ -34,11 +34,11 @@ from typing import Any
 
 import torch
 
-from aki_megatron.checkpoint import convert
-from aki_megatron.checkpoint.conversion import Model, Settings
+from aki_megatron.checkpoint import conversions
+from aki_megatron.checkpoint.conversion_report import Allowed, Report
+from aki_megatron.checkpoint.conversion_steps import Model, Settings
 from aki_megatron.checkpoint.listing import check_files, look
-from aki_megatron.checkpoint.report import Allowed, Report
-from aki_megatron.checkpoint.sinks import SHARD_BYTES, aside
+from aki_megatron.checkpoint.writers import SHARD_BYTES, aside
 from aki_megatron.config.model import ModelConfig
 from aki_megatron.config.run import AttentionConfig
 from aki_megatron.config.save import load_model
@@ -67,10 +67,10 @@ def from_hf(arguments: argparse.Namespace) -> int:
     if stock == (arguments.aki is not None) or (not stock and (arguments.lm or arguments.vision)):
         raise CheckpointError("Give --lm and --vision together, or --aki alone.")
     if arguments.aki:
-        return write(arguments, lambda folder: convert.from_export(arguments.aki, folder, settings(arguments)))
+        return write(arguments, lambda folder: conversions.from_export(arguments.aki, folder, settings(arguments)))
     return write(
         arguments,
-        lambda folder: convert.from_hf(
+        lambda folder: conversions.from_hf(
             arguments.lm,
             arguments.vision,
             folder,
@@ -85,7 +85,7 @@ def to_hf(arguments: argparse.Namespace) -> int:
     """A checkpoint to a folder for transformers."""
     return write(
         arguments,
-        lambda folder: convert.to_hf(
+        lambda folder: conversions.to_hf(
             arguments.checkpoint,
             folder,
             settings(arguments),
@@ -100,7 +100,7 @@ def from_official(arguments: argparse.Namespace) -> int:
     model = read_model(arguments.model) or Model(ModelConfig(), AttentionConfig(rule="mma"))
     return write(
         arguments,
-        lambda folder: convert.from_official(
+        lambda folder: conversions.from_official(
             arguments.release,
             folder,
             model,
@@ -115,7 +115,7 @@ def to_official(arguments: argparse.Namespace) -> int:
     """A checkpoint to the release's format."""
     return write(
         arguments,
-        lambda folder: convert.to_official(
+        lambda folder: conversions.to_official(
             arguments.checkpoint, folder, settings(arguments), training=arguments.training
         ),
     )
@@ -125,7 +125,7 @@ def reshard(arguments: argparse.Namespace) -> int:
     """A checkpoint to one of other files."""
     return write(
         arguments,
-        lambda folder: convert.reshard(
+        lambda folder: conversions.reshard(
             arguments.checkpoint, folder, settings(arguments), weights_only=arguments.weights_only
         ),
     )

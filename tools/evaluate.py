@@ -19,20 +19,21 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from aki_megatron.attention import ModalityLayout
+from aki_megatron.attention import AttentionMask
+from aki_megatron.checkpoint.initial_weights import load_weights
 from aki_megatron.config.run import RunConfig
 from aki_megatron.config.save import load_saved
+from aki_megatron.data.pipeline import build_template, build_tokenizer
 from aki_megatron.data.sources import open_sources, with_split
 from aki_megatron.data.template import Template
+from aki_megatron.errors import ConfigError, DataError, UserError
 from aki_megatron.evaluate.mask_picture import MaskPanel, draw_masks
-from aki_megatron.evaluate.report import RunRecord, write_report
+from aki_megatron.evaluate.run_report import RunRecord, write_report
 from aki_megatron.evaluate.runner import answer_all, choose
 from aki_megatron.evaluate.scores import Answer, TaskScore, score
-from aki_megatron.flow import IGNORE, ConfigError, Conversation, DataError, UserError
 from aki_megatron.model.stage import Stage, build_model
-from aki_megatron.train.folder import RunFolder, read_metrics
-from aki_megatron.train.reading import build_template, build_tokenizer
-from aki_megatron.train.weights import load_weights
+from aki_megatron.supervise.run_paths import RunPaths, read_metrics
+from aki_megatron.types import IGNORE, Conversation
 
 console = Console(highlight=False)
 
@@ -51,7 +52,7 @@ def mask_of(conversation: Conversation, template: Template, config: RunConfig) -
         raise DataError(f"{conversation.key} has nothing to learn")
     modality_ids = torch.tensor([sample.modality_ids], dtype=torch.int8)
     rule = config.attention.rule
-    layout = ModalityLayout.build(
+    layout = AttentionMask.build(
         modality_ids,
         torch.zeros_like(modality_ids, dtype=torch.int32),
         rule=rule,
@@ -65,7 +66,7 @@ def mask_of(conversation: Conversation, template: Template, config: RunConfig) -
     )
 
 
-def record(folder: RunFolder) -> RunRecord:
+def record(folder: RunPaths) -> RunRecord:
     """What a report says of a run's training."""
     return RunRecord(folder.path.name, read_metrics(folder.metrics), folder.config.read_text())
 
@@ -85,7 +86,7 @@ def show(scores: list[TaskScore]) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Answer, score, write."""
-    folder = RunFolder(arguments.run)
+    folder = RunPaths(arguments.run)
     if not folder.config.exists():
         raise ConfigError(f"{folder.config} does not exist: {arguments.run} is not a run folder.")
     config = load_saved(folder.config)
@@ -112,7 +113,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     (out / "answers.jsonl").write_text("".join(json.dumps(asdict(answer)) + "\n" for answer in answers))
     (out / "scores.json").write_text(json.dumps([asdict(s) for s in scores], indent=1) + "\n")
     show(scores)
-    runs = [record(RunFolder(path)) for path in arguments.with_run] + [record(folder)]
+    runs = [record(RunPaths(path)) for path in arguments.with_run] + [record(folder)]
     report = arguments.report or folder.report
     mask = mask_of(questions[0], template, config)
     write_report(report, f"AKI: {arguments.run}", runs, scores=scores, answers=answers, mask=mask)

@@ -24,11 +24,11 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from aki_megatron.data.shard_writer import brace_pattern, pairs_of_folder, pairs_of_table, write_shards
 from aki_megatron.data.shards import expand_shards, missing_shards
-from aki_megatron.data.synthetic.dataset import DatasetSize, is_complete, make_dataset, was_interrupted
 from aki_megatron.data.tar_index import belongs, index_path, read_header, write_index
-from aki_megatron.data.writing import brace_pattern, pairs_of_folder, pairs_of_table, write_shards
-from aki_megatron.flow import DataError, UserError
+from aki_megatron.errors import DataError, UserError
+from aki_megatron.synthetic.dataset import DatasetSize, is_complete, make_dataset, was_interrupted
 
 RAW = argparse.RawDescriptionHelpFormatter
 

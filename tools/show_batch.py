@@ -2,7 +2,7 @@
 
     python tools/show_batch.py --config configs/demo/sft.yaml
     python tools/show_batch.py --config configs/demo/sft.yaml --step 100 --row 3 --out /tmp/row
-    python tools/show_batch.py --config configs/demo/sft.yaml --data.packing.enabled true --data.packing.row_tokens 512
+    python tools/show_batch.py --config configs/demo/sft.yaml --data.packing.enabled true --data.packing.sequence_length 512
     python tools/show_batch.py --config runs/try/config.yaml --step 400 --no_color > row.txt
 
 The tokenizer, the template, the mixture, the packing and the decoding are those of a training run with this
@@ -27,14 +27,15 @@ from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
-from aki_megatron.config.check import micro_batch
+from aki_megatron.config.cross_checks import micro_batch_size
 from aki_megatron.config.load import load_run
 from aki_megatron.config.run import RunConfig
+from aki_megatron.data.batch_planner import BatchPlanner, StepPlan
 from aki_megatron.data.loader import LoadedMicro
-from aki_megatron.data.steps import StepPlan, StepPlanner
-from aki_megatron.data.text import Tokenizer
-from aki_megatron.flow import IGNORE, NO_SEGMENT, Batch, ConfigError, Modality, UserError
-from aki_megatron.train.reading import build_reading, build_tokenizer
+from aki_megatron.data.pipeline import build_reading, build_tokenizer
+from aki_megatron.data.tokenizer import Tokenizer
+from aki_megatron.errors import ConfigError, UserError
+from aki_megatron.types import IGNORE, NO_SEGMENT, Batch, Modality
 
 STYLES = {Modality.TEXT: "blue", Modality.RESPONSE: "green", Modality.IMAGE: "magenta", Modality.PAD: "bright_black"}
 
@@ -169,7 +170,7 @@ def pictures(batch: Batch, row: int, image_places: int) -> list[Image.Image]:
     return [Image.fromarray(np.rint((one * 0.5 + 0.5) * 255).clip(0, 255).astype(np.uint8)) for one in pixels]
 
 
-def plan_of(planner: StepPlanner, step: int) -> StepPlan:
+def plan_of(planner: BatchPlanner, step: int) -> StepPlan:
     """The plan of a step, counted from 0. A packed phase is dealt from its start: its rows are not known before."""
     first = 0
     for phase in planner.phases[:-1]:
@@ -185,7 +186,7 @@ def load(config: RunConfig, tokenizer: Tokenizer, step: int, micro: int, row: in
     """The micro-batch, and where the row comes from in words. Raises ConfigError for one that the run does not have."""
     if not 1 <= step <= config.train.steps:
         raise ConfigError(f"--step {step} must lie in 1 ... train.steps={config.train.steps}.")
-    reading = build_reading(config, tokenizer, data_rank=0, data_size=1, micro_rows=micro_batch(config, 1))
+    reading = build_reading(config, tokenizer, data_rank=0, data_size=1, micro_rows=micro_batch_size(config, 1))
     plan = plan_of(reading.planner, step - 1)
     if not 0 <= micro < len(plan.micros):
         raise ConfigError(f"--micro {micro} must lie in 0 ... {len(plan.micros) - 1}: a step has {len(plan.micros)}.")
@@ -210,7 +211,7 @@ def show(config: RunConfig, arguments: argparse.Namespace, console: Console) -> 
     """Print the row and write the folder. Raises UserError."""
     tokenizer = build_tokenizer(config)
     loaded, where = load(config, tokenizer, arguments.step, arguments.micro, arguments.row)
-    row, latents = places(loaded.batch, arguments.row), config.model.resampler.latents
+    row, latents = places(loaded.batch, arguments.row), config.model.resampler.num_latents
     figures = counts(row, latents)
     plain = arguments.no_color or console.no_color or not console.is_terminal
     text = rendered(row, tokenizer, latents, Marks.of(console.encoding), plain=plain)

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import torch
 
-from aki_megatron.attention import ModalityLayout
+from aki_megatron.attention import AttentionMask
 from aki_megatron.attention.rules import RULES
+from aki_megatron.errors import UserError
 from aki_megatron.evaluate.mask_picture import MaskPanel, draw_masks
-from aki_megatron.flow import Modality, UserError
+from aki_megatron.types import Modality
 
 EXAMPLE = (
     "<s> <|user|> <image> What is left of the cup ? <|assistant|> => A spoon . <end> || "
@@ -57,7 +58,7 @@ def panel(rule: str, modality_ids: list[int], arguments: argparse.Namespace) -> 
     scored = torch.zeros(modality.shape, dtype=torch.bool)
     scored[:, :-1] = modality[:, 1:] == Modality.RESPONSE
     fraction = arguments.visible_fraction if rule == "mma" else 1.0
-    layout = ModalityLayout.build(
+    layout = AttentionMask.build(
         modality,
         torch.zeros(modality.shape, dtype=torch.int32),
         rule=rule,

@@ -30,10 +30,10 @@ import yaml
 
 from aki_megatron.checkpoint import files
 from aki_megatron.errors import DataError, UserError
-from aki_megatron.train.attempts import Attempt, read_attempts
-from aki_megatron.train.events import read_events
-from aki_megatron.train.folder import RunFolder
-from aki_megatron.train.heartbeat import Heartbeat, describe_ranks, lagging
+from aki_megatron.supervise.attempts import Attempt, read_attempts
+from aki_megatron.supervise.events import read_events
+from aki_megatron.supervise.heartbeat import Heartbeat, describe_ranks, lagging
+from aki_megatron.supervise.run_paths import RunPaths
 
 FRESH_SECONDS = 30.0
 """A rank that lives writes a heartbeat three times as often."""
@@ -53,7 +53,7 @@ State = Literal["done", "running", "starting", "stopped", "failed", "silent", "n
 class Standing:
     """What the folder of a run says about it."""
 
-    folder: RunFolder
+    folder: RunPaths
     now: float
     steps: int
     metrics: Sequence[Mapping[str, Any]]
@@ -87,7 +87,7 @@ class Standing:
 
 def stands(path: Path, now: float) -> Standing:
     """Read the folder. Raises DataError where it is not that of a run."""
-    folder = RunFolder(path)
+    folder = RunPaths(path)
     if not folder.config.exists() and not folder.attempts.exists():
         raise DataError(f"{path} is no run folder: it has neither {folder.config.name} nor {folder.attempts.name}.")
     beats = [Heartbeat.read(file) for file in sorted(folder.heartbeats.glob("rank_*.json"))]

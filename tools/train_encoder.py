@@ -15,10 +15,10 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from aki_megatron.checkpoint.huggingface import save_vision
-from aki_megatron.data.synthetic.dataset import MANIFEST
-from aki_megatron.flow import DataError, UserError
-from aki_megatron.train.encoder import (
+from aki_megatron.checkpoint.hf_folders import save_vision
+from aki_megatron.errors import DataError, UserError
+from aki_megatron.synthetic.dataset import MANIFEST
+from aki_megatron.synthetic.encoder import (
     DEMO_ENCODER,
     CellAccuracy,
     EncoderRecipe,

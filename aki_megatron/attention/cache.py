@@ -16,14 +16,14 @@ class LayerCache:
     def __init__(
         self,
         batch: int,
-        kv_heads: int,
+        num_kv_heads: int,
         capacity: int,
-        head_width: int,
+        head_dim: int,
         *,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        self.keys = torch.zeros(batch, kv_heads, capacity, head_width, dtype=dtype, device=device)
+        self.keys = torch.zeros(batch, num_kv_heads, capacity, head_dim, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.longest = 0

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from aki_megatron.attention.cpu_plan import Call, CpuPlan, flat_tokens, plan_calls, plan_mask, token_major
-from aki_megatron.attention.layout import ModalityLayout
+from aki_megatron.attention.mask import AttentionMask
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """What PyTorch's CPU flash kernel computes in; the log-sum-exp is float32, or float64 for float64."""
@@ -29,12 +29,12 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def attend_cpu(q: Tensor, k: Tensor, v: Tensor, layout: ModalityLayout) -> Tensor:
+def attend_cpu(q: Tensor, k: Tensor, v: Tensor, layout: AttentionMask) -> Tensor:
     """Exact attention under a layout: q [B, Hq, T, d], k and v [B, Hkv, T, d] -> [B, Hq, T, d], token-major."""
     return _FlashPieces.apply(q, k, v, layout.made("cpu", lambda: plan_calls(layout.pieces)))
 
 
-def attend_cpu_masked(q: Tensor, k: Tensor, v: Tensor, layout: ModalityLayout) -> Tensor:
+def attend_cpu_masked(q: Tensor, k: Tensor, v: Tensor, layout: AttentionMask) -> Tensor:
     """The same in one flash call with the whole mask [B, 1, T, T], made once for all layers: for short rows."""
     return _FlashPieces.apply(q, k, v, layout.made(("cpu", q.dtype), lambda: plan_mask(layout.dense(), q.dtype)))
 

@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aki_megatron.attention.pieces import Pieces
-from aki_megatron.attention.reading import Ints
+from aki_megatron.attention.mask_blocks import MaskBlocks
+from aki_megatron.attention.token_segments import Ints
 
 SMALL_PAIRS = 4096
-"""Pieces of fewer pairs than this share a call with others; above it the kernel outweighs the price of a call."""
+"""MaskBlocks of fewer pairs than this share a call with others; above it the kernel outweighs the price of a call."""
 SMALL_SPAN = 256
 """Segments shorter than this share a call with those of exactly their length."""
 
 
 @dataclass(frozen=True)
-class Window:
+class SlicedCall:
     """One piece, or the same piece of every row, reached by slices: no copy."""
 
     batch: slice
@@ -52,7 +52,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Bundle:
+class GatheredCall:
     """G pieces of one shape, gathered into one call.
 
     row_index     [G, R] working places, each at most once
@@ -86,7 +86,7 @@ class Bundle:
         flat_tokens(x).index_add_(0, self.column_index.flatten(), _tokens(value, x.dtype))
 
 
-Call = Window | Bundle
+Call = SlicedCall | GatheredCall
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class CpuPlan:
     @property
     def gathers(self) -> bool:
         """Whether some call takes tokens by index, which needs them to be the slow dimension in memory."""
-        return self.order is not None or any(isinstance(call, Bundle) for call in (*self.base, *self.extra))
+        return self.order is not None or any(isinstance(call, GatheredCall) for call in (*self.base, *self.extra))
 
     @property
     def calls(self) -> int:
@@ -147,7 +147,7 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
     return flat.index_select(0, index.flatten()).view(*index.shape, *flat.shape[1:]).transpose(1, 2)
 
 
-def plan_calls(pieces: Pieces) -> CpuPlan:
+def plan_calls(pieces: MaskBlocks) -> CpuPlan:
     """The flash calls of a layout."""
     order = inverse = None
     if pieces.order is not None:
@@ -155,7 +155,7 @@ def plan_calls(pieces: Pieces) -> CpuPlan:
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(len(order))
     whole = pieces.one_span_per_row
-    strays = [Bundle(_index(stray.rows[None]), _index(stray.columns[None]), False) for stray in pieces.strays]
+    strays = [GatheredCall(_index(stray.rows[None]), _index(stray.columns[None]), False) for stray in pieces.strays]
     heard = np.concatenate([stray.rows for stray in pieces.strays]) if strays else pieces.dead[:0]
     return CpuPlan(
         order,
@@ -188,11 +188,11 @@ def _row_and_token(places: Ints, width: int) -> tuple[Tensor, Tensor]:
     return _index(row), _index(token)
 
 
-def _window(row: int, start: int, end: int, low: int, high: int, causal: bool) -> Window:
-    return Window(slice(row, row + 1), slice(start, end), slice(low, high), causal)
+def _window(row: int, start: int, end: int, low: int, high: int, causal: bool) -> SlicedCall:
+    return SlicedCall(slice(row, row + 1), slice(start, end), slice(low, high), causal)
 
 
-def _base(pieces: Pieces) -> list[Call]:
+def _base(pieces: MaskBlocks) -> list[Call]:
     """One causal call for each segment; short segments of one length share it, which changes no bit of the result."""
     calls: list[Call] = []
     length = pieces.spans[:, 1] - pieces.spans[:, 0]
@@ -200,7 +200,7 @@ def _base(pieces: Pieces) -> list[Call]:
         starts = pieces.spans[length == size, 0]
         if size < SMALL_SPAN and len(starts) > 1:
             index = _index(starts[:, None] + np.arange(size))
-            calls.append(Bundle(index, index, True))
+            calls.append(GatheredCall(index, index, True))
             continue
         for start in starts.tolist():
             row, first = divmod(start, pieces.width)
@@ -209,17 +209,17 @@ def _base(pieces: Pieces) -> list[Call]:
     return calls
 
 
-def _triangles(pieces: Pieces) -> list[Call]:
+def _triangles(pieces: MaskBlocks) -> list[Call]:
     """Blocks: what lies above the diagonal is causal when rows and columns are read backwards."""
     calls: list[Call] = []
     length = pieces.blocks[:, 1] - pieces.blocks[:, 0]
     for size in np.unique(length):
         backwards = pieces.blocks[length == size, 1:] - 1 - np.arange(size)
-        calls.append(Bundle(_index(backwards[:, 1:]), _index(backwards[:, :-1]), True))
+        calls.append(GatheredCall(_index(backwards[:, 1:]), _index(backwards[:, :-1]), True))
     return calls
 
 
-def _rectangles(pieces: Pieces) -> list[Call]:
+def _rectangles(pieces: MaskBlocks) -> list[Call]:
     rows, cols, columns = pieces.row_spans, pieces.col_spans, pieces.columns
     if not len(rows):
         return []
@@ -231,7 +231,7 @@ def _rectangles(pieces: Pieces) -> list[Call]:
         if (corners == corners[0]).all():
             start, end, low, high = corners[0].tolist()
             if min(start, low) >= 0 and max(end, high) <= pieces.width:
-                return [Window(slice(None), slice(start, end), slice(low, high), False)]
+                return [SlicedCall(slice(None), slice(start, end), slice(low, high), False)]
     calls: list[Call] = []
     alone = height * breadth >= SMALL_PAIRS
     for n in np.flatnonzero(alone).tolist():
@@ -246,7 +246,7 @@ def _rectangles(pieces: Pieces) -> list[Call]:
     return calls + _shared(pieces, small, height, breadth)
 
 
-def _shared(pieces: Pieces, small: Ints, height: Ints, breadth: Ints) -> list[Call]:
+def _shared(pieces: MaskBlocks, small: Ints, height: Ints, breadth: Ints) -> list[Call]:
     """Small rectangles, sorted by rows and falling columns, in calls that are at most half as much again too wide."""
     calls: list[Call] = []
     group: list[int] = []
@@ -260,7 +260,7 @@ def _shared(pieces: Pieces, small: Ints, height: Ints, breadth: Ints) -> list[Ca
     return calls
 
 
-def _bundle(pieces: Pieces, members: Ints, height: int, breadth: int) -> Bundle:
+def _bundle(pieces: MaskBlocks, members: Ints, height: int, breadth: int) -> GatheredCall:
     """Rectangles of one height as one call, narrower ones filled up with masked repetitions of their last column."""
     row_index = pieces.row_spans[members, :1] + np.arange(height)
     low, high = pieces.col_spans[members, :1], pieces.col_spans[members, 1:]
@@ -271,4 +271,4 @@ def _bundle(pieces: Pieces, members: Ints, height: int, breadth: int) -> Bundle:
         mask = torch.zeros(len(members), 1, 1, breadth).masked_fill_(
             torch.from_numpy(filling)[:, None, None], -torch.inf
         )
-    return Bundle(_index(row_index), _index(pieces.columns[entry]), False, mask)
+    return GatheredCall(_index(row_index), _index(pieces.columns[entry]), False, mask)

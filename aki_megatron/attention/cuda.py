@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aki_megatron.attention.layout import ModalityLayout
+from aki_megatron.attention.mask import AttentionMask
 from aki_megatron.attention.varlen import run_varlen
 from aki_megatron.attention.varlen_plan import VarlenCall, plan_varlen
-from aki_megatron.flow import UserError
+from aki_megatron.errors import UserError
 
 
 class KernelError(UserError):
     """A PyTorch or a GPU without the kernel that is needed."""
 
 
-def attend_cuda(q: Tensor, k: Tensor, v: Tensor, layout: ModalityLayout, *, merged: bool | None = None) -> Tensor:
+def attend_cuda(q: Tensor, k: Tensor, v: Tensor, layout: AttentionMask, *, merged: bool | None = None) -> Tensor:
     """Exact attention under a layout: q [B, Hq, T, d], k and v [B, Hkv, T, d] -> [B, Hq, T, d], token-major.
 
     ``merged`` forces one of the two forms of varlen_plan.py; None takes the cheaper one.

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aki_megatron.attention.layout import ModalityLayout
+from aki_megatron.attention.mask import AttentionMask
 
 
-def attend_dense(q: Tensor, k: Tensor, v: Tensor, layout: ModalityLayout) -> Tensor:
+def attend_dense(q: Tensor, k: Tensor, v: Tensor, layout: AttentionMask) -> Tensor:
     """Attention through the layout's mask, made once for all layers; rows that see nothing give 0."""
     bias, empty = layout.made(("dense", q.device, q.dtype), lambda: open_mask(layout.dense()[:, None].to(q.device), q))
     return _attend(q, k, v, bias, empty)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aki_megatron.attention.layout import ModalityLayout
-from aki_megatron.attention.oracle import sees, token_facts
+from aki_megatron.attention.mask import AttentionMask
+from aki_megatron.attention.reference_mask import sees, token_facts
 
 
 @cache
@@ -20,7 +20,7 @@ def _compiled() -> tuple[Any, Any]:
     return torch.compile(create_block_mask), torch.compile(flex_attention)
 
 
-def attend_flex(q: Tensor, k: Tensor, v: Tensor, layout: ModalityLayout) -> Tensor:
+def attend_flex(q: Tensor, k: Tensor, v: Tensor, layout: AttentionMask) -> Tensor:
     """Attention with the rule's own formula as mask function; rows that see nothing give 0."""
     create_block_mask, flex_attention = _compiled()
     facts = layout.made(

@@ -13,8 +13,8 @@ from aki_megatron.attention.cpu import DTYPES, attend_cpu, attend_cpu_masked
 from aki_megatron.attention.cuda import attend_cuda
 from aki_megatron.attention.dense import attend_dense
 from aki_megatron.attention.flex import attend_flex
-from aki_megatron.attention.layout import ModalityLayout
-from aki_megatron.flow import UserError
+from aki_megatron.attention.mask import AttentionMask
+from aki_megatron.errors import UserError
 
 MASKED_WIDTH = 512
 """Unpacked rows up to this many tokens with look-ahead go to ``masked`` on a CPU. It is the key block of PyTorch's CPU
@@ -31,7 +31,7 @@ class BackendError(UserError):
 class Backend:
     """A kernel and what it can do. ``devices`` and ``dtypes`` are complete: all else is refused."""
 
-    run: Callable[[Tensor, Tensor, Tensor, ModalityLayout], Tensor]
+    run: Callable[[Tensor, Tensor, Tensor, AttentionMask], Tensor]
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
 
@@ -49,7 +49,7 @@ BACKENDS: dict[str, Backend] = {
 mask, for short rows. cuda: the varlen flash kernel. flex: FlexAttention, a cross-check."""
 
 
-def choose(layout: ModalityLayout, device: torch.device, dtype: torch.dtype) -> str:
+def choose(layout: AttentionMask, device: torch.device, dtype: torch.dtype) -> str:
     """The backend of ``auto``.
 
     On CUDA the flash kernel for the half-precision types it takes, and dense for float32 and float64, which serve
@@ -63,7 +63,7 @@ def choose(layout: ModalityLayout, device: torch.device, dtype: torch.dtype) -> 
     return "masked" if layout.has_look_ahead and short else "cpu"
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: ModalityLayout, *, backend: str = "auto") -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: AttentionMask, *, backend: str = "auto") -> Tensor:
     """softmax(q k^T / sqrt(d), masked by ``layout``) v: q [B, Hq, T, d], k and v [B, Hkv, T, d] -> [B, Hq, T, d].
 
     Rows of no segment give 0. Raises BackendError when the backend cannot do it on this device, dtype or shape.
@@ -88,11 +88,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: ModalityLayout, *, backend: 
     return chosen.run(q, k, v, layout)
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, layout: ModalityLayout, case: str) -> None:
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, layout: AttentionMask, case: str) -> None:
     batch, heads, tokens, width = q.shape
-    kv_heads = k.shape[1]
-    fits = (batch, tokens) == layout.shape and k.shape == v.shape == (batch, kv_heads, tokens, width)
-    if not fits or heads % kv_heads:
+    num_kv_heads = k.shape[1]
+    fits = (batch, tokens) == layout.shape and k.shape == v.shape == (batch, num_kv_heads, tokens, width)
+    if not fits or heads % num_kv_heads:
         raise BackendError(
             f"{case}: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} for a layout of "
             f"{layout.shape[0]} rows and {layout.shape[1]} tokens; q must be [rows, heads, tokens, width], "

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aki_megatron.attention.reading import read_ids, spread
 from aki_megatron.attention.rules import rings, square_side
+from aki_megatron.attention.token_segments import segment_tokens, spread
 
 
 def concentric_positions(modality_ids: Tensor, segment_ids: Tensor, *, image_tokens: int = 0) -> Tensor:
@@ -17,7 +17,7 @@ def concentric_positions(modality_ids: Tensor, segment_ids: Tensor, *, image_tok
     An image of g * g latents, row-major, takes g / 2 positions instead of g * g: a latent on ring r gets the image's
     first position plus r, and the first token after the image follows the innermost ring.
     """
-    reading = read_ids(
+    reading = segment_tokens(
         np.ascontiguousarray(modality_ids.cpu().numpy(), dtype=np.int8),
         np.ascontiguousarray(segment_ids.cpu().numpy(), dtype=np.int32),
     )

@@ -22,8 +22,8 @@ from typing import Literal
 
 import numpy as np
 
-from aki_megatron.attention.reading import Ints, LayoutError, Reading, Spans, cut, spread
-from aki_megatron.flow import Modality
+from aki_megatron.attention.token_segments import Ints, MaskError, Spans, TokenSegments, cut, spread
+from aki_megatron.types import Modality
 
 Selection = Literal["prefix", "suffix", "random"]
 NONE = np.zeros((0, 2), dtype=np.int64)
@@ -66,7 +66,7 @@ class Look:
     order: Ints | None = None
 
 
-NO_LOOK = Look(NONE, NONE, np.zeros(0, dtype=np.int64), NONE, NONE)
+NO_LOOK_AHEAD = Look(NONE, NONE, np.zeros(0, dtype=np.int64), NONE, NONE)
 
 
 def pairs(first: Ints, second: Ints) -> Ints:
@@ -74,7 +74,7 @@ def pairs(first: Ints, second: Ints) -> Ints:
     return np.stack((first, second), axis=1)
 
 
-def question_columns(reading: Reading, options: RuleOptions) -> Ints:
+def question_columns(reading: TokenSegments, options: RuleOptions) -> Ints:
     """Live tokens that images may see under ``mma``, ascending: prompt text, thinned by ``visible_fraction``."""
     text = np.flatnonzero(reading.modality == Modality.TEXT)
     if options.visible_fraction >= 1.0:
@@ -113,26 +113,26 @@ def rings(side: int) -> Ints:
 
 
 def square_side(image_tokens: int) -> int:
-    """Side of the grid of one image; raises LayoutError when the number of its latents is no square."""
+    """Side of the grid of one image; raises MaskError when the number of its latents is no square."""
     side = isqrt(image_tokens)
     if side * side != image_tokens:
-        raise LayoutError(
+        raise MaskError(
             f"rule cca needs a square grid of latents, got an image of {image_tokens} places; "
             f"use {side * side} or {(side + 1) ** 2}, or set image_tokens when images are next to each other."
         )
     return side
 
 
-def look_causal(reading: Reading, options: RuleOptions) -> Look:
+def build_causal(reading: TokenSegments, options: RuleOptions) -> Look:
     """Nothing beyond the causal past."""
-    return NO_LOOK
+    return NO_LOOK_AHEAD
 
 
-def look_mma(reading: Reading, options: RuleOptions) -> Look:
+def build_mma(reading: TokenSegments, options: RuleOptions) -> Look:
     """One rectangle for each run of image tokens: its rows, and the visible text after it in its turn."""
     image_runs = np.flatnonzero(reading.run_modality == Modality.IMAGE)
     if not len(image_runs) or options.visible_fraction == 0.0:
-        return NO_LOOK
+        return NO_LOOK_AHEAD
     text = question_columns(reading, options)
     starts, ends = reading.runs.starts[image_runs], reading.runs.ends[image_runs]
     low = np.searchsorted(text, ends)
@@ -142,7 +142,7 @@ def look_mma(reading: Reading, options: RuleOptions) -> Look:
     return Look(pairs(starts, ends), pairs(low, high), text, NONE, pairs(starts, text[high - 1]))
 
 
-def look_general(reading: Reading, options: RuleOptions) -> Look:
+def build_mma_general(reading: TokenSegments, options: RuleOptions) -> Look:
     """Sort each prompt by modality, images first: then all is causal but for the later groups of the prompt."""
     turn = np.repeat(np.arange(len(reading.turns)), reading.turns.ends - reading.turns.starts)
     # IMAGE before all others, because its rows are long and its columns few; RESPONSE after the whole prompt
@@ -156,7 +156,7 @@ def look_general(reading: Reading, options: RuleOptions) -> Look:
     starts, ends, owner = groups.starts[prompt], groups.ends[prompt], key[groups.starts[prompt]] // 1024
     followed = np.flatnonzero(owner[:-1] == owner[1:])
     if not len(followed):
-        return NO_LOOK
+        return NO_LOOK_AHEAD
     prompt_end = ends[np.searchsorted(owner, owner[followed], side="right") - 1]
     rows, cols = pairs(starts[followed], ends[followed]), pairs(ends[followed], prompt_end)
     edges = general_edges(reading, np.unique(owner[followed]))
@@ -164,7 +164,7 @@ def look_general(reading: Reading, options: RuleOptions) -> Look:
     return Look(rows, cols, np.arange(len(order)), NONE, edges, None if still else order)
 
 
-def general_edges(reading: Reading, turns: Ints) -> Ints:
+def general_edges(reading: TokenSegments, turns: Ints) -> Ints:
     """The widest look-ahead edges of prompts with several modalities.
 
     From the first token to the last of another modality, and from the first of another modality to the last token:
@@ -179,20 +179,20 @@ def general_edges(reading: Reading, turns: Ints) -> Ints:
     return np.concatenate((ahead, back[same == 1]))
 
 
-def look_mixed(reading: Reading, options: RuleOptions) -> Look:
+def build_mixed(reading: TokenSegments, options: RuleOptions) -> Look:
     """One block for each image."""
     images = reading.images(options.image_tokens)
     starts, ends = _long(images)
     blocks = pairs(starts, ends)
-    return Look(NONE, NONE, NO_LOOK.columns, blocks, pairs(starts, ends - 1)) if len(blocks) else NO_LOOK
+    return Look(NONE, NONE, NO_LOOK_AHEAD.columns, blocks, pairs(starts, ends - 1)) if len(blocks) else NO_LOOK_AHEAD
 
 
-def look_cca(reading: Reading, options: RuleOptions) -> Look:
+def build_cca(reading: TokenSegments, options: RuleOptions) -> Look:
     """Sort each image from the border inwards: then all is causal but for one block for each ring."""
     images = reading.images(options.image_tokens)
     starts, ends = _long(images)
     if not len(starts):
-        return NO_LOOK
+        return NO_LOOK_AHEAD
     order, blocks = np.arange(len(reading.place)), []
     for size in np.unique(ends - starts):
         ring = rings(square_side(int(size)))
@@ -203,7 +203,7 @@ def look_cca(reading: Reading, options: RuleOptions) -> Look:
     joined = np.concatenate(blocks)
     joined = joined[joined[:, 1] - joined[:, 0] > 1]
     still = bool(np.all(order[1:] > order[:-1]))
-    return Look(NONE, NONE, NO_LOOK.columns, joined, pairs(starts, ends - 1), None if still else order)
+    return Look(NONE, NONE, NO_LOOK_AHEAD.columns, joined, pairs(starts, ends - 1), None if still else order)
 
 
 def _long(images: Spans) -> tuple[Ints, Ints]:
@@ -212,11 +212,11 @@ def _long(images: Spans) -> tuple[Ints, Ints]:
     return images.starts[several], images.ends[several]
 
 
-RULES: dict[str, Callable[[Reading, RuleOptions], Look]] = {
-    "causal": look_causal,
-    "mma": look_mma,
-    "mma_general": look_general,
-    "mixed": look_mixed,
-    "cca": look_cca,
+RULES: dict[str, Callable[[TokenSegments, RuleOptions], Look]] = {
+    "causal": build_causal,
+    "mma": build_mma,
+    "mma_general": build_mma_general,
+    "mixed": build_mixed,
+    "cca": build_cca,
 }
 """Every rule by the name a configuration uses."""

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aki_megatron.attention.pieces import Pieces
-from aki_megatron.attention.reading import Ints
+from aki_megatron.attention.mask_blocks import MaskBlocks
+from aki_megatron.attention.token_segments import Ints
 
 GATHER_LIMIT = 2.0
 """Gathered keys per token above which ``merged`` is taken. One turn of AKI (656 tokens) needs 1.41."""
@@ -50,7 +50,7 @@ Piece = tuple[Ints, Ints]
 """Rows and columns, as working places."""
 
 
-def plan_varlen(pieces: Pieces, device: torch.device, *, merged: bool | None = None) -> VarlenPlan:
+def plan_varlen(pieces: MaskBlocks, device: torch.device, *, merged: bool | None = None) -> VarlenPlan:
     """Calls on ``device``; ``merged`` None takes the form that GATHER_LIMIT says."""
     if merged is None:
         causal, full = gathered_pieces(pieces)
@@ -65,15 +65,15 @@ def plan_varlen(pieces: Pieces, device: torch.device, *, merged: bool | None = N
     return VarlenPlan(calls, merged)
 
 
-def _live(pieces: Pieces) -> int:
+def _live(pieces: MaskBlocks) -> int:
     return int((pieces.spans[:, 1] - pieces.spans[:, 0]).sum())
 
 
-def _strays(pieces: Pieces) -> list[Piece]:
+def _strays(pieces: MaskBlocks) -> list[Piece]:
     return [(stray.rows, stray.columns) for stray in pieces.strays]
 
 
-def gathered_pieces(pieces: Pieces) -> tuple[list[Piece], list[Piece]]:
+def gathered_pieces(pieces: MaskBlocks) -> tuple[list[Piece], list[Piece]]:
     """Causal and full pieces such that every row that sees something is in exactly one."""
     causal: list[Piece] = []
     full: list[Piece] = _strays(pieces)
@@ -100,31 +100,31 @@ def gathered_pieces(pieces: Pieces) -> tuple[list[Piece], list[Piece]]:
     return causal, full
 
 
-def _span_pieces(pieces: Pieces) -> list[Piece]:
+def _span_pieces(pieces: MaskBlocks) -> list[Piece]:
     return [(np.arange(first, last), np.arange(first, last)) for first, last in pieces.spans.tolist()]
 
 
-def _ahead(pieces: Pieces) -> list[Piece]:
+def _ahead(pieces: MaskBlocks) -> list[Piece]:
     """Rectangles and strays: full."""
     spans = zip(pieces.row_spans, pieces.col_spans, strict=True)
     return [(np.arange(start, end), pieces.columns[low:high]) for (start, end), (low, high) in spans] + _strays(pieces)
 
 
-def _triangles(pieces: Pieces) -> list[Piece]:
+def _triangles(pieces: MaskBlocks) -> list[Piece]:
     """Blocks above the diagonal, read backwards: causal."""
     return [
         (np.arange(last - 2, first - 1, -1), np.arange(last - 1, first, -1)) for first, last in pieces.blocks.tolist()
     ]
 
 
-def _call(pieces: Pieces, group: list[Piece], causal: bool, device: torch.device) -> VarlenCall:
-    """Pieces laid end to end."""
+def _call(pieces: MaskBlocks, group: list[Piece], causal: bool, device: torch.device) -> VarlenCall:
+    """MaskBlocks laid end to end."""
     rows, cu_rows, max_rows = _laid_out(pieces, [rows for rows, _ in group], device)
     columns, cu_columns, max_columns = _laid_out(pieces, [columns for _, columns in group], device)
     return VarlenCall(rows, columns, cu_rows, cu_columns, max_rows, max_columns, causal)
 
 
-def _laid_out(pieces: Pieces, lists: list[Ints], device: torch.device) -> tuple[Tensor | None, Tensor, int]:
+def _laid_out(pieces: MaskBlocks, lists: list[Ints], device: torch.device) -> tuple[Tensor | None, Tensor, int]:
     """Flat positions of the listed working places, int32 offsets [P + 1] of the lists, and the longest list."""
     places = np.concatenate(lists)
     flat = places if pieces.order is None else pieces.order[places]

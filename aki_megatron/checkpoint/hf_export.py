@@ -17,21 +17,21 @@ import tokenizers
 import torch
 
 from aki_megatron.checkpoint import files
-from aki_megatron.checkpoint.backbones import (
+from aki_megatron.checkpoint.conversion_report import STRICT, Allowed, Match, Row, match
+from aki_megatron.checkpoint.hf_config import (
     decoder_config,
     describe_language,
     describe_vision,
     read_description,
     vision_config,
 )
-from aki_megatron.checkpoint.report import STRICT, Allowed, Match, Row, match
-from aki_megatron.checkpoint.sinks import SHARD_BYTES, write_shards
-from aki_megatron.checkpoint.sources import cast, open_safetensors
-from aki_megatron.checkpoint.tensors import NameTable, TensorSource, as_ours, as_theirs
-from aki_megatron.checkpoint.weights import check_shapes, language_names, model_shapes, vision_names
+from aki_megatron.checkpoint.readers import cast, open_safetensors
+from aki_megatron.checkpoint.tensors import NameTable, TensorSource, to_external, to_native
+from aki_megatron.checkpoint.weight_names import check_shapes, language_names, model_shapes, vision_names
+from aki_megatron.checkpoint.writers import SHARD_BYTES, write_shards
 from aki_megatron.config.model import ModelConfig, ResamplerConfig
 from aki_megatron.data.chat import CHATS, IMAGE
-from aki_megatron.data.text import grow_tokenizer
+from aki_megatron.data.tokenizer import grow_tokenizer
 from aki_megatron.errors import CheckpointError
 
 MODELLING, PROCESSING = "modeling_aki.py", "processing_aki.py"
@@ -49,7 +49,7 @@ RESAMPLER_KEYS = {
     "latents": "num_image_tokens",
     "layers": "resampler_layers",
     "heads": "resampler_heads",
-    "head_width": "resampler_head_dim",
+    "head_dim": "resampler_head_dim",
     "mlp_ratio": "resampler_mlp_ratio",
     "norm_eps": "resampler_norm_eps",
 }
@@ -96,7 +96,7 @@ def export(
     if tokenizer is not None:
         described["image_token_id"] = write_processor(tokenizer, config, out)
     table = export_names(config)
-    theirs = as_theirs(source, table, config.decoder)
+    theirs = to_external(source, table, config.decoder)
     wanted = theirs if dtype is None else cast(theirs, dtype)
     kinds = {fact.dtype for fact in wanted.facts.values()}
     held = kinds.pop() if len(kinds) == 1 else torch.float32
@@ -124,12 +124,12 @@ def describe(config: ModelConfig, rule: str) -> dict[str, Any]:
         "vision_config": describe_vision(config.vision),
         "text_config": describe_language(decoder),
         **{key: getattr(config.resampler, ours) for ours, key in RESAMPLER_KEYS.items()},
-        "image_token_id": decoder.base_tokens,
-        "base_tokens": decoder.base_tokens,
-        "extra_tokens": decoder.extra_tokens,
-        "head_bias": decoder.head_bias,
+        "image_token_id": decoder.vocab_size,
+        "base_tokens": decoder.vocab_size,
+        "extra_tokens": decoder.num_added_tokens,
+        "head_bias": decoder.lm_head_bias,
         "attention_rule": rule,
-        "tie_word_embeddings": decoder.tie_embeddings,
+        "tie_word_embeddings": decoder.tie_word_embeddings,
     }
 
 
@@ -140,11 +140,11 @@ def write_processor(tokenizer: Path, config: ModelConfig, out: Path) -> int:
     """
     decoder, chat = config.decoder, CHATS[config.decoder.family]
     vocabulary = grow_tokenizer(tokenizer, out)
-    tokens = vocabulary.base_tokens + vocabulary.extra_tokens
-    if tokens != decoder.num_tokens or (decoder.extra_tokens and vocabulary.base_tokens != decoder.base_tokens):
+    tokens = vocabulary.vocab_size + vocabulary.num_added_tokens
+    if tokens != decoder.total_vocab_size or (decoder.num_added_tokens and vocabulary.vocab_size != decoder.vocab_size):
         raise CheckpointError(
-            f"The tokenizer {tokenizer} has {vocabulary.base_tokens} + {vocabulary.extra_tokens} tokens, the model "
-            f"{decoder.base_tokens} + {decoder.extra_tokens}; give the tokenizer that the model was trained with."
+            f"The tokenizer {tokenizer} has {vocabulary.vocab_size} + {vocabulary.num_added_tokens} tokens, the model "
+            f"{decoder.vocab_size} + {decoder.num_added_tokens}; give the tokenizer that the model was trained with."
         )
     (out / "chat_template.jinja").write_text(chat.template(), encoding="utf-8")
     held = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))
@@ -155,7 +155,7 @@ def write_processor(tokenizer: Path, config: ModelConfig, out: Path) -> int:
         "processor_class": "AkiProcessor",
         "auto_map": {"AutoProcessor": f"{PROCESSING.removesuffix('.py')}.AkiProcessor"},
         "image_size": config.vision.image_size,
-        "num_image_tokens": config.resampler.latents,
+        "num_image_tokens": config.resampler.num_latents,
         "image_token": IMAGE,
         "answer_start": chat.answer_start,
         "answer_ends": list(dict.fromkeys((chat.close, chat.final, end_of_text))),
@@ -205,4 +205,4 @@ def exported_source(folder: Path, allowed: Allowed = STRICT) -> Exported:
     )
     theirs, table = open_safetensors(folder), export_names(config)
     found = match(theirs.facts, table, model_shapes(config), source=str(folder), allowed=allowed)
-    return Exported(as_ours(theirs, found.table), config, described["attention_rule"], found)
+    return Exported(to_native(theirs, found.table), config, described["attention_rule"], found)

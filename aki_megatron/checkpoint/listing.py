@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aki_megatron.checkpoint import files
+from aki_megatron.checkpoint.conversion_report import REPORT, pattern
+from aki_megatron.checkpoint.dcp_io import WEIGHT, CheckpointSource
 from aki_megatron.checkpoint.official import PREFIXES as OFFICIAL
 from aki_megatron.checkpoint.official import open_official
-from aki_megatron.checkpoint.report import REPORT, pattern
-from aki_megatron.checkpoint.sources import open_safetensors
-from aki_megatron.checkpoint.stored import WEIGHT, CheckpointSource
+from aki_megatron.checkpoint.readers import open_safetensors
 from aki_megatron.checkpoint.tensors import TensorFact
 from aki_megatron.errors import CheckpointError
 

@@ -6,10 +6,10 @@ The release has three parts: ``vision_encoder.`` (SigLIP), ``vision_tokenizer.``
 
 from pathlib import Path
 
-from aki_megatron.checkpoint.report import STRICT, Allowed, Match, match
-from aki_megatron.checkpoint.sources import Places, open_safetensors, open_torch_file
+from aki_megatron.checkpoint.conversion_report import STRICT, Allowed, Match, match
+from aki_megatron.checkpoint.readers import Places, open_safetensors, open_torch_file
 from aki_megatron.checkpoint.tensors import NameTable, TensorSource
-from aki_megatron.checkpoint.weights import WeightRule, language_names, linear, model_shapes, names, vision_names
+from aki_megatron.checkpoint.weight_names import WeightRule, language_names, linear, model_shapes, names, vision_names
 from aki_megatron.config.model import ModelConfig
 from aki_megatron.errors import CheckpointError
 
@@ -45,15 +45,20 @@ def official_names(config: ModelConfig, *, vision: bool = True) -> NameTable:
     Raises CheckpointError for a model that the release's format cannot hold.
     """
     decoder = config.decoder
-    fits = decoder.family == "phi3" and decoder.head_bias and decoder.extra_tokens and not decoder.tie_embeddings
+    fits = (
+        decoder.family == "phi3"
+        and decoder.lm_head_bias
+        and decoder.num_added_tokens
+        and not decoder.tie_word_embeddings
+    )
     if not fits:
         raise CheckpointError(
             "The official AKI format holds a Phi-3 with a head of its own with a bias, and added tokens; the model has "
-            f"family={decoder.family}, tie_embeddings={decoder.tie_embeddings}, head_bias={decoder.head_bias}, "
-            f"extra_tokens={decoder.extra_tokens}."
+            f"family={decoder.family}, tie_word_embeddings={decoder.tie_word_embeddings}, lm_head_bias={decoder.lm_head_bias}, "
+            f"num_added_tokens={decoder.num_added_tokens}."
         )
     table = names(RESAMPLER_RULES, prefix=RESAMPLER)
-    table |= names(RESAMPLER_LAYER_RULES, prefix=RESAMPLER, layers=config.resampler.layers)
+    table |= names(RESAMPLER_LAYER_RULES, prefix=RESAMPLER, layers=config.resampler.num_layers)
     table |= names(EXTRA_RULES, prefix=LANGUAGE)
     table |= language_names(decoder, LANGUAGE)
     return {**table, **vision_names(config.vision, ENCODER)} if vision else table

@@ -1,7 +1,7 @@
 """Named tensors that are read one at a time: what every file format is to a conversion.
 
 A conversion never holds a model. A *source* says which tensors there are and reads any one of them; a *view* is a
-source under other names; a writer (checkpoint/sinks.py) asks a source for one tensor after another, in its own order.
+source under other names; a writer (checkpoint/writers.py) asks a source for one tensor after another, in its own order.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -62,7 +62,7 @@ class View:
         return self.makers[name]()
 
 
-def as_ours(theirs: TensorSource, table: NameTable) -> View:
+def to_native(theirs: TensorSource, table: NameTable) -> View:
     """Their tensors under our names; several of theirs become one of ours. All names must be there."""
 
     def maker(names: Sequence[str]) -> Callable[[], Tensor]:
@@ -78,8 +78,8 @@ def as_ours(theirs: TensorSource, table: NameTable) -> View:
     )
 
 
-def as_theirs(ours: TensorSource, table: NameTable, config: DecoderConfig) -> View:
-    """Our tensors under their names, the reverse of as_ours; one of ours is cut where theirs are several."""
+def to_external(ours: TensorSource, table: NameTable, config: DecoderConfig) -> View:
+    """Our tensors under their names, the reverse of to_native; one of ours is cut where theirs are several."""
     facts: dict[str, TensorFact] = {}
     makers: dict[str, Callable[[], Tensor]] = {}
     for name, names in table.items():

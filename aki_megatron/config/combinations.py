@@ -65,7 +65,7 @@ def _size_axis(name: str) -> Axis:
 AXES: dict[str, Axis] = {
     "tensor": _size_axis("tensor"),
     "pipeline": _size_axis("pipeline"),
-    "chunks": _size_axis("chunks"),
+    "virtual_stages": _size_axis("virtual_stages"),
     "zero": Axis(
         heading="ZeRO",
         cells=("0", "1", "2", "3"),
@@ -130,32 +130,44 @@ OFFLOADED = ("optimizer to cpu", "optimizer to nvme")
 COMBINATIONS: tuple[Combination, ...] = (
     Combination(
         name="data parallelism",
-        where={"tensor": ("1",), "pipeline": ("1",), "chunks": ("1",), "zero": SHARDED, "offload": ("none",)},
+        where={"tensor": ("1",), "pipeline": ("1",), "virtual_stages": ("1",), "zero": SHARDED, "offload": ("none",)},
         proof=ZERO,
     ),
     Combination(
         name="tensor parallelism",
-        where={"tensor": ("> 1",), "pipeline": ("1",), "chunks": ("1",), "zero": SHARDED, "offload": ("none",)},
+        where={"tensor": ("> 1",), "pipeline": ("1",), "virtual_stages": ("1",), "zero": SHARDED, "offload": ("none",)},
         proof=SPREAD,
     ),
     Combination(
         name="pipeline parallelism (1F1B)",
-        where={"tensor": ("1",), "pipeline": ("> 1",), "chunks": ("1",), "zero": SHARDED, "offload": ("none",)},
+        where={"tensor": ("1",), "pipeline": ("> 1",), "virtual_stages": ("1",), "zero": SHARDED, "offload": ("none",)},
         proof=SPREAD,
     ),
     Combination(
         name="tensor x pipeline parallelism (1F1B)",
-        where={"tensor": ("> 1",), "pipeline": ("> 1",), "chunks": ("1",), "zero": SHARDED, "offload": ("none",)},
+        where={
+            "tensor": ("> 1",),
+            "pipeline": ("> 1",),
+            "virtual_stages": ("1",),
+            "zero": SHARDED,
+            "offload": ("none",),
+        },
         proof=SPREAD,
     ),
     Combination(
         name="pipeline parallelism (interleaved 1F1B)",
-        where={"pipeline": ("> 1",), "chunks": ("> 1",), "zero": SHARDED, "offload": ("none",)},
+        where={"pipeline": ("> 1",), "virtual_stages": ("> 1",), "zero": SHARDED, "offload": ("none",)},
         proof=SPREAD,
     ),
     Combination(
         name="without DeepSpeed",
-        where={"pipeline": ("1",), "chunks": ("1",), "zero": ("0",), "precision": ("fp32",), "offload": ("none",)},
+        where={
+            "pipeline": ("1",),
+            "virtual_stages": ("1",),
+            "zero": ("0",),
+            "precision": ("fp32",),
+            "offload": ("none",),
+        },
         proof=SPREAD,
     ),
     Combination(
@@ -165,7 +177,7 @@ COMBINATIONS: tuple[Combination, ...] = (
     ),
     Combination(
         name="optimizer offload",
-        where={"pipeline": ("1",), "chunks": ("1",), "zero": ("2", "3"), "offload": ("optimizer to cpu",)},
+        where={"pipeline": ("1",), "virtual_stages": ("1",), "zero": ("2", "3"), "offload": ("optimizer to cpu",)},
         proof=OFFLOAD,
     ),
     Combination(
@@ -179,9 +191,9 @@ COMBINATIONS: tuple[Combination, ...] = (
     ),
     Combination(
         name="chunks without a pipeline",
-        where={"pipeline": ("1",), "chunks": ("> 1",)},
+        where={"pipeline": ("1",), "virtual_stages": ("> 1",)},
         reason="chunks take turns on the ranks of a pipeline, and here one rank holds all layers",
-        way_out="add --parallel.chunks 1, or --parallel.pipeline 2",
+        way_out="add --parallel.virtual_stages 1, or --parallel.pipeline 2",
     ),
     Combination(
         name="optimizer offload with whole gradients",
@@ -246,7 +258,7 @@ cells and no row of the second table is. "any" means every cell of the column:
 KEYS = {
     "tensor": "`parallel.tensor`",
     "pipeline": "`parallel.pipeline`",
-    "chunks": "`parallel.chunks`",
+    "virtual_stages": "`parallel.virtual_stages`",
     "zero": "`parallel.zero_stage`",
     "precision": "`train.precision`",
     "recompute": "`parallel.recompute`",
@@ -258,7 +270,7 @@ BESIDE = """\
 | data | number of ranks / (tensor x pipeline) | any size |
 | packing | `data.packing.enabled`: several samples in one row, each a segment of its own | any |
 
-Data parallelism is in every row, at any size that divides `train.global_batch`. Packed rows are part of the batches
+Data parallelism is in every row, at any size that divides `train.global_batch_size`. Packed rows are part of the batches
 with which the rows are proven.
 
 ## Supported
@@ -276,8 +288,8 @@ A run that one of these rows is about ends before it starts, with the reason and
 
 FOOT = """
 Sizes have rules of their own, which do not depend on the combination: `parallel.tensor` divides the decoder's heads,
-key and value heads, `mlp_width` and `vocab_rows`; `parallel.pipeline` x `parallel.chunks` is at most the number of
-decoder layers; `train.global_batch` is a multiple of the data ranks. Captions are refused under `mma`, because image
+key and value heads, `intermediate_size` and `padded_vocab_size`; `parallel.pipeline` x `parallel.virtual_stages` is at most the number of
+decoder layers; `train.global_batch_size` is a multiple of the data ranks. Captions are refused under `mma`, because image
 places would see what is learnt.
 """
 

@@ -42,8 +42,8 @@ class SourceConfig(Section):
     """Relative; the weights of a run are normalized (papers, Table 4). Read where data.mixing is weights."""
     augment: Literal["none", "official"] = "none"
     """official: the released code's random crop and flip, which mirror text and leave boxes behind; for comparison."""
-    dialogues: Literal["single", "whole"] = "single"
-    """llava150k: each question and answer by itself, as the papers do, or whole conversations."""
+    split_turns: bool = True
+    """llava150k: true makes each question and answer a sample of its own, as the papers do; false keeps conversations."""
 
 
 class CaptionsConfig(Section):
@@ -77,12 +77,12 @@ class PackingConfig(Section):
     """Several samples in one row, so that hardly any place is padding."""
 
     enabled: bool = False
-    """With packing train.global_batch and train.micro_batch count rows instead of samples."""
-    row_tokens: PositiveInt = 4096
+    """With packing train.global_batch_size and train.micro_batch_size count rows instead of samples."""
+    sequence_length: PositiveInt = 4096
     """Places of a row, image places included."""
-    row_images: PositiveInt = 32
+    max_images: PositiveInt = 32
     """Most images of a row."""
-    block_samples: PositiveInt = 4096
+    buffer_size: PositiveInt = 4096
     """Samples that are dealt into rows at a time: more fill rows better and take longer to deal."""
 
 
@@ -97,8 +97,8 @@ class DataConfig(Section):
     """For kind captions."""
     sources: Annotated[tuple[SourceConfig, ...], BeforeValidator(_tuple)] = ()
     """For kind conversations."""
-    mixing: Literal["weights", "uniform", "length"] = "weights"
-    """weights: the sources' own (Table 4); uniform: every source as often; length: by number of samples, so that every
+    mixing: Literal["weights", "uniform", "proportional"] = "weights"
+    """weights: the sources' own (Table 4); uniform: every source as often; proportional: by number of samples, so that every
     sample is as likely (the papers' "uniform over samples")."""
     phases: Annotated[tuple[PhaseConfig, ...], BeforeValidator(_tuple)] = ()
     """In sequence; empty: one phase with all sources, image first."""
@@ -112,7 +112,7 @@ class DataConfig(Section):
     """Longest text in tokens, markers included, image places not (papers, Table 3: 128 and 512)."""
     max_bad_fraction: float = Field(default=0.001, ge=0, le=1)
     """Share of unreadable samples past which the run stops."""
-    workers: NonNegativeInt = 4
+    num_workers: NonNegativeInt = 4
     """Background processes that decode pictures for one rank; 0: a thread of the rank itself."""
     prefetch_steps: PositiveInt = 2
     """Optimizer steps of batches prepared ahead in the background."""

@@ -22,7 +22,7 @@ from aki_megatron.config.deepspeed_keys import (
     WITHOUT_USE,
     ZERO,
 )
-from aki_megatron.config.describe import shown, suggestion
+from aki_megatron.config.field_info import shown, suggestion
 from aki_megatron.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -162,10 +162,10 @@ DEVICES = ("none", "cpu", "nvme")
 RunValue = Callable[["RunConfig"], Any]
 
 OWNED: dict[str, tuple[str, RunValue]] = {
-    "train_batch_size": ("train.global_batch", lambda run: run.train.global_batch),
-    "train_micro_batch_size_per_gpu": ("train.micro_batch", lambda run: run.train.micro_batch),
-    "gradient_clipping": ("optimizer.clip_norm", lambda run: run.optimizer.clip_norm),
-    "steps_per_print": ("log.every", lambda run: run.log.every),
+    "train_batch_size": ("train.global_batch_size", lambda run: run.train.global_batch_size),
+    "train_micro_batch_size_per_gpu": ("train.micro_batch_size", lambda run: run.train.micro_batch_size),
+    "gradient_clipping": ("optimizer.max_grad_norm", lambda run: run.optimizer.max_grad_norm),
+    "steps_per_print": ("log.interval", lambda run: run.log.interval),
     "zero_optimization.stage": ("parallel.zero_stage", lambda run: run.parallel.zero_stage),
     "optimizer.params.lr": ("optimizer.lr", lambda run: run.optimizer.lr),
     "optimizer.params.eps": ("optimizer.eps", lambda run: run.optimizer.eps),
@@ -218,12 +218,12 @@ REFUSED: dict[str, str] = {
     "scheduler": "the learning-rate curve is the run's: optimizer.lr, min_lr, warmup_steps and train.steps",
     "pipeline": "stages are the run's: parallel.pipeline",
     "expert_parallel": "the model has no experts",
-    "checkpoint": "checkpoints are the run's: checkpoint.every, checkpoint.keep_last",
-    "datastates_ckpt": "checkpoints are the run's: checkpoint.every, checkpoint.keep_last",
+    "checkpoint": "checkpoints are the run's: checkpoint.interval, checkpoint.keep_last",
+    "datastates_ckpt": "checkpoints are the run's: checkpoint.interval, checkpoint.keep_last",
     "activation_checkpointing": "DeepSpeed's activation checkpointing is not used here",
     "weight_quantization": "weights are trained unquantized",
     "dataloader_drop_last": "batches come from the run's own loader",
-    "vocabulary_size": "the vocabulary is model.decoder.vocab_rows",
+    "vocabulary_size": "the vocabulary is model.decoder.padded_vocab_size",
     "bfloat16": "the block is called bf16",
 }
 """Blocks whose settings have no place here unless they are all "auto", and why."""

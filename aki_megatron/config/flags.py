@@ -11,7 +11,7 @@ import tyro
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from aki_megatron.config.describe import allowed, metavar, sections, suggestion
+from aki_megatron.config.field_info import allowed, metavar, sections, suggestion
 from aki_megatron.config.run import RunConfig
 
 UNSET = "\0"
@@ -22,7 +22,7 @@ ALIASES = {
     "deepspeed": "--ds_config",
     "lr": "--optimizer.lr",
     "seed": "--train.seed",
-    "batch_size": "--train.global_batch",
+    "batch_size": "--train.global_batch_size",
     "resume": "--run.dir (a run resumes by itself from the newest checkpoint in its folder)",
 }
 """Names other trainers use for the same thing."""

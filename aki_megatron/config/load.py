@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from aki_megatron.config.build import KEYS, build, build_sections, values_of
-from aki_megatron.config.check import report
+from aki_megatron.config.cross_checks import report
 from aki_megatron.config.deepspeed import read_json, settle
-from aki_megatron.config.describe import is_text, shown, takes_null
+from aki_megatron.config.field_info import is_text, shown, takes_null
 from aki_megatron.config.flags import parse_flags, print_help, problems_of_flags
 from aki_megatron.config.run import RunConfig
+from aki_megatron.config.validation import KEYS, build, build_sections, values_of
 from aki_megatron.config.yaml_file import Document, Location, read_value, read_yaml
 from aki_megatron.errors import ConfigError
 

@@ -24,11 +24,11 @@ class VisionConfig(Section):
     """Side in pixels of the square that every picture is resized to."""
     patch_size: PositiveInt = 14
     """Side of a patch in pixels; a rest of the image smaller than a patch is not seen."""
-    width: PositiveInt = 1152
+    hidden_size: PositiveInt = 1152
     """Features of a patch between layers."""
-    layers: PositiveInt = 27
-    heads: PositiveInt = 16
-    mlp_width: PositiveInt = 4304
+    num_layers: PositiveInt = 27
+    num_heads: PositiveInt = 16
+    intermediate_size: PositiveInt = 4304
     """Features inside the feed-forward part of a layer."""
     norm_eps: PositiveFloat = 1e-6
     pooling_head: bool = True
@@ -37,7 +37,7 @@ class VisionConfig(Section):
 
     @model_validator(mode="after")
     def _relations(self) -> "VisionConfig":
-        _divides("model.vision", "width", self.width, "heads", self.heads)
+        _divides("model.vision", "hidden_size", self.hidden_size, "num_heads", self.num_heads)
         if self.image_size < self.patch_size:
             raise ConfigError(
                 f"model.vision.image_size={self.image_size} holds no patch of patch_size={self.patch_size}; "
@@ -54,68 +54,71 @@ class VisionConfig(Section):
 class ResamplerConfig(Section):
     """Perceiver resampler of AKI: 144 latents, six layers of cross-attention and feed-forward."""
 
-    latents: PositiveInt = 144
+    num_latents: PositiveInt = 144
     """Places that one image takes in the decoder's sequence."""
-    layers: PositiveInt = 6
-    heads: PositiveInt = 8
-    head_width: PositiveInt = 64
+    num_layers: PositiveInt = 6
+    num_heads: PositiveInt = 8
+    head_dim: PositiveInt = 64
     """Features of one attention head."""
     mlp_ratio: PositiveInt = 4
-    """Features inside the feed-forward part, as a multiple of model.vision.width."""
+    """Features inside the feed-forward part, as a multiple of model.vision.hidden_size."""
     norm_eps: PositiveFloat = 1e-5
 
 
 class RopeConfig(Section):
     """Rotary position embedding. ``longrope`` (Phi-3) divides each frequency by a factor: the short ones up to
-    ``original_max_positions``, the long ones beyond, and scales cos and sin by
+    ``original_max_position_embeddings``, the long ones beyond, and scales cos and sin by
     sqrt(1 + ln(max / original) / ln(original)). ``llama3`` (LLaMA 3.1 and later) divides slow frequencies by
     ``factor``, keeps fast ones, and blends those between."""
 
-    kind: Literal["default", "longrope", "llama3"] = "default"
+    rope_type: Literal["default", "longrope", "llama3"] = "default"
     theta: PositiveFloat = 10000.0
-    max_positions: PositiveInt = 4096
-    original_max_positions: PositiveInt = 4096
+    max_position_embeddings: PositiveInt = 4096
+    original_max_position_embeddings: PositiveInt = 4096
     short_factor: Floats = ()
     """One factor per frequency (half the head width); longrope only."""
     long_factor: Floats = ()
     factor: PositiveFloat = 1.0
     """How much slower a slow frequency gets; llama3 only."""
     low_freq_factor: PositiveFloat = 1.0
-    """llama3: waves longer than original_max_positions / low_freq_factor positions are slow."""
+    """llama3: waves longer than original_max_position_embeddings / low_freq_factor positions are slow."""
     high_freq_factor: PositiveFloat = 4.0
-    """llama3: waves shorter than original_max_positions / high_freq_factor positions are fast."""
+    """llama3: waves shorter than original_max_position_embeddings / high_freq_factor positions are fast."""
 
     @model_validator(mode="after")
     def _relations(self) -> "RopeConfig":
-        if self.kind != "longrope" and (self.short_factor or self.long_factor):
+        if self.rope_type != "longrope" and (self.short_factor or self.long_factor):
             raise ConfigError(
-                f"model.decoder.rope has short_factor or long_factor but kind={self.kind}, which uses none; "
-                "write kind: longrope or leave the factors out."
+                f"model.decoder.rope has short_factor or long_factor but rope_type={self.rope_type}, which uses none; "
+                "write rope_type: longrope or leave the factors out."
             )
-        if self.kind != "llama3" and self.factor != 1.0:
+        if self.rope_type != "llama3" and self.factor != 1.0:
             raise ConfigError(
-                f"model.decoder.rope.factor={self.factor} but kind={self.kind}, which uses none; "
-                "write kind: llama3 or leave the factor out."
+                f"model.decoder.rope.factor={self.factor} but rope_type={self.rope_type}, which uses none; "
+                "write rope_type: llama3 or leave the factor out."
             )
-        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+        if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             raise ConfigError(
                 f"model.decoder.rope.low_freq_factor={self.low_freq_factor} must be below "
-                f"high_freq_factor={self.high_freq_factor} for kind=llama3."
+                f"high_freq_factor={self.high_freq_factor} for rope_type=llama3."
             )
-        if self.kind == "longrope" and not 1 < self.original_max_positions <= self.max_positions:
+        if (
+            self.rope_type == "longrope"
+            and not 1 < self.original_max_position_embeddings <= self.max_position_embeddings
+        ):
             raise ConfigError(
-                f"model.decoder.rope.original_max_positions={self.original_max_positions} must lie in "
-                f"[2, max_positions={self.max_positions}] for kind=longrope."
+                f"model.decoder.rope.original_max_position_embeddings={self.original_max_position_embeddings} must lie in "
+                f"[2, max_position_embeddings={self.max_position_embeddings}] for rope_type=longrope."
             )
         return self
 
 
 # fmt: off
 PHI35_MINI_ROPE = RopeConfig(
-    kind="longrope",
+    rope_type="longrope",
     theta=10000.0,
-    max_positions=131072,
-    original_max_positions=4096,
+    max_position_embeddings=131072,
+    original_max_position_embeddings=4096,
     short_factor=(
         1.0, 1.0199999809265137, 1.0299999713897705, 1.0299999713897705, 1.0499999523162842, 1.0499999523162842,
         1.0499999523162842, 1.0499999523162842, 1.0499999523162842, 1.0699999332427979, 1.0999999046325684,
@@ -172,48 +175,48 @@ class DecoderConfig(Section):
 
     family: Literal["phi3", "llama", "qwen2", "qwen3"] = "phi3"
     """Decides biases and norms of the attention, and the names of the tensors in Hugging Face folders."""
-    width: PositiveInt = 3072
-    """Features of a token between layers; width / heads is the width of an attention head."""
-    layers: PositiveInt = 32
-    heads: PositiveInt = 32
+    hidden_size: PositiveInt = 3072
+    """Features of a token between layers; hidden_size / num_heads is the width of an attention head."""
+    num_layers: PositiveInt = 32
+    num_heads: PositiveInt = 32
     """Query heads."""
-    kv_heads: PositiveInt = 32
+    num_kv_heads: PositiveInt = 32
     """Key and value heads; fewer than heads is grouped-query attention."""
-    mlp_width: PositiveInt = 8192
+    intermediate_size: PositiveInt = 8192
     """Features inside the feed-forward part (SwiGLU) of a layer."""
     norm_eps: PositiveFloat = 1e-5
-    vocab_rows: PositiveInt = 32064
+    padded_vocab_size: PositiveInt = 32064
     """Rows of the embedding and head tables, rows that no token uses included."""
-    base_tokens: PositiveInt = 32012
+    vocab_size: PositiveInt = 32012
     """Tokens that the tables hold: ids below it read the tables."""
-    extra_tokens: int = Field(default=2, ge=0)
+    num_added_tokens: int = Field(default=2, ge=0)
     """Tokens with rows of their own beside the tables (AKI: <image>, <|endofchunk|>):
-    ids base_tokens ... base_tokens + extra_tokens - 1."""
-    head_bias: bool = True
+    ids vocab_size ... vocab_size + num_added_tokens - 1."""
+    lm_head_bias: bool = True
     """Whether the output head adds a bias, as AKI's does and Phi-3's does not."""
-    tie_embeddings: bool = False
+    tie_word_embeddings: bool = False
     """Whether the output head is the embedding table."""
     rope: RopeConfig = PHI35_MINI_ROPE
 
     @model_validator(mode="after")
     def _relations(self) -> "DecoderConfig":
-        _divides("model.decoder", "width", self.width, "heads", self.heads)
-        _divides("model.decoder", "heads", self.heads, "kv_heads", self.kv_heads)
-        if self.head_width % 2:
+        _divides("model.decoder", "hidden_size", self.hidden_size, "num_heads", self.num_heads)
+        _divides("model.decoder", "num_heads", self.num_heads, "num_kv_heads", self.num_kv_heads)
+        if self.head_dim % 2:
             raise ConfigError(
-                f"model.decoder: width / heads = {self.head_width} must be even, rotary embedding turns pairs."
+                f"model.decoder: hidden_size / num_heads = {self.head_dim} must be even, rotary embedding turns pairs."
             )
-        if self.num_tokens > self.vocab_rows:
+        if self.total_vocab_size > self.padded_vocab_size:
             raise ConfigError(
-                f"model.decoder: base_tokens + extra_tokens = {self.num_tokens} exceeds vocab_rows={self.vocab_rows}; "
-                "choose vocab_rows at least as large."
+                f"model.decoder: vocab_size + num_added_tokens = {self.total_vocab_size} exceeds padded_vocab_size={self.padded_vocab_size}; "
+                "choose padded_vocab_size at least as large."
             )
-        for name in ("short_factor", "long_factor") if self.rope.kind == "longrope" else ():
-            got, needed = len(getattr(self.rope, name)), self.head_width // 2
+        for name in ("short_factor", "long_factor") if self.rope.rope_type == "longrope" else ():
+            got, needed = len(getattr(self.rope, name)), self.head_dim // 2
             if got != needed:
                 raise ConfigError(
-                    f"model.decoder.rope.{name} has {got} values, a head width of {self.head_width} needs {needed}; "
-                    "give that many, or write rope: {kind: default}."
+                    f"model.decoder.rope.{name} has {got} values, a head width of {self.head_dim} needs {needed}; "
+                    "give that many, or write rope: {rope_type: default}."
                 )
         return self
 
@@ -223,14 +226,14 @@ class DecoderConfig(Section):
         return FAMILIES[self.family]
 
     @property
-    def head_width(self) -> int:
+    def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.width // self.heads
+        return self.hidden_size // self.num_heads
 
     @property
-    def num_tokens(self) -> int:
+    def total_vocab_size(self) -> int:
         """Tokens the model can predict."""
-        return self.base_tokens + self.extra_tokens
+        return self.vocab_size + self.num_added_tokens
 
 
 class ModelConfig(Section):

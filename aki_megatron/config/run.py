@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from aki_megatron.config.check import ContradictionError, problems
+from aki_megatron.config.cross_checks import ContradictionError, problems
 from aki_megatron.config.data import DataConfig
 from aki_megatron.config.model import ModelConfig
 from aki_megatron.config.section import Counts, FilePath, Section
@@ -40,9 +40,9 @@ class TrainConfig(Section):
 
     steps: PositiveInt
     """Optimizer steps of the whole run."""
-    global_batch: PositiveInt
+    global_batch_size: PositiveInt
     """Samples per optimizer step over all ranks; rows with data.packing.enabled."""
-    micro_batch: PositiveInt
+    micro_batch_size: PositiveInt
     """Most samples (or rows) per forward pass of one rank. A rank's share of the global batch is cut into the largest
     equal parts that this allows; results do not depend on it, memory and speed do."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -68,7 +68,7 @@ class OptimizerConfig(Section):
     """AdamW's decay rate of the second moment."""
     eps: PositiveFloat = 1e-8
     """AdamW's term for numerical stability."""
-    clip_norm: PositiveFloat = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this global L2 norm."""
 
 
@@ -79,18 +79,18 @@ class ParallelConfig(Section):
     """Ranks that share every layer (tensor parallelism); inside one machine, where links are fast."""
     pipeline: PositiveInt = 1
     """Stages the layers are dealt into (pipeline parallelism, 1F1B)."""
-    chunks: PositiveInt = 1
+    virtual_stages: PositiveInt = 1
     """Separate runs of layers on each pipeline rank: 2 or more is interleaved 1F1B, a smaller bubble for more
     traffic."""
     layers_per_stage: Counts = ()
-    """Decoder layers of each of the pipeline x chunks stages, in model order; empty: cut by cost."""
+    """Decoder layers of each of the pipeline x virtual_stages stages, in model order; empty: cut by cost."""
     zero_stage: Literal[0, 1, 2, 3] = 3
     """DeepSpeed ZeRO over the data-parallel ranks: 1 splits optimizer state, 2 gradients too, 3 weights too. 0 splits
     nothing and does without DeepSpeed; fp32 only."""
     recompute: Literal["none", "full"] = "none"
     """full: keep only the input of each decoder layer and run the layer again for the backward pass; a third more
     arithmetic, a fraction of the memory."""
-    check_every: PositiveInt = 100
+    mask_check_interval: PositiveInt = 100
     """Steps between comparisons of the attention layouts that the ranks of a replica have built; the first step always
     compares."""
 
@@ -98,13 +98,13 @@ class ParallelConfig(Section):
 class CheckpointConfig(Section):
     """When the state is saved and how many checkpoints stay."""
 
-    every: PositiveInt
+    interval: PositiveInt
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep_last: PositiveInt = 2
     """Older checkpoints are deleted once a newer one is complete."""
     keep_every: NonNegativeInt = 0
     """Checkpoints of steps that are multiples of this stay for ever; 0: none does."""
-    asynchronous: bool = True
+    async_save: bool = True
     """Training goes on while a background thread writes a copy in the host's memory (12 bytes per parameter, shared by
     the ranks); false: training waits for the disk and needs no copy."""
 
@@ -112,21 +112,21 @@ class CheckpointConfig(Section):
 class WatchConfig(Section):
     """What is watched while a run trains, and what happens then; everything is written to <run.dir>/events.jsonl."""
 
-    hang_factor: float = Field(default=20.0, gt=1)
-    """A step that takes longer than this many times the median of the last steps (and than hang_seconds) is a hang: the
+    step_timeout_factor: float = Field(default=20.0, gt=1)
+    """A step that takes longer than this many times the median of the last steps (and than step_timeout) is a hang: the
     stacks of all ranks are written, the rank that lags is named, and the run ends, to be started again."""
-    hang_seconds: PositiveFloat = 600.0
-    """No shorter step is ever a hang; nor is the first step, a checkpoint or start-up before start_seconds."""
-    start_seconds: PositiveFloat = 3600.0
+    step_timeout: PositiveFloat = 600.0
+    """No shorter step is ever a hang; nor is the first step, a checkpoint or start-up before init_timeout."""
+    init_timeout: PositiveFloat = 3600.0
     """Longest time for start-up, the first step, a checkpoint, or anything else."""
-    non_finite: Literal["skip", "rollback", "stop"] = "skip"
+    on_non_finite: Literal["skip", "rollback", "stop"] = "skip"
     """A step whose loss or gradient is not finite. skip: the optimizer does not move. rollback: back to the newest
     checkpoint, and the data of the steps since are left out. stop: the run ends with an error."""
-    spike: Literal["off", "skip", "rollback", "stop"] = "off"
-    """The same for a loss or a gradient norm above spike_factor times the median of the last spike_window steps."""
-    spike_factor: float = Field(default=4.0, gt=1)
+    on_loss_spike: Literal["off", "skip", "rollback", "stop"] = "off"
+    """The same for a loss or a gradient norm above loss_spike_factor times the median of the last loss_spike_window steps."""
+    loss_spike_factor: float = Field(default=4.0, gt=1)
     """Loss or gradient norm relative to the median."""
-    spike_window: PositiveInt = 128
+    loss_spike_window: PositiveInt = 128
     """Steps in the median; before that many are done nothing is a spike."""
     max_rollbacks: PositiveInt = 3
     """Rollbacks to one and the same checkpoint after which the run ends with an error."""
@@ -135,7 +135,7 @@ class WatchConfig(Section):
 class LogConfig(Section):
     """Where progress goes besides metrics.jsonl and the per-rank logs."""
 
-    every: PositiveInt = 10
+    interval: PositiveInt = 10
     """Steps between console lines and TensorBoard or wandb points."""
     tensorboard: bool = True
     """Write TensorBoard event files under the run folder."""

@@ -6,12 +6,12 @@ from typing import Any
 
 import yaml
 
-from aki_megatron.config.build import build, build_sections
-from aki_megatron.config.check import report
-from aki_megatron.config.describe import shown
+from aki_megatron.config.cross_checks import report
+from aki_megatron.config.field_info import shown
 from aki_megatron.config.load import file_values
 from aki_megatron.config.model import ModelConfig
 from aki_megatron.config.run import AttentionConfig, RunConfig
+from aki_megatron.config.validation import build, build_sections
 from aki_megatron.config.yaml_file import read_yaml
 from aki_megatron.errors import ConfigError
 
@@ -26,8 +26,8 @@ MAY_CHANGE = (
     "watch",
     "parallel",
     "deepspeed",
-    "train.micro_batch",
-    "data.workers",
+    "train.micro_batch_size",
+    "data.num_workers",
     "data.prefetch_steps",
     "data.cache",
     "data.cache_gigabytes",
@@ -75,7 +75,7 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def compare_for_resume(saved: RunConfig, new: RunConfig) -> list[str]:
     """Differences that would make the rest of a run mean something else, a sentence each; empty where it may go on.
 
-    Sample numbers depend on data, seed and global_batch, the learning rate on steps and optimizer, so those must stay.
+    Sample numbers depend on data, seed and global_batch_size, the learning rate on steps and optimizer, so those must stay.
     """
     before, after = (dict(_leaves(run.model_dump(mode="json"))) for run in (saved, new))
     return [

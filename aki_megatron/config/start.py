@@ -4,10 +4,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from aki_megatron.config.interrupts import Interrupts
 from aki_megatron.config.load import load_run
 from aki_megatron.config.run import RunConfig
 from aki_megatron.errors import UserError
+from aki_megatron.supervise.signals import StopSignals
 
 USER_ERROR = 2
 """Exit code of a mistake the user can mend."""
@@ -19,7 +19,7 @@ GRACE_SECONDS = 5.0
 
 
 def refuse(
-    error: UserError, environ: Mapping[str, str], interrupts: Interrupts, *, grace_seconds: float = GRACE_SECONDS
+    error: UserError, environ: Mapping[str, str], stop_signals: StopSignals, *, grace_seconds: float = GRACE_SECONDS
 ) -> int:
     """Print the message of a mistake and return the exit code.
 
@@ -27,7 +27,7 @@ def refuse(
     (a node without the data, say).
     """
     rank = next((environ[name] for name in RANK_NAMES if name in environ), "0")
-    if rank != "0" and interrupts.wait(grace_seconds):
+    if rank != "0" and stop_signals.wait(grace_seconds):
         return USER_ERROR
     print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
     return USER_ERROR
@@ -36,7 +36,7 @@ def refuse(
 def start(
     argv: Sequence[str],
     environ: Mapping[str, str],
-    interrupts: Interrupts,
+    stop_signals: StopSignals,
     *,
     default_config: Path,
     prog: str,
@@ -47,5 +47,5 @@ def start(
     try:
         run = load_run(argv, default_config=default_config, prog=prog, description=description)
     except UserError as error:
-        return refuse(error, environ, interrupts)
+        return refuse(error, environ, stop_signals)
     return train(run)

@@ -8,29 +8,29 @@ import torch
 from numpy.typing import DTypeLike
 
 from aki_megatron.data.image import decode_image, normalize
-from aki_megatron.flow import IGNORE, NO_SEGMENT, Batch, Modality, Picture, Sample
+from aki_megatron.types import IGNORE, NO_SEGMENT, Batch, Modality, Picture, Sample
 
 
 def collate(
-    rows: Sequence[Sequence[Sample]], *, pad_id: int, image_size: int, row_tokens: int | None = None, bad: int = 0
+    rows: Sequence[Sequence[Sample]], *, pad_id: int, image_size: int, sequence_length: int | None = None, bad: int = 0
 ) -> Batch:
     """Rows of samples, one segment per sample, in the order given; the rest of a row is padding on the right.
 
-    row_tokens  places of every row; None: as many as the longest row has
+    sequence_length  places of every row; None: as many as the longest row has
     bad         elements that could not be used, for the batch to carry
 
     Positions restart in every segment and targets are the samples' own, so nothing is predicted across segments. A
     sample that could not be had is left out of its row by the caller; a row may even be empty. Images that are still
     encoded are decoded here.
 
-    Raises ValueError for a row with more than ``row_tokens`` places, and UnreadableImage; samples of a stream bring
+    Raises ValueError for a row with more than ``sequence_length`` places, and UnreadableImage; samples of a stream bring
     decoded images and cannot raise that.
     """
     assert rows
     widest = max(sum(len(sample.token_ids) for sample in row) for row in rows)
-    width = max(widest, 1) if row_tokens is None else row_tokens
+    width = max(widest, 1) if sequence_length is None else sequence_length
     if widest > width:
-        raise ValueError(f"A row holds {widest} tokens, more than row_tokens={width}; pack with the same limit.")
+        raise ValueError(f"A row holds {widest} tokens, more than sequence_length={width}; pack with the same limit.")
     token_ids = _filled(len(rows), width, pad_id, np.int64)
     modality_ids = _filled(len(rows), width, Modality.PAD, np.int8)
     segment_ids = _filled(len(rows), width, NO_SEGMENT, np.int32)

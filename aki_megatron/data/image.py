@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from aki_megatron.flow import DataError, Picture
+from aki_megatron.errors import DataError
+from aki_megatron.types import Picture
 
 MAX_PIXELS = 2**26
 """Largest width x height that is decoded (64 Mi, 192 MiB as RGB); a larger one is taken for a decompression bomb."""

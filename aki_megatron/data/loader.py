@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from aki_megatron.data.bad_samples import BadSample, BadSampleBudget
 from aki_megatron.data.batch import collate
-from aki_megatron.data.losses import Fault, Losses
-from aki_megatron.data.steps import MicroPlan, State, StepPlan, StepPlanner
-from aki_megatron.data.stream import SampleStream
-from aki_megatron.flow import Batch, DataError, Sample, UserError
+from aki_megatron.data.batch_planner import BatchPlanner, MicroPlan, State, StepPlan
+from aki_megatron.data.sample_stream import SampleStream
+from aki_megatron.errors import DataError, UserError
+from aki_megatron.types import Batch, Sample
 
 _PATIENCE_SECONDS = 0.1
 _WORD = 2**64
@@ -34,7 +35,7 @@ class LoadedMicro:
     batch: Batch
     consumed: int
     samples: int
-    faults: tuple[Fault, ...]
+    faults: tuple[BadSample, ...]
 
     def pin_memory(self) -> "LoadedMicro":
         """The same with its tensors in page-locked memory; torch's DataLoader calls it."""
@@ -57,15 +58,15 @@ class LoadedStep:
 
 
 class MicroBatches(Dataset[LoadedMicro | UserError]):
-    """Plans to micro-batches; what background processes run. ``row_tokens``: fixed width of rows, None: the longest."""
+    """Plans to micro-batches; what background processes run. ``sequence_length``: fixed width of rows, None: the longest."""
 
     def __init__(
-        self, streams: Sequence[SampleStream], *, pad_id: int, image_size: int, row_tokens: int | None
+        self, streams: Sequence[SampleStream], *, pad_id: int, image_size: int, sequence_length: int | None
     ) -> None:
         self._streams = streams
         self._pad_id = pad_id
         self._image_size = image_size
-        self._row_tokens = row_tokens
+        self._row_tokens = sequence_length
 
     def __getitem__(self, plan: MicroPlan) -> LoadedMicro | UserError:
         """Decode. A UserError is handed over: raised in a background process it would lose its words."""
@@ -77,7 +78,7 @@ class MicroBatches(Dataset[LoadedMicro | UserError]):
     def _load(self, plan: MicroPlan) -> LoadedMicro:
         stream = self._streams[plan.phase]
         rows: list[list[Sample]] = []
-        faults: list[Fault] = []
+        faults: list[BadSample] = []
         consumed = samples = 0
         for row, numbers in plan.rows:
             rows.append([])
@@ -89,7 +90,7 @@ class MicroBatches(Dataset[LoadedMicro | UserError]):
                     consumed += _hash(row, place, drawn.sample.key)
                     samples += 1
         batch = collate(
-            rows, pad_id=self._pad_id, image_size=self._image_size, row_tokens=self._row_tokens, bad=len(faults)
+            rows, pad_id=self._pad_id, image_size=self._image_size, sequence_length=self._row_tokens, bad=len(faults)
         )
         return LoadedMicro(batch, consumed % _WORD, samples, tuple(faults))
 
@@ -103,10 +104,10 @@ class Loader:
 
     def __init__(
         self,
-        planner: StepPlanner,
+        planner: BatchPlanner,
         micro_batches: MicroBatches,
         *,
-        losses: Losses,
+        losses: BadSampleBudget,
         workers: int = 0,
         prefetch_steps: int = 2,
         pin_memory: bool = False,
@@ -126,7 +127,7 @@ class Loader:
         """Steps start, start+1, ... without end; ``state`` is that of step ``start - 1``.
 
         Preparation starts at once. What goes wrong in the background is raised here, at the step it belongs to;
-        TooManyLost when more was bad than ``losses`` allow.
+        BadSampleBudgetExceeded when more was bad than ``losses`` allow.
         """
         self._work = [work for work in self._work if work.thread.is_alive()]
         self._work.append(_Work(self, start, state))
@@ -189,7 +190,7 @@ class Loader:
                 raise DataError(
                     "A background process that decodes pictures ended without a word (killed? out of memory?): "
                     f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. "
-                    "Lower data.workers or data.prefetch_steps; data.workers 0 decodes in this process."
+                    "Lower data.num_workers or data.prefetch_steps; data.num_workers 0 decodes in this process."
                 ) from error
             yield waiting.popleft(), micros
 

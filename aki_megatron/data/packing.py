@@ -28,7 +28,7 @@ from itertools import accumulate
 import numpy as np
 
 from aki_megatron.data.mixture import keyed, permute
-from aki_megatron.flow import DataError
+from aki_megatron.errors import DataError
 
 BLOCK_SAMPLES = 4096
 """The default K: 98 % of the places hold tokens of the papers' datasets, for rows of 2048 to 8192 (the table above)."""
@@ -41,13 +41,13 @@ _KEPT_BLOCKS = 3
 
 @dataclass(frozen=True)
 class Limits:
-    """What a row holds at most: ``row_tokens`` places, image places included, and ``row_images`` images."""
+    """What a row holds at most: ``sequence_length`` places, image places included, and ``max_images`` images."""
 
-    row_tokens: int
-    row_images: int
+    sequence_length: int
+    max_images: int
 
     def __post_init__(self) -> None:
-        if self.row_tokens < 1 or self.row_images < 0:
+        if self.sequence_length < 1 or self.max_images < 0:
             raise ValueError(f"{self}: a row needs 1 place or more, and 0 images or more.")
 
 
@@ -66,10 +66,10 @@ def pack(lengths: Sequence[int], images: Sequence[int], limits: Limits) -> list[
     sizes = [int(length) for length in lengths]
     counts = [int(count) for count in images]
     for position, (size, count) in enumerate(zip(sizes, counts, strict=True)):
-        if not (1 <= size <= limits.row_tokens and 0 <= count <= limits.row_images):
+        if not (1 <= size <= limits.sequence_length and 0 <= count <= limits.max_images):
             raise ValueError(
                 f"Sample {position} of the block has {size} tokens and {count} images; a row takes 1 to "
-                f"{limits.row_tokens} tokens and at most {limits.row_images} images. Raise the row's limits, or "
+                f"{limits.sequence_length} tokens and at most {limits.max_images} images. Raise the row's limits, or "
                 "lower the longest sample (text and image places together)."
             )
     if not sizes:
@@ -89,8 +89,8 @@ def pack(lengths: Sequence[int], images: Sequence[int], limits: Limits) -> list[
 
 def fewest_rows(lengths: Sequence[int], images: Sequence[int], limits: Limits) -> int:
     """A number of rows below which nothing can be packed: by tokens, by images, and by samples."""
-    most_samples = sum(total <= limits.row_tokens for total in accumulate(sorted(lengths)))
-    needs = ((sum(lengths), limits.row_tokens), (sum(images), limits.row_images), (len(lengths), most_samples))
+    most_samples = sum(total <= limits.sequence_length for total in accumulate(sorted(lengths)))
+    needs = ((sum(lengths), limits.sequence_length), (sum(images), limits.max_images), (len(lengths), most_samples))
     return max(-(-amount // per_row) for amount, per_row in needs if amount)
 
 
@@ -107,7 +107,7 @@ def _balanced(
     if samples == 0:
         return None
     open_places = [samples + (row < longer) for row in range(rows)]
-    room, image_room = [limits.row_tokens] * rows, [limits.row_images] * rows
+    room, image_room = [limits.sequence_length] * rows, [limits.max_images] * rows
     packed: list[list[int]] = [[] for _ in range(rows)]
     waiting = [(-room[row] / open_places[row], row) for row in range(rows)]  # IEEE division: equal on every machine
     heapify(waiting)
@@ -148,9 +148,9 @@ def _best_fit(sizes: list[int], images: list[int], limits: Limits, order: list[i
         if at < len(shelf):
             room, row = shelf.pop(at)
         else:
-            room, row = limits.row_tokens, len(packed)
+            room, row = limits.sequence_length, len(packed)
             packed.append([])
-            image_room.append(limits.row_images)
+            image_room.append(limits.max_images)
         packed[row].append(position)
         image_room[row] -= count
         if room > size:
@@ -159,7 +159,7 @@ def _best_fit(sizes: list[int], images: list[int], limits: Limits, order: list[i
 
 
 @dataclass(frozen=True, order=True)
-class RowPlace:
+class PackingState:
     """Where a run stands: the next row is number ``row`` of ``block``. Two integers are the whole state."""
 
     block: int = 0
@@ -170,10 +170,10 @@ class RowPlace:
             raise ValueError(f"{self}: blocks and rows are counted from 0.")
 
 
-class PackedOrder:
+class PackedSampler:
     """The rows of a run, endless: rows of block b hold the samples b*K ... b*K + K - 1, in a keyed order of rows.
 
-    block_samples  K
+    buffer_size  K
     key            orders the rows of a block (mixture.keyed of seed and phase): packing leaves them sorted by length,
                    which would bias what is learnt when
     measure        (length, images) of sample n, a pure function; length 0 leaves the sample out. A block is measured
@@ -181,12 +181,12 @@ class PackedOrder:
     """
 
     def __init__(
-        self, measure: Callable[[int], tuple[int, int]], limits: Limits, *, block_samples: int = BLOCK_SAMPLES, key: int
+        self, measure: Callable[[int], tuple[int, int]], limits: Limits, *, buffer_size: int = BLOCK_SAMPLES, key: int
     ) -> None:
-        if block_samples < 1:
-            raise ValueError(f"A block of {block_samples} samples cannot be packed; it needs 1 or more.")
+        if buffer_size < 1:
+            raise ValueError(f"A block of {buffer_size} samples cannot be packed; it needs 1 or more.")
         self.limits = limits
-        self.block_samples = block_samples
+        self.buffer_size = buffer_size
         self._measure = measure
         self._key = key
         self._blocks: OrderedDict[int, list[tuple[int, ...]]] = OrderedDict()
@@ -199,9 +199,9 @@ class PackedOrder:
         if block in self._blocks:
             self._blocks.move_to_end(block)
             return self._blocks[block]
-        first = block * self.block_samples
+        first = block * self.buffer_size
         numbers, lengths, images = [], [], []
-        for number in range(first, first + self.block_samples):
+        for number in range(first, first + self.buffer_size):
             length, count = self._measure(number)
             if length:
                 numbers.append(number)
@@ -210,7 +210,7 @@ class PackedOrder:
         try:
             packed = pack(lengths, images, self.limits)
         except ValueError as error:
-            raise ValueError(f"Samples {first} to {first + self.block_samples - 1}: {error}") from error
+            raise ValueError(f"Samples {first} to {first + self.buffer_size - 1}: {error}") from error
         rows: list[tuple[int, ...]] = [()] * len(packed)
         key = keyed("rows", self._key, block)
         for index, row in enumerate(packed):
@@ -220,7 +220,7 @@ class PackedOrder:
             self._blocks.popitem(last=False)
         return rows
 
-    def walk(self, place: RowPlace = RowPlace()) -> Iterator[tuple[RowPlace, tuple[int, ...]]]:  # noqa: B008 (frozen)
+    def walk(self, place: PackingState = PackingState()) -> Iterator[tuple[PackingState, tuple[int, ...]]]:  # noqa: B008 (frozen)
         """All rows from a place on, without end: (the place after the row, the row's sample numbers).
 
         Raises DataError for a place that the order does not have, and where whole blocks hold no sample at all.
@@ -236,10 +236,10 @@ class PackedOrder:
             rows = self.rows(block)
             for index in range(row, len(rows)):
                 last = index + 1 == len(rows)
-                yield RowPlace(block + 1, 0) if last else RowPlace(block, index + 1), rows[index]
+                yield PackingState(block + 1, 0) if last else PackingState(block, index + 1), rows[index]
             empty = 0 if rows else empty + 1
             block, row = block + 1, 0
         raise DataError(
-            f"Blocks {block - empty} to {block - 1} ({empty * self.block_samples} samples) hold no sample that can be "
+            f"Blocks {block - empty} to {block - 1} ({empty * self.buffer_size} samples) hold no sample that can be "
             "trained on; the first losses counted say why."
         )

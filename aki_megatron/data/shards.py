@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from webdataset.shardlists import expand_urls
 
 from aki_megatron.data.captions import TextFormat, caption_text
-from aki_megatron.data.catalog import Shard, open_catalog, stat_tars
 from aki_megatron.data.fetch import ShardCache, command_name
+from aki_megatron.data.shard_manifest import Shard, open_catalog, stat_tars
 from aki_megatron.data.tar_index import IndexFile, tar_digest
 from aki_megatron.data.tar_scan import Entry, Extent
-from aki_megatron.flow import Caption, DataError
+from aki_megatron.errors import DataError
+from aki_megatron.types import Caption
 
 PIPE = "pipe:"
 
@@ -97,7 +98,7 @@ class ShardIndex:
         return shard.read(entry, entry.json)[0] if entry.json.size else None
 
     def close(self) -> None:
-        """Close the tars that are open. Reading opens them again."""
+        """Close the tars that are open. TokenSegments opens them again."""
         with self._lock:
             self._open.clear()
 

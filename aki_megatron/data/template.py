@@ -25,8 +25,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from aki_megatron.data.chat import ENDOFCHUNK, IMAGE
-from aki_megatron.data.text import Tokenizer
-from aki_megatron.flow import IGNORE, Caption, ConfigError, Conversation, DataError, Modality, Sample
+from aki_megatron.data.tokenizer import Tokenizer
+from aki_megatron.errors import ConfigError, DataError
+from aki_megatron.types import IGNORE, Caption, Conversation, Modality, Sample
 
 FEWEST_TEXT_TOKENS = 5
 """Of a caption: its start, <image>, one token of text, <|endofchunk|>, the end."""

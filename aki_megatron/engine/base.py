@@ -9,9 +9,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from aki_megatron.attention import ModalityLayout
-from aki_megatron.flow import Batch, StepReport, UserError, Wish
+from aki_megatron.attention import AttentionMask
+from aki_megatron.errors import UserError
 from aki_megatron.model.stage import Stage
+from aki_megatron.types import Batch, ControlRequest, StepReport
 
 MAX_SKIPPED_IN_A_ROW = 10
 """Steps without a finite gradient, one after another, after which training stops."""
@@ -35,11 +36,11 @@ class GradientGroup:
     tensors: list[Tensor]
 
 
-class StageRunner(Protocol):
+class ShardedStage(Protocol):
     """One pipeline stage with its optimizer, over the ranks of a data group.
 
     Methods marked collective are called by all ranks of the data group, in the same order. ``name`` is a parameter's
-    name in ``stage``; moments are logical.MOMENTS.
+    name in ``stage``; moments are global_state.MOMENTS.
     """
 
     stage: Stage
@@ -47,7 +48,7 @@ class StageRunner(Protocol):
     def begin_step(self) -> None:
         """Have the weights whole for the coming step; collective."""
 
-    def forward(self, inputs: Tensor, ids: Tensor, pixels: Tensor | None, layout: ModalityLayout) -> Tensor:
+    def forward(self, inputs: Tensor, ids: Tensor, pixels: Tensor | None, layout: AttentionMask) -> Tensor:
         """``stage(inputs, ids, pixels, layout=layout)``."""
         ...
 
@@ -97,14 +98,16 @@ class Engine(Protocol):
     Every method is collective: all ranks call it, in the same order.
     """
 
-    def train_step(self, microbatches: Sequence[Batch], lr: float, *, wish: Wish = Wish.NONE) -> StepReport:
+    def train_step(
+        self, microbatches: Sequence[Batch], lr: float, *, wish: ControlRequest = ControlRequest.NONE
+    ) -> StepReport:
         """Forward and backward over the micro-batches, then one optimizer step at learning rate ``lr``.
 
         Ranks that read data give their share, the same number of micro-batches each, all others none. The report's
-        numbers are global. ``wish`` is what this rank wants done after the step; the report's holds the wishes of all.
+        numbers are global. ``wish`` is what this rank wants done after the step; the report's holds the control_signals of all.
 
         Errors: DivergedError when the gradient was not finite in MAX_SKIPPED_IN_A_ROW steps in a row,
-        LayoutMismatchError when the ranks of a replica have not built the same attention layout.
+        MaskMismatchError when the ranks of a replica have not built the same attention layout.
         """
         ...
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from aki_megatron.model.split import split_of
-from aki_megatron.model.stage import TIED, Stage, logical_names
+from aki_megatron.model.stage import TIED, Stage, global_names
 
 EMBEDDING = "embedding"
 """Name of the module that holds the token tables (base and extra rows) in the model's front."""
@@ -22,11 +22,11 @@ def parameter_groups(stage: Stage, weight_decay: float) -> list[dict[str, Any]]:
     frozen parameters are in none.
     """
     groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
-    logical, decoder = logical_names(stage), stage.config.decoder
+    logical, decoder = global_names(stage), stage.config.decoder
     for name, parameter in stage.named_parameters():
         if parameter.requires_grad:
             decays, split = EMBEDDING not in logical[name].split("."), split_of(name, decoder) is not None
-            tied = decoder.tie_embeddings and logical[name] in TIED.values()
+            tied = decoder.tie_word_embeddings and logical[name] in TIED.values()
             groups.setdefault((tied, split, decays), []).append(parameter)
     return [
         {"params": groups[key], "weight_decay": weight_decay if key[2] else 0.0, "split": key[1], "tied": key[0]}

@@ -11,7 +11,7 @@ decides for all ranks at once:
 - A gradient that is not finite anywhere makes all ranks skip the step; so does ``accept``, which sees the same numbers
   on every rank.
 - Ids travel with the hidden states, each stage rebuilds the attention layout from what it got, and layouts are compared
-  over the ranks of a replica in the first step and in every ``check_every``-th after it.
+  over the ranks of a replica in the first step and in every ``mask_check_interval``-th after it.
 """
 
 import math
@@ -24,19 +24,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from aki_megatron.engine import logical
-from aki_megatron.engine.agreement import LayoutLedger
-from aki_megatron.engine.base import MAX_SKIPPED_IN_A_ROW, DivergedError, StageRunner
+from aki_megatron.engine import global_state
+from aki_megatron.engine.base import MAX_SKIPPED_IN_A_ROW, DivergedError, ShardedStage
+from aki_megatron.engine.mask_consistency import MaskConsistencyChecker
 from aki_megatron.engine.norm import clip_factor, squared_norm
-from aki_megatron.flow import Batch, Carry, StepReport, Wish
 from aki_megatron.model.split import cut, join, split_of
-from aki_megatron.model.stage import logical_names
-from aki_megatron.parallel.feed import MicroSize, share_batch, share_sizes
+from aki_megatron.model.stage import global_names
+from aki_megatron.parallel.batch_broadcast import MicrobatchShape, broadcast_batch, broadcast_shapes
+from aki_megatron.parallel.p2p_communication import P2PCommunicator
 from aki_megatron.parallel.schedule import Message, Work, schedule
 from aki_megatron.parallel.topology import Topology
-from aki_megatron.parallel.wire import Wire
+from aki_megatron.types import Batch, ControlRequest, StageActivations, StepReport
 
-WISHES = (Wish.SAVE, Wish.STOP)
+WISHES = (ControlRequest.SAVE, ControlRequest.STOP)
 """Each has a place in the all-reduce at the end of a step."""
 
 
@@ -53,21 +53,21 @@ class PipelineEngine:
 
     def __init__(
         self,
-        runners: Sequence[StageRunner],
+        runners: Sequence[ShardedStage],
         topology: Topology,
         *,
         micro_batches: int,
         precision: Literal["bf16", "fp32"],
-        clip_norm: float,
-        check_every: int,
+        max_grad_norm: float,
+        mask_check_interval: int,
         accept: Callable[[float, float], bool] = _accept_all,
         at: Callable[[str], None] = _tell_nobody,
     ) -> None:
         """Drive this rank's ``runners``, one per chunk, in model order; every rank has the same number of them.
 
         micro_batches  per step and data rank
-        clip_norm      limit of the global gradient norm
-        check_every    steps between comparisons of attention layouts
+        max_grad_norm      limit of the global gradient norm
+        mask_check_interval    steps between comparisons of attention layouts
         accept         asked on every rank, with the same loss and finite gradient norm, before each update; False
                        discards the update
         at             told where in the step this rank is, often: it must be cheap
@@ -75,44 +75,46 @@ class PipelineEngine:
         self._runners = runners
         self._topology = topology
         self._micro_batches = micro_batches
-        self._clip_norm = clip_norm
-        self._check_every = check_every
+        self._clip_norm = max_grad_norm
+        self._check_every = mask_check_interval
         self._accept = accept
         self._at = at
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self._ticks = schedule(pipeline=topology.pipeline, chunks=len(runners), micro_batches=micro_batches)[
             topology.pipeline_rank
         ]
-        self._wire = Wire(topology, width=runners[0].stage.config.decoder.width, dtype=self._dtype)
+        self._wire = P2PCommunicator(topology, width=runners[0].stage.config.decoder.hidden_size, dtype=self._dtype)
         self._mesh = DeviceMesh.from_group(topology.stage_group, topology.device.type)
-        self._names = [logical_names(runner.stage) for runner in runners]
+        self._names = [global_names(runner.stage) for runner in runners]
         self._steps_taken = 0
         self._not_finite_in_a_row = 0
-        self.most_in_flight = 0
+        self.max_in_flight = 0
         """Most forwards whose backward was still to come; schedule.in_flight is its bound."""
 
     @property
-    def most_parked(self) -> int:
+    def max_buffered(self) -> int:
         """Most received messages that waited for their work; schedule.parked is its bound."""
-        return self._wire.most_parked
+        return self._wire.max_buffered
 
-    def train_step(self, microbatches: Sequence[Batch], lr: float, *, wish: Wish = Wish.NONE) -> StepReport:
+    def train_step(
+        self, microbatches: Sequence[Batch], lr: float, *, wish: ControlRequest = ControlRequest.NONE
+    ) -> StepReport:
         """See Engine.train_step."""
         started = time.perf_counter()
         topology = self._topology
         self._at("counts tokens")
-        sizes = share_sizes(microbatches, self._micro_batches, topology)
+        sizes = broadcast_shapes(microbatches, self._micro_batches, topology)
         counts = [(size.supervised, size.real, size.rows * size.tokens, size.images, size.bad) for size in sizes]
         supervised, *others = topology.sum_over_data([sum(column) for column in zip(*counts, strict=True)])
         tokens, places, images, bad = (int(number) for number in others)
-        ledger = LayoutLedger(topology) if self._steps_taken % self._check_every == 0 else None
+        ledger = MaskConsistencyChecker(topology) if self._steps_taken % self._check_every == 0 else None
         step = _Step(self, microbatches, sizes, topology.data / max(supervised, 1), ledger)
         loss = step.run()
-        self.most_in_flight = max(self.most_in_flight, step.most_in_flight)
+        self.max_in_flight = max(self.max_in_flight, step.max_in_flight)
         if ledger is not None:
             ledger.compare()
         self._at("reduces")
-        loss_sum, norm, wishes = self._reduce(loss, wish)
+        loss_sum, norm, control_signals = self._reduce(loss, wish)
         mean_loss = loss_sum / max(supervised, 1)
         skipped = not (math.isfinite(norm) and self._accept(mean_loss, norm))
         self._at("updates")
@@ -130,7 +132,7 @@ class PipelineEngine:
             bad_samples=bad,
             seconds=time.perf_counter() - started,
             skipped=skipped,
-            wish=wishes,
+            wish=control_signals,
         )
 
     def _update(self, lr: float, norm: float | None) -> None:
@@ -143,8 +145,8 @@ class PipelineEngine:
                 runner.scale_gradients(factor)
             runner.update(lr)
 
-    def _reduce(self, loss: Tensor, wish: Wish) -> tuple[float, float, Wish]:
-        """Over the world: summed loss, gradient norm (inf if not finite), wishes. Exchanges tied gradients before."""
+    def _reduce(self, loss: Tensor, wish: ControlRequest) -> tuple[float, float, ControlRequest]:
+        """Over the world: summed loss, gradient norm (inf if not finite), control_signals. Exchanges tied gradients before."""
         topology = self._topology
         square = torch.zeros((), dtype=torch.float64, device=topology.device)
         for runner in self._runners:
@@ -152,7 +154,7 @@ class PipelineEngine:
                 copied = group.tied and runner.stage.front is None
                 if group.tied and topology.pipeline > 1:
                     for tensor in group.tensors:
-                        dist.all_reduce(tensor, group=topology.edge_group)
+                        dist.all_reduce(tensor, group=topology.embedding_group)
                 if not copied and (group.split or topology.tensor_rank == 0):
                     square += squared_norm(group.tensors, topology.device)
         counted = loss.double() if topology.tensor_rank == 0 else torch.zeros_like(square)
@@ -160,8 +162,8 @@ class PipelineEngine:
         sums = torch.cat([torch.stack([counted, square]), wanted])
         dist.all_reduce(sums)
         loss_sum, square_sum, *counts = sums.tolist()
-        wishes = Wish(sum(known for known, count in zip(WISHES, counts, strict=True) if count))
-        return loss_sum, math.sqrt(square_sum) if math.isfinite(square_sum) else math.inf, wishes
+        control_signals = ControlRequest(sum(known for known, count in zip(WISHES, counts, strict=True) if count))
+        return loss_sum, math.sqrt(square_sum) if math.isfinite(square_sum) else math.inf, control_signals
 
     def _count_not_finite(self, not_finite: bool) -> None:
         self._not_finite_in_a_row = self._not_finite_in_a_row + 1 if not_finite else 0
@@ -175,8 +177,8 @@ class PipelineEngine:
         """Master weights, moments and step; frozen parameters have a weight only. See Engine.state."""
         tensors: dict[str, Tensor] = {}
         for runner, name, moment, key in self._tensors():
-            tensors[key] = logical.shard_rows(self._whole(runner, name, moment), self._mesh)
-        tensors[logical.STEP] = torch.tensor(float(self._runners[0].updates))
+            tensors[key] = global_state.shard_rows(self._whole(runner, name, moment), self._mesh)
+        tensors[global_state.STEP] = torch.tensor(float(self._runners[0].updates))
         return tensors
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
@@ -184,10 +186,10 @@ class PipelineEngine:
         topology = self._topology
         for runner, name, moment, key in self._tensors():
             split = split_of(name, runner.stage.config.decoder)
-            whole = logical.gather(tensors[key])
+            whole = global_state.gather(tensors[key])
             runner.put(name, cut(whole, split, topology.tensor_rank, topology.tensor), moment)
         for runner in self._runners:
-            runner.updates = int(tensors[logical.STEP])
+            runner.updates = int(tensors[global_state.STEP])
             runner.refresh()
         self._not_finite_in_a_row = 0
 
@@ -197,15 +199,15 @@ class PipelineEngine:
             for name in names:
                 yield names[name], self._whole(runner, name)
 
-    def _tensors(self) -> Iterator[tuple[StageRunner, str, str | None, str]]:
+    def _tensors(self) -> Iterator[tuple[ShardedStage, str, str | None, str]]:
         """Every tensor of the state: its runner, parameter name, moment (None: the weight) and logical key."""
         for runner, names in zip(self._runners, self._names, strict=True):
             for name, parameter in runner.stage.named_parameters():
-                yield runner, name, None, logical.key(logical.WEIGHT, names[name])
-                for moment in logical.MOMENTS if parameter.requires_grad else ():
-                    yield runner, name, moment, logical.key(moment, names[name])
+                yield runner, name, None, global_state.key(global_state.WEIGHT, names[name])
+                for moment in global_state.MOMENTS if parameter.requires_grad else ():
+                    yield runner, name, moment, global_state.key(moment, names[name])
 
-    def _whole(self, runner: StageRunner, name: str, moment: str | None = None) -> Tensor:
+    def _whole(self, runner: ShardedStage, name: str, moment: str | None = None) -> Tensor:
         """Master weight or moment of one parameter, whole and float32; collective over the ranks of the stage."""
         local = runner.local(name, moment)
         split = split_of(name, runner.stage.config.decoder)
@@ -223,9 +225,9 @@ class _Step:
         self,
         engine: PipelineEngine,
         microbatches: Sequence[Batch],
-        sizes: Sequence[MicroSize],
+        sizes: Sequence[MicrobatchShape],
         scale: float,
-        ledger: LayoutLedger | None,
+        ledger: MaskConsistencyChecker | None,
     ) -> None:
         """``scale`` turns summed losses into what is minimized."""
         self._engine = engine
@@ -238,9 +240,9 @@ class _Step:
         self._loss = torch.zeros((), device=self._topology.device)
         self._kept: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
         """(chunk, micro-batch) -> the hidden states that came in, None on the first stage, and what came out."""
-        self._handed: dict[Message, Carry | Tensor] = {}
+        self._handed: dict[Message, StageActivations | Tensor] = {}
         """Made by this rank for another stage: to be sent at the end of the tick, or taken by this rank itself."""
-        self.most_in_flight = 0
+        self.max_in_flight = 0
 
     def run(self) -> Tensor:
         """Do everything; returns the summed loss of this rank's micro-batches, 0 where the head is elsewhere."""
@@ -262,7 +264,7 @@ class _Step:
         hidden = pixels = None
         if stage == 0:
             batch = self._microbatches[work.micro] if self._topology.reads_data else None
-            entering = share_batch(batch, self._sizes[work.micro], self._topology)
+            entering = broadcast_batch(batch, self._sizes[work.micro], self._topology)
             inputs, ids, pixels = entering.token_ids, entering.ids, entering.pixels.to(self._engine._dtype)
         else:
             carry = self._wire.take_carry(self._incoming("forward", stage, work.micro))
@@ -274,11 +276,11 @@ class _Step:
             self._ledger.record(stage, work.micro, layout, ids)
         output = runner.forward(inputs, ids, pixels, layout)
         self._kept[work.chunk, work.micro] = (hidden, output)
-        self.most_in_flight = max(self.most_in_flight, len(self._kept))
+        self.max_in_flight = max(self.max_in_flight, len(self._kept))
         if stage == self._stages - 1:
             self._loss += output.detach()
         else:
-            self._hand("forward", stage + 1, work.micro, Carry(output.detach(), ids))
+            self._hand("forward", stage + 1, work.micro, StageActivations(output.detach(), ids))
 
     def _backward(self, work: Work) -> None:
         runner, stage = self._runners[work.chunk], self._stage(work.chunk)
@@ -303,6 +305,8 @@ class _Step:
         sender = stage - 1 if kind == "forward" else stage + 1
         return Message(kind, stage, micro, sender % self._topology.pipeline)
 
-    def _hand(self, kind: Literal["forward", "backward"], stage: int, micro: int, content: Carry | Tensor) -> None:
+    def _hand(
+        self, kind: Literal["forward", "backward"], stage: int, micro: int, content: StageActivations | Tensor
+    ) -> None:
         """Give another stage, which is on another rank, what this one has made."""
         self._handed[Message(kind, stage, micro, stage % self._topology.pipeline)] = content

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from aki_megatron.flow import ConfigError
+from aki_megatron.errors import ConfigError
 
 DEFAULTS = {"communication_data_type": "fp32"}
 """Settings a user may change. Gradients summed over ranks in bf16 err three times as much as those of one process."""

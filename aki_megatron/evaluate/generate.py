@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from aki_megatron.attention import LayerCache
-from aki_megatron.flow import IGNORE, NO_SEGMENT, Batch, Modality, stack_ids
 from aki_megatron.model.stage import Stage
+from aki_megatron.types import IGNORE, NO_SEGMENT, Batch, Modality, stack_ids
 
 
 def generate(stage: Stage, prompts: Batch, *, stop_ids: Collection[int], max_new_tokens: int) -> list[list[int]]:
@@ -70,13 +70,13 @@ class Continuation:
         self.caches = [
             LayerCache(
                 len(self.rows),
-                config.kv_heads,
+                config.num_kv_heads,
                 self.capacity,
-                config.head_width,
+                config.head_dim,
                 dtype=weight.dtype,
                 device=weight.device,
             )
-            for _ in range(config.layers)
+            for _ in range(config.num_layers)
         ]
         longest = int(self.lengths.max())
         return self.stage.logits(
@@ -101,9 +101,9 @@ class Continuation:
     def _turns_long(self) -> bool:
         """Whether a row just outgrew longrope's short factors: then its kept keys were turned by other angles."""
         rope = self.stage.config.decoder.rope
-        if rope.kind != "longrope" or self.capacity <= rope.original_max_positions:
+        if rope.rope_type != "longrope" or self.capacity <= rope.original_max_position_embeddings:
             return False
-        return bool((self.lengths == rope.original_max_positions + 1).any())
+        return bool((self.lengths == rope.original_max_position_embeddings + 1).any())
 
 
 def _widened(values: Tensor, columns: int, filler: int) -> Tensor:

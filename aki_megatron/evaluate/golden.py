@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aki_megatron.attention import ModalityLayout
+from aki_megatron.attention import AttentionMask
 from aki_megatron.checkpoint.official import official_names
+from aki_megatron.errors import CheckpointError
 from aki_megatron.evaluate.generate import Continuation, generate
 from aki_megatron.evaluate.golden_files import INPUTS, Case, Golden
-from aki_megatron.flow import IGNORE, CheckpointError, Modality, stack_ids
 from aki_megatron.model.stage import Stage
+from aki_megatron.types import IGNORE, Modality, stack_ids
 
 LIMITS = {"loss": 2e-5, "grad_norm": 1e-4, "grad": 1e-4}
 """Largest difference that is rounding; of gradients relative to their norm. Integers and masks must be equal."""
@@ -109,7 +110,7 @@ def _finding(name: str, ours: Tensor, theirs: Tensor) -> Finding:
 def _ids_made(case: Case) -> dict[str, Tensor]:
     """What follows from the ids alone."""
     batch, valid = case.batch, case.valid
-    layout = ModalityLayout.build(batch.modality_ids, batch.segment_ids, rule="mma", scored=batch.targets != IGNORE)
+    layout = AttentionMask.build(batch.modality_ids, batch.segment_ids, rule="mma", scored=batch.targets != IGNORE)
     spans = []
     for row, live in zip(batch.modality_ids.tolist(), valid.sum(dim=1).tolist(), strict=True):
         start = row.index(Modality.IMAGE) if Modality.IMAGE in row else -1

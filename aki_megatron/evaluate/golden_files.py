@@ -19,12 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from aki_megatron.checkpoint.official import official_names
-from aki_megatron.checkpoint.sources import open_safetensors
-from aki_megatron.checkpoint.tensors import as_ours
-from aki_megatron.checkpoint.weights import check_shapes, model_shapes
+from aki_megatron.checkpoint.readers import open_safetensors
+from aki_megatron.checkpoint.tensors import to_native
+from aki_megatron.checkpoint.weight_names import check_shapes, model_shapes
 from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
-from aki_megatron.flow import IGNORE, NO_SEGMENT, Batch, CheckpointError, Modality
+from aki_megatron.errors import CheckpointError
 from aki_megatron.model.stage import Stage, build_model
+from aki_megatron.types import IGNORE, NO_SEGMENT, Batch, Modality
 
 INPUTS = {"pixel_values", "input_ids", "attention_mask", "labels"}
 """What a case gives; everything else that it records is compared."""
@@ -87,7 +88,7 @@ class Golden:
         table, shapes = official_names(self.config), model_shapes(self.config)
         got = {name: fact.shape for name, fact in self._weights.facts.items()}
         check_shapes(got, {table[name][0]: shape for name, shape in shapes.items()}, str(self._weights.path))
-        ours = as_ours(self._weights, table)
+        ours = to_native(self._weights, table)
         model = build_model(self.config, rule=rule)
         model.load_state_dict({name: ours.get(name) for name in ours.facts})
         return model
@@ -122,10 +123,10 @@ def _vision(described: Mapping[str, Any], pooling: bool) -> VisionConfig:
     return VisionConfig(
         image_size=described["image_size"],
         patch_size=described["patch_size"],
-        width=described["hidden_size"],
-        layers=described["num_hidden_layers"],
-        heads=described["num_attention_heads"],
-        mlp_width=described["intermediate_size"],
+        hidden_size=described["hidden_size"],
+        num_layers=described["num_hidden_layers"],
+        num_heads=described["num_attention_heads"],
+        intermediate_size=described["intermediate_size"],
         norm_eps=described["layer_norm_eps"],
         pooling_head=pooling,
     )
@@ -133,10 +134,10 @@ def _vision(described: Mapping[str, Any], pooling: bool) -> VisionConfig:
 
 def _resampler(described: Mapping[str, Any]) -> ResamplerConfig:
     return ResamplerConfig(
-        latents=described["num_latents"],
-        layers=described["depth"],
-        heads=described["heads"],
-        head_width=described["dim_head"],
+        num_latents=described["num_latents"],
+        num_layers=described["depth"],
+        num_heads=described["heads"],
+        head_dim=described["dim_head"],
         mlp_ratio=described["ff_mult"],
         norm_eps=described["layer_norm_eps"],
     )
@@ -150,15 +151,15 @@ def _decoder(described: Mapping[str, Any]) -> DecoderConfig:
             "give golden numbers of one."
         )
     return DecoderConfig(
-        width=language["hidden_size"],
-        layers=language["num_hidden_layers"],
-        heads=language["num_attention_heads"],
-        kv_heads=language["num_key_value_heads"],
-        mlp_width=language["intermediate_size"],
+        hidden_size=language["hidden_size"],
+        num_layers=language["num_hidden_layers"],
+        num_heads=language["num_attention_heads"],
+        num_kv_heads=language["num_key_value_heads"],
+        intermediate_size=language["intermediate_size"],
         norm_eps=language["rms_norm_eps"],
-        vocab_rows=language["embedding_rows"],
-        base_tokens=described["initial_tokenizer_len"],
-        extra_tokens=described["output_vocab"] - described["initial_tokenizer_len"],
+        padded_vocab_size=language["embedding_rows"],
+        vocab_size=described["initial_tokenizer_len"],
+        num_added_tokens=described["output_vocab"] - described["initial_tokenizer_len"],
         rope=_rope(language),
     )
 
@@ -168,10 +169,10 @@ def _rope(language: Mapping[str, Any]) -> RopeConfig:
     if not scaling:
         return RopeConfig(theta=language["rope_theta"])
     return RopeConfig(
-        kind="longrope",
+        rope_type="longrope",
         theta=language["rope_theta"],
-        max_positions=language["max_position_embeddings"],
-        original_max_positions=language["original_max_position_embeddings"],
+        max_position_embeddings=language["max_position_embeddings"],
+        original_max_position_embeddings=language["original_max_position_embeddings"],
         short_factor=tuple(scaling["short_factor"]),
         long_factor=tuple(scaling["long_factor"]),
     )
@@ -180,7 +181,7 @@ def _rope(language: Mapping[str, Any]) -> RopeConfig:
 def _batch(recorded: Mapping[str, Tensor], config: ModelConfig, tokens: SpecialTokens) -> Batch:
     """The inputs of a case as our data room would have written them, right padded to the longest expanded row."""
     pixels = recorded.get("pixel_values")
-    latents = 0 if pixels is None else config.resampler.latents
+    latents = 0 if pixels is None else config.resampler.num_latents
     rows = [_expand(recorded, row, latents, tokens) for row in range(len(recorded["input_ids"]))]
     length = max(len(ids) for ids, *_ in rows)
     fillers = (tokens.pad, int(Modality.PAD), NO_SEGMENT, 0, IGNORE)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from aki_megatron.flow import Modality
+from aki_megatron.types import Modality
 
 COLORS = {
     Modality.PAD: "#c7ccd6",

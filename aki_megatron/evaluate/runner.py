@@ -11,8 +11,8 @@ from aki_megatron.data.sources import task_of
 from aki_megatron.data.template import Template
 from aki_megatron.evaluate.generate import generate
 from aki_megatron.evaluate.scores import Answer
-from aki_megatron.flow import Batch, Conversation
 from aki_megatron.model.stage import Stage
+from aki_megatron.types import Batch, Conversation
 
 
 def choose(sources: Mapping[str, Sequence[Conversation]], per_task: int) -> list[Conversation]:

@@ -39,7 +39,7 @@ class LinearFactory(Protocol):
         """Summed cross entropy, fp32 scalar, of logits [R, len(words)] of this process's words for targets [R]."""
 
 
-class PlainLinears:
+class LocalLinears:
     """One process holds everything."""
 
     def column(self, inputs: int, outputs: int, *, bias: bool, std: float, parts: Sequence[int] = ()) -> nn.Module:
@@ -83,7 +83,7 @@ class _SilentLinear(nn.Linear):
 
 class _SilentEmbedding(nn.Embedding):
     def reset_parameters(self) -> None:
-        """Leave the memory as it is; PlainLinears.embedding fills it."""
+        """Leave the memory as it is; LocalLinears.embedding fills it."""
 
 
 def _linear(inputs: int, outputs: int, bias: bool, std: float) -> nn.Linear:

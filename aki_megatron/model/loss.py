@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aki_megatron.flow import IGNORE
+from aki_megatron.types import IGNORE
 
 
 def token_loss_sum(logits: Tensor, targets: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ class ResamplerAttention(nn.Module):
     Image and latents have LayerNorms of their own; keys and values come from both, image first.
     """
 
-    def __init__(self, width: int, heads: int, head_width: int, eps: float) -> None:
+    def __init__(self, width: int, heads: int, head_dim: int, eps: float) -> None:
         super().__init__()
-        inner = heads * head_width
+        inner = heads * head_dim
         self.heads = heads
         self.norm_media = nn.LayerNorm(width, eps=eps)
         self.norm_latents = nn.LayerNorm(width, eps=eps)
@@ -54,7 +54,7 @@ class ResamplerBlock(nn.Module):
 
     def __init__(self, config: ResamplerConfig, width: int) -> None:
         super().__init__()
-        self.attention = ResamplerAttention(width, config.heads, config.head_width, config.norm_eps)
+        self.attention = ResamplerAttention(width, config.num_heads, config.head_dim, config.norm_eps)
         self.feed_forward = ResamplerFeedForward(width, config.mlp_ratio, config.norm_eps)
 
     def forward(self, media: Tensor, latents: Tensor) -> Tensor:
@@ -68,8 +68,8 @@ class PerceiverResampler(nn.Module):
 
     def __init__(self, config: ResamplerConfig, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.latents = nn.Parameter(torch.randn(config.latents, inputs))
-        self.blocks = nn.ModuleList(ResamplerBlock(config, inputs) for _ in range(config.layers))
+        self.latents = nn.Parameter(torch.randn(config.num_latents, inputs))
+        self.blocks = nn.ModuleList(ResamplerBlock(config, inputs) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(inputs, eps=config.norm_eps)
         self.projection = nn.Linear(inputs, outputs)
 

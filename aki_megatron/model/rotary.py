@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aki_megatron.config.model import RopeConfig
-from aki_megatron.flow import NO_SEGMENT
+from aki_megatron.types import NO_SEGMENT
 
 
 class Rotary:
@@ -18,25 +18,25 @@ class Rotary:
     Not a module: its frequencies must stay fp32 when the model is cast, and are neither trained nor saved.
     """
 
-    def __init__(self, config: RopeConfig, head_width: int) -> None:
+    def __init__(self, config: RopeConfig, head_dim: int) -> None:
         self.config = config
-        self.head_width = head_width
+        self.head_dim = head_dim
         self.scale = 1.0
-        if config.kind == "longrope":
-            ratio = config.max_positions / config.original_max_positions
-            self.scale = math.sqrt(1 + math.log(ratio) / math.log(config.original_max_positions))
+        if config.rope_type == "longrope":
+            ratio = config.max_position_embeddings / config.original_max_position_embeddings
+            self.scale = math.sqrt(1 + math.log(ratio) / math.log(config.original_max_position_embeddings))
         self._frequencies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, position_ids: Tensor, segment_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines, each [B, T, 1, d / 2] in ``dtype``, from position and segment ids [B, T].
 
-        With longrope a sequence longer than ``original_max_positions`` takes the long factors at all its places.
+        With longrope a sequence longer than ``original_max_position_embeddings`` takes the long factors at all its places.
         A sequence is one segment of one row, so what else is in the batch does not matter.
         """
         short, long = self._on(position_ids.device)
         positions = position_ids.unsqueeze(-1).float()
         angles = positions * short
-        if self.config.kind == "longrope":
+        if self.config.rope_type == "longrope":
             beyond = self._beyond(position_ids, segment_ids)
             if beyond is not None:
                 angles = torch.where(beyond.unsqueeze(-1), positions * long, angles)
@@ -45,7 +45,7 @@ class Rotary:
 
     def _beyond(self, position_ids: Tensor, segment_ids: Tensor) -> Tensor | None:
         """Places [B, T] of sequences longer than the original maximum; None if there is none."""
-        limit = self.config.original_max_positions
+        limit = self.config.original_max_position_embeddings
         if 1 < position_ids.shape[1] <= limit:
             return None  # positions restart in every segment; one token alone may be a generated one at any position
         past = (position_ids >= limit) & (segment_ids != NO_SEGMENT)
@@ -58,20 +58,22 @@ class Rotary:
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._frequencies:
-            exponents = torch.arange(0, self.head_width, 2, dtype=torch.float32, device=device) / self.head_width
+            exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
             plain = self.config.theta**exponents
             factors = [
                 torch.tensor(factor or (1.0,), dtype=torch.float32, device=device)
                 for factor in (self.config.short_factor, self.config.long_factor)
             ]
             short, long = (1.0 / (factor * plain) for factor in factors)
-            self._frequencies[device] = (self._slowed(short), long) if self.config.kind == "llama3" else (short, long)
+            self._frequencies[device] = (
+                (self._slowed(short), long) if self.config.rope_type == "llama3" else (short, long)
+            )
         return self._frequencies[device]
 
     def _slowed(self, frequencies: Tensor) -> Tensor:
         """LLaMA 3.1's rule: slow waves a factor slower, fast ones as they are, a blend by the wavelength between."""
         config = self.config
-        waves_seen = config.original_max_positions * frequencies / (2 * math.pi)
+        waves_seen = config.original_max_position_embeddings * frequencies / (2 * math.pi)
         fastness = (waves_seen - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
         fastness = fastness.clamp(0, 1)
         return (1 - fastness) * frequencies / config.factor + fastness * frequencies

@@ -24,24 +24,24 @@ class Split:
 
 def qkv_parts(config: DecoderConfig) -> tuple[int, int, int]:
     """Rows of the fused projection: all queries, all keys, all values, by heads."""
-    keys = config.kv_heads * config.head_width
-    return config.heads * config.head_width, keys, keys
+    keys = config.num_kv_heads * config.head_dim
+    return config.num_heads * config.head_dim, keys, keys
 
 
 def gate_up_parts(config: DecoderConfig) -> tuple[int, int]:
     """Rows of the fused projection: the gate, then what it gates."""
-    return config.mlp_width, config.mlp_width
+    return config.intermediate_size, config.intermediate_size
 
 
 SPLITS: dict[str, Callable[[DecoderConfig], Split]] = {
-    "front.embedding.table.weight": lambda config: Split(0, (config.vocab_rows,)),
+    "front.embedding.table.weight": lambda config: Split(0, (config.padded_vocab_size,)),
     "blocks.{i}.attention.qkv.weight": lambda config: Split(0, qkv_parts(config)),
     "blocks.{i}.attention.qkv.bias": lambda config: Split(0, qkv_parts(config)),
-    "blocks.{i}.attention.out.weight": lambda config: Split(1, (config.width,)),
+    "blocks.{i}.attention.out.weight": lambda config: Split(1, (config.hidden_size,)),
     "blocks.{i}.feed_forward.gate_up.weight": lambda config: Split(0, gate_up_parts(config)),
-    "blocks.{i}.feed_forward.down.weight": lambda config: Split(1, (config.mlp_width,)),
-    "head.output.weight": lambda config: Split(0, (config.vocab_rows,)),
-    "head.output.bias": lambda config: Split(0, (config.vocab_rows,)),
+    "blocks.{i}.feed_forward.down.weight": lambda config: Split(1, (config.intermediate_size,)),
+    "head.output.weight": lambda config: Split(0, (config.padded_vocab_size,)),
+    "head.output.bias": lambda config: Split(0, (config.padded_vocab_size,)),
 }
 """Parameter name -> its split; every tensor rank holds the whole of all others."""
 

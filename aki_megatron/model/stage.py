@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from aki_megatron.attention import LayerCache, ModalityLayout
+from aki_megatron.attention import AttentionMask, LayerCache
 from aki_megatron.config.model import DecoderConfig, ModelConfig
-from aki_megatron.flow import IGNORE, NO_SEGMENT, Modality
 from aki_megatron.model.decoder import Block
-from aki_megatron.model.linears import LinearFactory, PlainLinears
+from aki_megatron.model.linears import LinearFactory, LocalLinears
 from aki_megatron.model.resampler import PerceiverResampler
 from aki_megatron.model.rotary import Rotary
 from aki_megatron.model.vision import VisionEncoder
+from aki_megatron.types import IGNORE, NO_SEGMENT, Modality
 
 EMBEDDING_STD = 0.02
 """Standard deviation of new embedding rows (Phi-3's initializer_range, and AKI's for its added tokens)."""
@@ -39,15 +39,15 @@ def seeded(seed: int, part: str) -> Iterator[None]:
 
 
 class TokenEmbedding(nn.Module):
-    """Token ids to vectors: a table, and rows of their own for the ids past ``base_tokens``."""
+    """Token ids to vectors: a table, and rows of their own for the ids past ``vocab_size``."""
 
     def __init__(self, config: DecoderConfig, linears: LinearFactory) -> None:
         super().__init__()
-        self.base_tokens = config.base_tokens
-        self.table = linears.embedding(config.vocab_rows, config.width, std=EMBEDDING_STD)
+        self.vocab_size = config.vocab_size
+        self.table = linears.embedding(config.padded_vocab_size, config.hidden_size, std=EMBEDDING_STD)
         self.extra = (
-            nn.Parameter(torch.randn(config.extra_tokens, config.width) * EMBEDDING_STD)
-            if config.extra_tokens
+            nn.Parameter(torch.randn(config.num_added_tokens, config.hidden_size) * EMBEDDING_STD)
+            if config.num_added_tokens
             else None
         )
 
@@ -55,14 +55,14 @@ class TokenEmbedding(nn.Module):
         """[B, T] -> [B, T, D]"""
         if self.extra is None:
             return self.table(token_ids)
-        added = token_ids >= self.base_tokens
+        added = token_ids >= self.vocab_size
         vectors = self.table(token_ids.masked_fill(added, 0))
         places = added.flatten().nonzero().squeeze(-1)
-        rows = F.embedding(token_ids.flatten()[places] - self.base_tokens, self.extra)
+        rows = F.embedding(token_ids.flatten()[places] - self.vocab_size, self.extra)
         return vectors.flatten(0, 1).index_copy(0, places, rows.to(vectors.dtype)).view_as(vectors)
 
 
-def place_images(text: Tensor, images: Tensor, modality_ids: Tensor) -> Tensor:
+def scatter_image_embeds(text: Tensor, images: Tensor, modality_ids: Tensor) -> Tensor:
     """Put image vectors [N, Q, D] into the IMAGE places of text [B, T, D], in row-major order.
 
     Raises ValueError where the number of places is not N * Q.
@@ -77,7 +77,7 @@ def place_images(text: Tensor, images: Tensor, modality_ids: Tensor) -> Tensor:
     return text.flatten(0, 1).index_copy(0, places, vectors.to(text.dtype)).view_as(text)
 
 
-class Front(nn.Module):
+class InputEmbedder(nn.Module):
     """What turns a batch into hidden states: frozen vision encoder, resampler, token embedding."""
 
     def __init__(self, config: ModelConfig, linears: LinearFactory, *, seed: int) -> None:
@@ -86,7 +86,7 @@ class Front(nn.Module):
         with seeded(seed, "front.vision"):
             self.vision = VisionEncoder(config.vision).requires_grad_(False)
         with seeded(seed, "front.resampler"):
-            self.resampler = PerceiverResampler(config.resampler, config.vision.width, config.decoder.width)
+            self.resampler = PerceiverResampler(config.resampler, config.vision.hidden_size, config.decoder.hidden_size)
         with seeded(seed, "front.embedding"):
             self.embedding = TokenEmbedding(config.decoder, linears)
 
@@ -96,23 +96,25 @@ class Front(nn.Module):
             pixels = torch.zeros(0, 3, self.image_size, self.image_size, device=token_ids.device)
         with torch.no_grad():
             features = self.vision(pixels)
-        return place_images(self.embedding(token_ids), self.resampler(features), modality_ids)
+        return scatter_image_embeds(self.embedding(token_ids), self.resampler(features), modality_ids)
 
 
 class Head(nn.Module):
-    """What turns hidden states into logits or the loss: last norm, head, rows for the ids past ``base_tokens``."""
+    """What turns hidden states into logits or the loss: last norm, head, rows for the ids past ``vocab_size``."""
 
     def __init__(self, config: DecoderConfig, linears: LinearFactory) -> None:
         super().__init__()
         self.config = config
         self.linears = linears
-        self.words = linears.words(config.vocab_rows)
-        std = config.width**-0.5
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.output = linears.head(config.width, config.vocab_rows, bias=config.head_bias, std=std)
+        self.words = linears.words(config.padded_vocab_size)
+        std = config.hidden_size**-0.5
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.output = linears.head(config.hidden_size, config.padded_vocab_size, bias=config.lm_head_bias, std=std)
         self.extra = None
-        if config.extra_tokens:
-            self.extra = PlainLinears().head(config.width, config.extra_tokens, bias=config.head_bias, std=std)
+        if config.num_added_tokens:
+            self.extra = LocalLinears().head(
+                config.hidden_size, config.num_added_tokens, bias=config.lm_head_bias, std=std
+            )
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Summed loss, fp32 scalar, of hidden [B, T, D] at the places of targets [B, T] that are not IGNORE.
@@ -126,7 +128,7 @@ class Head(nn.Module):
         """[..., D] -> [..., V]; column i is the token self.words[i], columns that no token uses are -inf."""
         hidden = self.linears.shared(self.norm(hidden))
         logits = self.output(hidden)
-        base, total = self.config.base_tokens, self.config.num_tokens
+        base, total = self.config.vocab_size, self.config.total_vocab_size
         first, last = self.words.start, self.words.stop
         parts = [logits[..., : max(0, min(last, base) - first)]]
         if self.extra is not None:
@@ -141,7 +143,7 @@ class Head(nn.Module):
 
 
 class Stage(nn.Module):
-    """Front (first stage only), consecutive decoder layers, head (last stage only).
+    """InputEmbedder (first stage only), consecutive decoder layers, head (last stage only).
 
     ``blocks`` are keyed by their number in the whole model, so that names do not depend on the cut. With ``recompute``
     training keeps only the input of each layer and runs the layer again in the backward pass.
@@ -152,7 +154,7 @@ class Stage(nn.Module):
         config: ModelConfig,
         *,
         rule: str,
-        front: Front | None,
+        front: InputEmbedder | None,
         blocks: dict[int, Block],
         head: Head | None,
         recompute: bool = False,
@@ -164,11 +166,11 @@ class Stage(nn.Module):
         self.front = front
         self.blocks = nn.ModuleDict({str(number): block for number, block in blocks.items()})
         self.head = head
-        self.rotary = Rotary(config.decoder.rope, config.decoder.head_width)
-        if config.decoder.tie_embeddings and front is not None and head is not None:
+        self.rotary = Rotary(config.decoder.rope, config.decoder.head_dim)
+        if config.decoder.tie_word_embeddings and front is not None and head is not None:
             tie(head, front.embedding)
 
-    def layout(self, ids: Tensor) -> ModalityLayout:
+    def layout(self, ids: Tensor) -> AttentionMask:
         """Who may attend to whom in a micro-batch with these ids [B, T, 4], in training.
 
         Raises LeakError where the attention rule would show a place what it has to predict.
@@ -176,7 +178,7 @@ class Stage(nn.Module):
         return self._layout(ids, ids[..., 3] != IGNORE)
 
     def forward(
-        self, inputs: Tensor, ids: Tensor, pixels: Tensor | None = None, *, layout: ModalityLayout | None = None
+        self, inputs: Tensor, ids: Tensor, pixels: Tensor | None = None, *, layout: AttentionMask | None = None
     ) -> Tensor:
         """One micro-batch.
 
@@ -219,8 +221,8 @@ class Stage(nn.Module):
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), places]
         return self.head.logits(hidden)
 
-    def _layout(self, ids: Tensor, scored: Tensor) -> ModalityLayout:
-        return ModalityLayout.build(ids[..., 0], ids[..., 1], rule=self.rule, scored=scored)
+    def _layout(self, ids: Tensor, scored: Tensor) -> AttentionMask:
+        return AttentionMask.build(ids[..., 0], ids[..., 1], rule=self.rule, scored=scored)
 
     def _hidden(
         self,
@@ -228,7 +230,7 @@ class Stage(nn.Module):
         ids: Tensor,
         pixels: Tensor | None,
         *,
-        layout: ModalityLayout | None,
+        layout: AttentionMask | None,
         caches: Sequence[LayerCache] | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
@@ -262,9 +264,9 @@ TIED = {"head.output.weight": "front.embedding.table.weight", "head.extra.weight
 """Parameters of a tied head, and what they are copies of where the front is on another stage."""
 
 
-def logical_names(stage: Stage) -> dict[str, str]:
+def global_names(stage: Stage) -> dict[str, str]:
     """A stage's parameter names and the names they have in the whole model, which no cut changes."""
-    copies = TIED if stage.config.decoder.tie_embeddings and stage.front is None else {}
+    copies = TIED if stage.config.decoder.tie_word_embeddings and stage.front is None else {}
     return {name: copies.get(name, name) for name, _ in stage.named_parameters()}
 
 
@@ -283,17 +285,17 @@ def build_stage(
     and resampler keep torch's own initialization. They do not depend on which stages or shares the model is cut into.
     A stage with a tied head and no front has a copy of the tables; keeping the two equal is the engine's work.
     """
-    linears = linears or PlainLinears()
+    linears = linears or LocalLinears()
     blocks: dict[int, Block] = {}
     for number in layers:
         with seeded(seed, f"blocks.{number}"):
             blocks[number] = Block(config.decoder, linears)
-    front = Front(config, linears, seed=seed) if layers[0] == 0 else None
+    front = InputEmbedder(config, linears, seed=seed) if layers[0] == 0 else None
     head = None
-    if layers[-1] == config.decoder.layers - 1:
+    if layers[-1] == config.decoder.num_layers - 1:
         with seeded(seed, "head"):
             head = Head(config.decoder, linears)
-        if config.decoder.tie_embeddings and front is None:
+        if config.decoder.tie_word_embeddings and front is None:
             with seeded(seed, "front.embedding"):
                 tie(head, TokenEmbedding(config.decoder, linears))
     return Stage(config, rule=rule, front=front, blocks=blocks, head=head, recompute=recompute)
@@ -301,4 +303,4 @@ def build_stage(
 
 def build_model(config: ModelConfig, *, rule: str, seed: int = 0, linears: LinearFactory | None = None) -> Stage:
     """The whole model as one stage; see build_stage."""
-    return build_stage(config, range(config.decoder.layers), rule=rule, seed=seed, linears=linears)
+    return build_stage(config, range(config.decoder.num_layers), rule=rule, seed=seed, linears=linears)

@@ -48,10 +48,10 @@ class VisionBlock(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.attention = VisionAttention(config.width, config.heads)
-        self.feed_forward_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.feed_forward = VisionFeedForward(config.width, config.mlp_width)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.attention = VisionAttention(config.hidden_size, config.num_heads)
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.feed_forward = VisionFeedForward(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, P, W] -> [N, P, W]"""
@@ -68,10 +68,10 @@ class PoolingHead(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.probe = nn.Parameter(torch.randn(1, 1, config.width))
-        self.attention = nn.MultiheadAttention(config.width, config.heads, batch_first=True)
-        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.feed_forward = VisionFeedForward(config.width, config.mlp_width)
+        self.probe = nn.Parameter(torch.randn(1, 1, config.hidden_size))
+        self.attention = nn.MultiheadAttention(config.hidden_size, config.num_heads, batch_first=True)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.feed_forward = VisionFeedForward(config.hidden_size, config.intermediate_size)
 
 
 class VisionEncoder(nn.Module):
@@ -79,10 +79,12 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.patch_embedding = nn.Conv2d(3, config.width, kernel_size=config.patch_size, stride=config.patch_size)
-        self.position_embedding = nn.Parameter(torch.randn(config.patches, config.width) * config.width**-0.5)
-        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.patch_embedding = nn.Conv2d(3, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size)
+        self.position_embedding = nn.Parameter(
+            torch.randn(config.patches, config.hidden_size) * config.hidden_size**-0.5
+        )
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.pooling = PoolingHead(config) if config.pooling_head else None
 
     def forward(self, pixels: Tensor) -> Tensor:

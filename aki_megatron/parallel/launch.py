@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from aki_megatron.flow import ConfigError
+from aki_megatron.errors import ConfigError
 from aki_megatron.parallel.mpi import master_over_mpi
 
 LauncherName = Literal["torchrun", "deepspeed", "mpirun", "srun", "environment", "single"]

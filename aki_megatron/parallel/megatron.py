@@ -3,7 +3,7 @@
 R rows, D width, V words of the whole vocabulary.
 
 Every layer answers with one tensor, keeps only ``weight`` and ``bias`` in its state dict, and starts with the very
-numbers that PlainLinears draws, cut by model/split. What is exchanged: sums of [.., D] after row layers and embedding,
+numbers that LocalLinears draws, cut by model/split. What is exchanged: sums of [.., D] after row layers and embedding,
 their gradients before column layers and head, a few numbers per row in the loss; never anything V wide.
 """
 
@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from aki_megatron.flow import ConfigError
-from aki_megatron.model.linears import LinearFactory, PlainLinears
+from aki_megatron.errors import ConfigError
+from aki_megatron.model.linears import LinearFactory, LocalLinears
 from aki_megatron.model.split import Split, cut
 from aki_megatron.parallel.topology import Topology
 
@@ -33,7 +33,7 @@ def build_linears(topology: Topology) -> LinearFactory:
 
     Errors: ConfigError when layers are to be cut and megatron-core is missing or not of a proven version.
     """
-    return PlainLinears() if topology.tensor == 1 else TensorParallelLinears(topology)
+    return LocalLinears() if topology.tensor == 1 else TensorParallelLinears(topology)
 
 
 class TensorParallelLinears:
@@ -47,7 +47,7 @@ class TensorParallelLinears:
         self._megatron = _load()
         self._group = topology.tensor_group
         self._rank, self._ranks = topology.tensor_rank, topology.tensor
-        self._plain = PlainLinears()
+        self._plain = LocalLinears()
         if topology.device.type == "cpu":
             # how CUDA is to queue kernels is of no concern here; Megatron warns about it all the same, once
             self._megatron.linear.warned = True

@@ -3,7 +3,7 @@
 import socket
 from functools import cache
 
-from aki_megatron.flow import ConfigError
+from aki_megatron.errors import ConfigError
 
 OTHERWISE = "or export MASTER_ADDR=<host of rank 0> (mpirun: -x MASTER_ADDR=...)"
 

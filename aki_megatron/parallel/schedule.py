@@ -1,6 +1,6 @@
 """Who does what when: the pipeline's schedule, a list of actions decided before anything is sent. Pure.
 
-The layers are cut into S = pipeline x chunks stages; chunk c of pipeline rank p is stage c * pipeline + p, so that a
+The layers are cut into S = pipeline x virtual_stages stages; chunk c of pipeline rank p is stage c * pipeline + p, so that a
 micro-batch visits every rank once per chunk.
 
 - chunks = 1 is 1F1B (PipeDream-Flush: Narayanan et al., "Memory-Efficient Pipeline-Parallel DNN Training", 2021). GPipe

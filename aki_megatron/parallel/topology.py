@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from aki_megatron.flow import ConfigError
+from aki_megatron.errors import ConfigError
 from aki_megatron.parallel.launch import Launch, discover_launch
 
 __all__ = ["Launch", "Topology", "discover_launch", "start"]
@@ -79,12 +79,12 @@ class Topology:
         return self.groups["stage"]
 
     @property
-    def edge_group(self) -> ProcessGroup:
+    def embedding_group(self) -> ProcessGroup:
         """The first and the last pipeline rank with this tensor and data rank; this rank must be one of them."""
         return self.groups["edge"]
 
     @property
-    def alone_group(self) -> ProcessGroup:
+    def self_group(self) -> ProcessGroup:
         """This rank alone, for libraries that insist on a group."""
         return self.groups["alone"]
 

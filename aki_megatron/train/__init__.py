@@ -1,1 +1,1 @@
-"""The loop, the hooks around it, and the only place where a run is constructed."""
+"""The loop, the callbacks around it, and the only place where a run is constructed."""

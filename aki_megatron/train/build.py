@@ -8,39 +8,46 @@ from typing import Any
 
 from rich.console import Console
 
-from aki_megatron.checkpoint.saver import Saver
-from aki_megatron.config.check import micro_batch
+from aki_megatron.checkpoint.checkpointer import Checkpointer
+from aki_megatron.checkpoint.initial_weights import weight_source
 from aki_megatron.config.combinations import offload_device
+from aki_megatron.config.cross_checks import micro_batch_size
 from aki_megatron.config.deepspeed import settings_for_engine
-from aki_megatron.config.interrupts import Interrupts
 from aki_megatron.config.run import RunConfig
 from aki_megatron.config.save import dump
+from aki_megatron.data.bad_samples import BadSampleBudget
 from aki_megatron.data.loader import Loader, NoBatches
-from aki_megatron.data.losses import Losses
-from aki_megatron.data.text import Tokenizer
-from aki_megatron.engine.base import Engine, StageRunner
+from aki_megatron.data.pipeline import build_reading, build_tokenizer
+from aki_megatron.data.tokenizer import Tokenizer
+from aki_megatron.engine.base import Engine, ShardedStage
+from aki_megatron.engine.ddp_stage import DDPStage
 from aki_megatron.engine.optimizer import adamw, learning_rate
 from aki_megatron.engine.pipeline import PipelineEngine
-from aki_megatron.engine.replica import ReplicaStage
-from aki_megatron.engine.zero import ZeroStage
-from aki_megatron.evaluate.report import RunRecord, write_report
-from aki_megatron.flow import CheckpointError
+from aki_megatron.engine.zero_stage import ZeroStage
+from aki_megatron.errors import CheckpointError
+from aki_megatron.evaluate.run_report import RunRecord, write_report
 from aki_megatron.model.stage import Stage, build_stage
-from aki_megatron.parallel.cut import stage_layers
 from aki_megatron.parallel.megatron import build_linears
+from aki_megatron.parallel.pipeline_partition import stage_layers
 from aki_megatron.parallel.topology import Topology
-from aki_megatron.train.describe import describe, micro_batches, recomputes
-from aki_megatron.train.events import record
-from aki_megatron.train.folder import RunFolder, read_metrics
-from aki_megatron.train.hooks import ConsoleHook, EndHook, LogHook, MetricsHook, SaveHook, TensorBoardHook
-from aki_megatron.train.hooks_wandb import WandbHook
-from aki_megatron.train.ledger import LedgerHook
-from aki_megatron.train.loop import Hook, Progress, Run
-from aki_megatron.train.reading import build_reading, build_tokenizer
-from aki_megatron.train.spikes import Judge, Note
-from aki_megatron.train.watch import Pulse, collective_seconds
-from aki_megatron.train.weights import weight_source
-from aki_megatron.train.wishes import Wishes
+from aki_megatron.supervise.control import ControlSignals
+from aki_megatron.supervise.events import record
+from aki_megatron.supervise.loss_spikes import LossSpikeGuard, Note
+from aki_megatron.supervise.run_paths import RunPaths, read_metrics
+from aki_megatron.supervise.signals import StopSignals
+from aki_megatron.supervise.watchdog import ProgressTracker, collective_seconds
+from aki_megatron.train.callbacks import (
+    CheckpointCallback,
+    ConsoleCallback,
+    LogCallback,
+    MetricsCallback,
+    RunFinalizer,
+    TensorBoardCallback,
+)
+from aki_megatron.train.loop import Callback, Progress, Run
+from aki_megatron.train.run_summary import describe, micro_batches, recomputes
+from aki_megatron.train.sample_audit import SampleAuditCallback
+from aki_megatron.train.wandb_callback import WandbCallback
 
 logger = logging.getLogger("aki_megatron.train")
 
@@ -52,7 +59,7 @@ def build_steps(config: RunConfig, tokenizer: Tokenizer, topology: Topology, con
     reading = build_reading(
         config,
         tokenizer,
-        micro_rows=micro_batch(config, topology.world_size),
+        micro_rows=micro_batch_size(config, topology.world_size),
         data_rank=topology.data_rank,
         data_size=topology.data,
         progress=console.print if topology.rank == 0 else lambda line: None,
@@ -60,19 +67,19 @@ def build_steps(config: RunConfig, tokenizer: Tokenizer, topology: Topology, con
     return Loader(
         reading.planner,
         reading.micro_batches,
-        losses=Losses(config.data.max_bad_fraction),
-        workers=config.data.workers,
+        losses=BadSampleBudget(config.data.max_bad_fraction),
+        workers=config.data.num_workers,
         prefetch_steps=config.data.prefetch_steps,
         pin_memory=topology.device.type == "cuda",
     )
 
 
 def cut_model(config: RunConfig) -> list[range]:
-    """Decoder layers of each of the pipeline x chunks stages, in model order."""
+    """Decoder layers of each of the pipeline x virtual_stages stages, in model order."""
     parallel = config.parallel
     return stage_layers(
         config.model,
-        stages=parallel.pipeline * parallel.chunks,
+        stages=parallel.pipeline * parallel.virtual_stages,
         layers_per_stage=parallel.layers_per_stage,
         text_tokens=config.data.max_text_tokens,
         recompute=recomputes(config),
@@ -93,7 +100,7 @@ def build_stages(config: RunConfig, stages: Sequence[range], topology: Topology)
         )
 
 
-def build_runner(config: RunConfig, stage: Stage, topology: Topology) -> StageRunner:
+def build_runner(config: RunConfig, stage: Stage, topology: Topology) -> ShardedStage:
     """A stage with its optimizer state, split over the data ranks by ZeRO or not at all."""
     o = config.optimizer
     settings = settings_for_engine(config)
@@ -106,7 +113,7 @@ def build_runner(config: RunConfig, stage: Stage, topology: Topology) -> StageRu
         fused=offload_device(config, "offload_optimizer") != "none",
     )
     if config.parallel.zero_stage == 0:
-        return ReplicaStage(stage, topology, optimizer)
+        return DDPStage(stage, topology, optimizer)
     return ZeroStage(
         stage,
         topology,
@@ -141,27 +148,27 @@ def build_engine(
         topology,
         micro_batches=micro_batches(config, topology.world_size),
         precision=config.train.precision,
-        clip_norm=config.optimizer.clip_norm,
-        check_every=config.parallel.check_every,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        mask_check_interval=config.parallel.mask_check_interval,
         accept=accept,
         at=at,
     )
 
 
-def build_saver(config: RunConfig, topology: Topology) -> Saver:
+def build_saver(config: RunConfig, topology: Topology) -> Checkpointer:
     """What saves and loads the run's checkpoints; collective."""
     c = config.checkpoint
-    return Saver(
-        RunFolder(config.run.dir).checkpoints,
+    return Checkpointer(
+        RunPaths(config.run.dir).checkpoints,
         keep_last=c.keep_last,
         keep_every=c.keep_every,
         config_yaml=dump(config),
-        asynchronous=c.asynchronous,
+        async_save=c.async_save,
         group=topology.new_gloo_group(collective_seconds(config.watch)),
     )
 
 
-def extra_of(progress: Progress, judge: Judge) -> dict[str, Any]:
+def extra_of(progress: Progress, judge: LossSpikeGuard) -> dict[str, Any]:
     """What a checkpoint holds besides the engine's state; ``restore`` returns it."""
     return {
         "step": progress.step,
@@ -171,7 +178,7 @@ def extra_of(progress: Progress, judge: Judge) -> dict[str, Any]:
     }
 
 
-def restore(engine: Engine, saver: Saver, checkpoint: Path) -> dict[str, Any]:
+def restore(engine: Engine, saver: Checkpointer, checkpoint: Path) -> dict[str, Any]:
     """Load a checkpoint into the engine; what ``extra_of`` returned when it was saved."""
     tensors = engine.state()
     saved = saver.load(checkpoint, tensors)
@@ -179,7 +186,7 @@ def restore(engine: Engine, saver: Saver, checkpoint: Path) -> dict[str, Any]:
     return saved
 
 
-def go_back(engine: Engine, saver: Saver) -> Mapping[str, Any]:
+def rollback(engine: Engine, saver: Checkpointer) -> Mapping[str, Any]:
     """``restore`` the newest checkpoint in the middle of a run.
 
     Errors: CheckpointError where there is none.
@@ -190,13 +197,13 @@ def go_back(engine: Engine, saver: Saver) -> Mapping[str, Any]:
         logger.error("the last checkpoint failed, so the run goes back to one before: %s", error)
     if (checkpoint := saver.latest()) is None:
         raise CheckpointError(
-            f"The run should go back to a checkpoint (watch.non_finite, watch.spike), but {saver.folder} has none: not "
+            f"The run should go back to a checkpoint (watch.on_non_finite, watch.on_loss_spike), but {saver.folder} has none: not "
             "even the first could be written, and the logs say why."
         )
     return restore(engine, saver, checkpoint)
 
 
-def report_of(folder: RunFolder) -> None:
+def report_of(folder: RunPaths) -> None:
     """Write the run's own report."""
     record = RunRecord(folder.path.name, read_metrics(folder.metrics), folder.config.read_text())
     write_report(folder.report, f"Run {folder.path.name}", [record])
@@ -204,16 +211,16 @@ def report_of(folder: RunFolder) -> None:
 
 def build_saving(
     config: RunConfig,
-    saver: Saver,
+    saver: Checkpointer,
     save: Callable[[int], None],
     console: Console | None,
     at: Callable[[str], None],
     note: Note,
-) -> SaveHook:
+) -> CheckpointCallback:
     """What decides when to ``save``. A run that may have to go back has a checkpoint from the beginning."""
-    goes_back = "rollback" in (config.watch.non_finite, config.watch.spike)
-    every, steps = config.checkpoint.every, config.train.steps
-    return SaveHook(saver, save, every, steps, console, at_start=goes_back, at=at, note=note)
+    goes_back = "rollback" in (config.watch.on_non_finite, config.watch.on_loss_spike)
+    every, steps = config.checkpoint.interval, config.train.steps
+    return CheckpointCallback(saver, save, every, steps, console, at_start=goes_back, at=at, note=note)
 
 
 def build_curve(config: RunConfig) -> Callable[[int], float]:
@@ -224,7 +231,7 @@ def build_curve(config: RunConfig) -> Callable[[int], float]:
 
 def announce(config: RunConfig, stages: Sequence[range], topology: Topology, console: Console) -> None:
     """Write the resolved configuration, and say what the run is."""
-    RunFolder(config.run.dir).config.write_text(dump(config))
+    RunPaths(config.run.dir).config.write_text(dump(config))
     for line in describe(config, stages, world_size=topology.world_size):
         console.print(line)
 
@@ -232,40 +239,50 @@ def announce(config: RunConfig, stages: Sequence[range], topology: Topology, con
 def build_hooks(
     config: RunConfig,
     loader: Loader | NoBatches,
-    saving: SaveHook,
-    ending: EndHook,
+    saving: CheckpointCallback,
+    ending: RunFinalizer,
     topology: Topology,
     console: Console,
-) -> list[Hook]:
+) -> list[Callback]:
     """Hooks in the order in which they act: a step is recorded before it is saved, and DONE comes last."""
-    folder, log = RunFolder(config.run.dir), config.log
-    hooks: list[Hook] = []
+    folder, log = RunPaths(config.run.dir), config.log
+    callbacks: list[Callback] = []
     if isinstance(loader, Loader):
-        hooks.append(LogHook(loader.losses.describe, console))
-        hooks.append(LedgerHook(folder.ledger, loader.last, data_rank=topology.data_rank, data_size=topology.data))
+        callbacks.append(LogCallback(loader.losses.describe, console))
+        callbacks.append(
+            SampleAuditCallback(folder.ledger, loader.last, data_rank=topology.data_rank, data_size=topology.data)
+        )
     else:
-        hooks.append(LogHook(str, console))
+        callbacks.append(LogCallback(str, console))
     if topology.rank != 0:
-        return [*hooks, saving]
-    hooks += [MetricsHook(folder.metrics), ConsoleHook(config.train.steps, log.every, console)]
+        return [*callbacks, saving]
+    callbacks += [MetricsCallback(folder.metrics), ConsoleCallback(config.train.steps, log.interval, console)]
     if log.tensorboard:
-        hooks.append(TensorBoardHook(folder.path / "tensorboard", log.every))
+        callbacks.append(TensorBoardCallback(folder.path / "tensorboard", log.interval))
     if log.wandb != "disabled":
         values = config.model_dump(mode="json")
-        hooks.append(WandbHook(folder.path, project=log.wandb_project, mode=log.wandb, every=log.every, config=values))
-    return [*hooks, saving, ending]
+        callbacks.append(
+            WandbCallback(folder.path, project=log.wandb_project, mode=log.wandb, every=log.interval, config=values)
+        )
+    return [*callbacks, saving, ending]
 
 
 def build_run(
-    config: RunConfig, topology: Topology, console: Console, *, attempt: str, interrupts: Interrupts, pulse: Pulse
+    config: RunConfig,
+    topology: Topology,
+    console: Console,
+    *,
+    attempt: str,
+    stop_signals: StopSignals,
+    pulse: ProgressTracker,
 ) -> Run:
     """Every part of a run, put together.
 
     attempt     names this start of the run
-    interrupts  signals that ask it to stop
+    stop_signals  signals that ask it to stop
     pulse       is told what this rank does
     """
-    folder, first = RunFolder(config.run.dir), topology.rank == 0
+    folder, first = RunPaths(config.run.dir), topology.rank == 0
     tokenizer = build_tokenizer(config)
     saver = build_saver(config, topology)
     checkpoint = saver.latest()
@@ -283,24 +300,24 @@ def build_run(
     )
     saved = restore(engine, saver, checkpoint) if checkpoint else {}
     note: Note = partial(record, folder) if first else lambda step, kind, text: None
-    judge = Judge(config.watch, saved.get("judge"), note=note)
+    judge = LossSpikeGuard(config.watch, saved.get("judge"), note=note)
     progress = Progress(saved["step"], saved["data_step"], saved["data"]) if saved else Progress()
-    wishes = Wishes(folder, interrupts, looks=first)
+    control_signals = ControlSignals(folder, stop_signals, looks=first)
 
     def save(step: int) -> None:
         saver.save(step, engine.state(), extra_of(progress, judge))
 
     saving = build_saving(config, saver, save, console if first else None, pulse.at, note)
-    ending = EndHook(folder, attempt, wishes.why_stop, note, report_of, console)
+    ending = RunFinalizer(folder, attempt, control_signals.why_stop, note, report_of, console)
     return Run(
         engine=engine,
         loader=loader,
-        hooks=[pulse, *build_hooks(config, loader, saving, ending, topology, console)],
+        callbacks=[pulse, *build_hooks(config, loader, saving, ending, topology, console)],
         judge=judge,
         steps=config.train.steps,
         learning_rate=build_curve(config),
         progress=progress,
-        wishes=wishes,
-        go_back=partial(go_back, engine, saver),
+        control_signals=control_signals,
+        rollback=partial(rollback, engine, saver),
         at=pulse.at,
     )

@@ -1,17 +1,17 @@
-"""The training loop. Everything else is a part it is given (train/build.py) or a hook (train/hooks.py)."""
+"""The training loop. Everything else is a part it is given (train/build.py) or a hook (train/callbacks.py)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from aki_megatron.data.batch_planner import State
 from aki_megatron.data.loader import LoadedStep
-from aki_megatron.data.steps import State
 from aki_megatron.engine.base import Engine
-from aki_megatron.flow import StepReport, Wish
-from aki_megatron.train.spikes import Judge, Verdict
+from aki_megatron.supervise.loss_spikes import LossSpikeGuard, Verdict
+from aki_megatron.types import ControlRequest, StepReport
 
 
-class Hook:
+class Callback:
     """Something that happens around steps. Called on every rank; a hook that writes does so on one."""
 
     def on_start(self, step: int) -> None:
@@ -59,15 +59,15 @@ class Run:
 
     engine: Engine
     loader: StepSource
-    hooks: Sequence[Hook]
-    judge: Judge
+    callbacks: Sequence[Callback]
+    judge: LossSpikeGuard
     steps: int
     learning_rate: Callable[[int], float]
     """Rate of the optimizer step with this number, counted from 0."""
     progress: Progress
-    wishes: Callable[[], Wish]
+    control_signals: Callable[[], ControlRequest]
     """What this rank wants done after the step that begins."""
-    go_back: Callable[[], Mapping[str, Any]]
+    rollback: Callable[[], Mapping[str, Any]]
     """Load the newest checkpoint into the engine; what was saved with it. Collective."""
     at: Callable[[str], None]
     """Told what this rank does; cheap."""
@@ -75,30 +75,30 @@ class Run:
 
 def train(run: Run) -> bool:
     """Train until ``run.steps`` optimizer steps are done, or until a rank wants to stop; whether the run is done."""
-    progress, wishes = run.progress, Wish.NONE
-    for hook in run.hooks:
+    progress, control_signals = run.progress, ControlRequest.NONE
+    for hook in run.callbacks:
         hook.on_start(progress.step)
     try:
         steps = run.loader.steps(progress.data_step, progress.data)
-        while progress.step < run.steps and Wish.STOP not in wishes:
+        while progress.step < run.steps and ControlRequest.STOP not in control_signals:
             run.at("waits for data")
             loaded = next(steps)
-            report = run.engine.train_step(loaded.batches, run.learning_rate(progress.step), wish=run.wishes())
+            report = run.engine.train_step(loaded.batches, run.learning_rate(progress.step), wish=run.control_signals())
             progress.data_step += 1
             progress.data = loaded.state
             if run.judge.after(progress.step + 1, report) is Verdict.ROLL_BACK:
                 roll_back(run)
                 continue
             progress.step += 1
-            run.at("hooks")
-            for hook in run.hooks:
+            run.at("callbacks")
+            for hook in run.callbacks:
                 hook.after_step(progress.step, report)
-            wishes = report.wish
+            control_signals = report.wish
     finally:
         run.loader.close()
     done = progress.step >= run.steps
     run.at("ends")
-    for hook in run.hooks:
+    for hook in run.callbacks:
         if done:
             hook.on_end(progress.step)
         else:
@@ -109,8 +109,8 @@ def train(run: Run) -> bool:
 def roll_back(run: Run) -> None:
     """Go back to the newest checkpoint, but not in the data: those of the steps since are left out."""
     run.at("goes back to a checkpoint")
-    saved = run.go_back()
+    saved = run.rollback()
     run.progress.step = saved["step"]
     run.judge.rewind(saved["step"], saved["judge"])
-    for hook in run.hooks:
+    for hook in run.callbacks:
         hook.on_rollback(saved["step"])

@@ -8,21 +8,21 @@ from pathlib import Path
 
 from rich.console import Console
 
-from aki_megatron.config.check import check_world
-from aki_megatron.config.interrupts import Interrupts
+from aki_megatron.config.cross_checks import check_world
 from aki_megatron.config.run import RunConfig
 from aki_megatron.config.save import check_resume
 from aki_megatron.config.start import refuse
 from aki_megatron.data.shards import missing_shards
 from aki_megatron.data.sources import missing_files
-from aki_megatron.flow import DataError, UserError
+from aki_megatron.errors import DataError, UserError
 from aki_megatron.parallel.topology import Launch, discover_launch, start
-from aki_megatron.train.attempts import begin_attempt, end_attempt, newest_step
+from aki_megatron.supervise.attempts import begin_attempt, end_attempt, newest_step
+from aki_megatron.supervise.failure import FailureReporter, leave
+from aki_megatron.supervise.run_paths import RunPaths
+from aki_megatron.supervise.signals import StopSignals
+from aki_megatron.supervise.watchdog import ProgressTracker, Watchdog, collective_seconds
 from aki_megatron.train.build import build_run
-from aki_megatron.train.failure import FailureWatch, leave
-from aki_megatron.train.folder import RunFolder
 from aki_megatron.train.loop import train
-from aki_megatron.train.watch import HangWatch, Pulse, collective_seconds
 
 logger = logging.getLogger("aki_megatron")
 
@@ -52,7 +52,7 @@ def check_inputs(config: RunConfig) -> None:
         )
 
 
-def log_to_file(folder: RunFolder, rank: int) -> None:
+def log_to_file(folder: RunPaths, rank: int) -> None:
     """Send this rank's log to its own file."""
     path = folder.log(rank)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,11 +65,13 @@ def log_to_file(folder: RunFolder, rank: int) -> None:
 def prepare(config: RunConfig, launch: Launch) -> None:
     """Every check that needs neither data nor model."""
     check_world(config, launch.world_size)
-    check_resume(RunFolder(config.run.dir).config, config)
+    check_resume(RunPaths(config.run.dir).config, config)
     check_inputs(config)
 
 
-def train_in_world(config: RunConfig, launch: Launch, console: Console, watch: FailureWatch, pulse: Pulse) -> None:
+def train_in_world(
+    config: RunConfig, launch: Launch, console: Console, watch: FailureReporter, pulse: ProgressTracker
+) -> None:
     """Join the other ranks, build, train, leave together."""
     topology = start(
         launch,
@@ -88,7 +90,7 @@ def train_in_world(config: RunConfig, launch: Launch, console: Console, watch: F
                 world_size=launch.world_size,
                 hosts=watch.hosts(),
             )
-        run = build_run(config, topology, console, attempt=launch.attempt, interrupts=watch.interrupts, pulse=pulse)
+        run = build_run(config, topology, console, attempt=launch.attempt, stop_signals=watch.stop_signals, pulse=pulse)
         watch.training = True
         train(run)
         # No rank leaves before rank 0 has written the end of the run: launchers end everybody when one exits.
@@ -101,12 +103,12 @@ def train_in_world(config: RunConfig, launch: Launch, console: Console, watch: F
     topology.shutdown()
 
 
-def run_training(config: RunConfig, launch: Launch, console: Console, interrupts: Interrupts) -> int:
+def run_training(config: RunConfig, launch: Launch, console: Console, stop_signals: StopSignals) -> int:
     """Train one run in the world of ``launch``, to its end or until it is asked to stop; the exit code.
 
     With several ranks a failure ends this process instead of returning.
     """
-    folder = RunFolder(config.run.dir)
+    folder = RunPaths(config.run.dir)
     log_to_file(folder, launch.rank)
 
     def note_failure(text: str) -> None:
@@ -114,17 +116,17 @@ def run_training(config: RunConfig, launch: Launch, console: Console, interrupts
             if launch.rank == 0:
                 end_attempt(folder, launch.attempt, step=None, end="failed", reason=text)
 
-    watch = FailureWatch(
+    watch = FailureReporter(
         folder,
         launch.rank,
         launch.world_size,
-        interrupts,
+        stop_signals,
         by_scheduler=launch.launcher == "srun",
         note=note_failure,
     )
     watch.begin()
-    pulse = Pulse(config.watch)
-    hangs = HangWatch(folder, launch.rank, launch.world_size, pulse, watch.accuse)
+    pulse = ProgressTracker(config.watch)
+    hangs = Watchdog(folder, launch.rank, launch.world_size, pulse, watch.accuse)
     hangs.begin()
     try:
         train_in_world(config, launch, console, watch, pulse)
@@ -140,7 +142,7 @@ def run_training(config: RunConfig, launch: Launch, console: Console, interrupts
     return 0
 
 
-def nothing_to_do(folder: RunFolder) -> str:
+def nothing_to_do(folder: RunPaths) -> str:
     """Why a run is not started, in one sentence; empty where it is."""
     if folder.done.exists():
         return f"{folder.path} is done already ({folder.done} exists). --run.dir starts another run."
@@ -149,13 +151,13 @@ def nothing_to_do(folder: RunFolder) -> str:
     return ""
 
 
-def main(config: RunConfig, environ: Mapping[str, str], interrupts: Interrupts) -> int:
+def main(config: RunConfig, environ: Mapping[str, str], stop_signals: StopSignals) -> int:
     """Run a launcher's run; the exit code: 0, USER_ERROR for a user's mistake, another for an error of ours.
 
-    0 says nothing of whether the run is done: DONE does. Whatever fails, one message says so (train/failure.py).
+    0 says nothing of whether the run is done: DONE does. Whatever fails, one message says so (supervise/failure.py).
     """
     console = Console(file=sys.stdout, width=160 if not sys.stdout.isatty() else None, highlight=False)
-    folder = RunFolder(config.run.dir)
+    folder = RunPaths(config.run.dir)
     try:
         launch = discover_launch(environ)
         if reason := nothing_to_do(folder):
@@ -164,7 +166,7 @@ def main(config: RunConfig, environ: Mapping[str, str], interrupts: Interrupts) 
             return 0
         prepare(config, launch)
     except UserError as error:
-        return refuse(error, environ, interrupts)
+        return refuse(error, environ, stop_signals)
     if launch.rank == 0:
         folder.stopped(launch.attempt).unlink(missing_ok=True)  # two starts in one allocation have one name
-    return run_training(config, launch, console, interrupts)
+    return run_training(config, launch, console, stop_signals)

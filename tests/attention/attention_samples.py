@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from aki_megatron.attention.varlen_plan import VarlenCall
-from aki_megatron.flow import Modality
+from aki_megatron.types import Modality
 
 PAD, TEXT, RESPONSE, IMAGE, AUDIO = Modality.PAD, Modality.TEXT, Modality.RESPONSE, Modality.IMAGE, Modality.AUDIO
 RULES = ("causal", "mma", "mma_general", "mixed", "cca")

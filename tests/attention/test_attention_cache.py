@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from attention_samples import IMAGE, RESPONSE, RULES, TEXT, rectangle, row_of
 from torch import Tensor
 
-from aki_megatron.attention import LayerCache, ModalityLayout, attend, attend_cached
+from aki_megatron.attention import AttentionMask, LayerCache, attend, attend_cached
 
 PROMPTS = {
     "ragged": [
@@ -29,7 +29,7 @@ class Layers:
     def _heads(self, hidden: Tensor, layer: int) -> tuple[Tensor, ...]:
         return (hidden @ self.weights[layer]).unflatten(-1, (8, 4)).transpose(1, 2).split((4, 2, 2), dim=1)
 
-    def run(self, hidden: Tensor, layout: ModalityLayout, caches: list[LayerCache], lengths: Tensor) -> Tensor:
+    def run(self, hidden: Tensor, layout: AttentionMask, caches: list[LayerCache], lengths: Tensor) -> Tensor:
         for layer in range(2):
             q, k, v = self._heads(hidden, layer)
             if caches:
@@ -45,9 +45,9 @@ class Layers:
         return hidden
 
 
-def built(modality: Tensor, segment: Tensor, rule: str, lengths: Tensor) -> ModalityLayout:
+def built(modality: Tensor, segment: Tensor, rule: str, lengths: Tensor) -> AttentionMask:
     scored = torch.arange(modality.shape[1]) >= lengths[:, None] - 1
-    return ModalityLayout.build(modality, segment, rule=rule, scored=scored & (segment >= 0))
+    return AttentionMask.build(modality, segment, rule=rule, scored=scored & (segment >= 0))
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -8,8 +8,8 @@ from attention_samples import IMAGE, PAD, RESPONSE, TEXT
 from safetensors.torch import load_file
 from torch import Tensor
 
-from aki_megatron.attention import ModalityLayout
-from aki_megatron.attention.oracle import dense_mask
+from aki_megatron.attention import AttentionMask
+from aki_megatron.attention.reference_mask import dense_mask
 from aki_megatron.attention.rules import RuleOptions
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "official_aki"
@@ -51,10 +51,10 @@ def ids_of(case: str, recorded: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return modality.masked_fill(~valid, int(PAD)), segment
 
 
-def layout_of(modality: Tensor, segment: Tensor, rule: str = "mma") -> ModalityLayout:
+def layout_of(modality: Tensor, segment: Tensor, rule: str = "mma") -> AttentionMask:
     scored = torch.zeros(modality.shape, dtype=torch.bool)
     scored[:, :-1] = modality[:, 1:] == RESPONSE
-    return ModalityLayout.build(modality, segment, rule=rule, scored=scored)
+    return AttentionMask.build(modality, segment, rule=rule, scored=scored)
 
 
 @pytest.mark.parametrize("case", CASES)

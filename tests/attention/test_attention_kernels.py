@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from aki_megatron.attention import BackendError, ModalityLayout, attend
+from aki_megatron.attention import AttentionMask, BackendError, attend
 from aki_megatron.attention.cpu_plan import plan_calls
 from aki_megatron.attention.dense import attend_masked
 from aki_megatron.attention.kernels import MASKED_WIDTH, choose
@@ -38,8 +38,8 @@ SOME = settings(max_examples=80, deadline=None, suppress_health_check=list(Healt
 ANY_IDS = st.one_of(ids_of_rows(holes=False), ids_of_rows(holes=True))
 
 
-def built(ids: tuple[Tensor, Tensor], rule: str, **options: object) -> ModalityLayout:
-    return ModalityLayout.build(*ids, rule=rule, scored=nobody(ids[0]), **options)
+def built(ids: tuple[Tensor, Tensor], rule: str, **options: object) -> AttentionMask:
+    return AttentionMask.build(*ids, rule=rule, scored=nobody(ids[0]), **options)
 
 
 def head_major(inputs: list[Tensor]) -> list[Tensor]:

@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from aki_megatron.attention import LeakError, ModalityLayout, attend
-from aki_megatron.attention.certificate import certify
+from aki_megatron.attention import AttentionMask, LeakError, attend
 from aki_megatron.attention.dense import attend_masked
-from aki_megatron.attention.oracle import dense_mask
+from aki_megatron.attention.leak_check import assert_no_leak
+from aki_megatron.attention.reference_mask import dense_mask
 from aki_megatron.attention.rules import RuleOptions
 
 SOME = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -88,7 +88,7 @@ def scored_rows(modality: Tensor, segment: Tensor) -> Tensor:
 def test_legal_layouts_have_exactly_no_influence_from_later_tokens(name: str, rule: str) -> None:
     modality, segment = rectangle(LEGAL[name], [row_of((TEXT, 3), (RESPONSE, 2))])
     scored = scored_rows(modality, segment)
-    layout = ModalityLayout.build(modality, segment, rule=rule, scored=scored)
+    layout = AttentionMask.build(modality, segment, rule=rule, scored=scored)
     for layers in (2, 3):
         for backend in ("cpu", "masked"):
             assert influence(layers, scored, segment, lambda q, k, v: attend(q, k, v, layout, backend=backend)) == 0.0  # noqa: B023
@@ -98,7 +98,7 @@ def test_legal_layouts_have_exactly_no_influence_from_later_tokens(name: str, ru
 def test_changing_the_answer_changes_no_bit_before_it(rule: str) -> None:
     modality, segment = rectangle(LEGAL["three turns, two images"])
     scored = scored_rows(modality, segment)
-    layout = ModalityLayout.build(modality, segment, rule=rule, scored=scored)
+    layout = AttentionMask.build(modality, segment, rule=rule, scored=scored)
     model, hidden = Transformer(3), torch.randn(*scored.shape, 16, dtype=torch.float64)
 
     def run(hidden: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ def illegal(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def test_illegal_layouts_are_refused_and_do_leak(name: str) -> None:
     modality, segment, scored, mask = illegal(name)
     with pytest.raises(LeakError, match="leaks in row 0"):
-        certify(edges_of(mask[0]).numpy(), torch.arange(modality.shape[1]).numpy(), scored.numpy(), rule="mma")
+        assert_no_leak(edges_of(mask[0]).numpy(), torch.arange(modality.shape[1]).numpy(), scored.numpy(), rule="mma")
     assert influence(2, scored, segment, lambda q, k, v: attend_masked(q, k, v, mask[:, None])) > 1e-4
 
 
@@ -161,12 +161,12 @@ def test_the_error_names_row_column_and_the_scored_token_between_them() -> None:
     modality, segment, scored = (x.repeat(3, 1) for x in (modality, segment, scored))
     scored[0] = scored[2] = False
     with pytest.raises(LeakError, match=r"row 1 of the batch: token 1 sees the later token 9, and token 4 between"):
-        ModalityLayout.build(modality, segment, rule="mma", scored=scored)
+        AttentionMask.build(modality, segment, rule="mma", scored=scored)
     for rule in ("mma_general",):
         with pytest.raises(LeakError, match="causal"):
-            ModalityLayout.build(modality, segment, rule=rule, scored=scored)
+            AttentionMask.build(modality, segment, rule=rule, scored=scored)
     for rule in ("causal", "mixed", "cca"):
-        ModalityLayout.build(modality, segment, rule=rule, scored=scored)
+        AttentionMask.build(modality, segment, rule=rule, scored=scored)
 
 
 @pytest.mark.parametrize("rule", ["mma", "mma_general", "mixed", "cca"])
@@ -178,7 +178,7 @@ def test_one_scored_token_anywhere_is_refused_just_where_an_edge_passes_over_it(
         scored = torch.zeros(modality.shape, dtype=torch.bool)
         scored[0, t] = True
         try:
-            ModalityLayout.build(modality, segment, rule=rule, scored=scored)
+            AttentionMask.build(modality, segment, rule=rule, scored=scored)
             refused = False
         except LeakError:
             refused = True
@@ -198,7 +198,7 @@ def test_certificate_is_the_condition_on_edges_and_the_leak_of_two_layers(
     mask = dense_mask(*ids, rule, RuleOptions())
     leaks = any(scored[0, i:j].any() for i, j in edges_of(mask[0]).tolist())
     try:
-        ModalityLayout.build(*ids, rule=rule, scored=scored)
+        AttentionMask.build(*ids, rule=rule, scored=scored)
         refused = False
     except LeakError:
         refused = True

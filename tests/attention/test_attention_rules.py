@@ -23,18 +23,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from aki_megatron.attention import LayoutError, ModalityLayout
-from aki_megatron.attention.oracle import dense_mask
+from aki_megatron.attention import AttentionMask, MaskError
 from aki_megatron.attention.positions import concentric_positions
+from aki_megatron.attention.reference_mask import dense_mask
 from aki_megatron.attention.rules import RuleOptions, rings
-from aki_megatron.flow import UserError
+from aki_megatron.errors import UserError
 
 FEW = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 MANY = settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def built(modality: Tensor, segment: Tensor, rule: str, **options: object) -> ModalityLayout:
-    return ModalityLayout.build(modality, segment, rule=rule, scored=nobody(modality), **options)
+def built(modality: Tensor, segment: Tensor, rule: str, **options: object) -> AttentionMask:
+    return AttentionMask.build(modality, segment, rule=rule, scored=nobody(modality), **options)
 
 
 @MANY
@@ -106,9 +106,9 @@ def test_neighbouring_images_are_cut_by_image_tokens() -> None:
     mask = built(*ids, "mixed", image_tokens=4).dense()[0]
     assert mask[1].tolist() == [True] * 5 + [False] * 5
     assert mask[5].tolist() == [True] * 9 + [False]
-    with pytest.raises(LayoutError, match="multiple of 3"):
+    with pytest.raises(MaskError, match="multiple of 3"):
         built(*ids, "mixed", image_tokens=3)
-    with pytest.raises(LayoutError, match="square"):
+    with pytest.raises(MaskError, match="square"):
         built(*ids, "cca")
     assert built(*ids, "cca", image_tokens=4).area == int(dense_mask(*ids, "cca", RuleOptions(image_tokens=4)).sum())
 
@@ -132,7 +132,7 @@ def test_digest_is_equal_for_equal_ids_and_differs_when_any_id_or_option_does() 
     scored = modality == RESPONSE
 
     def digest(modality: Tensor, segment: Tensor, scored: Tensor, rule: str = "mma", **options: object) -> str:
-        return ModalityLayout.build(modality, segment, rule=rule, scored=scored, **options).digest
+        return AttentionMask.build(modality, segment, rule=rule, scored=scored, **options).digest
 
     base = digest(modality, segment, scored)
     assert base == digest(modality.int(), segment.long(), scored.clone())
@@ -167,7 +167,7 @@ def test_wrong_arguments_are_named(change: dict[str, object], says: str) -> None
     right = {"modality_ids": torch.ones(1, 3, dtype=torch.int8), "segment_ids": torch.zeros(1, 3, dtype=torch.int32)}
     arguments = {**right, "rule": "mma", "scored": torch.zeros(1, 3, dtype=torch.bool), **change}
     with pytest.raises(UserError, match=says):
-        ModalityLayout.build(**arguments)
+        AttentionMask.build(**arguments)
 
 
 def test_a_batch_of_padding_only_is_an_empty_mask() -> None:

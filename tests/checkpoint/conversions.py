@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aki_megatron.checkpoint.stored import CheckpointSource
+from aki_megatron.checkpoint.dcp_io import CheckpointSource
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "official_aki"
 

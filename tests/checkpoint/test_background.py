@@ -13,11 +13,11 @@ from harness import RanksFailedError
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from aki_megatron.checkpoint import files, stored
-from aki_megatron.checkpoint.saver import Saver
-from aki_megatron.checkpoint.stored import CheckpointSource
-from aki_megatron.engine.logical import shard_rows
-from aki_megatron.flow import CheckpointError
+from aki_megatron.checkpoint import dcp_io, files
+from aki_megatron.checkpoint.checkpointer import Checkpointer
+from aki_megatron.checkpoint.dcp_io import CheckpointSource
+from aki_megatron.engine.global_state import shard_rows
+from aki_megatron.errors import CheckpointError
 
 
 def tensors(value: float) -> dict[str, Tensor]:
@@ -33,13 +33,13 @@ def gate(monkeypatch) -> threading.Event:
         assert opened.wait(60)
         save(*args)
 
-    monkeypatch.setattr(stored.torch, "save", wait_and_save)
+    monkeypatch.setattr(dcp_io.torch, "save", wait_and_save)
     return opened
 
 
 @pytest.fixture
-def keeper(tmp_path) -> Saver:
-    return Saver(tmp_path, keep_last=2, asynchronous=True)
+def keeper(tmp_path) -> Checkpointer:
+    return Checkpointer(tmp_path, keep_last=2, async_save=True)
 
 
 def test_training_does_not_wait(keeper, gate):
@@ -73,7 +73,7 @@ def test_an_error_comes_with_the_next_question(keeper, monkeypatch):
     keeper.wait()
     for ask in (keeper.wait, lambda: keeper.save(3, tensors(3), {}), lambda: keeper.load(keeper.latest(), tensors(0))):
         with monkeypatch.context() as patch:
-            patch.setattr(stored.torch, "save", full)
+            patch.setattr(dcp_io.torch, "save", full)
             keeper.save(2, tensors(2), {})
             with pytest.raises(CheckpointError, match="No space left on device.*Earlier checkpoints are whole"):
                 ask()
@@ -82,14 +82,14 @@ def test_an_error_comes_with_the_next_question(keeper, monkeypatch):
 
 
 def test_checkpoints_that_stay(tmp_path):
-    keeper = Saver(tmp_path, keep_last=2, keep_every=100)
+    keeper = Checkpointer(tmp_path, keep_last=2, keep_every=100)
     for step in range(0, 260, 20):
         keeper.save(step, tensors(step), {})
     assert [files.step_of(path) for path in files.checkpoints(tmp_path)] == [0, 100, 200, 220, 240]
 
 
 def test_the_configuration_is_in_every_checkpoint(tmp_path):
-    keeper = Saver(tmp_path, keep_last=1, config_yaml="run: {dir: here}\n")
+    keeper = Checkpointer(tmp_path, keep_last=1, config_yaml="run: {dir: here}\n")
     keeper.save(1, tensors(1), {})
     config = keeper.latest() / "config.yaml"
     assert config.read_text() == "run: {dir: here}\n"
@@ -101,7 +101,7 @@ def test_the_configuration_is_in_every_checkpoint(tmp_path):
 def collective_saves(topology, folder: Path) -> float:
     """Saves while training's own collectives go on; their sum."""
     mesh = DeviceMesh.from_group(topology.stage_group, topology.device.type)
-    keeper = Saver(folder, keep_last=3, asynchronous=True, group=topology.new_gloo_group(60))
+    keeper = Checkpointer(folder, keep_last=3, async_save=True, group=topology.new_gloo_group(60))
     total = torch.zeros(())
     for step in (1, 2, 3):
         rows = torch.arange(6.0).view(3, 2) * step
@@ -119,10 +119,10 @@ def collective_saves(topology, folder: Path) -> float:
 
 def failing_saves(topology, folder: Path) -> str:
     """The disk of rank 1 is full."""
-    keeper = Saver(folder, keep_last=3, asynchronous=True, group=topology.new_gloo_group(60))
+    keeper = Checkpointer(folder, keep_last=3, async_save=True, group=topology.new_gloo_group(60))
     with pytest.MonkeyPatch.context() as patch:
         if topology.rank == 1:
-            patch.setattr(stored, "_compact", _full)
+            patch.setattr(dcp_io, "_compact", _full)
         keeper.save(4, {f"weight.{topology.rank}": torch.ones(3)}, {})
         try:
             keeper.wait()
@@ -148,11 +148,11 @@ def test_on_several_ranks_beside_training(run_on, tmp_path):
 
 def dies_while_saving(topology, folder: Path) -> None:
     """Rank 1 is gone in the middle of writing."""
-    keeper = Saver(folder, keep_last=3, asynchronous=True, group=topology.new_gloo_group(60))
+    keeper = Checkpointer(folder, keep_last=3, async_save=True, group=topology.new_gloo_group(60))
     keeper.save(1, {f"weight.{topology.rank}": torch.ones(3)}, {})
     keeper.wait()
     if topology.rank == 1:
-        stored._compact = lambda _tensor: os._exit(9)
+        dcp_io._compact = lambda _tensor: os._exit(9)
     keeper.save(2, {f"weight.{topology.rank}": torch.ones(3)}, {})
     keeper.wait()
 
@@ -167,7 +167,7 @@ def test_a_rank_that_dies_leaves_no_half_checkpoint(run_on, tmp_path):
 
 def group_is_missing(topology, folder: Path) -> str:
     with pytest.raises(AssertionError) as caught:
-        Saver(folder, keep_last=1, asynchronous=True)
+        Checkpointer(folder, keep_last=1, async_save=True)
     return str(caught.value)
 
 
@@ -184,7 +184,7 @@ def test_the_benchmark_prints_both_pauses(tmp_path, capsys):
     small = ["--megabytes", "13", "--saves", "1", "--steps", "1", "--folder", str(tmp_path)]
     tool.main([*small, "--json", str(tmp_path / "figures.json")])
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["ratio"] == figures["synchronous"]["pause"] / figures["asynchronous"]["pause"]
+    assert figures["ratio"] == figures["synchronous"]["pause"] / figures["async_save"]["pause"]
     assert figures["synchronous"]["pause"] > figures["synchronous"]["complete"], "training waits for all of it"
-    assert figures["asynchronous"]["step while writing"] > 0
+    assert figures["async_save"]["step while writing"] > 0
     assert f"13 MB: the pause is {figures['ratio']:.1f} times shorter" in capsys.readouterr().out

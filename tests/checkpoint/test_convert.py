@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from tiny_folders import BACKBONES, language_folder
 from torch import Tensor
 
-from aki_megatron.checkpoint.saver import SavedWeights
-from aki_megatron.checkpoint.sources import open_safetensors
-from aki_megatron.checkpoint.stored import CheckpointSource
+from aki_megatron.checkpoint.checkpointer import SavedWeights
+from aki_megatron.checkpoint.dcp_io import CheckpointSource
+from aki_megatron.checkpoint.initial_weights import load_weights
+from aki_megatron.checkpoint.readers import open_safetensors
 from aki_megatron.config.save import load_model
-from aki_megatron.data.text import grow_tokenizer
+from aki_megatron.data.tokenizer import grow_tokenizer
 from aki_megatron.model.stage import build_model
-from aki_megatron.train.weights import load_weights
 
 
 def stock_tensors(export: Path) -> dict[str, Tensor]:
@@ -89,7 +89,7 @@ def test_ids_come_from_the_tokenizer_and_new_weights_are_those_of_a_run(
     done(convert("from-hf", "--lm", lm, "--vision", siglip, "--seed", 7, "--out", tmp_path / "start"))
     config, attention = load_model(tmp_path / "start" / "step_000000" / "config.yaml")
     # 54 words and <|endoftext|>, which cannot be padding too, so <pad> is 55
-    assert (config.decoder.base_tokens, config.decoder.extra_tokens, config.decoder.vocab_rows) == (56, 2, 64)
+    assert (config.decoder.vocab_size, config.decoder.num_added_tokens, config.decoder.padded_vocab_size) == (56, 2, 64)
     assert attention.rule == "mma"
     words = json.loads((tmp_path / "start/step_000000/tokenizer/tokenizer.json").read_text())["added_tokens"]
     assert {word["content"]: word["id"] for word in words} == {

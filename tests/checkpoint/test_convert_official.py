@@ -9,8 +9,8 @@ from conversions import GOLDEN, Run, assert_equal, done, everything, refused
 from safetensors.torch import load_file, save_file
 from tiny_folders import language_folder
 
-from aki_megatron.checkpoint.saver import Saver
-from aki_megatron.checkpoint.stored import CheckpointSource
+from aki_megatron.checkpoint.checkpointer import Checkpointer
+from aki_megatron.checkpoint.dcp_io import CheckpointSource
 from aki_megatron.config.run import AttentionConfig
 from aki_megatron.config.save import dump_model
 from aki_megatron.evaluate.golden_files import Golden
@@ -94,7 +94,7 @@ def test_a_checkpoint_in_other_files(convert: Run, tmp_path: Path) -> None:
     kinds = ("weight", "exp_avg", "exp_avg_sq")
     tensors = {f"{kind}.t{number}": torch.randn(50, 3) for kind in kinds for number in range(4)}
     tensors["optimizer.step"] = torch.tensor(5.0)
-    saver = Saver(tmp_path / "run" / "checkpoints", keep_last=1, config_yaml="# a run\n")
+    saver = Checkpointer(tmp_path / "run" / "checkpoints", keep_last=1, config_yaml="# a run\n")
     saver.save(5, tensors, {"step": 5})
     before = saver.folder / "step_000005"
     done(convert("reshard", tmp_path / "run", "--out", tmp_path / "four", "--files", 4))
@@ -104,7 +104,7 @@ def test_a_checkpoint_in_other_files(convert: Run, tmp_path: Path) -> None:
     assert (after / "extra.json").read_bytes() == (before / "extra.json").read_bytes()
     assert (after / "config.yaml").read_text() == "# a run\n"
     into = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    assert Saver(tmp_path / "four", keep_last=1).load(after, into)["step"] == 5
+    assert Checkpointer(tmp_path / "four", keep_last=1).load(after, into)["step"] == 5
     assert_equal(into, tensors)
     said = done(convert("reshard", tmp_path / "run", "--out", tmp_path / "weights", "--weights-only"))
     assert_equal(everything(tmp_path / "weights"), {n: t for n, t in tensors.items() if n.startswith("weight.")})

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from tiny_folders import language_folder
 from torch import Tensor
 
-from aki_megatron.checkpoint import convert as conversions_of
-from aki_megatron.checkpoint.drawn import Drawn
-from aki_megatron.checkpoint.report import fits
-from aki_megatron.checkpoint.stored import CheckpointSource
+from aki_megatron.checkpoint import conversions as conversions_of
+from aki_megatron.checkpoint.conversion_report import fits
+from aki_megatron.checkpoint.dcp_io import CheckpointSource
+from aki_megatron.checkpoint.random_init import Drawn
 from aki_megatron.config.run import AttentionConfig
 from aki_megatron.config.save import dump_model, load_model
 
@@ -158,7 +158,7 @@ def test_an_exported_folder_is_as_strict(
     words = ("--skip-logits-check", "--out")
     done(convert("from-hf", "--lm", lm, "--vision", siglip, *words, tmp_path / "start"))
     done(convert("to-hf", tmp_path / "start", *words, tmp_path / "export"))
-    latents = "model.resampler.latents"
+    latents = "model.resampler.num_latents"
     folder, out = changed(tmp_path / "export", tmp_path / "damaged", {latents: None}), tmp_path / "out"
     assert f"missing: {latents}" in refused(convert("from-hf", "--aki", folder, "--out", out), out)
     monkeypatch.setattr("convert.PROGRESS_SECONDS", 0)
@@ -178,13 +178,13 @@ def test_a_conversion_that_computes_something_else_is_not_kept(
     lm: Path, siglip: Path, convert: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("from-hf", "--lm", lm, "--vision", siglip, "--out", tmp_path / "out")
-    as_ours = conversions_of.as_ours
+    to_native = conversions_of.to_native
 
     def swapped(source: object, table: dict[str, tuple[str, ...]]) -> object:
         up = [name for name in table if name.endswith("gate_up.weight")]
-        return as_ours(source, {**table, **{name: table[name][::-1] for name in up}})  # type: ignore[arg-type]
+        return to_native(source, {**table, **{name: table[name][::-1] for name in up}})  # type: ignore[arg-type]
 
-    monkeypatch.setattr(conversions_of, "as_ours", swapped)
+    monkeypatch.setattr(conversions_of, "to_native", swapped)
     said = refused(convert(*words), tmp_path / "out")
     assert "logits of what was written and of its source differ" in said
     assert "FAILED" in said and "in decoder layer 0" in said
@@ -198,14 +198,14 @@ def test_the_tokenizer_decides_the_ids_and_a_model_file_the_rest(
     done(convert(*words, "--out", tmp_path / "start"))
     config, _ = load_model(tmp_path / "start" / "step_000000" / "config.yaml")
     model = tmp_path / "model.yaml"
-    for base_tokens, resampler in ((57, config.resampler), (56, config.resampler.model_copy(update={"layers": 1}))):
-        decoder = config.decoder.model_copy(update={"base_tokens": base_tokens})
+    for vocab_size, resampler in ((57, config.resampler), (56, config.resampler.model_copy(update={"num_layers": 1}))):
+        decoder = config.decoder.model_copy(update={"vocab_size": vocab_size})
         wanted = config.model_copy(update={"decoder": decoder, "resampler": resampler})
         model.write_text(dump_model(wanted, AttentionConfig(rule="causal")))
         result = convert(*words, "--model", model, "--out", tmp_path / "out")
-        if base_tokens == 57:
+        if vocab_size == 57:
             said = refused(result, tmp_path / "out")
-            assert "base_tokens=57 and extra_tokens=2, the tokenizer" in said and "needs 56 and 2" in said
+            assert "vocab_size=57 and num_added_tokens=2, the tokenizer" in said and "needs 56 and 2" in said
     done(result)
     assert load_model(tmp_path / "out" / "step_000000" / "config.yaml") == (wanted, AttentionConfig(rule="causal"))
     blocks = {name.split(".")[3] for name in CheckpointSource(tmp_path / "out").facts if "resampler.blocks" in name}

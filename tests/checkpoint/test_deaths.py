@@ -16,10 +16,11 @@ import torch
 from rich.console import Console
 
 from aki_megatron.checkpoint import files
-from aki_megatron.checkpoint.saver import Saver
-from aki_megatron.checkpoint.stored import CheckpointSource
-from aki_megatron.flow import CheckpointError, StepReport
-from aki_megatron.train.hooks import SaveHook
+from aki_megatron.checkpoint.checkpointer import Checkpointer
+from aki_megatron.checkpoint.dcp_io import CheckpointSource
+from aki_megatron.errors import CheckpointError
+from aki_megatron.train.callbacks import CheckpointCallback
+from aki_megatron.types import StepReport
 
 KILLS = 20
 ELEMENTS = 2**18
@@ -30,8 +31,8 @@ def tensors(step: int, elements: int = ELEMENTS) -> dict[str, torch.Tensor]:
     return {f"weight.{name}": torch.full((elements,), float(step)) for name in "abcd"}
 
 
-def saver(folder: Path, *, asynchronous: bool = False, keep_last: int = 1) -> Saver:
-    return Saver(folder, keep_last=keep_last, asynchronous=asynchronous)
+def saver(folder: Path, *, async_save: bool = False, keep_last: int = 1) -> Checkpointer:
+    return Checkpointer(folder, keep_last=keep_last, async_save=async_save)
 
 
 def newest_is_whole(folder: Path) -> int:
@@ -45,18 +46,18 @@ def newest_is_whole(folder: Path) -> int:
     return step
 
 
-def save_for_ever(folder: Path, asynchronous: bool) -> None:
+def save_for_ever(folder: Path, async_save: bool) -> None:
     """Steps after the newest, each twice, for a checkpoint may be replaced by one of the same step."""
-    keeper, step = saver(folder, asynchronous=asynchronous), newest_is_whole(folder)
+    keeper, step = saver(folder, async_save=async_save), newest_is_whole(folder)
     while True:
         step += 1
         for _ in range(2):
             keeper.save(step, tensors(step), {})
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["in training's thread", "in the background"])
-def test_killed_at_random_moments(tmp_path, asynchronous):
-    draw = random.Random(asynchronous)
+@pytest.mark.parametrize("async_save", [False, True], ids=["in training's thread", "in the background"])
+def test_killed_at_random_moments(tmp_path, async_save):
+    draw = random.Random(async_save)
     keeper = saver(tmp_path)
     started = time.monotonic()
     keeper.save(1, tensors(1), {})
@@ -66,7 +67,7 @@ def test_killed_at_random_moments(tmp_path, asynchronous):
         child = os.fork()
         if child == 0:
             try:
-                save_for_ever(tmp_path, asynchronous)
+                save_for_ever(tmp_path, async_save)
             finally:
                 os._exit(1)
         time.sleep(draw.uniform(0.25, 1) * longest)
@@ -134,12 +135,12 @@ def small_disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["in training's thread", "in the background"])
-def test_a_full_disk_is_an_error_and_training_goes_on(small_disk, asynchronous):
+@pytest.mark.parametrize("async_save", [False, True], ids=["in training's thread", "in the background"])
+def test_a_full_disk_is_an_error_and_training_goes_on(small_disk, async_save):
     out = io.StringIO()
-    keeper = saver(small_disk, asynchronous=asynchronous, keep_last=2)
+    keeper = saver(small_disk, async_save=async_save, keep_last=2)
     sizes = {2: 1000, 4: 10**6, 6: 1000, 7: 10**6}
-    hook = SaveHook(
+    hook = CheckpointCallback(
         keeper, lambda step: keeper.save(step, tensors(step, sizes[step]), {}), 2, 7, Console(file=out, width=500)
     )
     report = StepReport(0.0, 0.0, 0.0, 0, 0, 0, 0, 0, 0.0, False)

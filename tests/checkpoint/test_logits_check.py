@@ -21,42 +21,53 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from aki_megatron.checkpoint import logits
-from aki_megatron.checkpoint.backbones import describe_language, describe_vision
-from aki_megatron.checkpoint.logits import LogitsReport, check_logits
-from aki_megatron.checkpoint.reference import Reference
-from aki_megatron.checkpoint.sources import cast
-from aki_megatron.checkpoint.tensors import TensorFact, TensorSource, View, as_ours
-from aki_megatron.checkpoint.weights import language_names, vision_names
+from aki_megatron.checkpoint import logits_check
+from aki_megatron.checkpoint.hf_config import describe_language, describe_vision
+from aki_megatron.checkpoint.hf_reference import Reference
+from aki_megatron.checkpoint.logits_check import LogitsReport, check_logits
+from aki_megatron.checkpoint.readers import cast
+from aki_megatron.checkpoint.tensors import TensorFact, TensorSource, View, to_native
+from aki_megatron.checkpoint.weight_names import language_names, vision_names
 from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
 from aki_megatron.model.stage import build_model, build_stage
 
 Tensors = dict[str, Tensor]
 
-SIZES: dict[str, Any] = {"width": 64, "layers": 3, "heads": 4, "kv_heads": 2, "mlp_width": 80, "head_bias": False}
-SIZES |= {"vocab_rows": 64, "base_tokens": 58, "extra_tokens": 2}
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_layers": 3,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "intermediate_size": 80,
+    "lm_head_bias": False,
+}
+SIZES |= {"padded_vocab_size": 64, "vocab_size": 58, "num_added_tokens": 2}
 LONGROPE = RopeConfig(
-    kind="longrope",
+    rope_type="longrope",
     theta=1000.0,
-    max_positions=64,
-    original_max_positions=16,
+    max_position_embeddings=64,
+    original_max_position_embeddings=16,
     short_factor=(1.0, 1.1, 1.3, 1.7, 2.0, 2.2, 2.5, 2.9),
     long_factor=(1.1, 1.5, 3.0, 7.0, 12.0, 20.0, 30.0, 33.0),
 )
-LLAMA3 = RopeConfig(kind="llama3", theta=500.0, max_positions=256, original_max_positions=32, factor=8.0)
+LLAMA3 = RopeConfig(
+    rope_type="llama3", theta=500.0, max_position_embeddings=256, original_max_position_embeddings=32, factor=8.0
+)
 DECODERS = {
-    "phi3": DecoderConfig(family="phi3", rope=LONGROPE, **SIZES | {"kv_heads": 4}),
-    "llama": DecoderConfig(family="llama", rope=LLAMA3, tie_embeddings=True, **SIZES),
-    "qwen2": DecoderConfig(family="qwen2", rope=RopeConfig(theta=1e6), tie_embeddings=True, **SIZES),
-    "qwen3": DecoderConfig(family="qwen3", rope=RopeConfig(theta=1e6), **SIZES | {"head_bias": True}),
+    "phi3": DecoderConfig(family="phi3", rope=LONGROPE, **SIZES | {"num_kv_heads": 4}),
+    "llama": DecoderConfig(family="llama", rope=LLAMA3, tie_word_embeddings=True, **SIZES),
+    "qwen2": DecoderConfig(family="qwen2", rope=RopeConfig(theta=1e6), tie_word_embeddings=True, **SIZES),
+    "qwen3": DecoderConfig(family="qwen3", rope=RopeConfig(theta=1e6), **SIZES | {"lm_head_bias": True}),
 }
 CONFIGS: dict[str, Any] = {"phi3": Phi3Config, "llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
 
 def model_config(decoder: DecoderConfig) -> ModelConfig:
     return ModelConfig(
-        vision=VisionConfig(image_size=30, patch_size=7, width=32, layers=2, heads=4, mlp_width=48),
-        resampler=ResamplerConfig(latents=5, layers=2, heads=2, head_width=8),
+        vision=VisionConfig(
+            image_size=30, patch_size=7, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48
+        ),
+        resampler=ResamplerConfig(num_latents=5, num_layers=2, num_heads=2, head_dim=8),
         decoder=decoder,
     )
 
@@ -84,7 +95,7 @@ def stock(config: ModelConfig) -> Reference:
 def ours_of(config: ModelConfig, reference: Reference) -> Tensors:
     """All of our tensors: the reference's where it has them, new ones elsewhere."""
     new = build_model(config, rule="mma", seed=1)
-    taken = as_ours(reference.source, reference.names)
+    taken = to_native(reference.source, reference.names)
     return {name: tensor.detach() + 0.1 * torch.randn_like(tensor) for name, tensor in new.named_parameters()} | {
         name: taken.get(name) for name in taken.facts
     }
@@ -116,7 +127,7 @@ def test_the_same_weights_compute_the_same(family: str) -> None:
 
 def amplifying(gain: float) -> tuple[ModelConfig, Reference]:
     """A deep model whose weights make any difference grow from layer to layer."""
-    decoder = DECODERS["phi3"].model_copy(update={"layers": 32, "rope": RopeConfig()})
+    decoder = DECODERS["phi3"].model_copy(update={"num_layers": 32, "rope": RopeConfig()})
     config = model_config(decoder)
     reference = stock(config)
     tensors = {name: torch.ones(fact.shape) for name, fact in reference.source.facts.items()}
@@ -132,7 +143,7 @@ def test_rounding_that_a_model_amplifies_is_told_from_a_mistake() -> None:
     config, reference = amplifying(6.0)
     ours = ours_of(config, reference)
     report = check_logits(source_of(ours), config, reference)
-    assert report.limit > 2 * logits.TOLERANCE * report.scale
+    assert report.limit > 2 * logits_check.TOLERANCE * report.scale
     assert report.passed and not report.parted, report.text()
     name = "blocks.20.attention.qkv.weight"
     ours[name] = ours[name] * 1.05
@@ -209,7 +220,7 @@ def test_another_configuration_on_the_other_side_is_noticed(family: str, said: d
 
 def aki(family: str = "phi3", **decoder: Any) -> tuple[ModelConfig, Tensors, Reference]:
     """A model with everything that AKI has, and the other side's copy of all of it under names of its own."""
-    config = model_config(DECODERS[family].model_copy(update={"head_bias": True} | decoder))
+    config = model_config(DECODERS[family].model_copy(update={"lm_head_bias": True} | decoder))
     side = stock(config)
     ours = ours_of(config, side)
     added = {name: (f"aki.{name}",) for name in ours if name not in side.names}
@@ -233,7 +244,7 @@ def test_what_aki_adds_is_compared_where_the_other_side_has_it(name: str) -> Non
 
 
 def test_tied_added_tokens() -> None:
-    config, ours, reference = aki("llama", tie_embeddings=True)
+    config, ours, reference = aki("llama", tie_word_embeddings=True)
     assert "head.extra.weight" not in ours
     assert check_logits(source_of(ours), config, reference).passed
     ours["front.embedding.extra"] = ours["front.embedding.extra"].flip(0)
@@ -241,7 +252,9 @@ def test_tied_added_tokens() -> None:
 
 
 def test_a_lost_mask_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logits, "build_stage", lambda config, layers, rule: build_stage(config, layers, rule="causal"))
+    monkeypatch.setattr(
+        logits_check, "build_stage", lambda config, layers, rule: build_stage(config, layers, rule="causal")
+    )
     report = check("qwen2")
     assert not report.passed
     assert report.sees_the_mask
@@ -265,7 +278,7 @@ def test_rows_that_the_other_side_lacks_are_ours() -> None:
     reference = stock(config)
     ours = ours_of(config, reference)
     grown = config.model_copy(
-        update={"decoder": config.decoder.model_copy(update={"vocab_rows": 128, "base_tokens": 65})}
+        update={"decoder": config.decoder.model_copy(update={"padded_vocab_size": 128, "vocab_size": 65})}
     )
     table = ours["front.embedding.table.weight"]
     ours["front.embedding.table.weight"] = torch.cat([table, torch.randn(64, 64)])
@@ -303,4 +316,4 @@ def test_one_layer_is_in_memory_at_a_time() -> None:
 
     other = Reference(watched(reference.source, part), reference.names, reference.language, reference.vision)
     assert check_logits(watched(source_of(ours), part), config, other).passed
-    assert len({part(name) for name, _ in given}) == 2 * config.decoder.layers + 1
+    assert len({part(name) for name, _ in given}) == 2 * config.decoder.num_layers + 1

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from aki_megatron.checkpoint import files, stored
-from aki_megatron.checkpoint.saver import SavedWeights, Saver
-from aki_megatron.checkpoint.stored import IndexedReader
-from aki_megatron.flow import CheckpointError
+from aki_megatron.checkpoint import dcp_io, files
+from aki_megatron.checkpoint.checkpointer import Checkpointer, SavedWeights
+from aki_megatron.checkpoint.dcp_io import IndexedReader
+from aki_megatron.errors import CheckpointError
 
 
 def tensors(value: float = 1.0) -> dict[str, torch.Tensor]:
@@ -24,9 +24,9 @@ def tensors(value: float = 1.0) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Saver:
+def run(tmp_path: Path) -> Checkpointer:
     """Two checkpoints: steps 50 and 100."""
-    keeper = Saver(tmp_path / "checkpoints", keep_last=2)
+    keeper = Checkpointer(tmp_path / "checkpoints", keep_last=2)
     for step in (50, 100):
         keeper.save(step, tensors(step), {"step": step, "digest": "abc"})
     return keeper
@@ -50,7 +50,7 @@ def test_round_trip(run):
 
 def test_random_generators_go_on_where_they_were(tmp_path):
     torch.manual_seed(5)
-    keeper = Saver(tmp_path, keep_last=1)
+    keeper = Checkpointer(tmp_path, keep_last=1)
     keeper.save(1, tensors(), {})
     want = torch.rand(3).tolist(), np.random.rand()
     torch.manual_seed(9)
@@ -135,7 +135,7 @@ def test_a_checkpoint_of_an_older_form_is_refused(run):
 
 
 def test_nothing_there(tmp_path):
-    assert Saver(tmp_path / "none", keep_last=1).latest() is None
+    assert Checkpointer(tmp_path / "none", keep_last=1).latest() is None
     with pytest.raises(CheckpointError, match="No complete checkpoint"):
         read_weights(tmp_path)
     with pytest.raises(CheckpointError, match="is no folder"):
@@ -177,7 +177,7 @@ def full_disk(*_: object) -> None:
 
 
 def test_a_full_disk_is_one_message(run, monkeypatch):
-    monkeypatch.setattr(stored.torch, "save", full_disk)
+    monkeypatch.setattr(dcp_io.torch, "save", full_disk)
     with pytest.raises(
         CheckpointError, match="cannot be written: .*No space left on device.*Earlier checkpoints are whole"
     ):
@@ -204,7 +204,7 @@ def test_an_index_that_asks_for_code_is_refused(run):
 
 
 def save_and_corrupt(topology, folder: Path) -> str:
-    keeper = Saver(folder, keep_last=2)
+    keeper = Checkpointer(folder, keep_last=2)
     for step in (1, 2):
         keeper.save(step, tensors(), {"step": step})
     names = sorted(path.name for path in keeper.latest().iterdir())
@@ -227,10 +227,10 @@ def test_all_ranks_fail_together(run_on, tmp_path):
 
 
 def one_rank_cannot_write(topology, folder: Path) -> str:
-    keeper = Saver(folder, keep_last=2)
+    keeper = Checkpointer(folder, keep_last=2)
     with pytest.MonkeyPatch.context() as patch:
         if topology.rank == 1:
-            patch.setattr(stored.torch, "save", full_disk)
+            patch.setattr(dcp_io.torch, "save", full_disk)
         try:
             keeper.save(1, tensors() | {f"weight.of_rank_{topology.rank}": torch.zeros(3)}, {})
         except CheckpointError as error:
@@ -243,4 +243,4 @@ def test_a_full_disk_of_one_rank_fails_the_save_on_all(run_on, tmp_path):
     (tmp_path / "run").mkdir()
     messages = run_on(2, one_rank_cannot_write, tmp_path / "run")
     assert all("No space left on device" in message for message in messages), messages
-    assert Saver(tmp_path / "run", keep_last=1).latest() is None
+    assert Checkpointer(tmp_path / "run", keep_last=1).latest() is None

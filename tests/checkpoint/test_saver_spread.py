@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from aki_megatron.checkpoint.saver import SavedWeights, Saver
-from aki_megatron.checkpoint.stored import CheckpointSource, IndexedReader
-from aki_megatron.engine.logical import shard_rows
-from aki_megatron.flow import CheckpointError
+from aki_megatron.checkpoint.checkpointer import Checkpointer, SavedWeights
+from aki_megatron.checkpoint.dcp_io import CheckpointSource, IndexedReader
+from aki_megatron.engine.global_state import shard_rows
+from aki_megatron.errors import CheckpointError
 
 pytestmark = pytest.mark.distributed
 
@@ -35,12 +35,12 @@ def share_of(topology, *, filled: bool) -> dict[str, Tensor]:
 
 
 def save(topology, folder: Path) -> None:
-    Saver(folder, keep_last=1).save(9, share_of(topology, filled=True), {"step": 9})
+    Checkpointer(folder, keep_last=1).save(9, share_of(topology, filled=True), {"step": 9})
 
 
 def load(topology, folder: Path) -> dict[str, bool]:
     """Whether each of the rank's tensors came back."""
-    keeper = Saver(folder, keep_last=1)
+    keeper = Checkpointer(folder, keep_last=1)
     tensors = share_of(topology, filled=False)
     assert keeper.load(keeper.latest(), tensors) == {"step": 9}
     found = {name: tensors[name].full_tensor() for name in tensors if name in SHAPES}
@@ -71,7 +71,7 @@ def test_a_tied_table_is_written_once(run_on, tmp_path):
 
 
 def refused(topology, folder: Path) -> str:
-    keeper = Saver(folder, keep_last=1)
+    keeper = Checkpointer(folder, keep_last=1)
     tensors = share_of(topology, filled=False)
     if topology.pipeline_rank == 1:
         tensors["weight.other"] = tensors.pop("weight.last")
@@ -119,7 +119,7 @@ def test_all_ranks_fail_to_open_together(run_on, tmp_path):
 
 def draw_on(topology, folder: Path) -> list[tuple[float, float]]:
     """Random numbers after a save, and after that is loaded from elsewhere."""
-    keeper = Saver(folder, keep_last=1)
+    keeper = Checkpointer(folder, keep_last=1)
     torch.manual_seed(topology.rank)
     keeper.save(9, share_of(topology, filled=True), {"step": 9})
     after_save = (float(torch.rand(())), random.random())

@@ -14,11 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aki_megatron.checkpoint import sinks
-from aki_megatron.checkpoint.sinks import aside, write_safetensors, write_shards, write_torch_file
-from aki_megatron.checkpoint.sources import open_safetensors, open_torch_file
+from aki_megatron.checkpoint import writers
+from aki_megatron.checkpoint.readers import open_safetensors, open_torch_file
 from aki_megatron.checkpoint.tensors import TensorFact, TensorSource, View
-from aki_megatron.flow import CheckpointError
+from aki_megatron.checkpoint.writers import aside, write_safetensors, write_shards, write_torch_file
+from aki_megatron.errors import CheckpointError
 
 
 def some_tensors() -> dict[str, Tensor]:
@@ -239,7 +239,7 @@ def test_what_reads_back_differently_is_an_error(writer: str, tmp_path: Path, mo
         at = Path(handle.name).read_bytes().index(torch.ones(4).numpy().tobytes())
         os.pwrite(handle.fileno(), b"\x01", at + 15)
 
-    monkeypatch.setattr(sinks, "_force", flip)
+    monkeypatch.setattr(writers, "_force", flip)
     source = source_of({"a": torch.ones(4)})
     with pytest.raises(CheckpointError, match="reads back differently"):
         if writer == "torch":

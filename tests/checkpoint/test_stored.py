@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from aki_megatron.checkpoint import files, stored
-from aki_megatron.checkpoint.saver import SavedWeights, Saver
-from aki_megatron.checkpoint.stored import CheckpointSource, as_stored, write_checkpoint
+from aki_megatron.checkpoint import dcp_io, files
+from aki_megatron.checkpoint.checkpointer import Checkpointer, SavedWeights
+from aki_megatron.checkpoint.dcp_io import CheckpointSource, as_stored, write_checkpoint
 from aki_megatron.checkpoint.tensors import TensorFact
-from aki_megatron.flow import CheckpointError
+from aki_megatron.errors import CheckpointError
 
 SHAPES = {"bias": (40,), "table": (300, 7), "nothing": (0, 4), "scalar": (), "last": (500,)}
 
@@ -67,7 +67,7 @@ def test_one_tensor_at_a_time(tmp_path):
 
 def test_files_are_about_equal_and_in_order(tmp_path):
     path = written(tmp_path, Drawn(), files=2)
-    index = stored.IndexedReader(path).read_metadata()
+    index = dcp_io.IndexedReader(path).read_metadata()
     places = {place.fqn.removeprefix("weight."): info.relative_path for place, info in index.storage_data.items()}
     assert places == {n: f"__0_{int(n in ('nothing', 'scalar', 'last'))}.distcp" for n in SHAPES}
 
@@ -98,7 +98,7 @@ def test_a_run_starts_from_it(tmp_path):
 
 def test_moments_are_rewritten_bit_by_bit_and_resume(tmp_path):
     """What a run saved, written anew into other files with everything else it saved."""
-    keeper, names = Saver(tmp_path / "run", keep_last=1, config_yaml="run: 1\n"), ("weight.a", "exp_avg.a")
+    keeper, names = Checkpointer(tmp_path / "run", keep_last=1, config_yaml="run: 1\n"), ("weight.a", "exp_avg.a")
     state = {name: torch.randn(6, 2) for name in names} | {"optimizer.step": torch.tensor(5.0)}
     keeper.save(5, state, {"step": 5, "data": {"place": 7}})
     drawn = torch.rand(3)
@@ -129,7 +129,7 @@ def test_nothing_is_left_of_what_cannot_be_written(tmp_path, monkeypatch):
     def full(_tensor, _stream):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(stored.torch, "save", full)
+    monkeypatch.setattr(dcp_io.torch, "save", full)
     with pytest.raises(CheckpointError, match="cannot be written: .*No space left on device"):
         written(tmp_path, Drawn())
     monkeypatch.undo()

@@ -21,7 +21,7 @@ SFT = ROOT / "configs/demo/sft.yaml"
 @cache
 def base() -> dict[str, Any]:
     """The demo's second stage with four layers: enough for two ranks of two chunks."""
-    argv = ["--config", str(SFT), "--model.decoder.layers", "4"]
+    argv = ["--config", str(SFT), "--model.decoder.num_layers", "4"]
     run = load_run(argv, default_config=SFT, prog="sft.py", description="A.")
     return {name: getattr(run, name) for name in RunConfig.model_fields}
 
@@ -35,10 +35,16 @@ OFFLOADS: dict[str, dict[str, Any]] = {
 
 
 def build(
-    tensor: int, pipeline: int, chunks: int, zero: int, precision: str, recompute: str, offload: str, rule: str
+    tensor: int, pipeline: int, virtual_stages: int, zero: int, precision: str, recompute: str, offload: str, rule: str
 ) -> RunConfig:
     parts = base()
-    parallel = {"tensor": tensor, "pipeline": pipeline, "chunks": chunks, "zero_stage": zero, "recompute": recompute}
+    parallel = {
+        "tensor": tensor,
+        "pipeline": pipeline,
+        "virtual_stages": virtual_stages,
+        "zero_stage": zero,
+        "recompute": recompute,
+    }
     zero_optimization = OFFLOADS[offload]
     return RunConfig(
         **parts
@@ -52,14 +58,14 @@ def build(
 
 
 def refused_keys(
-    tensor: int, pipeline: int, chunks: int, zero: int, precision: str, recompute: str, offload: str, rule: str
+    tensor: int, pipeline: int, virtual_stages: int, zero: int, precision: str, recompute: str, offload: str, rule: str
 ) -> list[list[str]]:
     """What is refused, said once more in plain words: the keys each sentence has to name."""
     found = []
     if zero == 0 and precision == "bf16":
         found.append(["parallel.zero_stage=0", "train.precision=bf16", "--parallel.zero_stage 1"])
-    if pipeline == 1 and chunks > 1:
-        found.append(["parallel.pipeline=1", f"parallel.chunks={chunks}", "--parallel.chunks 1"])
+    if pipeline == 1 and virtual_stages > 1:
+        found.append(["parallel.pipeline=1", f"parallel.virtual_stages={virtual_stages}", "--parallel.virtual_stages 1"])
     device = f"zero_optimization.offload_optimizer.device={offload.rpartition(' ')[2]}"
     if offload.startswith("optimizer") and zero < 2:
         found.append([f"parallel.zero_stage={zero}", device, "--parallel.zero_stage 2"])
@@ -75,10 +81,10 @@ def refused_keys(
 SPREADS = list(product((1, 2, 4), (1, 2), (1, 2), (0, 1, 2, 3)))
 
 
-@pytest.mark.parametrize(("tensor", "pipeline", "chunks", "zero"), SPREADS)
-def test_runs_are_accepted_and_refused_as_the_table_says(tensor: int, pipeline: int, chunks: int, zero: int) -> None:
+@pytest.mark.parametrize(("tensor", "pipeline", "virtual_stages", "zero"), SPREADS)
+def test_runs_are_accepted_and_refused_as_the_table_says(tensor: int, pipeline: int, virtual_stages: int, zero: int) -> None:
     for rest in product(("fp32", "bf16"), ("none", "full"), OFFLOADS, ("causal", "mma")):
-        cell = (tensor, pipeline, chunks, zero, *rest)
+        cell = (tensor, pipeline, virtual_stages, zero, *rest)
         expected = refused_keys(*cell)
         if not expected:
             assert refusals(build(*cell)) == []
@@ -118,7 +124,7 @@ def test_a_run_stands_in_a_cell_of_every_axis() -> None:
             assert axis.cell(run) in axis.cells
 
 
-NAMES = ("tensor", "pipeline", "chunks", "zero_stage")
+NAMES = ("tensor", "pipeline", "virtual_stages", "zero_stage")
 
 
 def test_every_proof_is_there() -> None:

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 
-from aki_megatron.config.check import check_world
+from aki_megatron.config.cross_checks import check_world
 from aki_megatron.config.deepspeed import leaves, settings_for_engine
 from aki_megatron.config.deepspeed_keys import FIXED, OFFLOAD, OWNED, REFUSED, REMOVED, TOP_LEVEL, WITHOUT_USE, ZERO
 from aki_megatron.config.load import load_run
@@ -31,10 +31,16 @@ CONTRADICTIONS: list[tuple[dict[str, Any] | str, list[str]]] = [
         {"zero_optimization": {"stage": 1}},
         ["zero_optimization.stage=1 but parallel.zero_stage=3", "--parallel.zero_stage 1"],
     ),
-    ({"train_batch_size": 32}, ["train_batch_size=32 but train.global_batch=64", '"auto"', "--train.global_batch 32"]),
-    ({"train_micro_batch_size_per_gpu": 4}, ["train_micro_batch_size_per_gpu=4 but train.micro_batch=32"]),
-    ({"gradient_clipping": 0.5}, ["gradient_clipping=0.5 but optimizer.clip_norm=1.0", "--optimizer.clip_norm 0.5"]),
-    ({"gradient_clipping": True}, ["gradient_clipping=true but optimizer.clip_norm=1.0"]),
+    (
+        {"train_batch_size": 32},
+        ["train_batch_size=32 but train.global_batch_size=64", '"auto"', "--train.global_batch_size 32"],
+    ),
+    ({"train_micro_batch_size_per_gpu": 4}, ["train_micro_batch_size_per_gpu=4 but train.micro_batch_size=32"]),
+    (
+        {"gradient_clipping": 0.5},
+        ["gradient_clipping=0.5 but optimizer.max_grad_norm=1.0", "--optimizer.max_grad_norm 0.5"],
+    ),
+    ({"gradient_clipping": True}, ["gradient_clipping=true but optimizer.max_grad_norm=1.0"]),
     ({"bf16": {"enabled": True}}, ["bf16.enabled=true but train.precision=fp32", "--train.precision bf16"]),
     ({"fp16": {"enabled": True}}, ["fp16.enabled=true", "train.precision is bf16 or fp32"]),
     ({"torch_autocast": {"enabled": True}}, ["torch_autocast.enabled=true", "train.precision"]),
@@ -48,7 +54,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any] | str, list[str]]] = [
     ({"scheduler": {"type": "WarmupLR"}}, ['scheduler.type="WarmupLR"', "optimizer.lr, min_lr, warmup_steps"]),
     ({"pipeline": {"stages": 2}}, ["pipeline.stages=2", "parallel.pipeline"]),
     ({"tensorboard": {"enabled": True}}, ["tensorboard.enabled=true", "log.tensorboard"]),
-    ({"steps_per_print": 7}, ["steps_per_print=7 but log.every=20", "--log.every 7"]),
+    ({"steps_per_print": 7}, ["steps_per_print=7 but log.interval=20", "--log.interval 7"]),
     ({"gradient_accumulation_steps": 0}, ["gradient_accumulation_steps must be", "got 0"]),
     ({"data_types": {"grad_accum_dtype": "bf16"}}, ['data_types.grad_accum_dtype="bf16"', "fp32"]),
     ({"zero_optimisation": {"stage": 3}}, ["zero_optimisation is no setting", "did you mean zero_optimization?"]),
@@ -173,7 +179,7 @@ def test_overrides_are_compared_too(tmp_path: Path) -> None:
 def test_accumulation_is_compared_once_the_ranks_are_known(tmp_path: Path) -> None:
     run = load(tmp_path, {"gradient_accumulation_steps": 2})
     check_world(run, 1)
-    with pytest.raises(ConfigError, match=r"gradient_accumulation_steps=2 but train\.global_batch=64 .* = 1"):
+    with pytest.raises(ConfigError, match=r"gradient_accumulation_steps=2 but train\.global_batch_size=64 .* = 1"):
         check_world(run, 2)
     assert settings_for_engine(run) == {}
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from aki_megatron.config.check import check_world, data_size, micro_batch
+from aki_megatron.config.cross_checks import check_world, data_size, micro_batch_size
 from aki_megatron.config.load import load_run
 from aki_megatron.config.run import RunConfig
 from aki_megatron.config.yaml_file import read_yaml
@@ -50,7 +50,7 @@ FILE_MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"train.lr": 5}, ["unknown key train.lr", "did you mean optimizer.lr?"]),
     ({"trian": {}}, ["unknown key trian", "did you mean train?"]),
     ({"qqq": 1}, ["unknown key qqq"]),
-    ({"train.zzz": 1}, ["unknown key train.zzz", "the keys of train are steps, global_batch"]),
+    ({"train.zzz": 1}, ["unknown key train.zzz", "the keys of train are steps, global_batch_size"]),
     (
         {"model.decoder.rope.thata": 1},
         ["unknown key model.decoder.rope.thata", "did you mean model.decoder.rope.theta?"],
@@ -61,7 +61,7 @@ FILE_MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ),
     ({"data.sources": [{"name": "vqa", "weight": 1.0}]}, ["data.sources[0].name must be one of vqav2", 'got "vqa"']),
     ({"data.sources": [{"name": "vsr", "weight": 0}]}, ["data.sources[0].weight must be a number > 0; got 0"]),
-    ({"data.sources": "vqav2"}, ["data.sources must be a list of {name, weight, augment, dialogues}", 'got "vqav2"']),
+    ({"data.sources": "vqav2"}, ["data.sources must be a list of {name, weight, augment, split_turns}", 'got "vqav2"']),
     ({"data.sources": [3]}, ["data.sources[0] must be", "name, weight", "got 3"]),
     ({"train.steps": "8"}, ["train.steps must be a whole number > 0", 'got "8"']),
     ({"train.steps": 8.5}, ["train.steps must be a whole number > 0", "got 8.5"]),
@@ -74,22 +74,22 @@ FILE_MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"run.dir": 7}, ["run.dir must be a path; got 7"]),
     ({"init.weights": 7}, ["init.weights must be a path or null; got 7"]),
     ({"data.captions": [{"name": "kale", "shards": [1]}]}, ["data.captions[0].shards[0]", "got 1"]),
-    ({"train": 3}, ["train must be a mapping with the keys steps, global_batch", "got 3"]),
+    ({"train": 3}, ["train must be a mapping with the keys steps, global_batch_size", "got 3"]),
     ({"train": None}, ["train must be a mapping", "got null"]),
     ({"train.steps": ...}, ["train.steps is missing: give a whole number > 0"]),
     ({"optimizer": ...}, ["the section optimizer is missing: give lr, min_lr"]),
     ({"data.kind": "images"}, ["data.kind must be one of captions, conversations"]),
     ({"parallel.zero_stage": 4}, ["parallel.zero_stage must be one of 0, 1, 2, 3; got 4"]),
-    ({"parallel.chunks": 0}, ["parallel.chunks must be a whole number > 0; got 0"]),
+    ({"parallel.virtual_stages": 0}, ["parallel.virtual_stages must be a whole number > 0; got 0"]),
     ({"parallel.layers_per_stage": 3}, ["parallel.layers_per_stage must be a list, each a whole number > 0; got 3"]),
     ({"parallel.layers_per_stage": [3, 0]}, ["parallel.layers_per_stage[1] must be", "a whole number > 0", "got 0"]),
     ({"parallel.recompute": "some"}, ["parallel.recompute must be one of none, full"]),
     ({"deepspeed": []}, ["deepspeed must be a mapping"]),
-    ({"model.decoder.heads": 7}, ["model.decoder", "width=", "heads=7", "choose heads from [1, 2, "]),
-    ({"model.decoder.kv_heads": 3}, ["model.decoder", "heads=4", "kv_heads=3", "[1, 2, 4]"]),
-    ({"model.vision.heads": 5}, ["model.vision", "width=64", "heads=5"]),
-    ({"model.decoder.vocab_rows": 100}, ["model.decoder", "vocab_rows=100"]),
-    ({"model.decoder.rope.kind": "longrope"}, ["model.decoder.rope.short_factor", "needs "]),
+    ({"model.decoder.num_heads": 7}, ["model.decoder", "hidden_size=", "num_heads=7", "choose num_heads from [1, 2, "]),
+    ({"model.decoder.num_kv_heads": 3}, ["model.decoder", "num_heads=4", "num_kv_heads=3", "[1, 2, 4]"]),
+    ({"model.vision.num_heads": 5}, ["model.vision", "hidden_size=64", "num_heads=5"]),
+    ({"model.decoder.padded_vocab_size": 100}, ["model.decoder", "padded_vocab_size=100"]),
+    ({"model.decoder.rope.rope_type": "longrope"}, ["model.decoder.rope.short_factor", "needs "]),
 ]
 
 
@@ -106,17 +106,17 @@ def test_all_mistakes_of_a_file_are_told_at_once_with_their_lines(tmp_path: Path
     changes = {
         "train.step": 5,
         "optimizer.lr": "fast",
-        "log.every": 0,
-        "checkpoint.every": ...,
-        "model.vision.heads": 7,
+        "log.interval": 0,
+        "checkpoint.interval": ...,
+        "model.vision.num_heads": 7,
     }
     text = message(config=edited(tmp_path, changes))
     assert "5 problems" in text
     for words in (
         "train.step;",
         "optimizer.lr must be",
-        "log.every must be",
-        "checkpoint.every is missing",
+        "log.interval must be",
+        "checkpoint.interval is missing",
         "model.vision",
     ):
         assert words in text
@@ -142,8 +142,8 @@ OVERRIDE_MISTAKES: list[tuple[list[str], list[str]]] = [
     (["--optimizer.lr", "-1"], ["optimizer.lr must be a number > 0; got -1"]),
     (["--data.sources", "[{weight: 1}]"], ["data.sources[0].name is missing"]),
     (["--parallel.zero_stage", "4"], ["parallel.zero_stage must be one of 0, 1, 2, 3; got 4"]),
-    (["--watch.spike", "ignore"], ["watch.spike must be one of off, skip, rollback, stop"]),
-    (["--watch.hang_factor", "1"], ["watch.hang_factor must be a number > 1"]),
+    (["--watch.on_loss_spike", "ignore"], ["watch.on_loss_spike must be one of off, skip, rollback, stop"]),
+    (["--watch.step_timeout_factor", "1"], ["watch.step_timeout_factor must be a number > 1"]),
     (["--config", "none.yaml"], ["none.yaml: there is no such file"]),
 ]
 
@@ -175,40 +175,68 @@ CONTRADICTIONS: list[tuple[Path, list[str], list[str]]] = [
         ["--data.phases", "[{steps: 1600, order: text_first}]"],
         ["order=text_first", "attention.rule=mma", "causal"],
     ),
-    (SFT, ["--data.packing.enabled", "true", "--data.packing.row_tokens", "100"], ["row_tokens=100", "latents = 137"]),
-    (SFT, ["--data.sources", "[{name: vsr, dialogues: whole}]"], ["vsr: dialogues=whole is for llava150k"]),
+    (
+        SFT,
+        ["--data.packing.enabled", "true", "--data.packing.sequence_length", "100"],
+        ["sequence_length=100", "latents = 137"],
+    ),
+    (SFT, ["--data.sources", "[{name: vsr, split_turns: false}]"], ["vsr: split_turns=false is for llava150k"]),
     (PRETRAIN, ["--data.sources", "[{name: vsr, weight: 1}]"], ["remove data.sources"]),
     (PRETRAIN, ["--init.weights", "runs/x"], ["init.weights=runs/x", "init.vision=data/demo/encoder", "null"]),
     (SFT, ["--data.sources", "[]"], ["data.kind=conversations needs data.sources"]),
     (SFT, ["--data.captions", "[{name: a, shards: [a.tar]}]"], ["remove data.captions"]),
     (SFT, ["--data.sources", "[{name: vsr, weight: 1}, {name: vsr, weight: 2}]"], ["data.sources names vsr more than"]),
-    (SFT, ["--parallel.tensor", "3"], ["parallel.tensor=3", "heads=4", "kv_heads=4", "choose tensor from [1, 2, 4]"]),
     (
         SFT,
-        ["--parallel.tensor", "4", "--model.decoder.kv_heads", "2"],
-        ["parallel.tensor=4 does not divide model.decoder.kv_heads=2 (", "only 2); choose tensor from [1, 2]."],
+        ["--parallel.tensor", "3"],
+        ["parallel.tensor=3", "num_heads=4", "num_kv_heads=4", "choose tensor from [1, 2, 4]"],
     ),
-    (SFT, ["--parallel.tensor", "4", "--model.decoder.mlp_width", "6"], ["model.decoder.mlp_width=6", "from [1, 2]"]),
-    (SFT, ["--parallel.tensor", "2", "--model.decoder.vocab_rows", "769"], ["model.decoder.vocab_rows=769", "[1]"]),
-    (SFT, ["--parallel.pipeline", "9"], ["parallel.pipeline=9", "model.decoder.layers=3", "from 1 to 3"]),
-    (SFT, ["--parallel.pipeline", "2", "--parallel.chunks", "2"], ["pipeline=2 x parallel.chunks=2 = 4 stages"]),
-    (SFT, ["--parallel.chunks", "2"], ["parallel.chunks=2", "parallel.pipeline=1", "--parallel.chunks 1"]),
+    (
+        SFT,
+        ["--parallel.tensor", "4", "--model.decoder.num_kv_heads", "2"],
+        ["parallel.tensor=4 does not divide model.decoder.num_kv_heads=2 (", "only 2); choose tensor from [1, 2]."],
+    ),
+    (
+        SFT,
+        ["--parallel.tensor", "4", "--model.decoder.intermediate_size", "6"],
+        ["model.decoder.intermediate_size=6", "from [1, 2]"],
+    ),
+    (
+        SFT,
+        ["--parallel.tensor", "2", "--model.decoder.padded_vocab_size", "769"],
+        ["model.decoder.padded_vocab_size=769", "[1]"],
+    ),
+    (SFT, ["--parallel.pipeline", "9"], ["parallel.pipeline=9", "model.decoder.num_layers=3", "from 1 to 3"]),
+    (
+        SFT,
+        ["--parallel.pipeline", "2", "--parallel.virtual_stages", "2"],
+        ["pipeline=2 x parallel.virtual_stages=2 = 4 stages"],
+    ),
+    (
+        SFT,
+        ["--parallel.virtual_stages", "2"],
+        ["parallel.virtual_stages=2", "parallel.pipeline=1", "--parallel.virtual_stages 1"],
+    ),
     (
         SFT,
         ["--parallel.pipeline", "2", "--parallel.layers_per_stage", "[1, 1, 1]"],
-        ["parallel.layers_per_stage=[1, 1, 1] has 3 entries", "= 2 stages", "2 numbers", "model.decoder.layers=3"],
+        ["parallel.layers_per_stage=[1, 1, 1] has 3 entries", "= 2 stages", "2 numbers", "model.decoder.num_layers=3"],
     ),
     (
         SFT,
         ["--parallel.pipeline", "2", "--parallel.layers_per_stage", "[2, 2]"],
-        ["parallel.layers_per_stage=[2, 2] deals out 4 layers", "model.decoder.layers=3", "sum is 3"],
+        ["parallel.layers_per_stage=[2, 2] deals out 4 layers", "model.decoder.num_layers=3", "sum is 3"],
     ),
     (SFT, ["--parallel.zero_stage", "0", "--train.precision", "bf16"], ["zero_stage=0", "--parallel.zero_stage 1"]),
     (PRETRAIN, ["--train.steps", "50"], ["optimizer.warmup_steps=50", "train.steps=50", "--optimizer.warmup_steps 5"]),
     (SFT, ["--optimizer.min_lr", "1"], ["optimizer.min_lr=1", "optimizer.lr="]),
-    (SFT, ["--data.max_text_tokens", "600"], ["data.max_text_tokens=600", "max_positions=512", "503"]),
-    (SFT, ["--watch.hang_seconds", "5000"], ["hang_seconds=5000 exceeds watch.start_seconds=3600", "seconds 5000"]),
-    (SFT, ["--watch.spike", "skip", "--watch.spike_window", "1600"], ["watch.spike_window=1600", "spike_window 160."]),
+    (SFT, ["--data.max_text_tokens", "600"], ["data.max_text_tokens=600", "max_position_embeddings=512", "503"]),
+    (SFT, ["--watch.step_timeout", "5000"], ["step_timeout=5000 exceeds watch.init_timeout=3600", "seconds 5000"]),
+    (
+        SFT,
+        ["--watch.on_loss_spike", "skip", "--watch.loss_spike_window", "1600"],
+        ["watch.loss_spike_window=1600", "loss_spike_window 160."],
+    ),
 ]
 
 
@@ -251,7 +279,7 @@ def test_overrides() -> None:
     assert run.log.tensorboard is False
     assert run.parallel.layers_per_stage == (1, 2)
     rope = run.model.decoder.rope
-    assert (rope.theta, rope.max_positions) == (5e3, 512)  # its neighbours keep the file's values
+    assert (rope.theta, rope.max_position_embeddings) == (5e3, 512)  # its neighbours keep the file's values
 
 
 def test_an_override_may_mend_a_contradiction_of_the_file(tmp_path: Path) -> None:
@@ -261,8 +289,8 @@ def test_an_override_may_mend_a_contradiction_of_the_file(tmp_path: Path) -> Non
 
 
 WORLDS: list[tuple[list[str], int, list[str]]] = [
-    ([], 3, ["train.global_batch=64", "3 data ranks", "63 or 66", "[1, 2]"]),
-    (["--train.global_batch", "7"], 2, ["train.global_batch=7", "6 or 8", "[1]"]),
+    ([], 3, ["train.global_batch_size=64", "3 data ranks", "63 or 66", "[1, 2]"]),
+    (["--train.global_batch_size", "7"], 2, ["train.global_batch_size=7", "6 or 8", "[1]"]),
 ]
 
 
@@ -278,9 +306,9 @@ def test_runs_that_do_not_fit_the_ranks(argv: list[str], ranks: int, said: list[
     ("batch", "most", "ranks", "got"), [(64, 32, 2, 32), (64, 32, 4, 16), (16, 32, 8, 2), (64, 24, 1, 16), (7, 4, 1, 1)]
 )
 def test_micro_batch_is_the_most_that_fits(batch: int, most: int, ranks: int, got: int) -> None:
-    run = load("--train.global_batch", str(batch), "--train.micro_batch", str(most))
+    run = load("--train.global_batch_size", str(batch), "--train.micro_batch_size", str(most))
     check_world(run, ranks)
-    assert micro_batch(run, ranks) == got
+    assert micro_batch_size(run, ranks) == got
 
 
 def test_replicas_that_do_not_fit_the_ranks() -> None:
@@ -298,7 +326,7 @@ def test_a_replica_counts_as_one_data_rank(ranks: int, replicas: int) -> None:
     alone = load()
     check_world(spread, ranks)
     assert data_size(spread, ranks) == data_size(alone, replicas) == replicas
-    assert micro_batch(spread, ranks) == micro_batch(alone, replicas)
+    assert micro_batch_size(spread, ranks) == micro_batch_size(alone, replicas)
 
 
 def test_runs_that_fit() -> None:

@@ -6,10 +6,10 @@ from typing import get_args
 
 import pytest
 
-from aki_megatron.config.check import check_world
+from aki_megatron.config.cross_checks import check_world
 from aki_megatron.config.data import SourceName
 from aki_megatron.config.deepspeed import read_json, settle
-from aki_megatron.config.describe import fields
+from aki_megatron.config.field_info import fields
 from aki_megatron.config.load import load_run
 from aki_megatron.config.model import ModelConfig
 from aki_megatron.config.run import RunConfig
@@ -62,13 +62,21 @@ def test_aki4b_holds_the_values_of_table_3(stage: str) -> None:
     run = load(config=ROOT / f"configs/aki4b/{stage}.yaml")
     o = run.optimizer
     assert PAPER[stage] == (
-        *(run.train.global_batch, o.lr, o.min_lr, o.warmup_steps, run.train.steps, o.weight_decay, o.clip_norm),
+        *(
+            run.train.global_batch_size,
+            o.lr,
+            o.min_lr,
+            o.warmup_steps,
+            run.train.steps,
+            o.weight_decay,
+            o.max_grad_norm,
+        ),
         *(run.train.precision, run.data.max_text_tokens, run.attention.rule, run.data.kind),
     )
     assert (o.beta1, o.beta2, o.eps) == (0.9, 0.999, 1e-8)
     assert run.model == ModelConfig()
-    assert run.model.resampler.latents == 144
-    assert run.model.decoder.rope.kind == "longrope"
+    assert run.model.resampler.num_latents == 144
+    assert run.model.decoder.rope.rope_type == "longrope"
 
 
 def test_aki4b_mixes_its_sources_as_table_4_does() -> None:
@@ -97,16 +105,29 @@ def test_every_key_beyond_sizes_has_a_help_text() -> None:
 def test_a_run_goes_on_with_other_ranks_and_logs() -> None:
     before = load()
     after = load(
-        *("--parallel.zero_stage", "1", "--log.every", "1", "--checkpoint.every", "7", "--train.micro_batch", "8"),
-        *("--run.dir", "elsewhere", "--data.prefetch_steps", "4", "--watch.spike", "rollback"),
+        *(
+            "--parallel.zero_stage",
+            "1",
+            "--log.interval",
+            "1",
+            "--checkpoint.interval",
+            "7",
+            "--train.micro_batch_size",
+            "8",
+        ),
+        *("--run.dir", "elsewhere", "--data.prefetch_steps", "4", "--watch.on_loss_spike", "rollback"),
     )
     assert compare_for_resume(before, after) == []
 
 
 def test_a_run_does_not_go_on_as_another_one(tmp_path: Path) -> None:
-    before, after = load(), load("--train.seed", "9", "--optimizer.lr", "1e-3", "--model.decoder.layers", "5")
+    before, after = load(), load("--train.seed", "9", "--optimizer.lr", "1e-3", "--model.decoder.num_layers", "5")
     differences = compare_for_resume(before, after)
-    assert [text.split(" was ")[0] for text in differences] == ["model.decoder.layers", "train.seed", "optimizer.lr"]
+    assert [text.split(" was ")[0] for text in differences] == [
+        "model.decoder.num_layers",
+        "train.seed",
+        "optimizer.lr",
+    ]
     assert "train.seed was 2 when the run started and is 9 now" in differences
     saved = tmp_path / "config.yaml"
     check_resume(saved, after)

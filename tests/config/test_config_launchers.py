@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from aki_megatron.config.flags import UNSET
-from aki_megatron.config.interrupts import Interrupts
 from aki_megatron.config.load import FLAGS
 from aki_megatron.config.run import RunConfig
 from aki_megatron.config.start import USER_ERROR, refuse, start
 from aki_megatron.errors import ConfigError
+from aki_megatron.supervise.signals import StopSignals
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = ("pretrain", "sft")
@@ -77,18 +77,18 @@ def test_parsing_needs_no_torch() -> None:
 def test_rank_0_speaks_first(
     environ: dict[str, str], first: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupts, waited = Interrupts(), list[float]()
-    monkeypatch.setattr(interrupts, "wait", waited.append)
-    assert refuse(ConfigError("no"), environ, interrupts, grace_seconds=3.0) == USER_ERROR
+    stop_signals, waited = StopSignals(), list[float]()
+    monkeypatch.setattr(stop_signals, "wait", waited.append)
+    assert refuse(ConfigError("no"), environ, stop_signals, grace_seconds=3.0) == USER_ERROR
     said = capsys.readouterr().err
     assert said == "error: no\n" if first else said.startswith("error on rank ")
     assert waited == ([] if first else [3.0])
 
 
 def test_a_rank_that_is_told_to_end_leaves_the_word_to_rank_0(capsys: pytest.CaptureFixture[str]) -> None:
-    interrupts = Interrupts()
-    interrupts.again()  # SIGTERM has come
-    assert refuse(ConfigError("no"), {"RANK": "1"}, interrupts, grace_seconds=600.0) == USER_ERROR
+    stop_signals = StopSignals()
+    stop_signals.again()  # SIGTERM has come
+    assert refuse(ConfigError("no"), {"RANK": "1"}, stop_signals, grace_seconds=600.0) == USER_ERROR
     assert capsys.readouterr().err == ""
 
 
@@ -102,7 +102,7 @@ def test_start_hands_over_the_run() -> None:
     code = start(
         ["--train.steps", "60", "--local_rank=0"],
         {},
-        Interrupts(),
+        StopSignals(),
         default_config=ROOT / "configs/demo/sft.yaml",
         prog="launcher/sft.py",
         description="A.",

@@ -10,7 +10,7 @@ from data_files import write_sources
 from aki_megatron.config.data import SYSTEM_MESSAGE
 from aki_megatron.data.chat import CHATS
 from aki_megatron.data.template import Template
-from aki_megatron.data.text import Tokenizer
+from aki_megatron.data.tokenizer import Tokenizer
 
 IMAGE_TOKENS = 3
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from aki_megatron.data.batch import collate
 from aki_megatron.data.image import UnreadableImage, normalize
 from aki_megatron.data.packing import Limits, pack
-from aki_megatron.flow import IGNORE, NO_SEGMENT, Batch, Modality, Picture, Sample, stack_ids
 from aki_megatron.model.stage import Stage, build_model
+from aki_megatron.types import IGNORE, NO_SEGMENT, Batch, Modality, Picture, Sample, stack_ids
 
 PAD, IMAGE, LATENTS, SIZE = 39, 40, 4, 12
 TEXT, RESPONSE = int(Modality.TEXT), int(Modality.RESPONSE)
@@ -48,8 +48,8 @@ SAMPLES = [sample(number, 3 + number % 4, 1 + number * 5 % 7, image=number % 3 !
 ROWS = [[SAMPLES[n] for n in row] for row in ((0, 3, 4), (1, 2), (5, 6, 7, 8))]
 
 
-def batch_of(rows: Sequence[Sequence[Sample]], row_tokens: int | None = None) -> Batch:
-    return collate(rows, pad_id=PAD, image_size=SIZE, row_tokens=row_tokens)
+def batch_of(rows: Sequence[Sequence[Sample]], sequence_length: int | None = None) -> Batch:
+    return collate(rows, pad_id=PAD, image_size=SIZE, sequence_length=sequence_length)
 
 
 def equal(one: Batch, other: Batch) -> bool:
@@ -63,7 +63,7 @@ def test_several_samples_stand_in_one_row() -> None:
     short = Sample("a", [5, 6], [1, 2], [6, IGNORE], None)
     long = Sample("b", [5, 7, 7, 8], [1, 3, 3, 2], [IGNORE, IGNORE, 8, IGNORE], Picture(bytes(48), 4))
     none = NO_SEGMENT
-    batch = collate([[short, long], [long]], pad_id=99, image_size=4, row_tokens=8)
+    batch = collate([[short, long], [long]], pad_id=99, image_size=4, sequence_length=8)
     assert batch.token_ids.tolist() == [[5, 6, 5, 7, 7, 8, 99, 99], [5, 7, 7, 8, 99, 99, 99, 99]]
     assert batch.modality_ids.tolist() == [[1, 2, 1, 3, 3, 2, 0, 0], [1, 3, 3, 2, 0, 0, 0, 0]]
     assert batch.segment_ids.tolist() == [[0, 0, 1, 1, 1, 1, none, none], [0, 0, 0, 0, none, none, none, none]]
@@ -91,7 +91,7 @@ def test_rows_are_as_wide_as_the_longest_or_as_asked() -> None:
     wide = batch_of(ROWS, longest + 5)
     assert wide.token_ids.shape == (3, longest + 5)
     assert (wide.segment_ids[:, longest:] == NO_SEGMENT).all() and (wide.token_ids[:, longest:] == PAD).all()
-    with pytest.raises(ValueError, match=f"holds {longest} tokens, more than row_tokens={longest - 1}"):
+    with pytest.raises(ValueError, match=f"holds {longest} tokens, more than sequence_length={longest - 1}"):
         batch_of(ROWS, longest - 1)
 
 
@@ -164,8 +164,8 @@ def test_packed_rows_teach_what_their_samples_teach_alone(model: Stage) -> None:
     lengths, images = [len(s.token_ids) for s in SAMPLES], [int(s.image is not None) for s in SAMPLES]
     packed = [[SAMPLES[n] for n in row] for row in pack(lengths, images, Limits(32, 2))]
     assert len(packed) < len(SAMPLES)
-    for rows, row_tokens in ((ROWS, None), (ROWS, 64), (packed, 32), ([*packed, []], 32), ([SAMPLES], None)):
-        loss, found = taught(model, [batch_of(rows, row_tokens)])
+    for rows, sequence_length in ((ROWS, None), (ROWS, 64), (packed, 32), ([*packed, []], 32), ([SAMPLES], None)):
+        loss, found = taught(model, [batch_of(rows, sequence_length)])
         assert abs(float(loss - alone)) <= 1e-10
         assert farthest(found, gradients) <= 1e-10
 

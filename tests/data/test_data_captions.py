@@ -5,7 +5,7 @@ import json
 import pytest
 
 from aki_megatron.data.captions import FORMATS, GRANULARITIES, OFFICIAL_INDEX, TextFormat, caption_text
-from aki_megatron.flow import ConfigError, DataError
+from aki_megatron.errors import ConfigError, DataError
 
 # the twelve descriptions of one picture, in the order of the public files
 TWELVE = [

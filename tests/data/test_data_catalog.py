@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from data_files import pairs, write_tar
 
-from aki_megatron.data import catalog, index_build
-from aki_megatron.data.catalog import MANIFEST
+from aki_megatron.data import index_build, shard_manifest
 from aki_megatron.data.fetch import ShardCache
 from aki_megatron.data.index_build import Job, make_indices
+from aki_megatron.data.shard_manifest import MANIFEST
 from aki_megatron.data.shards import ShardIndex
 from aki_megatron.data.tar_index import index_path, read_header, write_index
-from aki_megatron.flow import DataError
+from aki_megatron.errors import DataError
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools/bench"
 
@@ -38,7 +38,7 @@ def no_headers(monkeypatch: pytest.MonkeyPatch):
         read.append(path)
         return read_header(path)
 
-    monkeypatch.setattr(catalog, "read_header", counting)
+    monkeypatch.setattr(shard_manifest, "read_header", counting)
     return read
 
 
@@ -97,7 +97,7 @@ def test_a_copied_dataset_keeps_its_indices(folder: Path, tmp_path: Path, monkey
         os.utime(tar, ns=(5, 5))
     copied = tmp_path / "copied"
     shutil.copytree(folder, copied)
-    monkeypatch.setattr(catalog, "make_indices", lambda *_, **__: pytest.fail("an index was made anew"))
+    monkeypatch.setattr(shard_manifest, "make_indices", lambda *_, **__: pytest.fail("an index was made anew"))
     assert texts(open_all(copied)) == texts(open_all(folder)) == EXPECTED
 
 
@@ -105,15 +105,15 @@ def test_folders_without_write_access_have_their_indices_in_the_cache(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_headers: list[Path]
 ) -> None:
     write_index(folder / "0.tar")
-    real = catalog.write_atomically
+    real = shard_manifest.write_atomically
 
     def refuse(path: Path, data: bytes) -> None:
         if path.parent == folder:
             raise DataError(f"{path} cannot be written: read-only")
         real(path, data)
 
-    monkeypatch.setattr(catalog.os, "access", lambda path, mode: Path(path) != folder)
-    monkeypatch.setattr(catalog, "write_atomically", refuse)
+    monkeypatch.setattr(shard_manifest.os, "access", lambda path, mode: Path(path) != folder)
+    monkeypatch.setattr(shard_manifest, "write_atomically", refuse)
     cache = ShardCache(tmp_path / "cache")
     before = sorted(folder.iterdir())
     assert texts(open_all(folder, cache=cache)) == EXPECTED
@@ -129,7 +129,7 @@ def test_worker_processes_make_the_same_indices(folder: Path, tmp_path: Path, mo
     here = {path.name: path.read_bytes() for path in folder.glob("*.index")}
     for path in [*folder.glob("*.index"), folder / MANIFEST]:
         path.unlink()
-    monkeypatch.setattr(catalog, "SMALL_BYTES", 0)
+    monkeypatch.setattr(shard_manifest, "SMALL_BYTES", 0)
     said: list[str] = []
     assert texts(open_all(folder, workers=2, progress=said.append)) == EXPECTED
     assert {path.name: path.read_bytes() for path in folder.glob("*.index")} == here
@@ -138,7 +138,7 @@ def test_worker_processes_make_the_same_indices(folder: Path, tmp_path: Path, mo
 
 def test_several_starts_at_once_share_the_work(folder: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from aki_megatron.data import catalog as c;"
+        "import sys; from pathlib import Path; from aki_megatron.data import shard_manifest as c;"
         "c.SMALL_BYTES = 0; shards = [c.Shard(str(n), Path(sys.argv[1], f'{n}.tar')) for n in range(6)];"
         "print(c.open_catalog(shards, c.stat_tars(shards), c.ShardCache(), workers=1).counts.tolist())"
     )

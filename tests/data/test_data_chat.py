@@ -15,9 +15,9 @@ from chat_folders import RULES, SENTENCES, byte_level, chat_folder
 from aki_megatron.config.model import DecoderConfig
 from aki_megatron.data.chat import CHATS
 from aki_megatron.data.template import Template
-from aki_megatron.data.text import Tokenizer, grow_tokenizer
+from aki_megatron.data.tokenizer import Tokenizer, grow_tokenizer
 from aki_megatron.errors import DataError
-from aki_megatron.flow import IGNORE, Caption, Conversation, Modality, Sample, Turn
+from aki_megatron.types import IGNORE, Caption, Conversation, Modality, Sample, Turn
 
 PLACES = 3
 TEXT, RESPONSE, IMAGE = Modality.TEXT, Modality.RESPONSE, Modality.IMAGE
@@ -210,10 +210,14 @@ def test_a_grown_folder_and_a_model_folder_give_the_ids_of_the_published_one(
         for own in (other, expected):
             found = (own.eos, own.pad, own.image, own.endofchunk, own.size)
             v = vocabulary
-            assert found == (v.eos, v.pad, v.image, v.endofchunk, v.base_tokens + v.extra_tokens)
+            assert found == (v.eos, v.pad, v.image, v.endofchunk, v.vocab_size + v.num_added_tokens)
     # Qwen pads with a token of its own; Phi-3 would pad with the end of text, and LLaMA with nothing
     assert expected.token(expected.pad) == ("<|endoftext|>" if family.startswith("qwen") else "<pad>")
-    sizes = {"vocab_rows": 640, "base_tokens": vocabulary.base_tokens, "extra_tokens": vocabulary.extra_tokens}
+    sizes = {
+        "padded_vocab_size": 640,
+        "vocab_size": vocabulary.vocab_size,
+        "num_added_tokens": vocabulary.num_added_tokens,
+    }
     expected.check_vocabulary(DecoderConfig(family=family, **sizes))
 
 

@@ -11,14 +11,14 @@ from rich.console import Console
 
 from aki_megatron.config.load import load_run
 from aki_megatron.config.run import RunConfig
+from aki_megatron.data.pipeline import build_template, build_tokenizer
 from aki_megatron.data.sources import open_sources
-from aki_megatron.data.text import grow_tokenizer
+from aki_megatron.data.tokenizer import grow_tokenizer
 from aki_megatron.evaluate.generate import generate
 from aki_megatron.evaluate.runner import answer_all, prompt_batch
 from aki_megatron.model.stage import build_model
 from aki_megatron.parallel.topology import Topology
 from aki_megatron.train.build import build_engine, build_steps, cut_model
-from aki_megatron.train.reading import build_template, build_tokenizer
 
 pytestmark = pytest.mark.distributed
 SFT = Path(__file__).resolve().parents[2] / "configs/demo/sft.yaml"
@@ -30,8 +30,8 @@ def demo(root: Path, family: str) -> RunConfig:
     write_sources(root, count=1)
     vocabulary = grow_tokenizer(chat_folder(root / "published", family), root / "tokenizer")
     decoder = {
-        "family": family, "layers": 2, "width": 64, "mlp_width": 96, "vocab_rows": 512,
-        "base_tokens": vocabulary.base_tokens, "extra_tokens": vocabulary.extra_tokens,
+        "family": family, "num_layers": 2, "hidden_size": 64, "intermediate_size": 96, "padded_vocab_size": 512,
+        "vocab_size": vocabulary.vocab_size, "num_added_tokens": vocabulary.num_added_tokens,
     }  # fmt: skip
     flags = [word for name, value in decoder.items() for word in (f"--model.decoder.{name}", str(value))]
     flags += [
@@ -42,7 +42,7 @@ def demo(root: Path, family: str) -> RunConfig:
         "--data.sources",
         "[{name: vqav2}]",
     ]
-    flags += ["--data.max_text_tokens", "256", "--train.global_batch", "2", "--train.micro_batch", "1"]
+    flags += ["--data.max_text_tokens", "256", "--train.global_batch_size", "2", "--train.micro_batch_size", "1"]
     return load_run([*flags, "--parallel.zero_stage", "0"], default_config=SFT, prog="sft.py", description="")
 
 

@@ -13,7 +13,7 @@ from data_files import pairs, picture_bytes, write_tar
 from aki_megatron.data.fetch import ShardCache, command_name
 from aki_megatron.data.shards import ShardIndex, expand_shards, missing_shards
 from aki_megatron.data.tar_index import index_path, read_header, write_index
-from aki_megatron.flow import DataError
+from aki_megatron.errors import DataError
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from source_files import put, write_more_sources, write_refer
 from aki_megatron.config.data import SourceName
 from aki_megatron.data.sources import open_sources
 from aki_megatron.data.template import Template
-from aki_megatron.data.text import Tokenizer
-from aki_megatron.flow import IGNORE, Modality
+from aki_megatron.data.tokenizer import Tokenizer
+from aki_megatron.types import IGNORE, Modality
 
 SYSTEM = (
     "<s> <|system|>\nA chat between a curious user and an artificial intelligence assistant. The assistant gives "

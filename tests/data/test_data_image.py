@@ -11,7 +11,7 @@ from PIL import Image
 
 from aki_megatron.data import image as image_module
 from aki_megatron.data.image import PictureCache, UnreadableImage, augment, decode_image, load_image, normalize
-from aki_megatron.flow import Picture
+from aki_megatron.types import Picture
 
 
 def encoded(array: np.ndarray, form: str, mode: str = "RGB") -> bytes:

@@ -12,27 +12,17 @@ import pytest
 import torch
 from data_files import PICTURE_SIZE
 
+from aki_megatron.data.bad_samples import BadSample, BadSampleBudget, BadSampleBudgetExceeded
 from aki_megatron.data.batch import collate
+from aki_megatron.data.batch_planner import BatchPlanner, Phase
 from aki_megatron.data.image import UnreadableImage, normalize
 from aki_megatron.data.loader import LoadedStep, Loader, MicroBatches
-from aki_megatron.data.losses import Fault, Losses, TooManyLost
 from aki_megatron.data.mixture import Mixture
-from aki_megatron.data.packing import Limits, PackedOrder
+from aki_megatron.data.packing import Limits, PackedSampler
+from aki_megatron.data.sample_stream import Drawn, MixedStream, Source
 from aki_megatron.data.sources import open_sources
-from aki_megatron.data.steps import Phase, StepPlanner
-from aki_megatron.data.stream import Drawn, MixedStream, Source
-from aki_megatron.flow import (
-    IGNORE,
-    NO_SEGMENT,
-    Batch,
-    CheckpointError,
-    Conversation,
-    DataError,
-    Modality,
-    Picture,
-    Sample,
-    Turn,
-)
+from aki_megatron.errors import CheckpointError, DataError
+from aki_megatron.types import IGNORE, NO_SEGMENT, Batch, Conversation, Modality, Picture, Sample, Turn
 
 PAD = 99
 
@@ -46,9 +36,9 @@ class NumberedStream:
 
     def sample(self, n: int, *, replace_images: bool = True) -> Drawn:
         if n == self.fails_at:
-            raise TooManyLost(f"sample {n}")
+            raise BadSampleBudgetExceeded(f"sample {n}")
         if n == self.hole_at and not replace_images:
-            return Drawn(None, (Fault("numbers", f"no picture {n}"),))
+            return Drawn(None, (BadSample("numbers", f"no picture {n}"),))
         length = self.measure(n)[0]
         picture = Picture(bytes([n % 256]) * 3 * 16, 4) if n % 3 else None
         made = Sample(
@@ -60,13 +50,15 @@ class NumberedStream:
         return 2 + n % 5, int(bool(n % 3))
 
 
-def loader(stream=None, *, phases=None, row_tokens=None, micro_batch=2, image_size=4, budget=0.0, **options) -> Loader:
+def loader(
+    stream=None, *, phases=None, sequence_length=None, micro_batch_size=2, image_size=4, budget=0.0, **options
+) -> Loader:
     phases = phases or [Phase(10**9, stream or NumberedStream())]
     ranks = {name: options.pop(name) for name in ("data_rank", "data_size") if name in options}
-    planner = StepPlanner(phases, step_rows=8, micro_batch=micro_batch, **ranks)
+    planner = BatchPlanner(phases, step_rows=8, micro_batch_size=micro_batch_size, **ranks)
     streams = [phase.stream for phase in phases]
-    micros = MicroBatches(streams, pad_id=PAD, image_size=image_size, row_tokens=row_tokens)
-    return Loader(planner, micros, losses=Losses(budget), **options)
+    micros = MicroBatches(streams, pad_id=PAD, image_size=image_size, sequence_length=sequence_length)
+    return Loader(planner, micros, losses=BadSampleBudget(budget), **options)
 
 
 def load(made: Loader, step: int) -> list[Batch]:
@@ -116,7 +108,7 @@ def test_collate_decodes_what_is_still_encoded_and_takes_batches_without_image(s
 
 
 def test_images_stand_in_the_order_of_their_rows() -> None:
-    (batch,) = load(loader(micro_batch=8), 0)
+    (batch,) = load(loader(micro_batch_size=8), 0)
     expected = [Picture(bytes([n]) * 48, 4) for n in range(8) if n % 3]
     assert torch.equal(batch.pixels, normalize(expected, 4))
 
@@ -144,7 +136,7 @@ def test_restart_at_any_step_gives_the_same_batches(workers: int) -> None:
 def packed_phases(*, stream=None) -> list[Phase]:
     """Two phases over the same samples, packed in orders of their own."""
     stream = stream or NumberedStream()
-    orders = [PackedOrder(stream.measure, Limits(16, 4), block_samples=40, key=key) for key in (1, 2)]
+    orders = [PackedSampler(stream.measure, Limits(16, 4), buffer_size=40, key=key) for key in (1, 2)]
     return [Phase(7, stream, orders[0]), Phase(5, stream, orders[1])]
 
 
@@ -161,13 +153,18 @@ def taken(made: Loader, count: int, start: int = 0, state=None) -> list[LoadedSt
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_packed_rows_resume_anywhere_on_any_number_of_ranks(ranks: int) -> None:
     """Blocks end in the middle of steps and phases in the middle of blocks; two integers say where a run stands."""
-    whole = taken(loader(phases=packed_phases(), row_tokens=16), 12)
+    whole = taken(loader(phases=packed_phases(), sequence_length=16), 12)
     assert all(batch.token_ids.shape[1] == 16 for step in whole for batch in step.batches)
     assert all(int(batch.segment_ids.max()) > 0 for batch in whole[0].batches)
     for start in (0, 1, 3, 6, 7, 8, 11):
         state = whole[start - 1].state if start else None
         parts = [
-            taken(loader(phases=packed_phases(), row_tokens=16, data_rank=r, data_size=ranks), 12 - start, start, state)
+            taken(
+                loader(phases=packed_phases(), sequence_length=16, data_rank=r, data_size=ranks),
+                12 - start,
+                start,
+                state,
+            )
             for r in range(ranks)
         ]
         for number, steps in enumerate(zip(*parts, strict=True), start):
@@ -179,7 +176,7 @@ def test_packed_rows_resume_anywhere_on_any_number_of_ranks(ranks: int) -> None:
 
 
 def test_packed_runs_train_every_sample_of_a_block_once() -> None:
-    steps = taken(loader(phases=[packed_phases()[0]], row_tokens=16), 30)
+    steps = taken(loader(phases=[packed_phases()[0]], sequence_length=16), 30)
     seen = [
         n
         for step in steps
@@ -195,8 +192,8 @@ def test_packed_runs_train_every_sample_of_a_block_once() -> None:
 
 def test_a_hole_in_a_packed_row_is_counted_and_leaves_the_rest_where_it_was() -> None:
     hurt = NumberedStream(hole_at=5)
-    made = loader(phases=packed_phases(stream=hurt), row_tokens=16, budget=0.5)
-    steps, whole = taken(made, 3), taken(loader(phases=packed_phases(), row_tokens=16), 3)
+    made = loader(phases=packed_phases(stream=hurt), sequence_length=16, budget=0.5)
+    steps, whole = taken(made, 3), taken(loader(phases=packed_phases(), sequence_length=16), 3)
     assert made.losses.first == ["no picture 5"]
     assert sum(batch.bad for step in steps for batch in step.batches) == 1
     assert [step.state for step in steps] == [step.state for step in whole]
@@ -208,7 +205,7 @@ def test_a_packed_run_does_not_go_on_without_its_state() -> None:
     another_phase = {"version": 1, "phase": 1, "block": 0, "row": 0}
     for state, said in ((None, "missing"), ({"version": 0}, "version than 1"), (another_phase, "of phase 1")):
         with pytest.raises(CheckpointError, match=said):
-            taken(loader(phases=packed_phases(), row_tokens=16), 1, 3, state)
+            taken(loader(phases=packed_phases(), sequence_length=16), 1, 3, state)
 
 
 def test_phases_follow_each_other_and_the_last_runs_on() -> None:
@@ -224,8 +221,8 @@ def test_phases_follow_each_other_and_the_last_runs_on() -> None:
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_background_processes_change_nothing(workers: int) -> None:
-    alone = taken(loader(phases=packed_phases(), row_tokens=16), 12)
-    beside = taken(loader(phases=packed_phases(), row_tokens=16, workers=workers), 12)
+    alone = taken(loader(phases=packed_phases(), sequence_length=16), 12)
+    beside = taken(loader(phases=packed_phases(), sequence_length=16, workers=workers), 12)
     assert consumed(alone) == consumed(beside) and [step.state for step in alone] == [step.state for step in beside]
     assert all(equal(list(one.batches), list(other.batches)) for one, other in zip(alone, beside, strict=True))
 
@@ -250,14 +247,14 @@ def test_a_background_process_that_is_killed_is_an_error_not_a_hang() -> None:
     next(iterator)
     (victim,) = {child.pid for child in multiprocessing.active_children()} - before
     os.kill(victim, signal.SIGKILL)
-    with pytest.raises(DataError, match="ended without a word.*data.workers"):
+    with pytest.raises(DataError, match="ended without a word.*data.num_workers"):
         for _ in range(100):
             next(iterator)
     made.close()
 
 
 def test_nothing_grows_over_ten_thousand_batches() -> None:
-    made = loader(micro_batch=8, workers=2)
+    made = loader(micro_batch_size=8, workers=2)
     iterator = made.steps(0)
     sizes, handles = [], []
     for number in range(10_000):
@@ -279,7 +276,7 @@ def test_an_error_in_the_background_is_raised_at_its_step(workers: int) -> None:
     failing = loader(NumberedStream(fails_at=21), workers=workers)
     iterator = failing.steps(0)
     assert [numbers(next(iterator).batches[0])[0] for _ in range(2)] == [0, 8]
-    with pytest.raises(TooManyLost, match="^sample 21$"):
+    with pytest.raises(BadSampleBudgetExceeded, match="^sample 21$"):
         next(iterator)
     with pytest.raises(StopIteration):
         next(iterator)

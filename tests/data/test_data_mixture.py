@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aki_megatron.data.mixture import Mixture, keyed, permute
-from aki_megatron.flow import ConfigError
+from aki_megatron.errors import ConfigError
 
 TABLE_4 = {f"source {n}": w for n, w in enumerate([0.103, 0.103, 0.026, 0.103, 0.103, 0.103, 0.103, 0.103, 0.103])} | {
     "vg": 0.047,

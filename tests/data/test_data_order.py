@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aki_megatron.data.mixture import mix
-from aki_megatron.data.order import ShardOrder, _mix
+from aki_megatron.data.shard_order import ShardOrder, _mix
 
 COUNTS = st.lists(st.integers(0, 30), min_size=1, max_size=40).filter(any)
 
@@ -87,7 +87,7 @@ def test_a_substitute_comes_from_the_same_block() -> None:
 
 def test_the_same_in_another_process() -> None:
     code = (
-        "import numpy as np; from aki_megatron.data.order import ShardOrder;"
+        "import numpy as np; from aki_megatron.data.shard_order import ShardOrder;"
         "o = ShardOrder(np.arange(1, 100), seed=7, shards_per_block=8);"
         "print([o.element(v) for v in (0, 99, 4949, 12345)])"
     )

@@ -19,12 +19,12 @@ from aki_megatron.data.packing import (
     BLOCK_SAMPLES,
     MOST_EMPTY_BLOCKS,
     Limits,
-    PackedOrder,
-    RowPlace,
+    PackedSampler,
+    PackingState,
     fewest_rows,
     pack,
 )
-from aki_megatron.flow import DataError
+from aki_megatron.errors import DataError
 
 NO_IMAGE_LIMIT = 1 << 20
 DEMO_LENGTHS = {23: 0.35, 24: 0.52, 26: 0.03, 27: 0.05, 35: 0.05}
@@ -47,10 +47,10 @@ def blocks(draw: st.DrawFn) -> tuple[list[int], list[int], Limits]:
     shortest = draw(st.integers(1, row))
     longest = draw(st.integers(shortest, row))
     lengths = draw(st.lists(st.integers(shortest, longest), max_size=80))
-    row_images = draw(st.integers(0, 12))
-    most = draw(st.integers(0, min(3, row_images)))
+    max_images = draw(st.integers(0, 12))
+    most = draw(st.integers(0, min(3, max_images)))
     images = draw(st.lists(st.integers(0, most), min_size=len(lengths), max_size=len(lengths)))
-    return lengths, images, Limits(row, row_images)
+    return lengths, images, Limits(row, max_images)
 
 
 @settings(max_examples=300, deadline=None)
@@ -60,8 +60,8 @@ def test_every_sample_once_and_no_budget_broken(block: tuple[list[int], list[int
     rows = pack(lengths, images, limits)
     assert sorted(position for row in rows for position in row) == list(range(len(lengths)))
     assert all(row and list(row) == sorted(row) for row in rows)
-    assert all(sum(lengths[position] for position in row) <= limits.row_tokens for row in rows)
-    assert all(sum(images[position] for position in row) <= limits.row_images for row in rows)
+    assert all(sum(lengths[position] for position in row) <= limits.sequence_length for row in rows)
+    assert all(sum(images[position] for position in row) <= limits.max_images for row in rows)
     assert pack(np.array(lengths, int), np.array(images, int), limits) == rows
     if lengths:
         assert fewest_rows(lengths, images, limits) <= len(rows) <= len(lengths)
@@ -76,7 +76,7 @@ def test_never_worse_than_best_fit_decreasing(block: tuple[list[int], list[int],
         open_rows = [r for r in room if r[0] >= lengths[position] and r[1] >= images[position]]
         row = min(open_rows, default=None, key=lambda r: r[0])
         if row is None:
-            room.append(row := [limits.row_tokens, limits.row_images])
+            room.append(row := [limits.sequence_length, limits.max_images])
         row[0] -= lengths[position]
         row[1] -= images[position]
     # with images the choice among equally full rows can cost the simple version a row, or this one
@@ -112,13 +112,13 @@ def test_a_sample_that_fits_in_no_row_is_an_error(lengths: list[int], images: li
 
 
 def test_limits_and_places_are_checked() -> None:
-    for wrong in ({"row_tokens": 0, "row_images": 1}, {"row_tokens": 1, "row_images": -1}):
+    for wrong in ({"sequence_length": 0, "max_images": 1}, {"sequence_length": 1, "max_images": -1}):
         with pytest.raises(ValueError, match="1 place or more"):
             Limits(**wrong)
     with pytest.raises(ValueError, match="counted from 0"):
-        RowPlace(0, -1)
+        PackingState(0, -1)
     with pytest.raises(ValueError, match="0 samples"):
-        order(block_samples=0)
+        order(buffer_size=0)
 
 
 def measure(n: int) -> tuple[int, int]:
@@ -127,8 +127,8 @@ def measure(n: int) -> tuple[int, int]:
     return (0, 0) if value % 11 == 0 else (20 + value % 64, int(value % 4 > 0))
 
 
-def order(**changes) -> PackedOrder:
-    return PackedOrder(measure, Limits(256, 5), **({"block_samples": 100, "key": 7} | changes))
+def order(**changes) -> PackedSampler:
+    return PackedSampler(measure, Limits(256, 5), **({"buffer_size": 100, "key": 7} | changes))
 
 
 def test_a_block_holds_its_own_samples_and_leaves_dropped_ones_out() -> None:
@@ -157,7 +157,7 @@ def test_the_last_blocks_are_kept_and_old_ones_are_let_go() -> None:
         asked.append(n)
         return measure(n)
 
-    kept = PackedOrder(counting, Limits(256, 5), block_samples=100, key=7)
+    kept = PackedSampler(counting, Limits(256, 5), buffer_size=100, key=7)
     list(islice(kept.walk(), 3 * len(kept.rows(0))))
     assert len(asked) == len(set(asked)) and max(asked) < 500
     kept.rows(40), kept.rows(41), kept.rows(42), kept.rows(0)
@@ -166,10 +166,10 @@ def test_the_last_blocks_are_kept_and_old_ones_are_let_go() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 60), st.integers(1, 40), st.integers(0, 2**64 - 1))
-def test_a_walk_from_any_place_is_the_tail_of_the_whole_walk(taken: int, block_samples: int, key: int) -> None:
-    whole = list(islice(order(block_samples=block_samples, key=key).walk(RowPlace()), 80))
-    place = whole[taken - 1][0] if taken else RowPlace(0, 0)
-    resumed = order(block_samples=block_samples, key=key).walk(place)
+def test_a_walk_from_any_place_is_the_tail_of_the_whole_walk(taken: int, buffer_size: int, key: int) -> None:
+    whole = list(islice(order(buffer_size=buffer_size, key=key).walk(PackingState()), 80))
+    place = whole[taken - 1][0] if taken else PackingState(0, 0)
+    resumed = order(buffer_size=buffer_size, key=key).walk(place)
     assert list(islice(resumed, 80 - taken)) == whole[taken:]
     places = [place for place, _ in whole]
     assert places == sorted(set(places))
@@ -178,26 +178,26 @@ def test_a_walk_from_any_place_is_the_tail_of_the_whole_walk(taken: int, block_s
 def test_the_place_after_a_block_is_the_start_of_the_next() -> None:
     held = len(order().rows(0))
     walked = list(islice(order().walk(), held + 1))
-    assert walked[held - 1][0] == RowPlace(1, 0) and walked[held][0] == RowPlace(1, 1)
-    assert next(order().walk(RowPlace(0, held))) == walked[held]  # the same place, written otherwise
+    assert walked[held - 1][0] == PackingState(1, 0) and walked[held][0] == PackingState(1, 1)
+    assert next(order().walk(PackingState(0, held))) == walked[held]  # the same place, written otherwise
 
 
 def test_a_place_of_another_packing_is_an_error() -> None:
     with pytest.raises(DataError, match=r"row 999 of block 2, but that block has \d+ rows"):
-        next(order().walk(RowPlace(2, 999)))
+        next(order().walk(PackingState(2, 999)))
 
 
 def test_blocks_without_samples_are_passed_over_and_end_a_run_that_has_no_others() -> None:
-    sparse = PackedOrder(lambda n: (5, 0) if n == 57 else (0, 0), Limits(8, 0), block_samples=10, key=1)
+    sparse = PackedSampler(lambda n: (5, 0) if n == 57 else (0, 0), Limits(8, 0), buffer_size=10, key=1)
     walk = sparse.walk()
-    assert next(walk) == (RowPlace(6, 0), (57,))
+    assert next(walk) == (PackingState(6, 0), (57,))
     with pytest.raises(DataError, match=f"{MOST_EMPTY_BLOCKS * 10} samples.* hold no sample"):
         next(walk)
 
 
 def test_an_oversized_sample_names_its_block() -> None:
     with pytest.raises(ValueError, match="Samples 20 to 29: Sample 3 of the block has 9 tokens"):
-        PackedOrder(lambda n: (9 if n == 23 else 1, 0), Limits(8, 0), block_samples=10, key=1).rows(2)
+        PackedSampler(lambda n: (9 if n == 23 else 1, 0), Limits(8, 0), buffer_size=10, key=1).rows(2)
 
 
 def correlation(values: Sequence[float]) -> float:
@@ -213,24 +213,24 @@ def test_the_order_of_rows_says_nothing_about_lengths() -> None:
 
     assert abs(correlation(longest(packed))) > 0.5  # as packed it would be a curriculum
     shuffled = [
-        PackedOrder(lambda n: (lengths[n], images[n]), Limits(4096, 32), block_samples=4096, key=key).rows(0)
+        PackedSampler(lambda n: (lengths[n], images[n]), Limits(4096, 32), buffer_size=4096, key=key).rows(0)
         for key in range(8)
     ]
     assert max(abs(correlation(longest(rows))) for rows in shuffled) < 4 / len(packed) ** 0.5
 
 
-@pytest.mark.parametrize("row_tokens", [2048, 4096, 8192])
+@pytest.mark.parametrize("sequence_length", [2048, 4096, 8192])
 @pytest.mark.parametrize(("kind", "most_padding"), [("pretrain", 1.0), ("finetune", 2.0), ("demo", 6.5)])
-def test_nearly_every_place_holds_a_token(kind: str, most_padding: float, row_tokens: int) -> None:
+def test_nearly_every_place_holds_a_token(kind: str, most_padding: float, sequence_length: int) -> None:
     samples = 2 * BLOCK_SAMPLES
     if kind == "demo":
         rng = np.random.default_rng(0)
         shares = np.array(list(DEMO_LENGTHS.values()))
         lengths = rng.choice(list(DEMO_LENGTHS), samples, p=shares / shares.sum()), np.ones(samples, int)
-        most_padding = {2048: 1, 4096: 3, 8192: 6.5}[row_tokens]  # so short that a block is 12 rows of 8192
+        most_padding = {2048: 1, 4096: 3, 8192: 6.5}[sequence_length]  # so short that a block is 12 rows of 8192
     else:
         lengths = getattr(bench(), f"{kind}_lengths")(samples)
-    found = bench().measured(lengths, BLOCK_SAMPLES, Limits(row_tokens, NO_IMAGE_LIMIT))
+    found = bench().measured(lengths, BLOCK_SAMPLES, Limits(sequence_length, NO_IMAGE_LIMIT))
     assert found["bound"] <= found["padding"] <= most_padding
 
 
@@ -244,8 +244,8 @@ def test_lengths_of_a_narrow_range_are_combined() -> None:
 
 def test_a_tight_image_budget_costs_hardly_a_row_more_than_it_must() -> None:
     lengths, images = (column.tolist() for column in bench().finetune_lengths(BLOCK_SAMPLES))
-    for row_images in (8, 14, 16, 17, 20):
-        limits = Limits(4096, row_images)
+    for max_images in (8, 14, 16, 17, 20):
+        limits = Limits(4096, max_images)
         assert len(pack(lengths, images, limits)) <= 1.01 * fewest_rows(lengths, images, limits)
 
 
@@ -263,7 +263,7 @@ def test_packing_is_quick() -> None:
 
 def test_the_tool_prints_and_writes_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = tmp_path / "packing.json"
-    bench().main(["--row_tokens", "4096", "--blocks", "256", "--samples", "512", "--json", str(file)])
+    bench().main(["--sequence_length", "4096", "--blocks", "256", "--samples", "512", "--json", str(file)])
     rows = json.loads(file.read_text())
     assert [row["lengths"] for row in rows] == ["pretrain", "finetune", "narrow"]
     assert all(0 <= row["bound"] <= row["padding"] < 10 and row["block"] == 256 for row in rows)

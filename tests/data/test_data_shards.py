@@ -12,7 +12,8 @@ from webdataset import TarWriter, WebDataset
 from aki_megatron.data.captions import TextFormat
 from aki_megatron.data.shards import ShardIndex
 from aki_megatron.data.tar_index import index_path, write_index
-from aki_megatron.flow import Caption, DataError
+from aki_megatron.errors import DataError
+from aki_megatron.types import Caption
 
 
 def test_captions_by_number(tmp_path: Path) -> None:

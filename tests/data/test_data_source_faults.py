@@ -11,7 +11,7 @@ from data_files import write_sources
 from source_files import put, write_more_sources
 
 from aki_megatron.data.sources import FILES, SOURCES, open_sources
-from aki_megatron.flow import ConfigError, DataError
+from aki_megatron.errors import ConfigError, DataError
 
 Change = Callable[[Any], object]
 

@@ -14,8 +14,8 @@ from source_files import put
 
 from aki_megatron.data.sources import json_stream, open_sources
 from aki_megatron.data.sources.json_stream import Place, array, arrays, members
-from aki_megatron.data.sources.reading import PackedRows
-from aki_megatron.flow import DataError
+from aki_megatron.data.sources.records import PackedRows
+from aki_megatron.errors import DataError
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

@@ -14,7 +14,8 @@ from aki_megatron.data.sources import FILES, SOURCES, open_sources, task_of, wit
 from aki_megatron.data.sources.boxes import box_text
 from aki_megatron.data.sources.options import lettered
 from aki_megatron.data.sources.vsr import question
-from aki_megatron.flow import ConfigError, Conversation
+from aki_megatron.errors import ConfigError
+from aki_megatron.types import Conversation
 
 
 def test_every_source_a_config_may_name_exists() -> None:

@@ -9,13 +9,13 @@ import pytest
 from data_files import PICTURE_SIZE, pairs, picture_bytes, write_sources, write_tar
 from PIL import Image
 
-from aki_megatron.data.losses import TOLERATED, Fault, Losses, TooManyLost
+from aki_megatron.data.bad_samples import TOLERATED, BadSample, BadSampleBudget, BadSampleBudgetExceeded
 from aki_megatron.data.mixture import Mixture
-from aki_megatron.data.order import ShardOrder
+from aki_megatron.data.sample_stream import MixedStream, Source
+from aki_megatron.data.shard_order import ShardOrder
 from aki_megatron.data.shards import ShardIndex
 from aki_megatron.data.sources import open_sources
-from aki_megatron.data.stream import MixedStream, Source
-from aki_megatron.flow import Conversation, Picture, Sample, Turn
+from aki_megatron.types import Conversation, Picture, Sample, Turn
 
 WEIGHTS = {"vqav2": 0.4, "vsr": 0.1, "aokvqa": 0.2, "refcoco": 0.3}
 
@@ -25,7 +25,7 @@ class Counted:
 
     def __init__(self, stream: MixedStream, budget: float) -> None:
         self.stream = stream
-        self.losses = Losses(budget)
+        self.losses = BadSampleBudget(budget)
 
     def sample(self, n: int) -> Sample:
         drawn = self.stream.sample(n)
@@ -130,23 +130,23 @@ def test_budget(conversations, tmp_path: Path) -> None:
     for n in range(1000):
         try:
             stream.sample(n)
-        except TooManyLost as error:
+        except BadSampleBudgetExceeded as error:
             stopped = str(error)
             break
     assert stopped is not None and stream.losses.by_source.total() == TOLERATED + 1
     assert f"{TOLERATED + 1} bad elements in" in stopped and "max_bad_fraction=0.001" in stopped
     assert stopped.count("000000000003.jpg") == 5  # the first few, each with its file
     strict = conversations(tmp_path, budget=0.0)
-    with pytest.raises(TooManyLost, match="1 bad elements in"):
+    with pytest.raises(BadSampleBudgetExceeded, match="1 bad elements in"):
         for n in range(1000):
             strict.sample(n)
 
 
 def test_the_budget_is_a_share_once_there_are_many() -> None:
-    losses = Losses(0.01, asked=10_000)
-    losses.add(0, [Fault("vsr", "x")] * 100)
-    with pytest.raises(TooManyLost, match="101 bad elements in 10000 samples .vsr 101."):
-        losses.add(0, [Fault("vsr", "x")])
+    losses = BadSampleBudget(0.01, asked=10_000)
+    losses.add(0, [BadSample("vsr", "x")] * 100)
+    with pytest.raises(BadSampleBudgetExceeded, match="101 bad elements in 10000 samples .vsr 101."):
+        losses.add(0, [BadSample("vsr", "x")])
 
 
 def test_a_source_without_any_readable_sample_ends_the_run(conversations, tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_source_without_any_readable_sample_ends_the_run(conversations, tmp_pa
         file.unlink()
     stream = conversations(tmp_path, budget=1.0)
     stream.losses.asked = 10**9
-    with pytest.raises(TooManyLost, match="gave no readable sample in 100 attempts"):
+    with pytest.raises(BadSampleBudgetExceeded, match="gave no readable sample in 100 attempts"):
         for n in range(50):
             stream.sample(n)
 

@@ -22,7 +22,7 @@ from aki_megatron.data.tar_index import (
     write_index,
 )
 from aki_megatron.data.tar_scan import Extent, _members, scan
-from aki_megatron.flow import DataError
+from aki_megatron.errors import DataError
 
 
 def indexed(tar: Path) -> bool:

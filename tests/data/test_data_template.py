@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from aki_megatron.config.data import SYSTEM_MESSAGE
 from aki_megatron.data.template import FEWEST_TEXT_TOKENS, Template
-from aki_megatron.data.text import Tokenizer
-from aki_megatron.flow import IGNORE, Caption, ConfigError, Conversation, DataError, Modality, Sample, Turn
+from aki_megatron.data.tokenizer import Tokenizer
+from aki_megatron.errors import ConfigError, DataError
+from aki_megatron.types import IGNORE, Caption, Conversation, Modality, Sample, Turn
 
 SYSTEM_BLOCK = f"<s> <|system|>\n{SYSTEM_MESSAGE}<|end|>\n<|user|>\n"
 TEXT, RESPONSE, IMAGE = int(Modality.TEXT), int(Modality.RESPONSE), int(Modality.IMAGE)

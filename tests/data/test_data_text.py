@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from aki_megatron.config.model import DecoderConfig
 from aki_megatron.data.chat import CHATS, ENDOFCHUNK, IMAGE
-from aki_megatron.data.text import Tokenizer
-from aki_megatron.flow import ConfigError, DataError
+from aki_megatron.data.tokenizer import Tokenizer
+from aki_megatron.errors import ConfigError, DataError
 
 SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 SLOW = json.loads((PHI3_LIKE / "slow_ids.json").read_text())
@@ -120,18 +120,18 @@ def test_a_missing_special_token_is_named(tmp_path: Path) -> None:
     ("rows", "base", "extra", "says"),
     [
         (640, 512, 1, r"512 \+ 1 = 513, but the tokenizer .* has 514 tokens"),
-        (640, 511, 3, "base_tokens=511, but the extra rows start at <image>, whose id in .* is 512"),
-        (500, 512, 2, "vocab_rows=500 rows cannot hold base_tokens=512"),
+        (640, 511, 3, "vocab_size=511, but the extra rows start at <image>, whose id in .* is 512"),
+        (500, 512, 2, "padded_vocab_size=500 rows cannot hold vocab_size=512"),
     ],
 )
 def test_model_of_another_vocabulary_is_refused(
     tokenizer: Tokenizer, rows: int, base: int, extra: int, says: str
 ) -> None:
-    decoder = DecoderConfig.model_construct(vocab_rows=rows, base_tokens=base, extra_tokens=extra)
+    decoder = DecoderConfig.model_construct(padded_vocab_size=rows, vocab_size=base, num_added_tokens=extra)
     with pytest.raises(ConfigError, match=says):
         tokenizer.check_vocabulary(decoder)
 
 
 @pytest.mark.parametrize(("base", "extra"), [(512, 2), (514, 0)])
 def test_model_of_this_vocabulary_is_accepted(tokenizer: Tokenizer, base: int, extra: int) -> None:
-    tokenizer.check_vocabulary(DecoderConfig(vocab_rows=640, base_tokens=base, extra_tokens=extra))
+    tokenizer.check_vocabulary(DecoderConfig(padded_vocab_size=640, vocab_size=base, num_added_tokens=extra))

@@ -15,12 +15,12 @@ from PIL import Image
 from aki_megatron.config.load import load_run
 from aki_megatron.data.chat import CHATS
 from aki_megatron.data.loader import LoadedStep
-from aki_megatron.data.synthetic.dataset import DatasetSize, make_dataset
-from aki_megatron.data.text import Tokenizer
-from aki_megatron.flow import IGNORE, Modality, StepReport
-from aki_megatron.train.folder import metrics_line
-from aki_megatron.train.ledger import LedgerHook
-from aki_megatron.train.reading import build_reading, build_tokenizer
+from aki_megatron.data.pipeline import build_reading, build_tokenizer
+from aki_megatron.data.tokenizer import Tokenizer
+from aki_megatron.supervise.run_paths import metrics_line
+from aki_megatron.synthetic.dataset import DatasetSize, make_dataset
+from aki_megatron.train.sample_audit import SampleAuditCallback
+from aki_megatron.types import IGNORE, Modality, StepReport
 
 ROOT = Path(__file__).parents[2]
 SFT = ROOT / "configs/demo/sft.yaml"
@@ -62,13 +62,16 @@ def write_run(
 ) -> Path:
     """A run folder; the step ``other`` has another sample, ``losses`` are those of some steps."""
     loaded: list[LoadedStep] = []
-    hooks = [LedgerHook(run / "ledger", lambda: loaded[-1], data_rank=n, data_size=replicas) for n in range(replicas)]
-    for hook in hooks:
+    callbacks = [
+        SampleAuditCallback(run / "ledger", lambda: loaded[-1], data_rank=n, data_size=replicas)
+        for n in range(replicas)
+    ]
+    for hook in callbacks:
         hook.on_start(0)
     lines = []
     for step in range(1, steps + 1):
         sums = [2**63 + step * 7919, 2**63 + step + (step == other)]
-        for rank, hook in enumerate(hooks):
+        for rank, hook in enumerate(callbacks):
             loaded.append(LoadedStep([], sum(sums[rank::replicas]) % 2**64, 8 // replicas, {}))
             hook.after_step(step, REPORT)
         loss = (losses or {}).get(step, 2.0)
@@ -159,7 +162,14 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["--config", str(SFT), "--data.root", str(root), "--data.tokenizer", str(root / "tokenizer")]
 
 
-PACKED = ["--data.packing.enabled", "true", "--data.packing.row_tokens", "140", "--data.packing.block_samples", "100"]
+PACKED = [
+    "--data.packing.enabled",
+    "true",
+    "--data.packing.sequence_length",
+    "140",
+    "--data.packing.buffer_size",
+    "100",
+]
 
 
 def test_show_batch_shows_what_the_run_reads(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -9,7 +9,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
 from aki_megatron.data.chat import CHATS, ENDOFCHUNK, IMAGE
-from aki_megatron.data.text import Tokenizer, Vocabulary, grow_tokenizer
+from aki_megatron.data.tokenizer import Tokenizer, Vocabulary, grow_tokenizer
 from aki_megatron.errors import DataError
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -22,7 +22,7 @@ def bytes_only(folder: Path, specials: tuple[str, ...], *, eos: str | None, pad:
 
 def test_phi_3_gets_the_ids_of_the_release_and_keeps_those_of_training(tmp_path: Path) -> None:
     # 500 pieces here and 32000 there: 32011, 32012, 32013
-    expected = Vocabulary(base_tokens=512, extra_tokens=2, bos=1, eos=500, pad=511, image=512, endofchunk=513)
+    expected = Vocabulary(vocab_size=512, num_added_tokens=2, bos=1, eos=500, pad=511, image=512, endofchunk=513)
     assert grow_tokenizer(PHI3_LIKE, tmp_path / "grown") == expected
     training, grown = Tokenizer(PHI3_LIKE, CHATS["phi3"]), Tokenizer(tmp_path / "grown", CHATS["phi3"])
     plain = AutoTokenizer.from_pretrained(str(tmp_path / "grown"))

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from data_files import picture_bytes
 
+from aki_megatron.data.shard_writer import pairs_of_folder, write_shards
 from aki_megatron.data.shards import ShardIndex
 from aki_megatron.data.tar_index import index_path, read_header
-from aki_megatron.data.writing import pairs_of_folder, write_shards
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_data.py"
 Run = Callable[..., tuple[int, str, str]]

@@ -12,11 +12,11 @@ import synthetic_answers as answers
 from PIL import Image
 
 from aki_megatron.data.shards import ShardIndex
-from aki_megatron.data.synthetic import additions, covers, dialogues, gqa, ocr_captions, referring, science
-from aki_megatron.data.synthetic.dataset import DatasetSize, make_dataset
-from aki_megatron.data.synthetic.pools import Drawn, own_scenes, pool_size, shared_scenes
-from aki_megatron.data.synthetic.questions import caption
-from aki_megatron.data.synthetic.scenes import PLACES, paint
+from aki_megatron.synthetic import book_covers, dialogues, extra_datasets, gqa, ocr_captions, referring, science
+from aki_megatron.synthetic.dataset import DatasetSize, make_dataset
+from aki_megatron.synthetic.questions import caption
+from aki_megatron.synthetic.scene_pools import Drawn, own_scenes, pool_size, shared_scenes
+from aki_megatron.synthetic.scenes import PLACES, paint
 
 SIZE = DatasetSize(scenes=400, held_out=100, seed=5)
 COUNT = 20
@@ -35,7 +35,7 @@ def load(root: Path, name: str):
 
 
 def drawn(name: str, split: str) -> list[Drawn]:
-    return list(additions.SETS[name].scenes(SIZE.seed, name, split, pool_size(split, SIZE.scenes, SIZE.held_out)))
+    return list(extra_datasets.SETS[name].scenes(SIZE.seed, name, split, pool_size(split, SIZE.scenes, SIZE.held_out)))
 
 
 def shows(file: Path | bytes, one: Drawn) -> bool:
@@ -54,9 +54,9 @@ def test_a_pool_is_a_share_of_the_scenes_and_never_larger_than_it() -> None:
 
 def test_no_two_sets_share_a_scene_of_their_own() -> None:
     first = [
-        next(iter(additions.SETS[name].scenes(5, name, split, 1))).scene
+        next(iter(extra_datasets.SETS[name].scenes(5, name, split, 1))).scene
         for name in ("gqa", "scienceqa", "vg", "ocr", "ocrvqa")
-        for split in additions.SETS[name].splits
+        for split in extra_datasets.SETS[name].splits
     ]
     captions = {caption(scene) for scene in [*first, next(iter(shared_scenes(5, "x", "train", 1))).scene]}
     assert len(captions) == len(first) + 1
@@ -106,13 +106,13 @@ def _check_program(entry: dict, text: str) -> None:
 
 def test_ocrvqa_has_the_public_schema_and_right_answers(root: Path) -> None:
     books = load(root, "OCRVQA/dataset.json")
-    scenes = [one for split in covers.SPLITS for one in drawn("ocrvqa", split)]
+    scenes = [one for split in book_covers.SPLITS for one in drawn("ocrvqa", split)]
     endings = Counter()
     for (key, book), one in zip(books.items(), scenes, strict=True):
         assert book.keys() == {"imageURL", "questions", "answers", "title", "authorName", "genre", "split"}
         assert re.fullmatch(r"\d{9}[\dX]", key)
         assert sum((10 - at) * (10 if digit == "X" else int(digit)) for at, digit in enumerate(key)) % 11 == 0
-        assert book["split"] == covers.SPLITS[one.split]
+        assert book["split"] == book_covers.SPLITS[one.split]
         ending = Path(book["imageURL"]).suffix
         endings[ending] += 1
         assert shows(root / f"OCRVQA/images/{key}{ending}", one)

@@ -18,11 +18,11 @@ from aki_megatron.config.data import SYSTEM_MESSAGE
 from aki_megatron.data.chat import CHATS
 from aki_megatron.data.shards import ShardIndex
 from aki_megatron.data.sources import SOURCES, SPLITS, open_sources, with_split
-from aki_megatron.data.synthetic.dataset import MANIFEST, DatasetSize, is_complete, make_dataset, was_interrupted
-from aki_megatron.data.synthetic.questions import SHARES
 from aki_megatron.data.template import Template
-from aki_megatron.data.text import Tokenizer
-from aki_megatron.flow import DataError
+from aki_megatron.data.tokenizer import Tokenizer
+from aki_megatron.errors import DataError
+from aki_megatron.synthetic.dataset import MANIFEST, DatasetSize, is_complete, make_dataset, was_interrupted
+from aki_megatron.synthetic.questions import SHARES
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_data.py"
 SIZE = DatasetSize(scenes=400, held_out=100, seed=5)

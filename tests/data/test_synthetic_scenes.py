@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from aki_megatron.data.synthetic.questions import caption, read_caption
-from aki_megatron.data.synthetic.scenes import (
+from aki_megatron.errors import DataError
+from aki_megatron.synthetic.questions import caption, read_caption
+from aki_megatron.synthetic.scenes import (
     CELL_PIXELS,
     COLORS,
     GRID,
@@ -16,7 +17,6 @@ from aki_megatron.data.synthetic.scenes import (
     paint,
     scene_rng,
 )
-from aki_megatron.flow import DataError
 
 SCENES = [draw_scene(scene_rng(7, "train", index)) for index in range(1500)]
 

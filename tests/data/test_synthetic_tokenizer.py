@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 from aki_megatron.config.data import SYSTEM_MESSAGE
 from aki_megatron.data.chat import CHATS
 from aki_megatron.data.sources import aokvqa, refcoco, vqav2, vsr
-from aki_megatron.data.synthetic.scenes import COLORS, KINDS, LETTERS, PLACES, SHAPES
-from aki_megatron.data.synthetic.tokenizer import (
+from aki_megatron.data.tokenizer import Tokenizer
+from aki_megatron.synthetic.demo_tokenizer import (
     ADDED_TOKENS,
     BASE_TOKENS,
     SPACE,
@@ -26,7 +26,7 @@ from aki_megatron.data.synthetic.tokenizer import (
     units,
     write_tokenizer,
 )
-from aki_megatron.data.text import Tokenizer
+from aki_megatron.synthetic.scenes import COLORS, KINDS, LETTERS, PLACES, SHAPES
 
 PHI_3_5 = {  # id behind the 32000 pieces of the base vocabulary, from the published tokenizer
     "<|endoftext|>": 0,

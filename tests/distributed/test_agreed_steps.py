@@ -19,16 +19,28 @@ from tiny import (
     train_plainly,
 )
 
-from aki_megatron.flow import Wish
+from aki_megatron.types import ControlRequest
 
 pytestmark = pytest.mark.distributed
 LIMIT = 1e-5
 REFUSED = 2
 
-WISHES = ({3: Wish.STOP}, {0: Wish.SAVE, 2: Wish.STOP}, {}, {1: Wish.SAVE, 2: Wish.SAVE}, {})
+WISHES = (
+    {3: ControlRequest.STOP},
+    {0: ControlRequest.SAVE, 2: ControlRequest.STOP},
+    {},
+    {1: ControlRequest.SAVE, 2: ControlRequest.SAVE},
+    {},
+)
 """Of each step: rank -> its wish."""
 
-ALL = [Wish.STOP, Wish.SAVE | Wish.STOP, Wish.NONE, Wish.SAVE, Wish.NONE]
+ALL = [
+    ControlRequest.STOP,
+    ControlRequest.SAVE | ControlRequest.STOP,
+    ControlRequest.NONE,
+    ControlRequest.SAVE,
+    ControlRequest.NONE,
+]
 
 
 @dataclass
@@ -37,7 +49,7 @@ class Seen:
 
     trained: Trained
     skipped: list[bool]
-    wishes: list[Wish]
+    control_signals: list[ControlRequest]
     asked: list[tuple[float, float]]
     """Loss and norm of every step whose update was asked about."""
     places: list[str]
@@ -53,17 +65,17 @@ def steps_with_a_refusal(topology) -> Seen:
 
     engine = tiny_engine(topology, Setting(), accept=accept, at=places.append)
     reports = []
-    for step, wishes in enumerate(WISHES):
-        wish = wishes.get(topology.rank, Wish.NONE)
+    for step, control_signals in enumerate(WISHES):
+        wish = control_signals.get(topology.rank, ControlRequest.NONE)
         reports.append(engine.train_step(own_share(step, topology), rate(step), wish=wish))
     good = [report for report in reports if not report.skipped]
     batches = own_share(0, topology)
     for batch in batches:
         batch.pixels.fill_(math.inf)
-    wish = Wish.STOP if topology.rank == 1 else Wish.NONE
+    wish = ControlRequest.STOP if topology.rank == 1 else ControlRequest.NONE
     reports.append(engine.train_step(batches, rate(STEPS), wish=wish))
-    skipped, wishes = [report.skipped for report in reports], [report.wish for report in reports]
-    return Seen(outcome(engine, good), skipped, wishes, asked, places)
+    skipped, control_signals = [report.skipped for report in reports], [report.wish for report in reports]
+    return Seen(outcome(engine, good), skipped, control_signals, asked, places)
 
 
 def test_a_refused_step_and_wishes_are_the_same_everywhere(run_on):
@@ -75,7 +87,7 @@ def test_a_refused_step_and_wishes_are_the_same_everywhere(run_on):
     assert max(float((got.weights[name] - with_it[name]).abs().max()) for name in with_it) > 100 * LIMIT
     for seen in answers:
         assert seen.skipped == [step == REFUSED for step in range(STEPS)] + [True]
-        assert seen.wishes == [*ALL, Wish.STOP], "a loss that is not finite drowns no wish"
+        assert seen.control_signals == [*ALL, ControlRequest.STOP], "a loss that is not finite drowns no wish"
         assert seen.asked == answers[0].asked and len(seen.asked) == STEPS, "what is not finite is not asked about"
         for place in ("reduces", "updates", *(f"{kind} {MICROBATCHES - 1}" for kind in ("forward", "backward"))):
             assert seen.places.count(place) == STEPS + 1, place

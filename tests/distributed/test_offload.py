@@ -22,12 +22,12 @@ from tiny import (
 )
 from tiny import train_plainly as _train_plainly
 
-from aki_megatron.engine import logical
+from aki_megatron.engine import global_state
 from aki_megatron.engine.optimizer import adamw
 from aki_megatron.engine.pipeline import PipelineEngine
-from aki_megatron.engine.zero import ZeroStage
-from aki_megatron.flow import StepReport, stack_ids
+from aki_megatron.engine.zero_stage import ZeroStage
 from aki_megatron.parallel.topology import Topology
+from aki_megatron.types import StepReport, stack_ids
 
 pytestmark = pytest.mark.distributed
 train_plainly = cache(_train_plainly)
@@ -93,9 +93,9 @@ def resume(topology: Topology, setting: Setting) -> tuple[float, Trained]:
     first = tiny_engine(topology, setting)
     reports = take_steps(first, topology, [0, 1])
     second = tiny_engine(topology, replace(setting, offload=not setting.offload))
-    saved = {name: logical.gather(tensor) for name, tensor in first.state().items()}
+    saved = {name: global_state.gather(tensor) for name, tensor in first.state().items()}
     second.load_state(first.state())
-    loaded = {name: logical.gather(tensor) for name, tensor in second.state().items()}
+    loaded = {name: global_state.gather(tensor) for name, tensor in second.state().items()}
     assert saved.keys() == loaded.keys()
     apart = max(float((saved[name] - loaded[name]).abs().max()) for name in saved)
     return apart, outcome(second, reports + take_steps(second, topology, [2, 3, 4]))
@@ -132,10 +132,12 @@ def where_it_lies(topology: Topology, setting: Setting) -> set[tuple[str, str]]:
     runner.update(1e-3)
     assert all(master.dtype == torch.float32 and optimizer.state[master]["step"] == 1 for master in masters)
     found = {("gradient", piece.device.type) for piece in pieces} | {("master", m.device.type) for m in masters}
-    return found | {(moment, optimizer.state[m][moment].device.type) for moment in logical.MOMENTS for m in masters}
+    return found | {
+        (moment, optimizer.state[m][moment].device.type) for moment in global_state.MOMENTS for m in masters
+    }
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_masters_moments_and_gradients_lie_in_the_hosts_memory(run_on, setting):
     (found,) = run_on(1, where_it_lies, setting)
-    assert found == {(kind, "cpu") for kind in ("gradient", "master", *logical.MOMENTS)}
+    assert found == {(kind, "cpu") for kind in ("gradient", "master", *global_state.MOMENTS)}

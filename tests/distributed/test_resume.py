@@ -9,11 +9,11 @@ import torch
 from tiny import Setting, Trained, difference, take_steps, tiny_engine, together, train_plainly
 from torch import Tensor
 
-from aki_megatron.checkpoint.saver import Saver
-from aki_megatron.checkpoint.stored import CheckpointSource
-from aki_megatron.engine import logical
+from aki_megatron.checkpoint.checkpointer import Checkpointer
+from aki_megatron.checkpoint.dcp_io import CheckpointSource
+from aki_megatron.engine import global_state
 from aki_megatron.engine.pipeline import PipelineEngine
-from aki_megatron.flow import StepReport
+from aki_megatron.types import StepReport
 
 pytestmark = pytest.mark.distributed
 SAVED_AFTER, LAST = 2, 7
@@ -60,7 +60,7 @@ EVERYTHING = "TP2 x PP2 x DP2, ZeRO-3"
 
 def whole_state(engine: PipelineEngine) -> dict[str, Tensor]:
     """Weights, moments and the number of updates that a rank has a part in."""
-    return {name: logical.gather(tensor).clone() for name, tensor in engine.state().items()}
+    return {name: global_state.gather(tensor).clone() for name, tensor in engine.state().items()}
 
 
 def result(engine: PipelineEngine, reports: Sequence[StepReport]) -> Trained:
@@ -71,13 +71,15 @@ def train_and_save(topology, setting: Setting, folder: Path) -> Trained:
     """All steps; saved in the middle, in the background of the others."""
     engine = tiny_engine(topology, setting)
     take_steps(engine, topology, range(SAVED_AFTER))
-    saver = Saver(folder, keep_last=1, asynchronous=True, group=topology.new_gloo_group(60))
+    saver = Checkpointer(folder, keep_last=1, async_save=True, group=topology.new_gloo_group(60))
     state = engine.state()
-    copies = {name: logical.gather(tensor).clone() for name, tensor in state.items()}
+    copies = {name: global_state.gather(tensor).clone() for name, tensor in state.items()}
     saver.save(SAVED_AFTER, state, {"step": SAVED_AFTER})
     reports = take_steps(engine, topology, range(SAVED_AFTER, LAST))
     saver.wait()
-    assert all(torch.equal(logical.gather(tensor), copies[name]) for name, tensor in state.items()), "none changes it"
+    assert all(torch.equal(global_state.gather(tensor), copies[name]) for name, tensor in state.items()), (
+        "none changes it"
+    )
     return result(engine, reports)
 
 
@@ -85,20 +87,20 @@ def load_and_train(topology, setting: Setting, folder: Path) -> Trained:
     engine = tiny_engine(topology, setting)
     # away from the initial weights and moments, so that whatever is not loaded shows
     take_steps(engine, topology, [LAST])
-    saver = Saver(folder, keep_last=1)
+    saver = Checkpointer(folder, keep_last=1)
     tensors = engine.state()
     assert saver.load(saver.latest(), tensors) == {"step": SAVED_AFTER}
     engine.load_state(tensors)
-    loaded = {name: logical.gather(tensor) for name, tensor in tensors.items()}
+    loaded = {name: global_state.gather(tensor) for name, tensor in tensors.items()}
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in whole_state(engine).items())
     return result(engine, take_steps(engine, topology, range(SAVED_AFTER, LAST)))
 
 
 def read_state(topology, folder: Path, setting: Setting) -> dict[str, Tensor]:
     """A checkpoint's tensors, read by one process."""
-    saver, tensors = Saver(folder, keep_last=1), tiny_engine(topology, setting).state()
+    saver, tensors = Checkpointer(folder, keep_last=1), tiny_engine(topology, setting).state()
     saver.load(saver.latest(), tensors)
-    return {name: logical.gather(tensor).clone() for name, tensor in tensors.items()}
+    return {name: global_state.gather(tensor).clone() for name, tensor in tensors.items()}
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +148,7 @@ def test_the_same_numbers_whatever_the_layout_that_saved(pool, tmp_path):
         LAYOUTS[name].train(pool, train_and_save, tmp_path / name)
         states += pool.run(1, read_state, tmp_path / name, Setting(zero_stage=1))
     for state in states[1:]:
-        assert state.keys() == states[0].keys() and state[logical.STEP] == SAVED_AFTER
+        assert state.keys() == states[0].keys() and state[global_state.STEP] == SAVED_AFTER
         assert max(float((tensor - states[0][name]).abs().max()) for name, tensor in state.items()) <= LIMIT
 
 
@@ -191,9 +193,9 @@ def test_state_is_logical_and_sharded(run_on):
     for name, (_, whole) in one.items():
         found = [share[name] for share in shares if name in share]
         assert {size for _, size in found} == {whole}
-        holders = 8 if name == logical.STEP else 1
+        holders = 8 if name == global_state.STEP else 1
         assert sum(rows for rows, _ in found) == whole * holders, "each row on one rank, the step counter on all"
     assert {name for share in shares for name in share} == set(one)
-    assert [name for name in shares[0] if name in shares[-1]] == [logical.STEP]
+    assert [name for name in shares[0] if name in shares[-1]] == [global_state.STEP]
     assert "weight.front.vision.norm.weight" in one
     assert "exp_avg.front.vision.norm.weight" not in one, "frozen: it has no moments"

@@ -1,7 +1,7 @@
 """Tensor x pipeline x data parallelism x ZeRO: every cell equals one process without any of it.
 
 Five optimizer steps with clipping, MMA, packed rows, ragged lengths, grouped-query heads, unequal supervised counts,
-micro-batches without an image and without a supervised token. Losses, norms and every final weight are compared.
+micro-batches without an image and without a supervised token. BadSampleBudget, norms and every final weight are compared.
 """
 
 from dataclasses import replace
@@ -28,11 +28,11 @@ from tiny import (
 )
 from tiny import train_plainly as _train_plainly
 
-from aki_megatron.engine.agreement import LayoutLedger, LayoutMismatchError
-from aki_megatron.flow import IGNORE, Carry, Modality
+from aki_megatron.engine.mask_consistency import MaskConsistencyChecker, MaskMismatchError
+from aki_megatron.parallel.p2p_communication import P2PCommunicator
 from aki_megatron.parallel.schedule import in_flight, order, parked, schedule
 from aki_megatron.parallel.topology import Topology
-from aki_megatron.parallel.wire import Wire
+from aki_megatron.types import IGNORE, Modality, StageActivations
 
 pytestmark = pytest.mark.distributed
 LIMIT = 1e-5
@@ -125,19 +125,19 @@ def train_wrongly(topology: Topology, fault: str, compare: bool) -> tuple[str, l
     if topology.tensor_rank == 1 if "tensor" in fault else topology.pipeline_rank == 1:
         for runner in engine._runners:
             runner.stage.rule = fault.split()[0] if " on " in fault else runner.stage.rule
-    take = Wire.take_carry
+    take = P2PCommunicator.take_carry
 
-    def lossy(self: Wire, message: Any) -> Carry:
+    def lossy(self: P2PCommunicator, message: Any) -> StageActivations:
         carry = take(self, message)
         lose(carry.ids, fault)
         return carry
 
-    compared = LayoutLedger.compare if compare else lambda self: None
+    compared = MaskConsistencyChecker.compare if compare else lambda self: None
     losses, found = [], ""
-    with patch.object(Wire, "take_carry", lossy), patch.object(LayoutLedger, "compare", compared):
+    with patch.object(P2PCommunicator, "take_carry", lossy), patch.object(MaskConsistencyChecker, "compare", compared):
         try:
             losses = [report.loss for report in take_steps(engine, topology, range(2))]
-        except LayoutMismatchError as error:
+        except MaskMismatchError as error:
             found = str(error)
     return found, losses, {name: weight.clone() for name, weight in engine.weights()}
 
@@ -163,14 +163,14 @@ def test_a_wrong_mask_is_seen_by_equality(run_on, fault):
 
 def train_with_ranks_that_fall_apart_later(topology: Topology) -> list[int]:
     """The rule of one stage changes after two steps; comparing every third step sees it in the fourth."""
-    engine = tiny_engine(topology, Setting(check_every=3))
+    engine = tiny_engine(topology, Setting(mask_check_interval=3))
     done = []
     for step in range(STEPS):
         if step == 2 and topology.pipeline_rank == 1:
             engine._runners[0].stage.rule = "causal"
         try:
             take_steps(engine, topology, [step])
-        except LayoutMismatchError:
+        except MaskMismatchError:
             break
         done.append(step)
     return done
@@ -208,7 +208,7 @@ def train_and_count(topology: Topology, setting: Setting) -> tuple[dict[str, int
     finally:
         for one in patches:
             one.stop()
-    return dict(counts), engine.most_in_flight, engine.most_parked, len(engine._runners)
+    return dict(counts), engine.max_in_flight, engine.max_buffered, len(engine._runners)
 
 
 @pytest.mark.parametrize(("pipeline", "data", "chunks"), [(1, 2, 1), (2, 2, 1), (4, 1, 1), (2, 2, 2)])
@@ -246,7 +246,7 @@ def measure_activations(topology: Topology) -> tuple[int, int]:
     """Most bytes of saved activations in a step of equal micro-batches, and what one forward pass saves."""
     engine = tiny_engine(topology, Setting())
     batches = [share(0, 0, 1)[0]] * MICROBATCHES if topology.reads_data else []
-    hooks = torch.autograd.graph.saved_tensors_hooks(
+    callbacks = torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: tensor if tensor.is_leaf else _Kept(tensor),
         lambda saved: saved.tensor if isinstance(saved, _Kept) else saved,
     )
@@ -260,7 +260,7 @@ def measure_activations(topology: Topology) -> tuple[int, int]:
         firsts.append(_Kept.live - before)
         return output
 
-    with hooks, patch.object(type(engine._runners[0]), "forward", measured):
+    with callbacks, patch.object(type(engine._runners[0]), "forward", measured):
         engine.train_step(batches, rate(0))
     return _Kept.peak, max(firsts)
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
-from aki_megatron.flow import IGNORE, NO_SEGMENT, Batch, Modality, stack_ids
 from aki_megatron.model.linears import LinearFactory
 from aki_megatron.model.split import Split, cut, join, split_of
 from aki_megatron.model.stage import Stage, build_model
 from aki_megatron.parallel.megatron import TensorParallelLinears, build_linears
 from aki_megatron.parallel.topology import Topology
+from aki_megatron.types import IGNORE, NO_SEGMENT, Batch, Modality, stack_ids
 
 pytestmark = pytest.mark.distributed
 
@@ -32,20 +32,22 @@ SPLIT = pytest.mark.parametrize("tensor", [2, 4])
 def config_of(*, tied: bool = False, bias: bool = True, extra: int = EXTRA_TOKENS) -> ModelConfig:
     """Eight query heads share four keys."""
     return ModelConfig(
-        vision=VisionConfig(image_size=IMAGE_SIZE, patch_size=4, width=12, layers=1, heads=2, mlp_width=18),
-        resampler=ResamplerConfig(latents=QUERIES, layers=1, heads=2, head_width=6, mlp_ratio=2),
+        vision=VisionConfig(
+            image_size=IMAGE_SIZE, patch_size=4, hidden_size=12, num_layers=1, num_heads=2, intermediate_size=18
+        ),
+        resampler=ResamplerConfig(num_latents=QUERIES, num_layers=1, num_heads=2, head_dim=6, mlp_ratio=2),
         decoder=DecoderConfig(
-            width=48,
-            layers=LAYERS,
-            heads=8,
-            kv_heads=4,
-            mlp_width=28,
-            vocab_rows=VOCAB_ROWS,
-            base_tokens=BASE_TOKENS,
-            extra_tokens=extra,
-            head_bias=bias,
-            tie_embeddings=tied,
-            rope=RopeConfig(kind="default", short_factor=(), long_factor=()),
+            hidden_size=48,
+            num_layers=LAYERS,
+            num_heads=8,
+            num_kv_heads=4,
+            intermediate_size=28,
+            padded_vocab_size=VOCAB_ROWS,
+            vocab_size=BASE_TOKENS,
+            num_added_tokens=extra,
+            lm_head_bias=bias,
+            tie_word_embeddings=tied,
+            rope=RopeConfig(rope_type="default", short_factor=(), long_factor=()),
         ),
     )
 

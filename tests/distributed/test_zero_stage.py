@@ -16,17 +16,17 @@ import torch.distributed as dist
 from tiny import MODEL, OPTIMIZER, TIED_MODEL, draw_batch
 from torch import Tensor, nn
 
-from aki_megatron.engine import logical
+from aki_megatron.engine import global_state
+from aki_megatron.engine.ddp_stage import DDPStage
 from aki_megatron.engine.norm import squared_norm
 from aki_megatron.engine.optimizer import adamw
-from aki_megatron.engine.replica import ReplicaStage
-from aki_megatron.engine.zero import ZeroStage
-from aki_megatron.flow import Batch, stack_ids
+from aki_megatron.engine.zero_stage import ZeroStage
 from aki_megatron.model.stage import Stage, build_stage
 from aki_megatron.parallel.topology import Topology
+from aki_megatron.types import Batch, stack_ids
 
 pytestmark = pytest.mark.distributed
-Runner = ZeroStage | ReplicaStage
+Runner = ZeroStage | DDPStage
 
 HALVES = (range(0, 2), range(2, 4))
 MICRO = 3
@@ -47,7 +47,7 @@ class Kind:
 def run_stage(stage: Stage, topology: Topology, kind: Kind) -> Runner:
     optimizer = adamw(stage, **OPTIMIZER)
     if kind.zero_stage == 0:
-        return ReplicaStage(stage, topology, optimizer)
+        return DDPStage(stage, topology, optimizer)
     config = {"zero_optimization": dict(kind.zero_settings)}
     return ZeroStage(
         stage, topology, optimizer, zero_stage=kind.zero_stage, precision=kind.precision, deepspeed_config=config
@@ -158,7 +158,7 @@ def state_differences(runners: list[Runner], twin: Twin) -> list[float]:
     found = []
     for stage, runner in enumerate(runners):
         for name, parameter in runner.stage.named_parameters():
-            for moment in (None, *logical.MOMENTS) if parameter.requires_grad else (None,):
+            for moment in (None, *global_state.MOMENTS) if parameter.requires_grad else (None,):
                 got, want = runner.local(name, moment).cpu(), twin.held(stage, name, moment)
                 if not parameter.requires_grad:
                     want = want.to(parameter.dtype).float()  # frozen weights have no master
@@ -249,7 +249,7 @@ def overwrite(topology: Topology, kind: Kind) -> tuple[float, float]:
     draw = torch.Generator().manual_seed(5)
     for stage, runner in enumerate(runners):
         for name, parameter in twin.stages[stage].named_parameters():
-            for moment in (None, *logical.MOMENTS) if parameter.requires_grad else (None,):
+            for moment in (None, *global_state.MOMENTS) if parameter.requires_grad else (None,):
                 held = twin.held(stage, name, moment)
                 held.copy_(torch.rand(held.shape, generator=draw) * 0.2)
                 runner.put(name, held.to(topology.device), moment)
@@ -302,7 +302,7 @@ def step_alone(runner: Runner, first: bool, micro: int, topology: Topology) -> N
     for number in range(micro):
         batch = draw_batch(0, number).to(topology.device)
         ids = stack_ids(batch)
-        hidden = torch.randn(*batch.token_ids.shape, MODEL.decoder.width, device=topology.device)
+        hidden = torch.randn(*batch.token_ids.shape, MODEL.decoder.hidden_size, device=topology.device)
         inputs = batch.token_ids if first else hidden.to(next(runner.stage.parameters()).dtype).requires_grad_()
         outputs.append(runner.forward(inputs, ids, batch.pixels if first else None, runner.stage.layout(ids)))
     for number, output in enumerate(outputs):

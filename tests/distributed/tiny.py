@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
+from aki_megatron.engine.ddp_stage import DDPStage
 from aki_megatron.engine.optimizer import adamw, learning_rate
 from aki_megatron.engine.pipeline import PipelineEngine
-from aki_megatron.engine.replica import ReplicaStage
-from aki_megatron.engine.zero import ZeroStage
-from aki_megatron.flow import IGNORE, NO_SEGMENT, Batch, Modality, StepReport, stack_ids
+from aki_megatron.engine.zero_stage import ZeroStage
 from aki_megatron.model.stage import Stage, build_model, build_stage
-from aki_megatron.parallel.cut import stage_layers
 from aki_megatron.parallel.megatron import build_linears
+from aki_megatron.parallel.pipeline_partition import stage_layers
 from aki_megatron.parallel.topology import Topology
+from aki_megatron.types import IGNORE, NO_SEGMENT, Batch, Modality, StepReport, stack_ids
 
 QUERIES, IMAGE_SIZE, ROWS = 3, 8, 2
 BASE_TOKENS, IMAGE_TOKEN = 33, 33
@@ -32,16 +32,25 @@ OPTIMIZER = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-5}
 
 def model_config(**decoder: Any) -> ModelConfig:
     """Odd sizes where splitting allows them: some parameters have fewer elements than there are ranks."""
-    sizes = {"width": 32, "layers": 4, "heads": 8, "kv_heads": 4, "mlp_width": 20, "vocab_rows": 40}
-    sizes |= {"base_tokens": BASE_TOKENS, "extra_tokens": 2, "rope": RopeConfig(kind="default")}
+    sizes = {
+        "hidden_size": 32,
+        "num_layers": 4,
+        "num_heads": 8,
+        "num_kv_heads": 4,
+        "intermediate_size": 20,
+        "padded_vocab_size": 40,
+    }
+    sizes |= {"vocab_size": BASE_TOKENS, "num_added_tokens": 2, "rope": RopeConfig(rope_type="default")}
     return ModelConfig(
-        vision=VisionConfig(image_size=IMAGE_SIZE, patch_size=4, width=12, layers=1, heads=2, mlp_width=20),
-        resampler=ResamplerConfig(latents=QUERIES, layers=1, heads=2, head_width=6, mlp_ratio=2),
+        vision=VisionConfig(
+            image_size=IMAGE_SIZE, patch_size=4, hidden_size=12, num_layers=1, num_heads=2, intermediate_size=20
+        ),
+        resampler=ResamplerConfig(num_latents=QUERIES, num_layers=1, num_heads=2, head_dim=6, mlp_ratio=2),
         decoder=DecoderConfig(**sizes | decoder),
     )
 
 
-MODEL, TIED_MODEL = model_config(), model_config(tie_embeddings=True, head_bias=False)
+MODEL, TIED_MODEL = model_config(), model_config(tie_word_embeddings=True, lm_head_bias=False)
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ class Setting:
     offload: bool = False
     zero_settings: tuple[tuple[str, int], ...] = ()
     """Further names and values of DeepSpeed's zero_optimization."""
-    check_every: int = 100
+    mask_check_interval: int = 100
 
     @property
     def model(self) -> ModelConfig:
@@ -68,7 +77,7 @@ class Setting:
         return TIED_MODEL if self.tied else MODEL
 
     @property
-    def clip_norm(self) -> float:
+    def max_grad_norm(self) -> float:
         """A norm that some steps exceed and some do not."""
         return 1.4 if self.tied else 10.0
 
@@ -99,7 +108,7 @@ def tiny_engine(topology: Topology, setting: Setting = Setting(), **more: Any) -
     for stage in tiny_stages(topology, setting):
         optimizer = adamw(stage, **OPTIMIZER, fused=setting.offload)
         if setting.zero_stage == 0:
-            runners.append(ReplicaStage(stage, topology, optimizer))
+            runners.append(DDPStage(stage, topology, optimizer))
         else:
             runners.append(
                 ZeroStage(
@@ -116,8 +125,8 @@ def tiny_engine(topology: Topology, setting: Setting = Setting(), **more: Any) -
         topology,
         micro_batches=MICROBATCHES // topology.data,
         precision=setting.precision,
-        clip_norm=setting.clip_norm,
-        check_every=setting.check_every,
+        max_grad_norm=setting.max_grad_norm,
+        mask_check_interval=setting.mask_check_interval,
         **more,
     )
 
@@ -235,7 +244,7 @@ def train_plainly(steps: Iterable[int] = range(STEPS), setting: Setting = Settin
             losses[-1] += loss.item()
             if runner is not model:
                 _add_gradients(model, runner)
-        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), setting.clip_norm)))
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), setting.max_grad_norm)))
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
         optimizer.step()

@@ -30,6 +30,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         "launcher/pretrain.py", "--config", str(ROOT / "configs/demo/pretrain.yaml"), *made.data_flags(),
         "--data.captions", '[{name: captions, shards: ["captions/00000.tar"]}]', "--init.vision", str(data / "encoder"),
         "--run.dir", str(made.folder / "pretrain"), "--train.steps", "4", "--optimizer.warmup_steps", "2",
-        "--train.global_batch", "8", "--train.micro_batch", "8", "--checkpoint.every", "4",
+        "--train.global_batch_size", "8", "--train.micro_batch_size", "8", "--checkpoint.interval", "4",
     )  # fmt: skip
     return made

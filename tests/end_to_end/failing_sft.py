@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from aki_megatron.parallel.launch import discover_launch
-from aki_megatron.train import main, watch
+from aki_megatron.supervise import watchdog
+from aki_megatron.train import main
 from aki_megatron.train.loop import Run
 
-watch.ANSWER_SECONDS = 8.0  # a silent rank is waited for so long, and nobody else is
+watchdog.ANSWER_SECONDS = 8.0  # a silent rank is waited for so long, and nobody else is
 
 
 def fail(how: str) -> None:

@@ -43,7 +43,7 @@ class World:
         """Flags of a short fine-tuning run of the demo model."""
         return [
             "--config", str(ROOT / "configs/demo/sft.yaml"), *self.data_flags(), "--run.dir", str(self.folder / run),
-            "--train.steps", str(steps), "--optimizer.warmup_steps", "2", "--train.global_batch", "8",
-            "--train.micro_batch", "2", "--checkpoint.every", "4", "--log.every", "4",
+            "--train.steps", str(steps), "--optimizer.warmup_steps", "2", "--train.global_batch_size", "8",
+            "--train.micro_batch_size", "2", "--checkpoint.interval", "4", "--log.interval", "4",
             "--init.weights", str(self.folder / "pretrain"),
         ]  # fmt: skip

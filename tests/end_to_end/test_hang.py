@@ -8,9 +8,9 @@ from launchers import launcher_command
 from small_demo import World
 from test_rank_failure import FAILING_SFT, processes_with
 
-from aki_megatron.train.attempts import read_attempts
-from aki_megatron.train.events import read_events
-from aki_megatron.train.folder import RunFolder, read_metrics
+from aki_megatron.supervise.attempts import read_attempts
+from aki_megatron.supervise.events import read_events
+from aki_megatron.supervise.run_paths import RunPaths, read_metrics
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
 
@@ -30,10 +30,16 @@ STEP = 5
 )
 def test_a_rank_that_stops_stepping(world: World, how: str, rank: int, said: str) -> None:
     mark = f"AKI_TEST_MARK={uuid.uuid4()}"
-    folder = RunFolder(world.folder / f"hanging_{how}")
+    folder = RunPaths(world.folder / f"hanging_{how}")
     changes = {"AKI_TEST_FAILS": f"{rank}:{STEP}:{how}", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}
     environment = world.environment | changes | dict([mark.split("=")])
-    flags = [*world.sft_flags(folder.path.name, steps=50), "--train.global_batch", "4", "--watch.hang_seconds", "8"]
+    flags = [
+        *world.sft_flags(folder.path.name, steps=50),
+        "--train.global_batch_size",
+        "4",
+        "--watch.step_timeout",
+        "8",
+    ]
     command = launcher_command("torchrun", 2)
     result = World(world.folder, environment).run(*command, FAILING_SFT, *flags, ok=False)
 

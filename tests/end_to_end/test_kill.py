@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from small_demo import ROOT, TIMEOUT_SECONDS, World
 
-from aki_megatron.train.folder import RunFolder, read_lines
-from aki_megatron.train.ledger import read_ledger
+from aki_megatron.supervise.run_paths import RunPaths, read_lines
+from aki_megatron.train.sample_audit import read_ledger
 
 pytestmark = pytest.mark.end_to_end
 
@@ -23,11 +23,11 @@ def flags(world: World, run: str) -> list[str]:
     """Packed rows, two phases with other sources; small, and without DeepSpeed, which takes long to start."""
     return [
         "--config", str(ROOT / "configs/demo/sft.yaml"), *world.data_flags(), "--run.dir", str(world.folder / run),
-        "--train.steps", str(STEPS), "--optimizer.warmup_steps", "2", "--train.global_batch", "4",
-        "--train.micro_batch", "1", "--checkpoint.every", "3", "--log.every", "100", "--log.tensorboard", "false",
-        "--init.weights", "null", "--parallel.zero_stage", "0", "--model.decoder.layers", "1",
-        "--data.packing.enabled", "true", "--data.packing.row_tokens", "192", "--data.packing.block_samples", "64",
-        "--data.phases", f"[{{steps: 30, sources: [vqav2, vsr]}}, {{steps: {STEPS - 30}}}]", "--data.workers", "1",
+        "--train.steps", str(STEPS), "--optimizer.warmup_steps", "2", "--train.global_batch_size", "4",
+        "--train.micro_batch_size", "1", "--checkpoint.interval", "3", "--log.interval", "100", "--log.tensorboard", "false",
+        "--init.weights", "null", "--parallel.zero_stage", "0", "--model.decoder.num_layers", "1",
+        "--data.packing.enabled", "true", "--data.packing.sequence_length", "192", "--data.packing.buffer_size", "64",
+        "--data.phases", f"[{{steps: 30, sources: [vqav2, vsr]}}, {{steps: {STEPS - 30}}}]", "--data.num_workers", "1",
     ]  # fmt: skip
 
 
@@ -85,6 +85,6 @@ def test_whatever_kills_a_run_it_consumes_the_same_samples(world: World) -> None
     whole, killed = (read_ledger(world.folder / name) for name in ("kill_none", "kills"))
     assert sorted(whole) == list(range(1, STEPS + 1)) and killed == whole
     losses = [
-        [line["loss"] for line in read_lines(RunFolder(world.folder / name).metrics)] for name in ("kill_none", "kills")
+        [line["loss"] for line in read_lines(RunPaths(world.folder / name).metrics)] for name in ("kill_none", "kills")
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

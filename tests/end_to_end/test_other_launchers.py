@@ -15,9 +15,9 @@ import pytest
 from launchers import MPIRUN_ENVIRONMENT, launcher_command
 from small_demo import ROOT, TIMEOUT_SECONDS, World
 
-from aki_megatron.train.attempts import read_attempts
-from aki_megatron.train.folder import RunFolder, read_metrics
-from aki_megatron.train.process import Process, is_alive
+from aki_megatron.supervise.attempts import read_attempts
+from aki_megatron.supervise.process import Process, is_alive
+from aki_megatron.supervise.run_paths import RunPaths, read_metrics
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
 
@@ -28,8 +28,8 @@ def start(world: World, run: str, *launcher: str) -> subprocess.Popen[bytes]:
     """A launcher with a small run, without DeepSpeed's engine, which takes long to start."""
     words = [
         *launcher, str(ROOT / "launcher/sft.py"), *world.sft_flags(run, steps=STEPS), "--init.weights", "null",
-        "--parallel.zero_stage", "0", "--model.decoder.layers", "1", "--log.tensorboard", "false",
-        "--checkpoint.every", "100", "--train.global_batch", "2",
+        "--parallel.zero_stage", "0", "--model.decoder.num_layers", "1", "--log.tensorboard", "false",
+        "--checkpoint.interval", "100", "--train.global_batch_size", "2",
     ]  # fmt: skip
     # into a file: ranks that outlive their launcher would hold a pipe open
     with (world.folder / f"{run}.log").open("a") as log:
@@ -44,12 +44,12 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.02)
 
 
-def wait_for_steps(folder: RunFolder, more: int) -> None:
+def wait_for_steps(folder: RunPaths, more: int) -> None:
     done = len(read_metrics(folder.metrics))
     wait_for(lambda: len(read_metrics(folder.metrics)) >= done + more, f"steps in {folder.path}")
 
 
-def training(folder: RunFolder) -> list[Process]:
+def training(folder: RunPaths) -> list[Process]:
     """The processes of the ranks that live."""
     found = [Process.read(folder.process(rank)) for rank in (0, 1)]
     return [process for process in found if process is not None and is_alive(process)]
@@ -64,7 +64,7 @@ def test_deepspeed_on_a_hostfile(world: World, tmp_path: Path) -> None:
     """Two machines in name, each with a launcher of its own, as srun can start them: --no_ssh --node_rank."""
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
-    folder = RunFolder(world.folder / "hostfile")
+    folder = RunPaths(world.folder / "hostfile")
 
     def launch(port: str) -> list[subprocess.Popen[bytes]]:
         where = ["--hostfile", str(hostfile), "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", port]
@@ -89,7 +89,7 @@ def test_deepspeed_on_a_hostfile(world: World, tmp_path: Path) -> None:
 
 
 def test_mpirun_killed_and_asked_to_stop(world: World) -> None:
-    folder = RunFolder(world.folder / "mpirun_killed")
+    folder = RunPaths(world.folder / "mpirun_killed")
     launcher = launcher_command("mpirun", 2)
     killed = start(world, "mpirun_killed", *launcher)
     wait_for_steps(folder, 3)

@@ -33,7 +33,7 @@ def run_failing(world: World, launcher: str, ranks: int, fails: str) -> Ending:
     mark = f"AKI_TEST_MARK={uuid.uuid4()}"
     folder = world.folder / f"failing_{launcher}_{fails.replace(':', '_')}"
     environment = world.environment | MPIRUN_ENVIRONMENT | dict([mark.split("=")], AKI_TEST_FAILS=fails)
-    flags = [*world.sft_flags(folder.name, steps=50), "--train.global_batch", str(2 * ranks)]
+    flags = [*world.sft_flags(folder.name, steps=50), "--train.global_batch_size", str(2 * ranks)]
     command = launcher_command(launcher, ranks)
     result = World(world.folder, environment).run(*command, FAILING_SFT, *flags, ok=False)
     ended = time.time()

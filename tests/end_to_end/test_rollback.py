@@ -9,9 +9,9 @@ from launchers import launcher_command
 from small_demo import World
 
 from aki_megatron.checkpoint import files
-from aki_megatron.train.events import read_events
-from aki_megatron.train.folder import RunFolder, read_metrics
-from aki_megatron.train.ledger import read_ledger
+from aki_megatron.supervise.events import read_events
+from aki_megatron.supervise.run_paths import RunPaths, read_metrics
+from aki_megatron.train.sample_audit import read_ledger
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
 
@@ -28,8 +28,8 @@ def train(world: World, run: str, ranks: int, *, harm: dict[int, float], omits: 
     """A run over such data; its folder."""
     changes = {"AKI_TEST_HARM": json.dumps(harm), "AKI_TEST_OMITS": json.dumps(omits), "AKI_TEST_KILL": str(kill)}
     flags = [
-        *world.sft_flags(run, steps=STEPS), "--watch.non_finite", "rollback", "--watch.spike", "rollback",
-        "--watch.spike_window", "4", "--watch.spike_factor", "50", "--log.tensorboard", "false",
+        *world.sft_flags(run, steps=STEPS), "--watch.on_non_finite", "rollback", "--watch.on_loss_spike", "rollback",
+        "--watch.loss_spike_window", "4", "--watch.loss_spike_factor", "50", "--log.tensorboard", "false",
     ]  # fmt: skip
     command = launcher_command("torchrun", ranks)
     there = World(world.folder, world.environment | changes)
@@ -40,7 +40,7 @@ def train(world: World, run: str, ranks: int, *, harm: dict[int, float], omits: 
 
 def test_a_run_goes_back_and_leaves_the_harmful_data_out(world: World) -> None:
     train(world, "harmed", 2, harm=HARM, omits=[], kill=KILL)
-    folder = RunFolder(world.folder / "harmed")
+    folder = RunPaths(world.folder / "harmed")
     assert not folder.done.exists() and files.newest(folder.checkpoints) == folder.checkpoints / "step_000008"
     train(world, "harmed", 2, harm=HARM, omits=[], kill=0)
     events = [(event["step"], event["kind"]) for event in read_events(folder)]
@@ -48,9 +48,9 @@ def test_a_run_goes_back_and_leaves_the_harmful_data_out(world: World) -> None:
     assert events == [*spike, *not_finite, *not_finite], "the second attempt goes on from step 8 and meets it again"
 
     whole = train(world, "unharmed", 1, harm={}, omits=LEFT_OUT, kill=0)
-    lines, expected = read_metrics(folder.metrics), read_metrics(RunFolder(whole).metrics)
+    lines, expected = read_metrics(folder.metrics), read_metrics(RunPaths(whole).metrics)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1)) and folder.done.exists()
     for name in ("loss", "grad_norm", "lr"):
         assert [line[name] for line in lines] == pytest.approx([line[name] for line in expected], rel=1e-4), name
     assert read_ledger(folder.path) == read_ledger(whole)
-    assert read_events(RunFolder(whole)) == []
+    assert read_events(RunPaths(whole)) == []

@@ -10,10 +10,10 @@ from launchers import MPIRUN_ENVIRONMENT, launcher_command
 from rich.console import Console
 from small_demo import ROOT, World
 
-from aki_megatron.checkpoint.stored import CheckpointSource
-from aki_megatron.config.interrupts import Interrupts
+from aki_megatron.checkpoint.dcp_io import CheckpointSource
 from aki_megatron.config.load import load_run
-from aki_megatron.train.watch import Pulse
+from aki_megatron.supervise.signals import StopSignals
+from aki_megatron.supervise.watchdog import ProgressTracker
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
 
@@ -27,9 +27,9 @@ def sft(world: World, run: str, *layout: str) -> list[str]:
     """The launcher with a person's flags, on this folder's data; ``layout`` may come last and change anything."""
     return [
         str(ROOT / "launcher/sft.py"), "--config", str(ROOT / "configs/demo/sft.yaml"), *world.data_flags(),
-        "--init.weights", str(world.folder / "pretrain"), "--train.precision", "fp32", "--train.global_batch", "16",
+        "--init.weights", str(world.folder / "pretrain"), "--train.precision", "fp32", "--train.global_batch_size", "16",
         "--train.steps", str(STEPS), "--run.dir", str(world.folder / run),
-        "--checkpoint.every", str(RESUMED_AFTER), "--checkpoint.keep_last", "3", *layout,
+        "--checkpoint.interval", str(RESUMED_AFTER), "--checkpoint.keep_last", "3", *layout,
     ]  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def test_torchrun(single: Path, spread: tuple[Path, str]) -> None:
     elements = sum(fact.elements for fact in CheckpointSource(single).facts.values())
     assert f"model: {elements:,} parameters" in printed, "of the whole model, not of a rank's part"
     for line in ("2 data ranks x 1 micro-batch x 8", "tensor 2 x pipeline 2, ZeRO-3", "cut: front + 2", "idle",
-                 "--train.micro_batch 4"):  # fmt: skip
+                 "--train.micro_batch_size 4"):  # fmt: skip
         assert line in printed, line
 
 
@@ -114,8 +114,8 @@ def what_is_read(topology, flags: list[str]) -> tuple[bool, int]:
             topology,
             Console(quiet=True),
             attempt="test",
-            interrupts=Interrupts(),
-            pulse=Pulse(config.watch),
+            stop_signals=StopSignals(),
+            pulse=ProgressTracker(config.watch),
         )
     try:
         return opened.called, len(next(run.loader.steps(0, None)).batches)
@@ -125,6 +125,6 @@ def what_is_read(topology, flags: list[str]) -> tuple[bool, int]:
 
 def test_one_tensor_rank_of_the_first_stage_reads_data(run_on, world: World) -> None:
     config = ROOT / "configs/demo/sft.yaml"
-    flags = ["--config", str(config), *sft(world, "reading", *SPREAD, "--train.micro_batch", "4")[3:]]
+    flags = ["--config", str(config), *sft(world, "reading", *SPREAD, "--train.micro_batch_size", "4")[3:]]
     (world.folder / "reading").mkdir()
     assert run_on(8, what_is_read, flags, tensor=2, pipeline=2) == [(True, 2), (False, 0)] * 2 + [(False, 0)] * 4

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from small_demo import ROOT, TIMEOUT_SECONDS, World
 
-from aki_megatron.train.attempts import read_attempts
-from aki_megatron.train.events import read_events
-from aki_megatron.train.folder import RunFolder, read_metrics
-from aki_megatron.train.ledger import read_ledger
+from aki_megatron.supervise.attempts import read_attempts
+from aki_megatron.supervise.events import read_events
+from aki_megatron.supervise.run_paths import RunPaths, read_metrics
+from aki_megatron.train.sample_audit import read_ledger
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
 
@@ -28,9 +28,9 @@ def start(world: World, run: str, ranks: int, port: int) -> Ranks:
     """The ranks, each with its loader's process in a group of its own; checkpoints only when asked for."""
     flags = [
         "--config", str(ROOT / "configs/demo/sft.yaml"), *world.data_flags(), "--run.dir", str(world.folder / run),
-        "--train.steps", str(STEPS), "--optimizer.warmup_steps", "2", "--train.global_batch", "4",
-        "--train.micro_batch", "1", "--checkpoint.every", "1000", "--log.every", "100", "--log.tensorboard", "false",
-        "--init.weights", "null", "--parallel.zero_stage", "0", "--model.decoder.layers", "1", "--data.workers", "1",
+        "--train.steps", str(STEPS), "--optimizer.warmup_steps", "2", "--train.global_batch_size", "4",
+        "--train.micro_batch_size", "1", "--checkpoint.interval", "1000", "--log.interval", "100", "--log.tensorboard", "false",
+        "--init.weights", "null", "--parallel.zero_stage", "0", "--model.decoder.num_layers", "1", "--data.num_workers", "1",
         "--optimizer.eps", "1e-5",
     ]  # fmt: skip
     made = []
@@ -64,15 +64,15 @@ def wait_until(true: Callable[[], bool], ranks: Ranks) -> None:
         time.sleep(0.02)
 
 
-def newest_checkpoint(folder: RunFolder) -> int:
+def newest_checkpoint(folder: RunPaths) -> int:
     return int((folder.checkpoints / "latest").read_text().removeprefix("step_"))
 
 
-def steps_done(folder: RunFolder) -> int:
+def steps_done(folder: RunPaths) -> int:
     return len(read_metrics(folder.metrics))
 
 
-def stopped(folder: RunFolder) -> dict[str, object]:
+def stopped(folder: RunPaths) -> dict[str, object]:
     """What the newest STOPPED file says."""
     files = sorted(folder.path.glob("STOPPED.*"), key=lambda path: path.stat().st_mtime)
     return json.loads(files[-1].read_text())
@@ -85,7 +85,7 @@ def undisturbed(world: World) -> Path:
 
 
 def test_stops_leave_no_trace_in_the_run(world: World, undisturbed: Path) -> None:
-    folder = RunFolder(world.folder / "stopped")
+    folder = RunPaths(world.folder / "stopped")
 
     # SIGUSR1 to one rank, while it starts: held until the first step is done
     ranks = start(world, "stopped", RANKS, 29721)
@@ -128,6 +128,6 @@ def test_stops_leave_no_trace_in_the_run(world: World, undisturbed: Path) -> Non
     assert [attempt.world_size for attempt in attempts] == [RANKS] * 3 + [1]
     assert [event["kind"] for event in read_events(folder)] == ["stop", "save", "stop", "stop"]
     assert read_ledger(folder.path) == read_ledger(undisturbed)
-    again, before = read_metrics(folder.metrics), read_metrics(RunFolder(undisturbed).metrics)
+    again, before = read_metrics(folder.metrics), read_metrics(RunPaths(undisturbed).metrics)
     assert [line["step"] for line in again] == list(range(1, STEPS + 1))
     assert [line["loss"] for line in again] == pytest.approx([line["loss"] for line in before], rel=1e-4)

@@ -28,11 +28,20 @@ def test_curve_without_warmup_starts_at_the_top():
 
 def model_config(**decoder):
     return ModelConfig(
-        vision=VisionConfig(image_size=8, patch_size=4, width=12, layers=1, heads=2, mlp_width=20),
-        resampler=ResamplerConfig(latents=3, layers=1, heads=2, head_width=6, mlp_ratio=2),
+        vision=VisionConfig(
+            image_size=8, patch_size=4, hidden_size=12, num_layers=1, num_heads=2, intermediate_size=20
+        ),
+        resampler=ResamplerConfig(num_latents=3, num_layers=1, num_heads=2, head_dim=6, mlp_ratio=2),
         decoder=DecoderConfig(
-            **{"width": 24, "layers": 3, "heads": 4, "kv_heads": 2, "mlp_width": 20, "vocab_rows": 40}
-            | {"base_tokens": 33, "extra_tokens": 2, "rope": RopeConfig(kind="default"), "head_bias": False}
+            **{
+                "hidden_size": 24,
+                "num_layers": 3,
+                "num_heads": 4,
+                "num_kv_heads": 2,
+                "intermediate_size": 20,
+                "padded_vocab_size": 40,
+            }
+            | {"vocab_size": 33, "num_added_tokens": 2, "rope": RopeConfig(rope_type="default"), "lm_head_bias": False}
             | decoder
         ),
     )
@@ -64,7 +73,7 @@ def test_parameters_of_a_group_are_split_alike():
 
 
 def test_tied_tables_have_the_same_groups_of_their_own_on_the_first_and_the_last_stage():
-    config = model_config(tie_embeddings=True)
+    config = model_config(tie_word_embeddings=True)
     first, last = build_stage(config, [0], rule="mma"), build_stage(config, [2], rule="mma")
     tied = [[group for group in parameter_groups(stage, 0.1) if group["tied"]] for stage in (first, last)]
     assert [[tuple(p.shape for p in group["params"]) for group in groups] for groups in tied] == [

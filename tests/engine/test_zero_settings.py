@@ -2,10 +2,10 @@
 
 import pytest
 
-from aki_megatron.engine import zero
-from aki_megatron.engine.partitions import partitions_of
+from aki_megatron.engine import zero_stage
 from aki_megatron.engine.settings import deepspeed_settings
-from aki_megatron.flow import ConfigError
+from aki_megatron.engine.zero_state import partitions_of
+from aki_megatron.errors import ConfigError
 
 
 def settings(**user):
@@ -66,9 +66,9 @@ def test_other_offloading_is_refused(zero_stage, section, message):
 
 
 def test_a_version_that_is_not_proven_is_refused(monkeypatch):
-    monkeypatch.setattr(zero, "version", lambda _: "0.99.0")
+    monkeypatch.setattr(zero_stage, "version", lambda _: "0.99.0")
     with pytest.raises(ConfigError, match="deepspeed 0.99.0 is installed; the engine is proven with 0.19.8.*==0.19.8"):
-        zero._deepspeed()
+        zero_stage._deepspeed()
 
 
 class SomeOptimizer:

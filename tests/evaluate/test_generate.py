@@ -6,32 +6,40 @@ from torch import Tensor
 
 from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
 from aki_megatron.evaluate.generate import Continuation, generate
-from aki_megatron.flow import IGNORE, NO_SEGMENT, Batch, Modality, stack_ids
 from aki_megatron.model.stage import Stage, build_model
+from aki_megatron.types import IGNORE, NO_SEGMENT, Batch, Modality, stack_ids
 
 LATENTS, IMAGE_TOKEN = 4, 41
 LONGROPE = RopeConfig(
-    kind="longrope",
-    max_positions=256,
-    original_max_positions=16,
+    rope_type="longrope",
+    max_position_embeddings=256,
+    original_max_position_embeddings=16,
     short_factor=(1.0, 1.2, 1.5, 2.0),
     long_factor=(2.0, 4.0, 9.0, 30.0),
 )
 
 
-def model(rule: str = "mma", rope: RopeConfig | None = None, kv_heads: int = 2) -> Stage:
+def model(rule: str = "mma", rope: RopeConfig | None = None, num_kv_heads: int = 2) -> Stage:
     config = ModelConfig(
-        vision=VisionConfig(image_size=12, patch_size=4, width=16, layers=1, heads=2, mlp_width=24, pooling_head=False),
-        resampler=ResamplerConfig(latents=LATENTS, layers=1, heads=2, head_width=8),
+        vision=VisionConfig(
+            image_size=12,
+            patch_size=4,
+            hidden_size=16,
+            num_layers=1,
+            num_heads=2,
+            intermediate_size=24,
+            pooling_head=False,
+        ),
+        resampler=ResamplerConfig(num_latents=LATENTS, num_layers=1, num_heads=2, head_dim=8),
         decoder=DecoderConfig(
-            width=32,
-            layers=3,
-            heads=4,
-            kv_heads=kv_heads,
-            mlp_width=48,
-            vocab_rows=45,
-            base_tokens=40,
-            extra_tokens=2,
+            hidden_size=32,
+            num_layers=3,
+            num_heads=4,
+            num_kv_heads=num_kv_heads,
+            intermediate_size=48,
+            padded_vocab_size=45,
+            vocab_size=40,
+            num_added_tokens=2,
             rope=rope or RopeConfig(),
         ),
     )
@@ -85,9 +93,9 @@ ROWS = [(9, 3), (4, None), (12, 1), (1, None), (6, 6)]
 
 
 @pytest.mark.parametrize("rule", ["causal", "mma"])
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_equals_recomputation_row_by_row(rule: str, kv_heads: int) -> None:
-    stage = model(rule, kv_heads=kv_heads)
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+def test_equals_recomputation_row_by_row(rule: str, num_kv_heads: int) -> None:
+    stage = model(rule, num_kv_heads=num_kv_heads)
     torch.manual_seed(1)
     rows = [prompt(length, at) for length, at in ROWS]
     pixels = torch.randn(3, 3, 12, 12, dtype=torch.float64)

@@ -12,34 +12,37 @@ from torch import Tensor
 
 from aki_megatron.checkpoint.official import official_names
 from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
+from aki_megatron.errors import CheckpointError
 from aki_megatron.evaluate.golden import verify_golden
 from aki_megatron.evaluate.golden_files import Golden
-from aki_megatron.flow import IGNORE, CheckpointError, Modality
 from aki_megatron.model.stage import build_model
+from aki_megatron.types import IGNORE, Modality
 
 OFFICIAL = Path(__file__).parents[1] / "golden" / "official_aki"
 PAD, ASSISTANT, IMAGE = 49, 40, 50
 
 LONGROPE = RopeConfig(
-    kind="longrope",
+    rope_type="longrope",
     theta=500.0,
-    max_positions=64,
-    original_max_positions=16,
+    max_position_embeddings=64,
+    original_max_position_embeddings=16,
     short_factor=(1.0, 1.5, 2.0, 2.5),
     long_factor=(1.2, 4.0, 9.0, 20.0),
 )
 CONFIG = ModelConfig(
-    vision=VisionConfig(image_size=20, patch_size=5, width=24, layers=1, heads=2, mlp_width=32, pooling_head=False),
-    resampler=ResamplerConfig(latents=4, layers=2, heads=2, head_width=8, mlp_ratio=2),
+    vision=VisionConfig(
+        image_size=20, patch_size=5, hidden_size=24, num_layers=1, num_heads=2, intermediate_size=32, pooling_head=False
+    ),
+    resampler=ResamplerConfig(num_latents=4, num_layers=2, num_heads=2, head_dim=8, mlp_ratio=2),
     decoder=DecoderConfig(
-        width=32,
-        layers=2,
-        heads=4,
-        kv_heads=2,
-        mlp_width=40,
-        vocab_rows=64,
-        base_tokens=50,
-        extra_tokens=3,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=40,
+        padded_vocab_size=64,
+        vocab_size=50,
+        num_added_tokens=3,
         rope=LONGROPE,
     ),
 )
@@ -50,42 +53,42 @@ def describe(config: ModelConfig) -> dict[str, Any]:
     vision, resampler, decoder = config.vision, config.resampler, config.decoder
     return {
         "vision": {
-            "hidden_size": vision.width,
-            "num_hidden_layers": vision.layers,
-            "num_attention_heads": vision.heads,
-            "intermediate_size": vision.mlp_width,
+            "hidden_size": vision.hidden_size,
+            "num_hidden_layers": vision.num_layers,
+            "num_attention_heads": vision.num_heads,
+            "intermediate_size": vision.intermediate_size,
             "image_size": vision.image_size,
             "patch_size": vision.patch_size,
             "layer_norm_eps": vision.norm_eps,
         },
         "resampler": {
-            "depth": resampler.layers,
-            "heads": resampler.heads,
-            "dim_head": resampler.head_width,
+            "depth": resampler.num_layers,
+            "heads": resampler.num_heads,
+            "dim_head": resampler.head_dim,
             "ff_mult": resampler.mlp_ratio,
-            "num_latents": resampler.latents,
+            "num_latents": resampler.num_latents,
             "layer_norm_eps": resampler.norm_eps,
         },
         "lang": {
             "architecture": "Phi3ForCausalLM",
-            "hidden_size": decoder.width,
-            "num_hidden_layers": decoder.layers,
-            "num_attention_heads": decoder.heads,
-            "num_key_value_heads": decoder.kv_heads,
-            "intermediate_size": decoder.mlp_width,
+            "hidden_size": decoder.hidden_size,
+            "num_hidden_layers": decoder.num_layers,
+            "num_attention_heads": decoder.num_heads,
+            "num_key_value_heads": decoder.num_kv_heads,
+            "intermediate_size": decoder.intermediate_size,
             "rms_norm_eps": decoder.norm_eps,
-            "embedding_rows": decoder.vocab_rows,
+            "embedding_rows": decoder.padded_vocab_size,
             "rope_theta": decoder.rope.theta,
             "rope_scaling": {
                 "type": "longrope",
                 "short_factor": list(decoder.rope.short_factor),
                 "long_factor": list(decoder.rope.long_factor),
             },
-            "max_position_embeddings": decoder.rope.max_positions,
-            "original_max_position_embeddings": decoder.rope.original_max_positions,
+            "max_position_embeddings": decoder.rope.max_position_embeddings,
+            "original_max_position_embeddings": decoder.rope.original_max_position_embeddings,
         },
-        "initial_tokenizer_len": decoder.base_tokens,
-        "output_vocab": decoder.num_tokens,
+        "initial_tokenizer_len": decoder.vocab_size,
+        "output_vocab": decoder.total_vocab_size,
         "pad_token_id": PAD,
         "token_ids": {"<image>": IMAGE, "<|assistant|>": ASSISTANT},
     }

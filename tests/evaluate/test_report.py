@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from aki_megatron.evaluate.mask_picture import MaskPanel, draw_masks
-from aki_megatron.evaluate.report import RunRecord, write_report
+from aki_megatron.evaluate.run_report import RunRecord, write_report
 from aki_megatron.evaluate.scores import Answer, score
-from aki_megatron.flow import Modality
+from aki_megatron.types import Modality
 
 PNG = b"\x89PNG"
 

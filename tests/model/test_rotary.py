@@ -9,9 +9,9 @@ from aki_megatron.config.model import PHI35_MINI_ROPE, RopeConfig
 from aki_megatron.model.rotary import Rotary, rotate
 
 LONGROPE = RopeConfig(
-    kind="longrope",
-    max_positions=128,
-    original_max_positions=8,
+    rope_type="longrope",
+    max_position_embeddings=128,
+    original_max_position_embeddings=8,
     short_factor=(1.0, 2.0),
     long_factor=(4.0, 5.0),
 )
@@ -61,7 +61,7 @@ def test_a_single_generated_token_far_out_takes_the_long_factors() -> None:
 
 def test_llama3_slows_long_waves_and_leaves_short_ones() -> None:
     config = RopeConfig(
-        kind="llama3", theta=10000.0, max_positions=1024, original_max_positions=256,
+        rope_type="llama3", theta=10000.0, max_position_embeddings=1024, original_max_position_embeddings=256,
         factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
     )  # fmt: skip
     rotary = Rotary(config, 16)

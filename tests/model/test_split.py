@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from aki_megatron.checkpoint.weights import model_shapes
+from aki_megatron.checkpoint.weight_names import model_shapes
 from aki_megatron.config.model import FAMILIES, DecoderConfig, ModelConfig
 from aki_megatron.model.split import SPLITS, Split, cut, join, split_of
 
 
-@pytest.mark.parametrize("kv_heads", [32, 8])
+@pytest.mark.parametrize("num_kv_heads", [32, 8])
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_the_parts_fill_the_axis(family: str, kv_heads: int) -> None:
-    config = ModelConfig(decoder=DecoderConfig(family=family, kv_heads=kv_heads))
+def test_the_parts_fill_the_axis(family: str, num_kv_heads: int) -> None:
+    config = ModelConfig(decoder=DecoderConfig(family=family, num_kv_heads=num_kv_heads))
     shapes = model_shapes(config)
     split = {name: split_of(name, config.decoder) for name in shapes}
     cut_ones = {name.replace("blocks.31.", "blocks.{i}.") for name, found in split.items() if found}

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from aki_megatron.attention import LeakError
 from aki_megatron.config.model import ModelConfig
-from aki_megatron.flow import IGNORE, Batch, Modality, stack_ids
-from aki_megatron.model.stage import Stage, build_model, build_stage, logical_names, place_images
+from aki_megatron.model.stage import Stage, build_model, build_stage, global_names, scatter_image_embeds
+from aki_megatron.types import IGNORE, Batch, Modality, stack_ids
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
@@ -109,7 +109,7 @@ def test_added_ids_read_rows_of_their_own() -> None:
 
 
 def test_without_added_tokens_the_tables_are_all() -> None:
-    model = built(tiny(base_tokens=45, extra_tokens=0, head_bias=False))
+    model = built(tiny(vocab_size=45, num_added_tokens=0, lm_head_bias=False))
     batch = fine_tuning_batch()
     loss_of(model, batch).backward()
     assert model.front.embedding.extra is None
@@ -118,18 +118,18 @@ def test_without_added_tokens_the_tables_are_all() -> None:
     assert not any("extra" in name or "bias" in name for name in model.head.state_dict())
 
 
-@pytest.mark.parametrize("extra_tokens", [0, 2])
-def test_tied_tables_are_one_parameter(extra_tokens: int) -> None:
-    model = built(tiny(tie_embeddings=True, extra_tokens=extra_tokens))
+@pytest.mark.parametrize("num_added_tokens", [0, 2])
+def test_tied_tables_are_one_parameter(num_added_tokens: int) -> None:
+    model = built(tiny(tie_word_embeddings=True, num_added_tokens=num_added_tokens))
     batch = fine_tuning_batch()
-    if extra_tokens == 0:
+    if num_added_tokens == 0:
         batch.token_ids[batch.token_ids == IMAGE_TOKEN] = 0
     loss_of(model, batch).backward()
     names = [name for name, _ in model.named_parameters()]
     assert "front.embedding.table.weight" in names
     assert "head.output.weight" not in names
     assert "head.extra.weight" not in names
-    untied = built(tiny(extra_tokens=extra_tokens))
+    untied = built(tiny(num_added_tokens=num_added_tokens))
     untied.load_state_dict(model.state_dict())
     loss_of(untied, batch).backward()
     both = untied.front.embedding.table.weight.grad + untied.head.output.weight.grad
@@ -141,14 +141,14 @@ def test_images_fill_their_places_in_order() -> None:
     images = torch.arange(12.0).view(2, 2, 3) + 1
     image = int(Modality.IMAGE)
     modality = torch.tensor([[1, image, image, 1], [image, 1, image, 2]])
-    placed = place_images(text, images, modality)
+    placed = scatter_image_embeds(text, images, modality)
     assert torch.equal(placed[0, 1:3], images[0])
     assert torch.equal(placed[1, [0, 2]], images[1])
     assert not placed[0, [0, 3]].any()
     assert not placed[1, [1, 3]].any()
     modality[1, 0] = Modality.TEXT
     with pytest.raises(ValueError, match="3 IMAGE places but 2 images of 2 latents"):
-        place_images(text, images, modality)
+        scatter_image_embeds(text, images, modality)
 
 
 def test_rows_do_not_depend_on_their_neighbours_or_on_padding() -> None:
@@ -198,7 +198,7 @@ def test_a_rule_that_shows_the_target_is_an_error() -> None:
 def test_stages_in_a_row_are_the_whole(cuts: tuple[int, ...]) -> None:
     """Only hidden states and ids cross a cut; names and initial weights do not depend on it."""
     whole, batch = built(), fine_tuning_batch()
-    edges = [0, *cuts, CONFIG.decoder.layers]
+    edges = [0, *cuts, CONFIG.decoder.num_layers]
     stages = [
         build_stage(CONFIG, range(first, last), rule="mma").double()
         for first, last in zip(edges, edges[1:], strict=False)
@@ -228,7 +228,7 @@ def test_the_seed_alone_decides_the_weights() -> None:
 
 def test_initialization_is_scaled() -> None:
     torch.manual_seed(0)
-    config = tiny(width=256, heads=8, mlp_width=512, layers=2, vocab_rows=500)
+    config = tiny(hidden_size=256, num_heads=8, intermediate_size=512, num_layers=2, padded_vocab_size=500)
     model = build_model(config, rule="causal")
     block = model.blocks["0"]
     residual = (2 * 2) ** -0.5
@@ -269,16 +269,16 @@ def test_casting_and_copying_leave_the_rotation_exact() -> None:
 
 
 def test_a_stage_with_a_tied_head_alone_has_a_copy_of_the_tables() -> None:
-    config = tiny(tie_embeddings=True, head_bias=False)
-    first, last = (build_stage(config, [layer], rule="mma") for layer in (0, config.decoder.layers - 1))
+    config = tiny(tie_word_embeddings=True, lm_head_bias=False)
+    first, last = (build_stage(config, [layer], rule="mma") for layer in (0, config.decoder.num_layers - 1))
     assert last.head is not None and first.front is not None
     assert torch.equal(last.head.output.weight, first.front.embedding.table.weight)
-    names = logical_names(last)
+    names = global_names(last)
     assert names["head.output.weight"] == "front.embedding.table.weight"
     assert names["head.extra.weight"] == "front.embedding.extra"
     assert names["head.norm.weight"] == "head.norm.weight"
     whole = build_model(config, rule="mma")
-    assert set(logical_names(whole)) == set(logical_names(whole).values())
+    assert set(global_names(whole)) == set(global_names(whole).values())
 
 
 @pytest.mark.parametrize("rule", ["causal", "mma"])

@@ -3,20 +3,20 @@
 import torch
 
 from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
-from aki_megatron.flow import IGNORE, NO_SEGMENT, Batch, Modality
+from aki_megatron.types import IGNORE, NO_SEGMENT, Batch, Modality
 
 LATENTS, IMAGE_TOKEN, PAD_TOKEN = 4, 40, 39
-VISION = VisionConfig(image_size=12, patch_size=4, width=16, layers=2, heads=2, mlp_width=24)
-RESAMPLER = ResamplerConfig(latents=LATENTS, layers=2, heads=2, head_width=8)
+VISION = VisionConfig(image_size=12, patch_size=4, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=24)
+RESAMPLER = ResamplerConfig(num_latents=LATENTS, num_layers=2, num_heads=2, head_dim=8)
 DECODER = DecoderConfig(
-    width=32,
-    layers=3,
-    heads=4,
-    kv_heads=2,
-    mlp_width=48,
-    vocab_rows=45,
-    base_tokens=40,
-    extra_tokens=2,
+    hidden_size=32,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    intermediate_size=48,
+    padded_vocab_size=45,
+    vocab_size=40,
+    num_added_tokens=2,
     rope=RopeConfig(),
 )
 CONFIG = ModelConfig(vision=VISION, resampler=RESAMPLER, decoder=DECODER)

@@ -5,8 +5,8 @@ from itertools import combinations, product
 import pytest
 
 from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
-from aki_megatron.flow import ConfigError
-from aki_megatron.parallel.cut import (
+from aki_megatron.errors import ConfigError
+from aki_megatron.parallel.pipeline_partition import (
     StageCosts,
     costs_of,
     cut,
@@ -90,17 +90,17 @@ def test_an_image_more_makes_the_front_dearer_and_recompute_the_layers() -> None
 
 
 TINY = ModelConfig(
-    vision=VisionConfig(image_size=8, patch_size=4, width=6, layers=2, heads=2, mlp_width=10),
-    resampler=ResamplerConfig(latents=3, layers=2, heads=2, head_width=4, mlp_ratio=2),
+    vision=VisionConfig(image_size=8, patch_size=4, hidden_size=6, num_layers=2, num_heads=2, intermediate_size=10),
+    resampler=ResamplerConfig(num_latents=3, num_layers=2, num_heads=2, head_dim=4, mlp_ratio=2),
     decoder=DecoderConfig(
-        width=16,
-        layers=5,
-        heads=4,
-        kv_heads=2,
-        mlp_width=24,
-        vocab_rows=40,
-        base_tokens=38,
-        extra_tokens=2,
+        hidden_size=16,
+        num_layers=5,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=24,
+        padded_vocab_size=40,
+        vocab_size=38,
+        num_added_tokens=2,
         rope=RopeConfig(),
     ),
 )
@@ -151,9 +151,12 @@ def test_a_cut_by_hand() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ((1, 4), ["layers_per_stage=[1, 4] has 2 entries", "= 3 stages", "model.decoder.layers=5"]),
+        ((1, 4), ["layers_per_stage=[1, 4] has 2 entries", "= 3 stages", "model.decoder.num_layers=5"]),
         ((1, 1, 2, 1), ["has 4 entries", "= 3 stages"]),
-        ((1, 2, 3), ["deals out 6 layers", "model.decoder.layers=5", "3 numbers whose sum is 5", "[] to cut by cost"]),
+        (
+            (1, 2, 3),
+            ["deals out 6 layers", "model.decoder.num_layers=5", "3 numbers whose sum is 5", "[] to cut by cost"],
+        ),
     ],
 )
 def test_a_cut_by_hand_that_does_not_fit(given: tuple[int, ...], said: list[str]) -> None:

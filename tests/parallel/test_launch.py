@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from aki_megatron.flow import ConfigError
+from aki_megatron.errors import ConfigError
 from aki_megatron.parallel.launch import Launch, discover_launch, first_host
 from aki_megatron.parallel.mpi import master_over_mpi
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aki_megatron.flow import ConfigError
+from aki_megatron.errors import ConfigError
 from aki_megatron.model.loss import token_loss_sum
 from aki_megatron.model.split import Split, cut
 from aki_megatron.parallel import megatron
@@ -69,9 +69,9 @@ def test_megatron_is_imported_only_for_cut_layers_and_quietly():
     program = """if True:
         import sys
         from types import SimpleNamespace
-        from aki_megatron.model.linears import PlainLinears
+        from aki_megatron.model.linears import LocalLinears
         from aki_megatron.parallel import megatron
-        assert isinstance(megatron.build_linears(SimpleNamespace(tensor=1)), PlainLinears)
+        assert isinstance(megatron.build_linears(SimpleNamespace(tensor=1)), LocalLinears)
         assert not any(name.partition(".")[0] == "megatron" for name in sys.modules)
         megatron._load()
         assert "megatron.core" in sys.modules

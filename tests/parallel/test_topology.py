@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from aki_megatron.flow import ConfigError
+from aki_megatron.errors import ConfigError
 from aki_megatron.parallel.topology import GROUPS, Launch, Topology, data_size, members, start
 
 

@@ -8,16 +8,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aki_megatron.checkpoint.backbones import decoder_config, vision_config
-from aki_megatron.checkpoint.huggingface import load_pretrained
+from aki_megatron.checkpoint.hf_config import decoder_config, vision_config
+from aki_megatron.checkpoint.hf_folders import load_pretrained
 from aki_megatron.config.model import ModelConfig, ResamplerConfig
 from aki_megatron.model.stage import build_stage
-from aki_megatron.parallel.cut import stage_layers
 from aki_megatron.parallel.megatron import build_linears
+from aki_megatron.parallel.pipeline_partition import stage_layers
 from aki_megatron.parallel.topology import Topology
 
 LATENTS, BASE_TOKENS = 3, 60
-RESAMPLER = ResamplerConfig(latents=LATENTS, layers=1, heads=2, head_width=8)
+RESAMPLER = ResamplerConfig(num_latents=LATENTS, num_layers=1, num_heads=2, head_dim=8)
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Inputs:
 
 def model_of(language: Path, vision: Path) -> ModelConfig:
     """The model that two folders describe."""
-    decoder = decoder_config(language, base_tokens=BASE_TOKENS, extra_tokens=2)
+    decoder = decoder_config(language, vocab_size=BASE_TOKENS, num_added_tokens=2)
     return ModelConfig(vision=vision_config(vision), resampler=RESAMPLER, decoder=decoder)
 
 
@@ -54,7 +54,7 @@ def rank_logits(
         )
         hidden = inputs.tokens
         if stage.front is None:
-            hidden = torch.empty(*inputs.tokens.shape, config.decoder.width)
+            hidden = torch.empty(*inputs.tokens.shape, config.decoder.hidden_size)
             dist.recv(hidden, topology.peer(topology.pipeline_rank - 1))
         if stage.head is None:
             dist.send(stage(hidden, inputs.ids, inputs.pixels), topology.peer(topology.pipeline_rank + 1))

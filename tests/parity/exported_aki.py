@@ -11,33 +11,33 @@ from aki_megatron.checkpoint.hf_export import export
 from aki_megatron.checkpoint.modeling_aki import AkiForConditionalGeneration
 from aki_megatron.checkpoint.tensors import TensorFact, View
 from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
-from aki_megatron.flow import IGNORE, NO_SEGMENT, Batch, Modality
 from aki_megatron.model.stage import Stage, build_model
+from aki_megatron.types import IGNORE, NO_SEGMENT, Batch, Modality
 
 LATENTS, PAD_TOKEN, IMAGE_TOKEN = 3, 39, 40
 TEXT, RESPONSE, IMAGE = int(Modality.TEXT), int(Modality.RESPONSE), int(Modality.IMAGE)
 
 LONGROPE = RopeConfig(
-    kind="longrope",
+    rope_type="longrope",
     theta=1000.0,
-    max_positions=128,
-    original_max_positions=32,
+    max_position_embeddings=128,
+    original_max_position_embeddings=32,
     short_factor=(1.0, 1.1, 1.3, 1.7),
     long_factor=(1.1, 3.0, 12.0, 30.0),
 )
 LLAMA3 = RopeConfig(
-    kind="llama3",
+    rope_type="llama3",
     theta=500.0,
-    max_positions=256,
-    original_max_positions=16,
+    max_position_embeddings=256,
+    original_max_position_embeddings=16,
     factor=8.0,
     low_freq_factor=1.0,
     high_freq_factor=4.0,
 )
 FAMILIES: dict[str, dict[str, Any]] = {
-    "phi3": {"kv_heads": 4, "rope": LONGROPE},
-    "llama": {"tie_embeddings": True, "rope": LLAMA3},
-    "qwen2": {"tie_embeddings": True, "norm_eps": 1e-6, "rope": RopeConfig(theta=1e6)},
+    "phi3": {"num_kv_heads": 4, "rope": LONGROPE},
+    "llama": {"tie_word_embeddings": True, "rope": LLAMA3},
+    "qwen2": {"tie_word_embeddings": True, "norm_eps": 1e-6, "rope": RopeConfig(theta=1e6)},
     "qwen3": {"norm_eps": 1e-6, "rope": RopeConfig(theta=1e6)},
 }
 """Each family with what is special about the models that are used."""
@@ -47,11 +47,20 @@ Row = tuple[list[int], list[int]]
 
 
 def config(family: str, **decoder: Any) -> ModelConfig:
-    values = {"width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "mlp_width": 48, "vocab_rows": 45}
-    values |= {"base_tokens": 40, "extra_tokens": 2, "family": family} | FAMILIES[family] | decoder
+    values = {
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "intermediate_size": 48,
+        "padded_vocab_size": 45,
+    }
+    values |= {"vocab_size": 40, "num_added_tokens": 2, "family": family} | FAMILIES[family] | decoder
     return ModelConfig(
-        vision=VisionConfig(image_size=12, patch_size=4, width=16, layers=2, heads=2, mlp_width=24),
-        resampler=ResamplerConfig(latents=LATENTS, layers=2, heads=2, head_width=8),
+        vision=VisionConfig(
+            image_size=12, patch_size=4, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=24
+        ),
+        resampler=ResamplerConfig(num_latents=LATENTS, num_layers=2, num_heads=2, head_dim=8),
         decoder=DecoderConfig(**values),
     )
 

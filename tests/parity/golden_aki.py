@@ -7,7 +7,9 @@ from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfi
 FOLDER = Path(__file__).parents[1] / "golden" / "official_aki"
 
 CONFIG = ModelConfig(
-    vision=VisionConfig(image_size=56, patch_size=14, width=48, layers=2, heads=4, mlp_width=96),
-    resampler=ResamplerConfig(latents=9),
-    decoder=DecoderConfig(width=64, layers=3, heads=4, kv_heads=4, mlp_width=96, rope=RopeConfig()),
+    vision=VisionConfig(image_size=56, patch_size=14, hidden_size=48, num_layers=2, num_heads=4, intermediate_size=96),
+    resampler=ResamplerConfig(num_latents=9),
+    decoder=DecoderConfig(
+        hidden_size=64, num_layers=3, num_heads=4, num_kv_heads=4, intermediate_size=96, rope=RopeConfig()
+    ),
 )

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from aki_megatron.checkpoint.backbones import (
+from aki_megatron.checkpoint.hf_config import (
     BACKBONES,
     check_language,
     decoder_config,
@@ -23,13 +23,13 @@ from aki_megatron.checkpoint.backbones import (
     describe_vision,
     vision_config,
 )
-from aki_megatron.checkpoint.huggingface import language_source, load_pretrained
-from aki_megatron.checkpoint.tensors import as_ours, as_theirs
-from aki_megatron.checkpoint.weights import language_names, model_shapes, vision_names
+from aki_megatron.checkpoint.hf_folders import language_source, load_pretrained
+from aki_megatron.checkpoint.tensors import to_external, to_native
+from aki_megatron.checkpoint.weight_names import language_names, model_shapes, vision_names
 from aki_megatron.config.model import DecoderConfig, ModelConfig, RopeConfig, VisionConfig
 from aki_megatron.errors import CheckpointError, ConfigError
-from aki_megatron.flow import IGNORE, Modality
 from aki_megatron.model.stage import Stage, build_model
+from aki_megatron.types import IGNORE, Modality
 
 SIGLIP = {
     "hidden_size": 32,
@@ -124,7 +124,9 @@ def languages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, 
 def tiny_whole(decoder: DecoderConfig) -> ModelConfig:
     """A model around a decoder; its encoder reads no folder."""
     return ModelConfig(
-        vision=VisionConfig(width=32, layers=1, heads=2, mlp_width=8), resampler=RESAMPLER, decoder=decoder
+        vision=VisionConfig(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=8),
+        resampler=RESAMPLER,
+        decoder=decoder,
     )
 
 
@@ -220,7 +222,7 @@ def test_bf16_is_as_exact_as_transformers_in_bf16(languages, vision, name: str) 
 def test_a_published_model_has_its_published_size(name: str, tmp_path: Path) -> None:
     """Names and shapes are those of transformers' model, which are those of the published files."""
     described, parameters = LANGUAGE[name]
-    config = decoder_config(folder_with(tmp_path, described), base_tokens=32, extra_tokens=0, head_bias=False)
+    config = decoder_config(folder_with(tmp_path, described), vocab_size=32, num_added_tokens=0, lm_head_bias=False)
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(their_config(described))
     shapes = {key: tuple(tensor.shape) for key, tensor in theirs.named_parameters()}
@@ -244,7 +246,7 @@ def test_siglip_has_its_published_size(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", LANGUAGE)
 def test_what_is_described_is_read_again_by_us_and_by_transformers(name: str, tmp_path: Path) -> None:
-    counts = {"base_tokens": BASE_TOKENS, "extra_tokens": 2}
+    counts = {"vocab_size": BASE_TOKENS, "num_added_tokens": 2}
     config = decoder_config(folder_with(tmp_path, small(name)), **counts)
     again = describe_language(config)
     assert decoder_config(folder_with(tmp_path / "again", again), **counts) == config
@@ -262,7 +264,7 @@ def test_rotary_of_another_family_cannot_be_described() -> None:
 
 
 def test_what_is_described_of_an_encoder_is_read_again(tmp_path: Path) -> None:
-    config = ModelConfig().vision.model_copy(update={"width": 64, "pooling_head": False})
+    config = ModelConfig().vision.model_copy(update={"hidden_size": 64, "pooling_head": False})
     assert vision_config(folder_with(tmp_path, describe_vision(config))) == config
 
 
@@ -278,9 +280,9 @@ def test_a_silent_config_json_means_what_transformers_takes(family: str) -> None
 @pytest.mark.parametrize("name", LANGUAGE)
 def test_there_and_back_is_the_same_to_the_bit(languages, name: str) -> None:
     folder = languages[name][1]
-    config = decoder_config(folder, base_tokens=BASE_TOKENS, extra_tokens=2)
+    config = decoder_config(folder, vocab_size=BASE_TOKENS, num_added_tokens=2)
     source = language_source(folder, config)
-    back = as_theirs(as_ours(source.tensors, source.table), source.table, config)
+    back = to_external(to_native(source.tensors, source.table), source.table, config)
     stored = load_file(folder / "model.safetensors")
     assert back.facts.keys() == stored.keys()
     for key, tensor in stored.items():
@@ -290,8 +292,8 @@ def test_there_and_back_is_the_same_to_the_bit(languages, name: str) -> None:
 
 def test_full_tables_grow_always_by_the_same_rows(languages) -> None:
     folder = languages["Qwen3-8B"][1]
-    config = decoder_config(folder, base_tokens=65, extra_tokens=2)
-    assert config.vocab_rows == 128
+    config = decoder_config(folder, vocab_size=65, num_added_tokens=2)
+    assert config.padded_vocab_size == 128
     source = language_source(folder, config)
     assert source.grown == ("model.embed_tokens.weight", "lm_head.weight")
     stored = load_file(folder / "model.safetensors")
@@ -303,8 +305,10 @@ def test_full_tables_grow_always_by_the_same_rows(languages) -> None:
     stage = build_model(tiny_whole(config), rule="causal")
     load_pretrained(stage, language=folder)
     assert torch.equal(stage.head.output.weight, source.tensors.get("lm_head.weight"))
-    with pytest.raises(ConfigError, match="vocab_rows=192, the folder says vocab_size, grown to hold all tokens=128"):
-        check_language(folder, config.model_copy(update={"vocab_rows": 192}))
+    with pytest.raises(
+        ConfigError, match="padded_vocab_size=192, the folder says vocab_size, grown to hold all tokens=128"
+    ):
+        check_language(folder, config.model_copy(update={"padded_vocab_size": 192}))
 
 
 def test_a_tied_table_that_is_stored_twice_must_be_one(languages, tmp_path: Path) -> None:
@@ -315,7 +319,7 @@ def test_a_tied_table_that_is_stored_twice_must_be_one(languages, tmp_path: Path
     twice = stored | {"lm_head.weight": stored["model.embed_tokens.weight"].clone()}
     folder_with(tmp_path, json.loads((folder / "config.json").read_text()))
     save_file(twice, tmp_path / "model.safetensors")
-    config = decoder_config(tmp_path, base_tokens=BASE_TOKENS, extra_tokens=2)
+    config = decoder_config(tmp_path, vocab_size=BASE_TOKENS, num_added_tokens=2)
     assert language_source(tmp_path, config).left_out == ("lm_head.weight",)
     load_pretrained(build_model(tiny_whole(config), rule="causal"), language=tmp_path)
     twice["lm_head.weight"][0, 0] += 1
@@ -350,13 +354,13 @@ def test_what_cannot_be_built_is_refused_by_its_key(
     name: str, changed: dict[str, Any], named: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=named):
-        decoder_config(folder_with(tmp_path, small(name, **changed)), base_tokens=BASE_TOKENS, extra_tokens=2)
+        decoder_config(folder_with(tmp_path, small(name, **changed)), vocab_size=BASE_TOKENS, num_added_tokens=2)
 
 
 def test_windows_without_effect_are_read(tmp_path: Path) -> None:
     inert = {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 4}
     folder = folder_with(tmp_path, small("Qwen2.5-3B", **inert))
-    assert isinstance(decoder_config(folder, base_tokens=BASE_TOKENS, extra_tokens=2), DecoderConfig)
+    assert isinstance(decoder_config(folder, vocab_size=BASE_TOKENS, num_added_tokens=2), DecoderConfig)
 
 
 def test_a_language_model_is_no_encoder(tmp_path: Path) -> None:

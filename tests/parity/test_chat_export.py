@@ -15,8 +15,8 @@ from aki_megatron.config.data import SYSTEM_MESSAGE
 from aki_megatron.config.model import RopeConfig
 from aki_megatron.data.chat import CHATS
 from aki_megatron.data.template import Template
-from aki_megatron.data.text import Tokenizer
-from aki_megatron.flow import Conversation, Modality, Turn
+from aki_megatron.data.tokenizer import Tokenizer
+from aki_megatron.types import Conversation, Modality, Turn
 
 PICTURE = Image.new("RGB", (9, 7))
 
@@ -36,7 +36,7 @@ def sides(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     source, out = chat_folder(root / "published", request.param), root / "exported"
     out.mkdir()
     tokenizer = Tokenizer(source, CHATS[request.param])
-    sizes = {"vocab_rows": 640, "base_tokens": tokenizer.image, "rope": RopeConfig()}
+    sizes = {"padded_vocab_size": 640, "vocab_size": tokenizer.image, "rope": RopeConfig()}
     assert write_processor(source, config(request.param, **sizes), out) == tokenizer.image
     return Sides(Template(tokenizer, LATENTS, 512, SYSTEM_MESSAGE), AkiProcessor.from_pretrained(out), out)
 

@@ -57,8 +57,8 @@ def test_every_trainable_parameter_has_a_recorded_gradient(model: Stage) -> None
 
 
 def test_no_word_that_is_none_can_be_predicted(model: Stage) -> None:
-    logits = model.head.logits(torch.randn(1, 1, CONFIG.decoder.width))
-    assert torch.isneginf(logits[..., CONFIG.decoder.num_tokens :]).all()
+    logits = model.head.logits(torch.randn(1, 1, CONFIG.decoder.hidden_size))
+    assert torch.isneginf(logits[..., CONFIG.decoder.total_vocab_size :]).all()
 
 
 @pytest.mark.parametrize("name", ["case1_sft", "case4_text_before_image", "case5_generate"])

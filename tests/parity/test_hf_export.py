@@ -16,24 +16,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, SiglipVisionConfig, SiglipVisionModel
 
-from aki_megatron.checkpoint.backbones import describe_language, describe_vision
+from aki_megatron.checkpoint.hf_config import describe_language, describe_vision
 from aki_megatron.checkpoint.hf_export import export, export_names, exported_source
 from aki_megatron.checkpoint.modeling_aki import IMAGE, PAD, RESPONSE, TEXT
 from aki_megatron.checkpoint.processing_aki import AkiProcessor
-from aki_megatron.checkpoint.tensors import TensorFact, View, as_ours
-from aki_megatron.checkpoint.weights import language_names, vision_names
+from aki_megatron.checkpoint.tensors import TensorFact, View, to_native
+from aki_megatron.checkpoint.weight_names import language_names, vision_names
 from aki_megatron.config.data import SYSTEM_MESSAGE
 from aki_megatron.config.model import ModelConfig, RopeConfig
 from aki_megatron.data.batch import collate
 from aki_megatron.data.chat import CHATS
 from aki_megatron.data.image import load_image
 from aki_megatron.data.template import Template
-from aki_megatron.data.text import Tokenizer
+from aki_megatron.data.tokenizer import Tokenizer
+from aki_megatron.errors import CheckpointError
 from aki_megatron.evaluate.generate import generate
-from aki_megatron.flow import CheckpointError, Conversation, Modality, Turn
+from aki_megatron.types import Conversation, Modality, Turn
 
 TOKENIZER = Path(__file__).parents[1] / "data/phi3_like"
-SIZES = {"base_tokens": 512, "vocab_rows": 576, "rope": RopeConfig()}
+SIZES = {"vocab_size": 512, "padded_vocab_size": 576, "rope": RopeConfig()}
 """Of a decoder for this tokenizer."""
 
 
@@ -42,7 +43,7 @@ def stock(sizes: ModelConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     torch.manual_seed(0)
     language = AutoModelForCausalLM.from_config(AutoConfig.for_model(**describe_language(sizes.decoder)))
     vision = SiglipVisionModel(SiglipVisionConfig(**describe_vision(sizes.vision)))
-    tied = ("lm_head.weight",) if sizes.decoder.tie_embeddings else ()
+    tied = ("lm_head.weight",) if sizes.decoder.tie_word_embeddings else ()
     text = {name: tensor.bfloat16() for name, tensor in language.state_dict().items() if name not in tied}
     seen = {name.removeprefix("vision_model."): tensor.bfloat16() for name, tensor in vision.state_dict().items()}
     return text, seen
@@ -60,7 +61,7 @@ def test_stock_tensors_go_through_our_model_and_back_bit_for_bit(family: str, tm
     ):
         facts = {name: TensorFact(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
         theirs = View(facts, {name: lambda tensor=tensor: tensor for name, tensor in tensors.items()})  # type: ignore[misc]
-        ours = as_ours(theirs, table)
+        ours = to_native(theirs, table)
         for name in ours.facts:
             stage.get_parameter(name).copy_(ours.get(name))
     written = load_file(write(stage, tmp_path, dtype=torch.bfloat16) / "model.safetensors")
@@ -70,7 +71,7 @@ def test_stock_tensors_go_through_our_model_and_back_bit_for_bit(family: str, tm
         assert torch.equal(written[name], tensor), name
     others = {re.sub(r"(?<=resampler)\..*", "", name) for name in written.keys() - expected.keys()}
     added = {"lm_head.bias", "lm_head_extra.bias", "model.extra_embedding.weight", "model.resampler"}
-    assert others == added | (set() if sizes.decoder.tie_embeddings else {"lm_head_extra.weight"})
+    assert others == added | (set() if sizes.decoder.tie_word_embeddings else {"lm_head_extra.weight"})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -110,12 +111,12 @@ def test_rows_precision_and_what_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(described | {"model_type": "phi3"}))
     with pytest.raises(CheckpointError, match="model_type=phi3, not aki"):
         exported_source(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "aki"} | {"base_tokens": 40}))
-    with pytest.raises(CheckpointError, match="no extra_tokens, head_bias"):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "aki"} | {"vocab_size": 40}))
+    with pytest.raises(CheckpointError, match="no num_added_tokens, lm_head_bias"):
         exported_source(tmp_path)
 
 
-@pytest.mark.parametrize("changed", [{"extra_tokens": 0}, {"head_bias": False}], ids=str)
+@pytest.mark.parametrize("changed", [{"num_added_tokens": 0}, {"lm_head_bias": False}], ids=str)
 def test_models_without_extra_tokens_or_head_bias(changed: dict[str, int], tmp_path: Path) -> None:
     stage = random_stage(config("qwen3", **changed))
     model = load(write(stage, tmp_path))
@@ -124,7 +125,7 @@ def test_models_without_extra_tokens_or_head_bias(changed: dict[str, int], tmp_p
     rows = [([min(token, 39) for token in tokens], modality) for tokens, modality in rows]
     with torch.no_grad():
         logits = model(**inputs(rows, torch.cat(pixels))).logits
-    assert logits.shape[-1] == stage.config.decoder.num_tokens
+    assert logits.shape[-1] == stage.config.decoder.total_vocab_size
 
 
 @pytest.fixture(scope="module")

@@ -22,10 +22,10 @@ from exported_aki import (
 from torch import Tensor
 from transformers import DynamicCache
 
-from aki_megatron.attention import ModalityLayout
+from aki_megatron.attention import AttentionMask
 from aki_megatron.checkpoint.modeling_aki import BACKENDS, AkiForConditionalGeneration, mutual_mask
 from aki_megatron.evaluate.generate import generate
-from aki_megatron.flow import IGNORE, Modality, stack_ids
+from aki_megatron.types import IGNORE, Modality, stack_ids
 
 TOLERANCE = 1e-4
 TOKENS = 42
@@ -82,7 +82,7 @@ def test_the_mask_is_that_of_the_rule() -> None:
     rows, pixels = prompts()
     given = batch(rows, torch.cat(pixels))
     ids = inputs(rows, torch.cat(pixels), "right")["modality_ids"]
-    layout = ModalityLayout.build(
+    layout = AttentionMask.build(
         given.modality_ids, given.segment_ids, rule="mma", scored=torch.zeros_like(ids, dtype=torch.bool)
     )
     mask = mutual_mask(ids, torch.float32)

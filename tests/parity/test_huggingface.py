@@ -11,27 +11,33 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Phi3Config, Phi3ForCausalLM, SiglipConfig, SiglipModel, SiglipVisionConfig, SiglipVisionModel
 
-from aki_megatron.checkpoint.huggingface import load_pretrained, save_vision
+from aki_megatron.checkpoint.hf_folders import load_pretrained, save_vision
 from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
-from aki_megatron.flow import IGNORE, CheckpointError, ConfigError, Modality
+from aki_megatron.errors import CheckpointError, ConfigError
 from aki_megatron.model.stage import Stage, build_model
+from aki_megatron.types import IGNORE, Modality
 
-VISION = VisionConfig(image_size=30, patch_size=7, width=32, layers=2, heads=4, mlp_width=48)
-RESAMPLER = ResamplerConfig(latents=3, layers=1, heads=2, head_width=8)
+VISION = VisionConfig(image_size=30, patch_size=7, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48)
+RESAMPLER = ResamplerConfig(num_latents=3, num_layers=1, num_heads=2, head_dim=8)
 SHORT, LONG = (1.0, 1.1, 1.3, 1.7, 2.0, 2.2, 2.5, 2.9), (1.1, 1.5, 3.0, 7.0, 12.0, 20.0, 30.0, 33.0)
 LONGROPE = RopeConfig(
-    kind="longrope", theta=1000.0, max_positions=64, original_max_positions=16, short_factor=SHORT, long_factor=LONG
+    rope_type="longrope",
+    theta=1000.0,
+    max_position_embeddings=64,
+    original_max_position_embeddings=16,
+    short_factor=SHORT,
+    long_factor=LONG,
 )
 DECODER = DecoderConfig(
-    width=64,
-    layers=3,
-    heads=4,
-    kv_heads=4,
-    mlp_width=80,
-    vocab_rows=60,
-    base_tokens=60,
-    extra_tokens=0,
-    head_bias=False,
+    hidden_size=64,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=4,
+    intermediate_size=80,
+    padded_vocab_size=60,
+    vocab_size=60,
+    num_added_tokens=0,
+    lm_head_bias=False,
     rope=RopeConfig(),
 )
 
@@ -54,7 +60,7 @@ def siglip_values() -> dict[str, Any]:
 def phi3(rope: RopeConfig, **changed: Any) -> Phi3ForCausalLM:
     """A random Phi-3 of DECODER's size; its norms are moved off one so that a forgotten one is noticed."""
     scaling = None
-    if rope.kind == "longrope":
+    if rope.rope_type == "longrope":
         scaling = {"type": "longrope", "short_factor": list(SHORT), "long_factor": list(LONG)}
     values = {
         "hidden_size": 64,
@@ -67,8 +73,8 @@ def phi3(rope: RopeConfig, **changed: Any) -> Phi3ForCausalLM:
         "bos_token_id": 1,
         "eos_token_id": 2,
         "rope_theta": rope.theta,
-        "max_position_embeddings": rope.max_positions,
-        "original_max_position_embeddings": rope.original_max_positions,
+        "max_position_embeddings": rope.max_position_embeddings,
+        "original_max_position_embeddings": rope.original_max_position_embeddings,
         "rope_scaling": scaling,
         "attn_implementation": "eager",
         "initializer_range": 0.1,
@@ -147,15 +153,15 @@ def test_a_written_encoder_is_read_by_transformers_and_by_us(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("rope", "kv_heads", "length"),
+    ("rope", "num_kv_heads", "length"),
     [(RopeConfig(), 4, 20), (RopeConfig(), 2, 20), (RopeConfig(), 1, 20)]
     + [(LONGROPE, 4, 12), (LONGROPE, 2, 16), (LONGROPE, 2, 17), (LONGROPE, 4, 40)],
-    ids=lambda value: value.kind if isinstance(value, RopeConfig) else str(value),
+    ids=lambda value: value.rope_type if isinstance(value, RopeConfig) else str(value),
 )
-def test_decoder_equals_phi3(rope: RopeConfig, kv_heads: int, length: int, tmp_path: Path) -> None:
-    theirs = phi3(rope, num_key_value_heads=kv_heads)
+def test_decoder_equals_phi3(rope: RopeConfig, num_kv_heads: int, length: int, tmp_path: Path) -> None:
+    theirs = phi3(rope, num_key_value_heads=num_kv_heads)
     theirs.save_pretrained(tmp_path)
-    ours = loaded(model_config(rope=rope, kv_heads=kv_heads), language=tmp_path)
+    ours = loaded(model_config(rope=rope, num_kv_heads=num_kv_heads), language=tmp_path)
     tokens = torch.randint(0, 60, (2, length))
     with torch.no_grad():
         expected = theirs(tokens).logits
@@ -206,7 +212,7 @@ def test_sharded_folder_and_what_stays_new(tmp_path: Path) -> None:
     theirs = phi3(RopeConfig())
     theirs.save_pretrained(tmp_path, max_shard_size="60KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    config = model_config(base_tokens=50, extra_tokens=2, head_bias=True)
+    config = model_config(vocab_size=50, num_added_tokens=2, lm_head_bias=True)
     model = build_model(config, rule="causal")
     fresh = load_pretrained(model, language=tmp_path)
     assert [name for name in fresh if not name.startswith(("front.vision", "front.resampler"))] == [
@@ -225,7 +231,7 @@ def test_sharded_folder_and_what_stays_new(tmp_path: Path) -> None:
 def test_tied_tables_come_from_the_embedding(tmp_path: Path) -> None:
     theirs = phi3(RopeConfig(), tie_word_embeddings=True)
     theirs.save_pretrained(tmp_path)
-    model = loaded(model_config(tie_embeddings=True), language=tmp_path)
+    model = loaded(model_config(tie_word_embeddings=True), language=tmp_path)
     assert model.head.output.weight is model.front.embedding.table.weight
     tokens = torch.randint(0, 60, (1, 9))
     with torch.no_grad():
@@ -237,10 +243,10 @@ def test_tied_tables_come_from_the_embedding(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        ({"width": 32}, "hidden_size=64"),
-        ({"layers": 2}, "num_hidden_layers=3"),
-        ({"kv_heads": 2}, "num_key_value_heads=4"),
-        ({"vocab_rows": 64}, "vocab_size=60"),
+        ({"hidden_size": 32}, "hidden_size=64"),
+        ({"num_layers": 2}, "num_hidden_layers=3"),
+        ({"num_kv_heads": 2}, "num_key_value_heads=4"),
+        ({"padded_vocab_size": 64}, "vocab_size=60"),
         ({"norm_eps": 1e-6}, "rms_norm_eps=1e-05"),
         ({"rope": LONGROPE}, "rope.kind=longrope, the folder says rope_type=default"),
         ({"rope": RopeConfig(theta=500.0)}, "rope.theta=500.0, the folder says rope_theta=10000.0"),

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aki_megatron.checkpoint.official import match_official, official_names, open_official
-from aki_megatron.checkpoint.weights import model_shapes
+from aki_megatron.checkpoint.weight_names import model_shapes
 from aki_megatron.config.model import ModelConfig
-from aki_megatron.flow import CheckpointError
+from aki_megatron.errors import CheckpointError
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -122,6 +122,6 @@ def test_a_release_of_another_model_is_refused(change: dict[str, Tensor | None],
 
 
 def test_a_model_the_format_cannot_hold_is_refused() -> None:
-    decoder = CONFIG.decoder.model_copy(update={"head_bias": False})
-    with pytest.raises(CheckpointError, match="head_bias=False"):
+    decoder = CONFIG.decoder.model_copy(update={"lm_head_bias": False})
+    with pytest.raises(CheckpointError, match="lm_head_bias=False"):
         official_names(CONFIG.model_copy(update={"decoder": decoder}))

@@ -7,7 +7,7 @@ from torch import Tensor
 from aki_megatron.config.model import ResamplerConfig
 from aki_megatron.model.resampler import PerceiverResampler
 
-CONFIG = ResamplerConfig(latents=5, layers=3, heads=4, head_width=6, mlp_ratio=3)
+CONFIG = ResamplerConfig(num_latents=5, num_layers=3, num_heads=4, head_dim=6, mlp_ratio=3)
 
 
 def normalize(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
@@ -18,9 +18,9 @@ def normalize(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
 
 def reference(weights: dict[str, Tensor], media: Tensor) -> Tensor:
     """One image [P, W] -> [Q, D]."""
-    heads, width = CONFIG.heads, CONFIG.head_width
+    heads, width = CONFIG.num_heads, CONFIG.head_dim
     x = weights["latents"]
-    for layer in range(CONFIG.layers):
+    for layer in range(CONFIG.num_layers):
         at, ff = f"blocks.{layer}.attention", f"blocks.{layer}.feed_forward"
         latents = normalize(x, weights, f"{at}.norm_latents")
         seen = torch.cat([normalize(media, weights, f"{at}.norm_media"), latents])

@@ -52,13 +52,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     run = yaml.safe_load((ROOT / "configs/demo/sft.yaml").read_text())
     run["init"] = {}
-    run["model"]["decoder"]["layers"] = 1
+    run["model"]["decoder"]["num_layers"] = 1
     run["data"] |= {"root": str(data), "tokenizer": str(data / "tokenizer")}
-    run["train"] |= {"steps": STEPS, "global_batch": 4, "micro_batch": 2}
+    run["train"] |= {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 2}
     run["optimizer"] |= {"warmup_steps": 2, "eps": 1e-5}
     run["parallel"] = {"zero_stage": 0}
-    run["checkpoint"] = {"every": 2}
-    run["log"] = {"every": 10, "tensorboard": False, "wandb": "disabled"}
+    run["checkpoint"] = {"interval": 2}
+    run["log"] = {"interval": 10, "tensorboard": False, "wandb": "disabled"}
     path = folder / "causal.yaml"  # for slurm/section42.sbatch, which finds configurations by the names of methods
     path.write_text(yaml.safe_dump(run))
     return path

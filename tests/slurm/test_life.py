@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from throwaway import PREFLIGHT, STEPS, Cluster, Job, wait_for
 
-from aki_megatron.train.folder import read_lines
-from aki_megatron.train.ledger import read_ledger
+from aki_megatron.supervise.run_paths import read_lines
+from aki_megatron.train.sample_audit import read_ledger
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
 
@@ -132,7 +132,7 @@ def test_a_chain_goes_on_where_requeues_are_forbidden(
 
 def test_a_bad_node_is_left_out_a_hanging_rank_named_and_a_person_obeyed(cluster: Cluster, submit: Submit) -> None:
     site = Path(cluster.environment["AKI_SITE"]).with_name(PREFLIGHT)
-    job = submit(*SFT, "--watch.hang_seconds", "6", seconds=0.2, AKI_SITE=str(site), AKI_TEST_BAD_NODE="127.0.0.1")
+    job = submit(*SFT, "--watch.step_timeout", "6", seconds=0.2, AKI_SITE=str(site), AKI_TEST_BAD_NODE="127.0.0.1")
     job.wait_for_steps(0, 6)
     assert "bad node 127.0.0.1: process 0: disks: Input/output error" in job.log()
     assert job.facts()["ExcNodeList"] == "127.0.0.1" and "127.0.0.1" not in job.nodes()

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aki_megatron.train.attempts import Attempt, read_attempts
-from aki_megatron.train.events import read_events
-from aki_megatron.train.folder import RunFolder, read_lines
+from aki_megatron.supervise.attempts import Attempt, read_attempts
+from aki_megatron.supervise.events import read_events
+from aki_megatron.supervise.run_paths import RunPaths, read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60
@@ -101,8 +101,8 @@ class Job:
     """What paced.py does in the next step."""
 
     @property
-    def folder(self) -> RunFolder:
-        return RunFolder(self.run)
+    def folder(self) -> RunPaths:
+        return RunPaths(self.run)
 
     def facts(self) -> dict[str, str]:
         """What Slurm says of it."""

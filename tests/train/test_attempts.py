@@ -8,29 +8,29 @@ from pathlib import Path
 
 import pytest
 
-from aki_megatron.train.attempts import begin_attempt, end_attempt, newest_step, read_attempts, without_progress
-from aki_megatron.train.events import read_events, record
-from aki_megatron.train.folder import RunFolder, append_line
+from aki_megatron.supervise.attempts import begin_attempt, end_attempt, newest_step, read_attempts, without_progress
+from aki_megatron.supervise.events import read_events, record
+from aki_megatron.supervise.run_paths import RunPaths, append_line
 from tools.attempt import main
 
 
-def save(folder: RunFolder, step: int) -> None:
+def save(folder: RunPaths, step: int) -> None:
     """What tells a complete checkpoint."""
     path = folder.checkpoints / f"step_{step:06d}"
     path.mkdir(parents=True)
     (path / "manifest.json").write_text("{}")
 
 
-def begin(folder: RunFolder, attempt: str) -> int:
+def begin(folder: RunPaths, attempt: str) -> int:
     return main(["begin", str(folder.path), "--attempt", attempt])
 
 
-def verdict(folder: RunFolder, attempt: str, give_up_after: int = 3) -> int:
+def verdict(folder: RunPaths, attempt: str, give_up_after: int = 3) -> int:
     return main(["verdict", str(folder.path), "--attempt", attempt, "--give-up-after", str(give_up_after)])
 
 
 def test_attempts_of_one_name_are_one(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
+    folder = RunPaths(tmp_path)
     begin_attempt(folder, "7.0", from_step=4)
     begin_attempt(folder, "7.0", from_step=4, world_size=2, hosts=["a", "b"])
     end_attempt(folder, "7.0", step=9, end="stopped", reason="the time limit")
@@ -43,7 +43,7 @@ def test_attempts_of_one_name_are_one(tmp_path: Path) -> None:
 
 
 def test_a_line_that_a_crash_has_cut_is_lost_and_no_other(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
+    folder = RunPaths(tmp_path)
     record(folder, 3, "spike", "the loss is high")
     with folder.events.open("a") as file:
         file.write('{"time": 1, "st')
@@ -55,7 +55,7 @@ def test_a_line_that_a_crash_has_cut_is_lost_and_no_other(tmp_path: Path) -> Non
 
 
 def test_only_a_newer_checkpoint_is_progress(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
+    folder = RunPaths(tmp_path)
     ends = [(0, "failed"), (0, None), (5, None), (5, "failed"), (5, None)]
     for number, (from_step, end) in enumerate(ends):
         begin_attempt(folder, str(number), from_step=from_step)
@@ -71,7 +71,7 @@ def test_only_a_newer_checkpoint_is_progress(tmp_path: Path) -> None:
 
 
 def test_a_crash_loop_is_given_up_with_the_last_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = RunFolder(tmp_path / "new/run")
+    folder = RunPaths(tmp_path / "new/run")
     codes = []
     for number in range(3):
         assert begin(folder, f"1.{number}") == 0
@@ -91,7 +91,7 @@ def test_a_crash_loop_is_given_up_with_the_last_error(tmp_path: Path, capsys: py
 
 
 def test_a_newer_checkpoint_makes_another_attempt_worth_it(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
+    folder = RunPaths(tmp_path)
     for number in range(6):
         begin(folder, f"1.{number}")
         if number % 2:
@@ -101,12 +101,12 @@ def test_a_newer_checkpoint_makes_another_attempt_worth_it(tmp_path: Path) -> No
 
 
 def test_an_attempt_that_nobody_announced_counts_too(tmp_path: Path) -> None:
-    assert verdict(RunFolder(tmp_path), "1.0", give_up_after=1) == 20
-    assert verdict(RunFolder(tmp_path / "other"), "1.0", give_up_after=2) == 10
+    assert verdict(RunPaths(tmp_path), "1.0", give_up_after=1) == 20
+    assert verdict(RunPaths(tmp_path / "other"), "1.0", give_up_after=2) == 10
 
 
 def test_an_error_of_an_earlier_attempt_is_not_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = RunFolder(tmp_path)
+    folder = RunPaths(tmp_path)
     folder.logs.mkdir()
     folder.first_failure.write_text(json.dumps({"rank": 0, "text": "old", "time": time.time() - 60}))
     begin(folder, "1.0")
@@ -115,7 +115,7 @@ def test_an_error_of_an_earlier_attempt_is_not_repeated(tmp_path: Path, capsys: 
 
 
 def test_files_decide_before_anything_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = RunFolder(tmp_path)
+    folder = RunPaths(tmp_path)
     begin(folder, "1.0")
     folder.stopped("1.0").write_text('{"step": 7, "reason": "SIGUSR1"}')
     assert verdict(folder, "1.0", give_up_after=1) == 10

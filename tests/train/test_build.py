@@ -10,15 +10,15 @@ from torch import Tensor
 
 from aki_megatron.config.load import load_run
 from aki_megatron.config.run import RunConfig
-from aki_megatron.flow import CheckpointError
+from aki_megatron.errors import CheckpointError
 from aki_megatron.model.stage import build_model
-from aki_megatron.train.build import build_engine, cut_model, go_back
+from aki_megatron.train.build import build_engine, cut_model, rollback
 
 SFT = Path(__file__).resolve().parents[2] / "configs/demo/sft.yaml"
 
 
 def demo(*flags: str) -> RunConfig:
-    words = ["--config", str(SFT), "--model.decoder.layers", "4", "--train.precision", "fp32", *flags]
+    words = ["--config", str(SFT), "--model.decoder.num_layers", "4", "--train.precision", "fp32", *flags]
     return load_run(words, default_config=SFT, prog="sft.py", description="")
 
 
@@ -26,7 +26,7 @@ def weights_of(topology, config: RunConfig) -> dict[str, Tensor]:
     """This rank's weights, each once, and the rows of its stages."""
     filled: list[int] = []
     engine = build_engine(config, cut_model(config), topology, fill=lambda stage: filled.append(len(stage.blocks)))
-    assert len(filled) == config.parallel.chunks and sum(filled) == 4 // topology.pipeline
+    assert len(filled) == config.parallel.virtual_stages and sum(filled) == 4 // topology.pipeline
     return {name: weight.clone() for name, weight in engine.weights()}
 
 
@@ -37,7 +37,7 @@ def weights_of(topology, config: RunConfig) -> dict[str, Tensor]:
         (1, 1, ("--parallel.zero_stage", "0")),
         (2, 2, ("--parallel.zero_stage", "0")),
         (2, 1, ("--parallel.zero_stage", "1", "--parallel.recompute", "full")),
-        (1, 2, ("--parallel.chunks", "2", "--parallel.zero_stage", "3")),
+        (1, 2, ("--parallel.virtual_stages", "2", "--parallel.zero_stage", "3")),
         (1, 2, ("--parallel.layers_per_stage", "[2, 2]", "--parallel.zero_stage", "2")),
     ],
 )
@@ -65,9 +65,9 @@ def test_a_run_goes_back_to_the_newest_whole_checkpoint_though_the_last_save_fai
         latest=lambda: Path("step_000004"),
         load=lambda path, tensors: path,
     )
-    assert go_back(engine, saver) == Path("step_000004") and loaded == [{}]
+    assert rollback(engine, saver) == Path("step_000004") and loaded == [{}]
     assert "the disk is full" in caplog.text
     saver.latest = lambda: None
     with pytest.raises(CheckpointError, match="runs/x/checkpoints has none"):
-        go_back(engine, saver)
+        rollback(engine, saver)
     assert len(loaded) == 1

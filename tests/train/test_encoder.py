@@ -15,15 +15,13 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import AutoImageProcessor, SiglipVisionModel
 
-from aki_megatron.checkpoint.huggingface import load_pretrained
+from aki_megatron.checkpoint.hf_folders import load_pretrained
 from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig
 from aki_megatron.data.image import load_image
-from aki_megatron.data.synthetic.dataset import DatasetSize, make_dataset
-from aki_megatron.data.synthetic.questions import caption
-from aki_megatron.data.synthetic.scenes import COLORS, KINDS, draw_scene, scene_rng
-from aki_megatron.flow import UserError
+from aki_megatron.errors import UserError
 from aki_megatron.model.stage import build_model
-from aki_megatron.train.encoder import (
+from aki_megatron.synthetic.dataset import DatasetSize, make_dataset
+from aki_megatron.synthetic.encoder import (
     DEMO_ENCODER,
     Cells,
     EncoderRecipe,
@@ -31,6 +29,8 @@ from aki_megatron.train.encoder import (
     load_cells,
     train_encoder,
 )
+from aki_megatron.synthetic.questions import caption
+from aki_megatron.synthetic.scenes import COLORS, KINDS, draw_scene, scene_rng
 
 TOOL = Path(__file__).parents[2] / "tools" / "train_encoder.py"
 SIZE = DatasetSize(scenes=300, held_out=40, seed=3)
@@ -119,16 +119,24 @@ def test_the_folder_is_a_siglip_folder(folder: Path, data: Path) -> None:
     with safe_open(folder / "model.safetensors", "pt") as tensors:
         names = set(tensors.keys())
     assert all(name.startswith("vision_model.") for name in names) and "vision_model.head.probe" in names
-    sizes = {"width": 32, "layers": 1, "heads": 2, "kv_heads": 2, "mlp_width": 64, "vocab_rows": 16, "base_tokens": 14}
-    decoder = DecoderConfig(**sizes, extra_tokens=2, rope=RopeConfig(kind="default"))
-    resampler = ResamplerConfig(latents=4, layers=1, heads=2, head_width=16)
+    sizes = {
+        "hidden_size": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+        "num_kv_heads": 2,
+        "intermediate_size": 64,
+        "padded_vocab_size": 16,
+        "vocab_size": 14,
+    }
+    decoder = DecoderConfig(**sizes, num_added_tokens=2, rope=RopeConfig(rope_type="default"))
+    resampler = ResamplerConfig(num_latents=4, num_layers=1, num_heads=2, head_dim=16)
     ours = build_model(ModelConfig(vision=DEMO_ENCODER, resampler=resampler, decoder=decoder), rule="causal")
     fresh = load_pretrained(ours, vision=folder)
     assert not [name for name in fresh if "vision" in name]
     with torch.no_grad():
         wanted = theirs(pixel_values=pixels).last_hidden_state
         got = ours.front.vision(pixels)
-    assert wanted.shape == (12, 36, DEMO_ENCODER.width)
+    assert wanted.shape == (12, 36, DEMO_ENCODER.hidden_size)
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
 
 

@@ -13,21 +13,21 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from aki_megatron.config.interrupts import DUPLICATE_SECONDS, Interrupts
-from aki_megatron.flow import ConfigError, DataError, UserError
-from aki_megatron.train import failure
-from aki_megatron.train.failure import FailureWatch, describe, is_echo, leave
-from aki_megatron.train.folder import RunFolder
-from aki_megatron.train.process import Process, is_alive, this_process
+from aki_megatron.errors import ConfigError, DataError, UserError
+from aki_megatron.supervise import failure
+from aki_megatron.supervise.failure import FailureReporter, describe, is_echo, leave
+from aki_megatron.supervise.process import Process, is_alive, this_process
+from aki_megatron.supervise.run_paths import RunPaths
+from aki_megatron.supervise.signals import DUPLICATE_SECONDS, StopSignals
 
 CLOSED = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:15558."
 LONGEST_SECONDS = 20
 
-Behave = Callable[[int, FailureWatch], None]
+Behave = Callable[[int, FailureReporter], None]
 
 
 def wait_for_ever() -> None:
-    """Like a collective whose other end is gone: nothing interrupts it."""
+    """Like a collective whose other end is gone: nothing stop_signals it."""
     lock = threading.Lock()
     lock.acquire()
     lock.acquire()
@@ -40,13 +40,13 @@ def run_ranks(folder: Path, count: int, behave: Behave, *, by_scheduler: bool = 
 
     def rank_main(rank: int) -> None:
         sys.stderr = said.open("a")
-        interrupts = Interrupts()
-        interrupts.listen()
-        watch = FailureWatch(
-            RunFolder(folder),
+        stop_signals = StopSignals()
+        stop_signals.listen()
+        watch = FailureReporter(
+            RunPaths(folder),
             rank,
             count,
-            interrupts,
+            stop_signals,
             by_scheduler=by_scheduler,
             note=lambda text: (folder / f"note_{rank}").write_text(text),
         )
@@ -78,7 +78,7 @@ def run_ranks(folder: Path, count: int, behave: Behave, *, by_scheduler: bool = 
 
 
 def raising(error: BaseException) -> Behave:
-    def behave(rank: int, watch: FailureWatch) -> None:
+    def behave(rank: int, watch: FailureReporter) -> None:
         watch.training = True
         if rank == 1:
             raise error
@@ -88,7 +88,7 @@ def raising(error: BaseException) -> Behave:
 
 
 def test_a_good_end_leaves_no_traces(tmp_path: Path) -> None:
-    def behave(rank: int, watch: FailureWatch) -> None:
+    def behave(rank: int, watch: FailureReporter) -> None:
         time.sleep(failure.POLL_SECONDS + 0.5 if rank == 0 else 0)
 
     assert run_ranks(tmp_path, 3, behave) == ([0, 0, 0], [])
@@ -112,7 +112,7 @@ def test_a_mistake_of_one_rank_has_the_exit_code_of_a_mistake_everywhere(tmp_pat
 
 @pytest.mark.parametrize("survivors", ["wait", "fail"])
 def test_a_killed_rank_is_named_by_one_survivor(tmp_path: Path, survivors: str) -> None:
-    def behave(rank: int, watch: FailureWatch) -> None:
+    def behave(rank: int, watch: FailureReporter) -> None:
         if rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         if survivors == "wait":
@@ -127,7 +127,7 @@ def test_a_killed_rank_is_named_by_one_survivor(tmp_path: Path, survivors: str) 
 
 
 def test_an_echo_waits_for_the_cause(tmp_path: Path) -> None:
-    def behave(rank: int, watch: FailureWatch) -> None:
+    def behave(rank: int, watch: FailureReporter) -> None:
         watch.training = True
         if rank == 2:
             time.sleep(failure.PATIENCE_SECONDS / 2)
@@ -140,7 +140,7 @@ def test_an_echo_waits_for_the_cause(tmp_path: Path) -> None:
 
 
 def test_ranks_that_wait_in_vain_say_who_was_not_heard_of(tmp_path: Path) -> None:
-    def behave(rank: int, watch: FailureWatch) -> None:
+    def behave(rank: int, watch: FailureReporter) -> None:
         if rank == 2:
             wait_for_ever()
         raise RuntimeError("Timed out waiting 600000ms for recv operation to complete")
@@ -154,7 +154,7 @@ def test_ranks_that_wait_in_vain_say_who_was_not_heard_of(tmp_path: Path) -> Non
 def test_a_run_that_is_told_to_end_says_so_once(tmp_path: Path, number: signal.Signals) -> None:
     """By SIGINT, or by a second SIGTERM."""
 
-    def behave(rank: int, watch: FailureWatch) -> None:
+    def behave(rank: int, watch: FailureReporter) -> None:
         if number == signal.SIGTERM:
             ask_to_stop(watch)
             time.sleep(DUPLICATE_SECONDS + 0.1)
@@ -167,17 +167,17 @@ def test_a_run_that_is_told_to_end_says_so_once(tmp_path: Path, number: signal.S
     assert "wait_for_ever" in (tmp_path / "logs/rank_0.log").read_text()
 
 
-def ask_to_stop(watch: FailureWatch) -> None:
+def ask_to_stop(watch: FailureReporter) -> None:
     """Send SIGTERM to this rank, and wait until it has become a wish to stop."""
     os.kill(os.getpid(), signal.SIGTERM)
-    while not watch.interrupts.reason:
+    while not watch.stop_signals.reason:
         time.sleep(0.01)
-    assert watch.interrupts.reason == "SIGTERM"
+    assert watch.stop_signals.reason == "SIGTERM"
 
 
 @pytest.mark.parametrize("by_scheduler", [False, True])
 def test_sigterm_that_no_failure_is_behind_asks_for_a_stop(tmp_path: Path, by_scheduler: bool) -> None:
-    def behave(rank: int, watch: FailureWatch) -> None:
+    def behave(rank: int, watch: FailureReporter) -> None:
         ask_to_stop(watch)
         os.kill(os.getpid(), signal.SIGTERM)  # of the same stop, passed on by a launcher
         time.sleep(failure.PATIENCE_SECONDS)
@@ -188,7 +188,7 @@ def test_sigterm_that_no_failure_is_behind_asks_for_a_stop(tmp_path: Path, by_sc
 def test_sigterm_that_a_failure_is_behind_ends_a_rank_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failure, "POLL_SECONDS", 3600.0)  # it would not find out by itself
 
-    def behave(rank: int, watch: FailureWatch) -> None:
+    def behave(rank: int, watch: FailureReporter) -> None:
         watch.training = True
         if rank == 1:
             raise ValueError("of rank 1")
@@ -202,7 +202,7 @@ def test_sigterm_that_a_failure_is_behind_ends_a_rank_at_once(tmp_path: Path, mo
 
 
 def test_a_failure_after_sigterm_ends_a_rank_that_wanted_to_stop(tmp_path: Path) -> None:
-    def behave(rank: int, watch: FailureWatch) -> None:
+    def behave(rank: int, watch: FailureReporter) -> None:
         ask_to_stop(watch)
         if rank == 1:
             time.sleep(2 * failure.PATIENCE_SECONDS)  # rank 0 has come to the same conclusion
@@ -218,18 +218,18 @@ def test_sigterm_before_the_ranks_have_met(tmp_path: Path, by_scheduler: bool) -
     """A scheduler's is held; another launcher's ends a rank that has nothing to lose yet."""
     child = os.fork()
     if child == 0:
-        interrupts = Interrupts()
-        interrupts.listen()
+        stop_signals = StopSignals()
+        stop_signals.listen()
         os.kill(os.getpid(), signal.SIGTERM)
-        FailureWatch(RunFolder(tmp_path), 1, 2, interrupts, by_scheduler=by_scheduler).begin()
-        os._exit(0 if interrupts.reason == "SIGTERM" else 1)
+        FailureReporter(RunPaths(tmp_path), 1, 2, stop_signals, by_scheduler=by_scheduler).begin()
+        os._exit(0 if stop_signals.reason == "SIGTERM" else 1)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == (0 if by_scheduler else 128 + signal.SIGTERM)
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_rank_0_says_what_all_meet_alike(tmp_path: Path, training: bool) -> None:
-    def behave(rank: int, watch: FailureWatch) -> None:
+    def behave(rank: int, watch: FailureReporter) -> None:
         watch.training = training
         raise ConfigError("that is wrong.")
 
@@ -255,7 +255,7 @@ def test_one_process_returns_after_one_message(tmp_path: Path, capsys: pytest.Ca
         (ConfigError("that is wrong."), 2, "error: that is wrong.\n"),
         (OSError("disk\n  gone"), 1, f"error: OSError: disk gone\n  log of rank 0: {tmp_path}/logs/rank_0.log\n"),
     ):
-        watch = FailureWatch(RunFolder(tmp_path), 0, 1, Interrupts())
+        watch = FailureReporter(RunPaths(tmp_path), 0, 1, StopSignals())
         before = signal.getsignal(signal.SIGTERM)
         watch.begin()
         assert watch.failed(error) == code

@@ -10,23 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from aki_megatron.config.interrupts import DUPLICATE_SECONDS, Interrupts
 from aki_megatron.data.loader import _begin_worker
-from aki_megatron.flow import Wish
-from aki_megatron.train import wishes
-from aki_megatron.train.folder import RunFolder
-from aki_megatron.train.wishes import Wishes
+from aki_megatron.supervise import control
+from aki_megatron.supervise.control import ControlSignals
+from aki_megatron.supervise.run_paths import RunPaths
+from aki_megatron.supervise.signals import DUPLICATE_SECONDS, StopSignals
+from aki_megatron.types import ControlRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def exit_code(behave: Callable[[Interrupts], object]) -> int:
+def exit_code(behave: Callable[[StopSignals], object]) -> int:
     """Of a process that listens and behaves so; 0 where ``behave`` returns something true, else 1."""
     child = os.fork()
     if child == 0:
-        interrupts = Interrupts()
-        interrupts.listen()
-        os._exit(0 if behave(interrupts) else 1)
+        stop_signals = StopSignals()
+        stop_signals.listen()
+        os._exit(0 if behave(stop_signals) else 1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -37,25 +37,25 @@ def send(number: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_is_held(number: signal.Signals) -> None:
-    def behave(interrupts: Interrupts) -> bool:
-        before = interrupts.reason
+    def behave(stop_signals: StopSignals) -> bool:
+        before = stop_signals.reason
         send(number)
-        return before == "" and interrupts.reason == number.name
+        return before == "" and stop_signals.reason == number.name
 
     assert exit_code(behave) == 0
 
 
 def test_the_first_signal_is_the_reason() -> None:
-    def behave(interrupts: Interrupts) -> bool:
+    def behave(stop_signals: StopSignals) -> bool:
         send(signal.SIGUSR1)
         send(signal.SIGTERM)
-        return interrupts.reason == "SIGUSR1"
+        return stop_signals.reason == "SIGUSR1"
 
     assert exit_code(behave) == 0
 
 
 def test_the_same_sigterm_twice_is_one_and_a_later_one_ends_the_process() -> None:
-    def behave(interrupts: Interrupts) -> bool:
+    def behave(stop_signals: StopSignals) -> bool:
         send(signal.SIGTERM)
         send(signal.SIGTERM)
         time.sleep(DUPLICATE_SECONDS + 0.1)
@@ -63,21 +63,21 @@ def test_the_same_sigterm_twice_is_one_and_a_later_one_ends_the_process() -> Non
         return True
 
     assert exit_code(behave) == -signal.SIGTERM
-    assert exit_code(lambda interrupts: (send(signal.SIGTERM), send(signal.SIGTERM))) == 0
+    assert exit_code(lambda stop_signals: (send(signal.SIGTERM), send(signal.SIGTERM))) == 0
 
 
 def test_a_process_that_ignores_sigterm_goes_on_doing_so() -> None:
-    def behave(interrupts: Interrupts) -> bool:
+    def behave(stop_signals: StopSignals) -> bool:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        interrupts.listen()
+        stop_signals.listen()
         send(signal.SIGTERM)
-        return not interrupts.reason
+        return not stop_signals.reason
 
     assert exit_code(behave) == 0
 
 
 def test_children_are_ended_by_sigterm_and_not_by_sigusr1() -> None:
-    def behave(interrupts: Interrupts) -> bool:
+    def behave(stop_signals: StopSignals) -> bool:
         child = os.fork()
         if child == 0:
             send(signal.SIGUSR1)
@@ -90,7 +90,7 @@ def test_children_are_ended_by_sigterm_and_not_by_sigusr1() -> None:
 
 @pytest.mark.parametrize("signals", [1, 2])
 def test_a_process_that_decodes_leaves_the_first_sigterm_to_its_rank(signals: int) -> None:
-    def behave(interrupts: Interrupts) -> bool:
+    def behave(stop_signals: StopSignals) -> bool:
         child = os.fork()
         if child == 0:
             _begin_worker(0)
@@ -103,10 +103,10 @@ def test_a_process_that_decodes_leaves_the_first_sigterm_to_its_rank(signals: in
 
 
 def test_waiting_ends_when_sigterm_comes() -> None:
-    def behave(interrupts: Interrupts) -> bool:
-        waited_in_vain = not interrupts.wait(0.1)
+    def behave(stop_signals: StopSignals) -> bool:
+        waited_in_vain = not stop_signals.wait(0.1)
         send(signal.SIGTERM)
-        return waited_in_vain and interrupts.wait(600.0)
+        return waited_in_vain and stop_signals.wait(600.0)
 
     assert exit_code(behave) == 0
 
@@ -130,36 +130,36 @@ def test_the_launchers_listen_before_they_import_anything_that_takes_long() -> N
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
-    monkeypatch.setattr(wishes, "LOOK_SECONDS", 0.0)
-    return RunFolder(tmp_path)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunPaths:
+    monkeypatch.setattr(control, "LOOK_SECONDS", 0.0)
+    return RunPaths(tmp_path)
 
 
-def test_files_are_wishes_of_the_rank_that_looks(folder: RunFolder) -> None:
-    ours, others = (Wishes(folder, Interrupts(), looks=looks) for looks in (True, False))
-    assert (ours(), others()) == (Wish.NONE, Wish.NONE)
+def test_files_are_wishes_of_the_rank_that_looks(folder: RunPaths) -> None:
+    ours, others = (ControlSignals(folder, StopSignals(), looks=looks) for looks in (True, False))
+    assert (ours(), others()) == (ControlRequest.NONE, ControlRequest.NONE)
     folder.save.touch()
-    assert (ours(), others()) == (Wish.SAVE, Wish.NONE)
+    assert (ours(), others()) == (ControlRequest.SAVE, ControlRequest.NONE)
     folder.stop.touch()
-    assert (ours(), others()) == (Wish.SAVE | Wish.STOP, Wish.NONE)
+    assert (ours(), others()) == (ControlRequest.SAVE | ControlRequest.STOP, ControlRequest.NONE)
     assert ours.why_stop() == "STOP exists"
 
 
-def test_a_signal_is_a_wish_of_any_rank(folder: RunFolder) -> None:
-    interrupts = Interrupts()
-    ours, others = Wishes(folder, interrupts, looks=False), Wishes(folder, Interrupts(), looks=True)
-    interrupts.stop("SIGUSR1")
-    assert (ours(), others()) == (Wish.STOP, Wish.NONE)
+def test_a_signal_is_a_wish_of_any_rank(folder: RunPaths) -> None:
+    stop_signals = StopSignals()
+    ours, others = ControlSignals(folder, stop_signals, looks=False), ControlSignals(folder, StopSignals(), looks=True)
+    stop_signals.stop("SIGUSR1")
+    assert (ours(), others()) == (ControlRequest.STOP, ControlRequest.NONE)
     assert (ours.why_stop(), others.why_stop()) == ("SIGUSR1", "another rank was asked to stop")
 
 
 def test_files_are_looked_for_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, now = RunFolder(tmp_path), [100.0]
-    monkeypatch.setattr("aki_megatron.train.wishes.time.monotonic", lambda: now[0])
-    ours = Wishes(folder, Interrupts(), looks=True)
-    assert ours() == Wish.NONE
+    folder, now = RunPaths(tmp_path), [100.0]
+    monkeypatch.setattr("aki_megatron.supervise.control.time.monotonic", lambda: now[0])
+    ours = ControlSignals(folder, StopSignals(), looks=True)
+    assert ours() == ControlRequest.NONE
     folder.stop.touch()
     now[0] += 0.9
-    assert ours() == Wish.NONE
+    assert ours() == ControlRequest.NONE
     now[0] += 0.2
-    assert ours() == Wish.STOP
+    assert ours() == ControlRequest.STOP

@@ -1,4 +1,4 @@
-"""The ledger: one line per step and replica, whatever interrupts the run and however many replicas there are."""
+"""The ledger: one line per step and replica, whatever stop_signals the run and however many replicas there are."""
 
 import json
 import random
@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from aki_megatron.data.loader import LoadedStep
-from aki_megatron.flow import DataError, StepReport
-from aki_megatron.train.ledger import WORD, LedgerHook, read_ledger
+from aki_megatron.errors import DataError
+from aki_megatron.train.sample_audit import WORD, SampleAuditCallback, read_ledger
+from aki_megatron.types import StepReport
 
 REPORT = StepReport(
     loss=1.0,
@@ -35,18 +36,19 @@ def shares(step: int, replicas: int) -> list[int]:
 def attempt(run: Path, replicas: int, start: int, end: int, *, killed_at: Sequence[int] | None = None) -> None:
     """One attempt of a run, from after step ``start``; each replica may have died after another step."""
     loaded: list[LoadedStep] = []
-    hooks = [
-        LedgerHook(run / "ledger", lambda: loaded[-1], data_rank=rank, data_size=replicas) for rank in range(replicas)
+    callbacks = [
+        SampleAuditCallback(run / "ledger", lambda: loaded[-1], data_rank=rank, data_size=replicas)
+        for rank in range(replicas)
     ]
-    for hook in hooks:
+    for hook in callbacks:
         hook.on_start(start)
     for step in range(start + 1, end + 1):
-        for rank, hook in enumerate(hooks):
+        for rank, hook in enumerate(callbacks):
             if killed_at is None or step <= killed_at[rank]:
                 loaded.append(LoadedStep([], shares(step, replicas)[rank], 8 // replicas, {}))
                 hook.after_step(step, REPORT)
     if killed_at is None:
-        for hook in hooks:
+        for hook in callbacks:
             hook.on_end(end)
 
 
@@ -55,7 +57,7 @@ def expected(end: int) -> dict[int, tuple[int, int]]:
 
 
 def test_a_line_says_what_one_replica_consumed(tmp_path: Path) -> None:
-    hook = LedgerHook(tmp_path / "ledger", lambda: LoadedStep([], 255, 3, {}), data_rank=1, data_size=2)
+    hook = SampleAuditCallback(tmp_path / "ledger", lambda: LoadedStep([], 255, 3, {}), data_rank=1, data_size=2)
     hook.on_start(0)
     hook.after_step(1, REPORT)
     # not closed: the line is with the operating system already

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from aki_megatron.config.run import WatchConfig
+from aki_megatron.data.batch_planner import State
 from aki_megatron.data.loader import LoadedStep
-from aki_megatron.data.steps import State
-from aki_megatron.flow import StepReport, Wish
+from aki_megatron.supervise.loss_spikes import LossSpikeGuard, SpikeError
+from aki_megatron.supervise.run_paths import read_metrics
 from aki_megatron.train.build import extra_of
-from aki_megatron.train.folder import read_metrics
-from aki_megatron.train.hooks import MetricsHook, SaveHook
-from aki_megatron.train.ledger import LedgerHook, read_ledger
-from aki_megatron.train.loop import Hook, Progress, Run, train
-from aki_megatron.train.spikes import Judge, SpikeError
+from aki_megatron.train.callbacks import CheckpointCallback, MetricsCallback
+from aki_megatron.train.loop import Callback, Progress, Run, train
+from aki_megatron.train.sample_audit import SampleAuditCallback, read_ledger
+from aki_megatron.types import ControlRequest, StepReport
 
 STEPS, EVERY = 10, 4
 
@@ -48,9 +48,9 @@ class World:
     folder: Path
     losses: Mapping[int, float] = field(default_factory=dict)
     """Data step -> loss, where it is not 1."""
-    wishes: Mapping[int, Wish] = field(default_factory=dict)
+    control_signals: Mapping[int, ControlRequest] = field(default_factory=dict)
     """Optimizer step -> what this rank wants when it begins."""
-    watch: WatchConfig = WatchConfig(non_finite="rollback", max_rollbacks=2)
+    watch: WatchConfig = WatchConfig(on_non_finite="rollback", max_rollbacks=2)
     learnt: list[int] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
@@ -59,30 +59,30 @@ class World:
 
     def run(self, progress: Progress | None = None, judge: Mapping[str, Any] | None = None) -> Run:
         self.progress = progress or Progress()
-        self.judge, self.loader = Judge(self.watch, judge), Loader()
-        hooks = [
+        self.judge, self.loader = LossSpikeGuard(self.watch, judge), Loader()
+        callbacks = [
             Calls(self.calls),
-            MetricsHook(self.folder / "metrics.jsonl"),
-            LedgerHook(self.folder / "ledger", lambda: self.loader.latest, data_rank=0, data_size=1),
-            SaveHook(Saver(), self.save, EVERY, STEPS, None, at_start=True),  # type: ignore[arg-type]
+            MetricsCallback(self.folder / "metrics.jsonl"),
+            SampleAuditCallback(self.folder / "ledger", lambda: self.loader.latest, data_rank=0, data_size=1),
+            CheckpointCallback(Checkpointer(), self.save, EVERY, STEPS, None, at_start=True),  # type: ignore[arg-type]
         ]
         return Run(
             self,
             self.loader,
-            hooks,
+            callbacks,
             self.judge,
             STEPS,
             float,
             self.progress,
             self.wish,
-            self.go_back,
+            self.rollback,
             self.calls.append,
         )  # type: ignore[arg-type]
 
-    def wish(self) -> Wish:
-        return self.wishes.get(self.progress.step + 1, Wish.NONE)
+    def wish(self) -> ControlRequest:
+        return self.control_signals.get(self.progress.step + 1, ControlRequest.NONE)
 
-    def train_step(self, batches: Any, lr: float, *, wish: Wish) -> StepReport:
+    def train_step(self, batches: Any, lr: float, *, wish: ControlRequest) -> StepReport:
         """What an engine does."""
         data_step = self.loader.latest.consumed
         loss = self.losses.get(data_step, 1.0)
@@ -94,13 +94,13 @@ class World:
     def save(self, step: int) -> None:
         self.saved[step] = (list(self.learnt), json.dumps(extra_of(self.progress, self.judge)))
 
-    def go_back(self) -> Mapping[str, Any]:
+    def rollback(self) -> Mapping[str, Any]:
         learnt, extra = self.saved[max(self.saved)]
         self.learnt[:] = learnt
         return json.loads(extra)
 
 
-class Saver:
+class Checkpointer:
     """One that is never behind."""
 
     def wait(self) -> None:
@@ -109,7 +109,7 @@ class Saver:
     poll = wait
 
 
-class Calls(Hook):
+class Calls(Callback):
     """Notes what it is called for."""
 
     def __init__(self, calls: list[str]) -> None:
@@ -196,14 +196,14 @@ def test_too_many_rollbacks_end_the_run(world: Callable[..., World]) -> None:
 
 
 def test_a_skipped_step_is_a_step(world: Callable[..., World]) -> None:
-    it = world(losses={6: math.nan}, watch=WatchConfig(non_finite="skip"))
+    it = world(losses={6: math.nan}, watch=WatchConfig(on_non_finite="skip"))
     train(it.run())
     assert it.learnt == [0, 1, 2, 3, 4, 5, 7, 8, 9] and consumed(it.folder) == list(range(STEPS))
     assert [line["step"] for line in read_metrics(it.folder / "metrics.jsonl") if line["skipped"]] == [7]
 
 
 def test_a_stop_saves_and_the_next_attempt_goes_on(world: Callable[..., World]) -> None:
-    it = world(wishes={6: Wish.STOP})
+    it = world(control_signals={6: ControlRequest.STOP})
     assert train(it.run()) is False
     assert list(it.saved) == [0, 4, 6] and steps_of(it.folder) == list(range(1, 7))
     assert "stop 6" in it.calls and "end 6" not in it.calls and it.loader.closed
@@ -215,18 +215,18 @@ def test_a_stop_saves_and_the_next_attempt_goes_on(world: Callable[..., World]) 
 
 
 def test_a_stop_in_the_last_step_is_the_end(world: Callable[..., World]) -> None:
-    it = world(wishes={STEPS: Wish.STOP})
+    it = world(control_signals={STEPS: ControlRequest.STOP})
     assert train(it.run()) is True and f"end {STEPS}" in it.calls
 
 
 def test_a_stop_in_a_step_that_is_undone_comes_after_the_next(world: Callable[..., World]) -> None:
-    it = world(losses={6: math.nan}, wishes={7: Wish.STOP})
+    it = world(losses={6: math.nan}, control_signals={7: ControlRequest.STOP})
     assert train(it.run()) is False, "what asked for it stays"
     assert it.calls.count("rollback 4") == 1 and max(it.saved) == 7
 
 
 def test_a_wish_for_a_checkpoint(world: Callable[..., World]) -> None:
-    it = world(wishes={3: Wish.SAVE})
+    it = world(control_signals={3: ControlRequest.SAVE})
     assert train(it.run()) is True
     assert list(it.saved) == [0, 3, 4, 8, 10]
 

@@ -7,8 +7,8 @@ import pytest
 
 from aki_megatron.config.load import load_run
 from aki_megatron.config.run import RunConfig
-from aki_megatron.data.stream import Source
-from aki_megatron.train.reading import phase_seed, phases_of, shares
+from aki_megatron.data.pipeline import phase_seed, phases_of, shares
+from aki_megatron.data.sample_stream import Source
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,7 +26,7 @@ SIZES = {"vqav2": 40, "vsr": 10, "aokvqa": 20, "refcoco": 30}
     [
         ("weights", {"vqav2": 0.65, "vsr": 0.05, "aokvqa": 0.05, "refcoco": 0.25}),
         ("uniform", dict.fromkeys(SIZES, 1.0)),
-        ("length", {name: float(size) for name, size in SIZES.items()}),
+        ("proportional", {name: float(size) for name, size in SIZES.items()}),
     ],
 )
 def test_every_way_of_mixing(mixing: str, wanted: dict[str, float]) -> None:

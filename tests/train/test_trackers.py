@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from aki_megatron.flow import StepReport
-from aki_megatron.train.hooks import TensorBoardHook
-from aki_megatron.train.hooks_wandb import WandbHook, run_id
+from aki_megatron.train.callbacks import TensorBoardCallback
+from aki_megatron.train.wandb_callback import WandbCallback, run_id
+from aki_megatron.types import StepReport
 
 
 def report(step: int) -> StepReport:
@@ -22,7 +22,7 @@ def report(step: int) -> StepReport:
 
 
 def test_tensorboard_has_every_second_step_and_no_infinite_norm(tmp_path: Path) -> None:
-    hook = TensorBoardHook(tmp_path, every=2)
+    hook = TensorBoardCallback(tmp_path, every=2)
     hook.on_start(0)
     for step in range(1, 7):
         hook.after_step(step, report(step))
@@ -35,7 +35,7 @@ def test_tensorboard_has_every_second_step_and_no_infinite_norm(tmp_path: Path) 
 
 
 def test_tensorboard_after_a_rollback_has_the_new_points(tmp_path: Path) -> None:
-    hook = TensorBoardHook(tmp_path, every=1)
+    hook = TensorBoardCallback(tmp_path, every=1)
     hook.on_start(0)
     for step in (1, 2, 3):
         hook.after_step(step, report(step))
@@ -48,9 +48,9 @@ def test_tensorboard_after_a_rollback_has_the_new_points(tmp_path: Path) -> None
     assert losses == pytest.approx({1: 1.0, 2: 1 / 20})
 
 
-def attempt(run: Path, start: int, steps: Iterable[int]) -> WandbHook:
+def attempt(run: Path, start: int, steps: Iterable[int]) -> WandbCallback:
     """One attempt of a run, offline."""
-    hook = WandbHook(run, project="aki-megatron", mode="offline", every=1, config={"train": {"steps": 5}})
+    hook = WandbCallback(run, project="aki-megatron", mode="offline", every=1, config={"train": {"steps": 5}})
     hook.on_start(start)
     for step in steps:
         hook.after_step(step, report(step))

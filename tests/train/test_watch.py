@@ -15,17 +15,17 @@ import pytest
 import torch.distributed as dist
 
 from aki_megatron.config.run import WatchConfig
-from aki_megatron.flow import StepReport
-from aki_megatron.train import watch
-from aki_megatron.train.events import read_events
-from aki_megatron.train.folder import RunFolder
-from aki_megatron.train.heartbeat import Heartbeat, lagging, read_heartbeats
-from aki_megatron.train.watch import HangWatch, Pulse, collective_seconds, waits_in
+from aki_megatron.supervise import watchdog
+from aki_megatron.supervise.events import read_events
+from aki_megatron.supervise.heartbeat import Heartbeat, lagging, read_heartbeats
+from aki_megatron.supervise.run_paths import RunPaths
+from aki_megatron.supervise.watchdog import ProgressTracker, Watchdog, collective_seconds, waits_in
+from aki_megatron.types import StepReport
 
 LONGEST_SECONDS = 60
-QUICK = WatchConfig(hang_seconds=1.0, hang_factor=5.0, start_seconds=3600.0)
+QUICK = WatchConfig(step_timeout=1.0, step_timeout_factor=5.0, init_timeout=3600.0)
 
-Behave = Callable[[int, Pulse], None]
+Behave = Callable[[int, ProgressTracker], None]
 
 
 def report() -> StepReport:
@@ -36,18 +36,18 @@ def report() -> StepReport:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A watch that looks often and waits briefly; a machine under load must still answer in time."""
-    monkeypatch.setattr(watch, "LOOK_SECONDS", 0.05)
-    monkeypatch.setattr(watch, "ANSWER_SECONDS", 8.0)
-    monkeypatch.setattr(watch, "DEPUTY_SECONDS", 2.0)
+    monkeypatch.setattr(watchdog, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(watchdog, "ANSWER_SECONDS", 8.0)
+    monkeypatch.setattr(watchdog, "DEPUTY_SECONDS", 2.0)
 
 
-def place_of(folder: RunFolder, rank: int) -> str:
+def place_of(folder: RunPaths, rank: int) -> str:
     """Where the heartbeat of a rank says that it is; empty while it is being written."""
     beat = Heartbeat.read(folder.heartbeat(rank))
     return beat.place if beat else ""
 
 
-def wait_for_place(folder: RunFolder, rank: int, place: str) -> None:
+def wait_for_place(folder: RunPaths, rank: int, place: str) -> None:
     """Wait until the heartbeat of a rank says so."""
     end = time.monotonic() + LONGEST_SECONDS
     while place_of(folder, rank) != place:
@@ -55,7 +55,7 @@ def wait_for_place(folder: RunFolder, rank: int, place: str) -> None:
         time.sleep(0.01)
 
 
-def step(pulse: Pulse, number: int) -> None:
+def step(pulse: ProgressTracker, number: int) -> None:
     pulse.at("waits for data")
     pulse.at("forward 0")
     pulse.after_step(number, report())
@@ -65,7 +65,7 @@ def sleep_in_a_loader() -> None:
     time.sleep(LONGEST_SECONDS)
 
 
-def run_ranks(folder: RunFolder, count: int, behave: Behave, config: WatchConfig = QUICK) -> list[tuple[int, int, str]]:
+def run_ranks(folder: RunPaths, count: int, behave: Behave, config: WatchConfig = QUICK) -> list[tuple[int, int, str]]:
     """Ranks that behave so, until one accuses another or all have ended: who accused whom, and of what."""
     fork = multiprocessing.get_context("fork")
     accusations = fork.SimpleQueue()
@@ -76,8 +76,8 @@ def run_ranks(folder: RunFolder, count: int, behave: Behave, config: WatchConfig
         def accuse(other: int, text: str) -> None:
             accusations.put((rank, other, text))
 
-        pulse = Pulse(config)
-        hangs = HangWatch(folder, rank, count, pulse, accuse)
+        pulse = ProgressTracker(config)
+        hangs = Watchdog(folder, rank, count, pulse, accuse)
         hangs.begin()
         meeting.wait()
         pulse.on_start(0)
@@ -103,9 +103,9 @@ def run_ranks(folder: RunFolder, count: int, behave: Behave, config: WatchConfig
 
 
 def test_a_rank_that_sleeps_while_others_wait_is_named(tmp_path: Path, quick: None) -> None:
-    folder = RunFolder(tmp_path)
+    folder = RunPaths(tmp_path)
 
-    def behave(rank: int, pulse: Pulse) -> None:
+    def behave(rank: int, pulse: ProgressTracker) -> None:
         pulse.at("waits for data")
         if rank == 1:
             sleep_in_a_loader()
@@ -127,10 +127,10 @@ def test_a_rank_that_sleeps_while_others_wait_is_named(tmp_path: Path, quick: No
 def test_a_rank_whose_heartbeat_stops_is_silent(
     tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, stopped: int
 ) -> None:
-    monkeypatch.setattr(watch, "ANSWER_SECONDS", 1.0)
-    folder = RunFolder(tmp_path)
+    monkeypatch.setattr(watchdog, "ANSWER_SECONDS", 1.0)
+    folder = RunPaths(tmp_path)
 
-    def behave(rank: int, pulse: Pulse) -> None:
+    def behave(rank: int, pulse: ProgressTracker) -> None:
         pulse.at("forward 3")
         if rank == stopped:
             wait_for_place(folder, rank, "forward 3")
@@ -143,11 +143,13 @@ def test_a_rank_whose_heartbeat_stops_is_silent(
 
 
 def test_a_rank_that_never_started_is_named(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "ANSWER_SECONDS", 1.0)
-    folder = RunFolder(tmp_path)
+    monkeypatch.setattr(watchdog, "ANSWER_SECONDS", 1.0)
+    folder = RunPaths(tmp_path)
     folder.logs.mkdir()
     said: list[tuple[int, str]] = []
-    hangs = HangWatch(folder, 0, 2, Pulse(WatchConfig(hang_seconds=0.1, start_seconds=0.1)), lambda *a: said.append(a))
+    hangs = Watchdog(
+        folder, 0, 2, ProgressTracker(WatchConfig(step_timeout=0.1, init_timeout=0.1)), lambda *a: said.append(a)
+    )
     hangs.begin()
     end = time.monotonic() + LONGEST_SECONDS
     while not said and time.monotonic() < end:
@@ -159,10 +161,10 @@ def test_a_rank_that_never_started_is_named(tmp_path: Path, quick: None, monkeyp
 def test_stacks_are_written_though_native_code_keeps_the_interpreter(
     tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch, "ANSWER_SECONDS", 1.0)
-    folder = RunFolder(tmp_path)
+    monkeypatch.setattr(watchdog, "ANSWER_SECONDS", 1.0)
+    folder = RunPaths(tmp_path)
 
-    def sleep_in_native_code(rank: int, pulse: Pulse) -> None:
+    def sleep_in_native_code(rank: int, pulse: ProgressTracker) -> None:
         pulse.at("forward 0")
         wait_for_place(folder, rank, "forward 0")
         ctypes.PyDLL(None).sleep(4)  # unlike CDLL it does not let other threads run
@@ -173,11 +175,11 @@ def test_stacks_are_written_though_native_code_keeps_the_interpreter(
 
 
 def test_ranks_that_step_or_save_are_left_alone(tmp_path: Path, quick: None) -> None:
-    folder = RunFolder(tmp_path)
+    folder = RunPaths(tmp_path)
 
-    def behave(rank: int, pulse: Pulse) -> None:
+    def behave(rank: int, pulse: ProgressTracker) -> None:
         pulse.at("saves a checkpoint")
-        time.sleep(1.5)  # longer than hang_seconds
+        time.sleep(1.5)  # longer than step_timeout
         for number in range(4, 10):
             step(pulse, number)
             time.sleep(0.1)
@@ -188,14 +190,14 @@ def test_ranks_that_step_or_save_are_left_alone(tmp_path: Path, quick: None) -> 
 
 
 def test_a_hang_of_an_earlier_attempt_is_over(tmp_path: Path, quick: None) -> None:
-    folder = RunFolder(tmp_path)
+    folder = RunPaths(tmp_path)
     folder.heartbeats.mkdir()
     folder.hang.touch()
     Heartbeat(7, 1, "forward 0", 0.0, hang_noticed=True).write(folder.heartbeat(7))
     for path in (folder.hang, folder.heartbeat(7)):
         os.utime(path, (time.time() - 60, time.time() - 60))
 
-    def behave(rank: int, pulse: Pulse) -> None:
+    def behave(rank: int, pulse: ProgressTracker) -> None:
         if rank == 0:  # the rank that removes it comes late
             time.sleep(0.5)
 
@@ -204,11 +206,11 @@ def test_a_hang_of_an_earlier_attempt_is_over(tmp_path: Path, quick: None) -> No
 
 
 def test_a_full_disk_ends_no_watch(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = RunFolder(tmp_path)
+    folder = RunPaths(tmp_path)
     folder.logs.mkdir()
     said: list[tuple[int, str]] = []
-    pulse = Pulse(WatchConfig(hang_seconds=0.5, start_seconds=0.5))
-    hangs = HangWatch(folder, 0, 1, pulse, lambda *accusation: said.append(accusation))
+    pulse = ProgressTracker(WatchConfig(step_timeout=0.5, init_timeout=0.5))
+    hangs = Watchdog(folder, 0, 1, pulse, lambda *accusation: said.append(accusation))
     hangs.begin()
 
     def full(*_: object, **__: object) -> None:
@@ -225,10 +227,10 @@ def test_a_full_disk_ends_no_watch(tmp_path: Path, quick: None, monkeypatch: pyt
 
 
 def test_heartbeats_say_where_a_rank_is(tmp_path: Path, quick: None) -> None:
-    folder = RunFolder(tmp_path)
+    folder = RunPaths(tmp_path)
     folder.logs.mkdir()
-    pulse = Pulse(QUICK)
-    hangs = HangWatch(folder, 0, 1, pulse, lambda *_: None)
+    pulse = ProgressTracker(QUICK)
+    hangs = Watchdog(folder, 0, 1, pulse, lambda *_: None)
     hangs.begin()
     assert json.loads(folder.heartbeat(0).read_text())["place"] == "starts"
     pulse.on_start(4)
@@ -244,7 +246,7 @@ def test_heartbeats_say_where_a_rank_is(tmp_path: Path, quick: None) -> None:
 def test_what_is_allowed_follows_the_median_step(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    pulse = Pulse(WatchConfig(hang_factor=20.0, hang_seconds=60.0, start_seconds=600.0))
+    pulse = ProgressTracker(WatchConfig(step_timeout_factor=20.0, step_timeout=60.0, init_timeout=600.0))
     pulse.on_start(0)
     pulse.at("waits for data")
     assert pulse.allowed == 600, "the first step may take long"
@@ -267,8 +269,8 @@ def test_what_is_allowed_follows_the_median_step(monkeypatch: pytest.MonkeyPatch
     for number in range(7, 60):
         now[0] += 100
         pulse.after_step(number, report())
-    assert pulse.allowed == 600, "nothing may take longer than start_seconds"
-    assert collective_seconds(WatchConfig(start_seconds=600.0)) > 600
+    assert pulse.allowed == 600, "nothing may take longer than init_timeout"
+    assert collective_seconds(WatchConfig(init_timeout=600.0)) > 600
 
 
 def test_who_lags_has_the_fewest_steps_or_waits_for_nobody_or_came_least_far_or_came_first() -> None:

@@ -7,23 +7,23 @@ import torch
 from torch import Tensor
 from transformers import Phi3Config, Phi3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from aki_megatron.checkpoint import weights as weight_files
-from aki_megatron.checkpoint.huggingface import load_pretrained
-from aki_megatron.checkpoint.saver import Saver
-from aki_megatron.checkpoint.stored import WEIGHT
+from aki_megatron.checkpoint import weight_names as weight_files
+from aki_megatron.checkpoint.checkpointer import Checkpointer
+from aki_megatron.checkpoint.dcp_io import WEIGHT
+from aki_megatron.checkpoint.hf_folders import load_pretrained
+from aki_megatron.checkpoint.initial_weights import copy_weights, load_weights, open_weights, whole_parameters
 from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
-from aki_megatron.flow import CheckpointError
+from aki_megatron.errors import CheckpointError
 from aki_megatron.model.split import cut, split_of
-from aki_megatron.model.stage import Stage, build_model, build_stage, logical_names
+from aki_megatron.model.stage import Stage, build_model, build_stage, global_names
 from aki_megatron.parallel.megatron import build_linears
-from aki_megatron.train.weights import copy_weights, load_weights, open_weights, whole_parameters
 
 MODEL = ModelConfig(
-    vision=VisionConfig(image_size=8, patch_size=4, width=8, layers=1, heads=2, mlp_width=12),
-    resampler=ResamplerConfig(latents=2, layers=1, heads=2, head_width=4, mlp_ratio=2),
+    vision=VisionConfig(image_size=8, patch_size=4, hidden_size=8, num_layers=1, num_heads=2, intermediate_size=12),
+    resampler=ResamplerConfig(num_latents=2, num_layers=1, num_heads=2, head_dim=4, mlp_ratio=2),
     decoder=DecoderConfig(
-        width=16, layers=3, heads=4, kv_heads=2, mlp_width=12, vocab_rows=38, base_tokens=35, extra_tokens=3,
-        head_bias=True, rope=RopeConfig(),
+        hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_size=12, padded_vocab_size=38, vocab_size=35, num_added_tokens=3,
+        lm_head_bias=True, rope=RopeConfig(),
     ),
 )  # fmt: skip
 SPREAD = {"tensor": 2, "pipeline": 2}
@@ -35,13 +35,13 @@ def with_decoder(**changed) -> ModelConfig:
 
 def part(topology, config: ModelConfig) -> Stage:
     """This rank's stage with weights of its own, to be overwritten."""
-    layers = (range(1), range(1, config.decoder.layers))[topology.pipeline_rank]
+    layers = (range(1), range(1, config.decoder.num_layers))[topology.pipeline_rank]
     return build_stage(config, layers, rule="mma", seed=99, linears=build_linears(topology))
 
 
 def wrong_parts(stage: Stage, whole: dict[str, Tensor], topology) -> list[str]:
     """Names of a stage's parameters that are not this tensor rank's part of the whole model's."""
-    names = logical_names(stage)
+    names = global_names(stage)
     assert names
     wrong = []
     for name, parameter in stage.named_parameters():
@@ -53,7 +53,7 @@ def wrong_parts(stage: Stage, whole: dict[str, Tensor], topology) -> list[str]:
 def save_model(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     """A checkpoint of a new whole model; its weights."""
     whole = {name: tensor.detach() for name, tensor in build_model(config, rule="mma", seed=5).named_parameters()}
-    Saver(folder, keep_last=1).save(1, {WEIGHT + name: tensor for name, tensor in whole.items()}, {"step": 1})
+    Checkpointer(folder, keep_last=1).save(1, {WEIGHT + name: tensor for name, tensor in whole.items()}, {"step": 1})
     return whole
 
 
@@ -66,7 +66,7 @@ def fill_from_checkpoint(topology, config: ModelConfig, folder: Path, whole: dic
 @pytest.mark.distributed
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_checkpoint_reaches_every_rank(run_on, tmp_path, tied):
-    config = with_decoder(tie_embeddings=tied)
+    config = with_decoder(tie_word_embeddings=tied)
     whole = save_model(tmp_path, config)
     assert run_on(4, fill_from_checkpoint, config, tmp_path, whole, **SPREAD) == [[], [], [], []]
 
@@ -90,7 +90,7 @@ def refusal(topology, config: ModelConfig, folder: Path) -> str:
 def test_the_whole_model_is_compared_on_every_rank(run_on, tmp_path):
     """Also what only the last stage holds."""
     save_model(tmp_path, MODEL)
-    for message in run_on(2, refusal, with_decoder(head_bias=False), tmp_path, pipeline=2):
+    for message in run_on(2, refusal, with_decoder(lm_head_bias=False), tmp_path, pipeline=2):
         assert "2 tensors differ" in message
         assert "head.output.bias: (38,) in the checkpoint, missing in the model" in message
 
@@ -106,15 +106,15 @@ def fill_from_folders(topology, config: ModelConfig, vision: Path, language: Pat
 @pytest.mark.distributed
 @pytest.mark.parametrize("tied", [False, True])
 def test_public_weights_reach_every_rank(run_on, tmp_path, tied):
-    config = with_decoder(tie_embeddings=tied)
+    config = with_decoder(tie_word_embeddings=tied)
     vision, decoder = config.vision, config.decoder
     encoder = SiglipVisionConfig(
-        image_size=vision.image_size, patch_size=vision.patch_size, hidden_size=vision.width,
-        num_hidden_layers=vision.layers, num_attention_heads=vision.heads, intermediate_size=vision.mlp_width,
+        image_size=vision.image_size, patch_size=vision.patch_size, hidden_size=vision.hidden_size,
+        num_hidden_layers=vision.num_layers, num_attention_heads=vision.num_heads, intermediate_size=vision.intermediate_size,
     )  # fmt: skip
     language = Phi3Config(
-        hidden_size=decoder.width, num_hidden_layers=decoder.layers, num_attention_heads=decoder.heads,
-        num_key_value_heads=decoder.kv_heads, intermediate_size=decoder.mlp_width, vocab_size=decoder.vocab_rows,
+        hidden_size=decoder.hidden_size, num_hidden_layers=decoder.num_layers, num_attention_heads=decoder.num_heads,
+        num_key_value_heads=decoder.num_kv_heads, intermediate_size=decoder.intermediate_size, vocab_size=decoder.padded_vocab_size,
         pad_token_id=0, tie_word_embeddings=tied,
     )  # fmt: skip
     SiglipVisionModel(encoder).save_pretrained(tmp_path / "vision")

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aki_megatron.attention import ModalityLayout
-from aki_megatron.flow import Modality
+from aki_megatron.attention import AttentionMask
+from aki_megatron.types import Modality
 
 SYSTEM_TOKENS, IMAGE_TOKENS, QUESTION_TOKENS = 12, 144, 100
 HEAD_WIDTH = 96
@@ -41,12 +41,12 @@ class Case:
                 start += length
         return modality, segment
 
-    def layout(self, rule: str) -> ModalityLayout:
+    def layout(self, rule: str) -> AttentionMask:
         """The layout of a rule; every row that predicts a response of its own sample is scored."""
         modality, segment = self.ids()
         scored = torch.zeros(modality.shape, dtype=torch.bool)
         scored[:, :-1] = (modality[:, 1:] == Modality.RESPONSE) & (segment[:, 1:] == segment[:, :-1])
-        return ModalityLayout.build(modality, segment, rule=rule, scored=scored)
+        return AttentionMask.build(modality, segment, rule=rule, scored=scored)
 
 
 def split(total: int, low: int, high: int, seed: int) -> tuple[int, ...]:

@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, models
 
-from aki_megatron.checkpoint.backbones import describe_language, describe_vision
-from aki_megatron.checkpoint.sinks import write_shards
-from aki_megatron.checkpoint.stored import CheckpointSource
-from aki_megatron.checkpoint.tensors import NameTable, TensorFact, View, as_theirs
-from aki_megatron.checkpoint.weights import language_names, model_shapes, vision_names
+from aki_megatron.checkpoint.dcp_io import CheckpointSource
+from aki_megatron.checkpoint.hf_config import describe_language, describe_vision
+from aki_megatron.checkpoint.tensors import NameTable, TensorFact, View, to_external
+from aki_megatron.checkpoint.weight_names import language_names, model_shapes, vision_names
+from aki_megatron.checkpoint.writers import write_shards
 from aki_megatron.config.model import ModelConfig
 
 TOOL = Path(__file__).parents[1] / "convert.py"
@@ -48,7 +48,7 @@ def random_source(config: ModelConfig, names: NameTable) -> View:
         return torch.empty(shape, dtype=torch.bfloat16).normal_(std=std)
 
     ours = View(facts, {name: lambda name=name: draw(name) for name in facts})  # type: ignore[misc]
-    return as_theirs(ours, names, config.decoder)
+    return to_external(ours, names, config.decoder)
 
 
 def make_folders(work: Path, config: ModelConfig) -> None:
@@ -62,9 +62,7 @@ def make_folders(work: Path, config: ModelConfig) -> None:
         (work / title).mkdir(parents=True)
         write_shards(work / title, random_source(config, names))
         (work / title / "config.json").write_text(json.dumps(described))
-    words = Tokenizer(
-        models.WordLevel({f"w{number}": number for number in range(config.decoder.base_tokens - 2)}, "w0")
-    )
+    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(config.decoder.vocab_size - 2)}, "w0"))
     words.add_special_tokens([AddedToken(END, special=True)])  # the last but <pad>, which from-hf adds
     words.save(str(work / "lm" / "tokenizer.json"))
     told = {"eos_token": END, "bos_token": "w0", "tokenizer_class": "PreTrainedTokenizerFast"}

@@ -38,12 +38,12 @@ from aki_megatron.config.data import SYSTEM_MESSAGE
 from aki_megatron.data.chat import CHATS
 from aki_megatron.data.packing import BLOCK_SAMPLES, Limits
 from aki_megatron.data.shards import ShardIndex
-from aki_megatron.data.synthetic.tokenizer import write_tokenizer
-from aki_megatron.data.synthetic.writers import write_tar
 from aki_megatron.data.tar_index import write_index
 from aki_megatron.data.template import Template
-from aki_megatron.data.text import Tokenizer
-from aki_megatron.flow import Caption, Conversation, Turn
+from aki_megatron.data.tokenizer import Tokenizer
+from aki_megatron.synthetic.demo_tokenizer import write_tokenizer
+from aki_megatron.synthetic.writers import write_tar
+from aki_megatron.types import Caption, Conversation, Turn
 
 PARTS = ("loading", "text", "packing", "start")
 SIZE = 384
@@ -124,10 +124,10 @@ def packing(samples: int = 4 * BLOCK_SAMPLES) -> list[Row]:
     """Share of real places, and what the dealing costs."""
     rows: list[Row] = []
     for what, lengths in (("pretraining", pretrain_lengths(samples)), ("fine-tuning", finetune_lengths(samples))):
-        for row_tokens in (2048, 4096, 8192):
-            found = measured(lengths, BLOCK_SAMPLES, Limits(row_tokens, ROW_IMAGES * row_tokens // 4096))
+        for sequence_length in (2048, 4096, 8192):
+            found = measured(lengths, BLOCK_SAMPLES, Limits(sequence_length, ROW_IMAGES * sequence_length // 4096))
             real, cost = round(1 - found["padding"] / 100, 4), round(1000 * found["milliseconds"] / BLOCK_SAMPLES, 1)
-            figures = {"row_tokens": row_tokens, "real_share": real, "microseconds_per_sample": cost}
+            figures = {"sequence_length": sequence_length, "real_share": real, "microseconds_per_sample": cost}
             rows.append({"part": "packing", "what": what, **figures})
     return rows
 

@@ -19,17 +19,17 @@ import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from aki_megatron.data.bad_samples import BadSampleBudget
+from aki_megatron.data.batch_planner import BatchPlanner, Phase
 from aki_megatron.data.image import load_image
 from aki_megatron.data.loader import Loader, MicroBatches
-from aki_megatron.data.losses import Losses
 from aki_megatron.data.mixture import Mixture
-from aki_megatron.data.order import ShardOrder
+from aki_megatron.data.sample_stream import MixedStream, Source
+from aki_megatron.data.shard_order import ShardOrder
 from aki_megatron.data.shards import ShardIndex
-from aki_megatron.data.steps import Phase, StepPlanner
-from aki_megatron.data.stream import MixedStream, Source
-from aki_megatron.data.synthetic.writers import write_tar
 from aki_megatron.data.template import Template
-from aki_megatron.flow import Caption
+from aki_megatron.synthetic.writers import write_tar
+from aki_megatron.types import Caption
 
 WORDS = """
 a the of on in with and photograph street red blue small large wooden table window person dog sitting standing near
@@ -98,9 +98,9 @@ def our_loader(index: ShardIndex, template: Template, *, size: int, batch: int, 
     source: Source[Caption] = Source(index, order=order)
     stream = MixedStream({"captions": source}, Mixture({"captions": 1.0}, seed=0), template.render_caption,
                          image_size=size)  # fmt: skip
-    planner = StepPlanner([Phase(ENDLESS, stream)], step_rows=batch * micros, micro_batch=batch)
-    micro_batches = MicroBatches([stream], pad_id=template.tokenizer.pad, image_size=size, row_tokens=None)
-    return Loader(planner, micro_batches, losses=Losses(0.0), workers=workers)
+    planner = BatchPlanner([Phase(ENDLESS, stream)], step_rows=batch * micros, micro_batch_size=batch)
+    micro_batches = MicroBatches([stream], pad_id=template.tokenizer.pad, image_size=size, sequence_length=None)
+    return Loader(planner, micro_batches, losses=BadSampleBudget(0.0), workers=workers)
 
 
 def ours(drawn: Drawn, template: Template, *, size: int, batch: int, micros: int, workers: int) -> Batches:

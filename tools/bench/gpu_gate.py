@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from aki_megatron.attention import ModalityLayout, attend
+from aki_megatron.attention import AttentionMask, attend
 from aki_megatron.attention.cuda import attend_cuda, torch_varlen
-from aki_megatron.flow import Modality
+from aki_megatron.types import Modality
 
 LIMIT = 1.3
 HEAD_WIDTHS = (64, 96, 128)
@@ -40,7 +40,7 @@ class Check:
 
     rule: str
     batch: str
-    head_width: int
+    head_dim: int
     heads: str
     form: str
     error: float
@@ -84,7 +84,7 @@ def batches() -> dict[str, tuple[Tensor, Tensor]]:
     return made
 
 
-def run(name: str, layout: ModalityLayout, tensors: list[Tensor]) -> list[Tensor]:
+def run(name: str, layout: AttentionMask, tensors: list[Tensor]) -> list[Tensor]:
     """Output, dq, dk, dv of one backend; ``gathered`` and ``merged`` are the two forms of the CUDA kernel."""
     q, k, v = (x.detach().requires_grad_() for x in tensors[:3])
     if name in ("gathered", "merged"):
@@ -99,7 +99,7 @@ def worst(got: list[Tensor], exact: list[Tensor]) -> list[float]:
     return [float((a.double() - b).norm() / b.norm()) for a, b in zip(got, exact, strict=True)]
 
 
-def check(layout: ModalityLayout, batch: str, heads: tuple[int, int, int], forms: list[str]) -> list[Check]:
+def check(layout: AttentionMask, batch: str, heads: tuple[int, int, int], forms: list[str]) -> list[Check]:
     """Every form of one layout against float64."""
     query, key, width = heads
     generator = torch.Generator(device="cuda").manual_seed(0)
@@ -125,7 +125,7 @@ def all_checks(flex: bool) -> list[Check]:
     for number, (batch, (modality, segment)) in enumerate(batches().items()):
         for rule in RULES:
             scored = torch.zeros(modality.shape, dtype=torch.bool)
-            layout = ModalityLayout.build(modality, segment, rule=rule, scored=scored)
+            layout = AttentionMask.build(modality, segment, rule=rule, scored=scored)
             for width in HEAD_WIDTHS:
                 heads = (8, 2 if (number + width // 32) % 2 else 8, width)
                 forms = ["gathered", "merged"] + (["flex"] if flex and width == HEAD_WIDTHS[0] else [])
@@ -137,7 +137,7 @@ def table_of(checks: list[Check]) -> Table:
     """The checks as a table."""
     table = Table("rule", "batch", "head width", "heads", "form", "error", "ratio to dense bf16", "")
     for one in checks:
-        row = (one.rule, one.batch, str(one.head_width), one.heads, one.form, f"{one.error:.1e}", f"{one.ratio:.2f}")
+        row = (one.rule, one.batch, str(one.head_dim), one.heads, one.form, f"{one.error:.1e}", f"{one.ratio:.2f}")
         table.add_row(*row, "ok" if one.passed else "FAILED")
     return table
 

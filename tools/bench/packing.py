@@ -24,8 +24,8 @@ from rich.table import Table
 from aki_megatron.config.load import load_run
 from aki_megatron.data.mixture import Mixture
 from aki_megatron.data.packing import Limits, fewest_rows, pack
+from aki_megatron.data.pipeline import build_template, build_tokenizer
 from aki_megatron.data.sources import open_sources
-from aki_megatron.train.reading import build_template, build_tokenizer
 
 Lengths = tuple[np.ndarray, np.ndarray]
 """Places and images of many samples, in the order of training."""
@@ -106,7 +106,7 @@ def measured(lengths: Lengths, block: int, limits: Limits) -> dict[str, float]:
         bound += fewest_rows(size, images, limits)
         tokens += sum(size)
     spent = time.process_time() - start
-    places = 100 / limits.row_tokens
+    places = 100 / limits.sequence_length
     return {
         "padding": 100 - places * tokens / rows,
         "bound": 100 - places * tokens / bound,
@@ -119,8 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="a fine-tuning run whose data is measured too")
-    parser.add_argument("--row_tokens", type=int, nargs="+", default=[2048, 4096, 8192])
-    parser.add_argument("--row_images", type=int, default=1 << 20, help="most images of a row (default: no limit)")
+    parser.add_argument("--sequence_length", type=int, nargs="+", default=[2048, 4096, 8192])
+    parser.add_argument("--max_images", type=int, default=1 << 20, help="most images of a row (default: no limit)")
     parser.add_argument("--blocks", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
     parser.add_argument("--samples", type=int, default=16384, help="samples packed for every figure")
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -135,15 +135,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = Table("lengths", "mean", "row", "block", "rows", "padding %", "bound %", "ms per block")
     results = []
     for name, lengths in kinds.items():
-        for row_tokens in options.row_tokens:
+        for sequence_length in options.sequence_length:
             for block in options.blocks:
-                found = measured(lengths, block, Limits(row_tokens, options.row_images))
+                found = measured(lengths, block, Limits(sequence_length, options.max_images))
                 mean = float(lengths[0].mean())
-                results.append({"lengths": name, "mean": mean, "row_tokens": row_tokens, "block": block, **found})
+                results.append(
+                    {"lengths": name, "mean": mean, "sequence_length": sequence_length, "block": block, **found}
+                )
                 figures = (
                     f"{found[key]:.{digits}f}" for key, digits in (("padding", 2), ("bound", 2), ("milliseconds", 1))
                 )
-                table.add_row(name, f"{mean:.0f}", str(row_tokens), str(block), f"{found['rows']:.1f}", *figures)
+                table.add_row(name, f"{mean:.0f}", str(sequence_length), str(block), f"{found['rows']:.1f}", *figures)
     Console().print(table)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from aki_megatron.checkpoint.saver import Saver
+from aki_megatron.checkpoint.checkpointer import Checkpointer
 
 WIDTH, ROWS = 1024, 64
 MODES = {"synchronous": False, "asynchronous": True}
@@ -63,7 +63,7 @@ class Training:
 
 def measured(train: Training, folder: Path, saves: int, steps: int, *, asynchronous: bool) -> dict[str, float]:
     """Medians in seconds over ``saves`` checkpoints, each after ``steps`` steps during which nothing is written."""
-    saver = Saver(folder, keep_last=1, asynchronous=asynchronous)
+    saver = Checkpointer(folder, keep_last=1, async_save=asynchronous)
     pauses, completes, quiet, busy = [], [], [], []
     for number in range(saves):
         quiet += [train.step() for _ in range(steps)]
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for name, asynchronous in MODES.items():
-            found[name] = measured(train, Path(folder) / name, options.saves, options.steps, asynchronous=asynchronous)
+            found[name] = measured(train, Path(folder) / name, options.saves, options.steps, async_save=asynchronous)
     table = Table("saving", *(f"{column}, s" for column in found["asynchronous"]))
     for name, row in found.items():
         table.add_row(name, *(f"{seconds:.3f}" for seconds in row.values()))

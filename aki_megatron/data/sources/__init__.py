@@ -22,7 +22,8 @@ from aki_megatron.data.sources import (
     vqav2,
     vsr,
 )
-from aki_megatron.flow import ConfigError, Conversation, DataError
+from aki_megatron.errors import ConfigError, DataError
+from aki_megatron.types import Conversation
 
 SPLITS = ("train", "val")
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from aki_megatron.data.sources.json_stream import Place, array
 from aki_megatron.data.sources.options import check_choice, lettered
-from aki_megatron.data.sources.reading import PackedRows, Rows, as_text, inside, rows_of, text_of
-from aki_megatron.flow import Conversation, Turn
+from aki_megatron.data.sources.records import PackedRows, Rows, as_text, inside, rows_of, text_of
+from aki_megatron.types import Conversation, Turn
 
 PROMPT = "Answer with the option's letter from the given choices directly. {question}\nOptions:\n{options}\n"
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aki_megatron.data.sources.json_stream import Place, members
-from aki_megatron.data.sources.reading import PackedRows, Rows, inside, rows_of, text_of
+from aki_megatron.data.sources.records import PackedRows, Rows, inside, rows_of, text_of
 from aki_megatron.data.sources.vqav2 import PROMPT
-from aki_megatron.flow import Conversation, Turn
+from aki_megatron.types import Conversation, Turn
 
 FILES = {split: (f"GQA/{split}_balanced_questions.json", "GQA/images") for split in ("train", "val")}
 

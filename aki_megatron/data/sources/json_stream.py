@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from aki_megatron.flow import DataError
+from aki_megatron.errors import DataError
 
 CHUNK = 2**20
 """Characters read at a time; a value that does not fit doubles it."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aki_megatron.data.sources.json_stream import Place, array
-from aki_megatron.data.sources.reading import PackedRows, Rows, inside, rows_of, text_of
-from aki_megatron.flow import Conversation, Turn
+from aki_megatron.data.sources.records import PackedRows, Rows, inside, rows_of, text_of
+from aki_megatron.types import Conversation, Turn
 
 FILES = {"train": ("llava/llava_instruct_150k.json", "A-OKVQA/train2017")}
 

@@ -6,9 +6,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from aki_megatron.data.sources.json_stream import Place, members
-from aki_megatron.data.sources.reading import PackedRows, Rows, as_text, inside, rows_of, text_of
+from aki_megatron.data.sources.records import PackedRows, Rows, as_text, inside, rows_of, text_of
 from aki_megatron.data.sources.vqav2 import PROMPT
-from aki_megatron.flow import Conversation, Turn
+from aki_megatron.types import Conversation, Turn
 
 FILES = dict.fromkeys(("train", "val"), ("OCRVQA/dataset.json", "OCRVQA/images"))
 

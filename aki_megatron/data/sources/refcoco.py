@@ -9,8 +9,9 @@ from aki_megatron.data.sources.boxes import PROMPT as PROMPT
 from aki_megatron.data.sources.boxes import box_text as box_text
 from aki_megatron.data.sources.boxes import corners, corners_text
 from aki_megatron.data.sources.json_stream import Place, arrays
-from aki_megatron.data.sources.reading import PackedRows, Rows, inside, naming, rows_of, text_of
-from aki_megatron.flow import Conversation, DataError, Turn
+from aki_megatron.data.sources.records import PackedRows, Rows, inside, naming, rows_of, text_of
+from aki_megatron.errors import DataError
+from aki_megatron.types import Conversation, Turn
 
 VARIANTS = ("refcoco", "refcoco+", "refcocog")
 

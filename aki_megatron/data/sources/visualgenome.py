@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from aki_megatron.data.sources.boxes import PROMPT, box_text
 from aki_megatron.data.sources.json_stream import Place, array
-from aki_megatron.data.sources.reading import PackedRows, Rows, naming, rows_of, text_of
-from aki_megatron.flow import Conversation, Turn
+from aki_megatron.data.sources.records import PackedRows, Rows, naming, rows_of, text_of
+from aki_megatron.types import Conversation, Turn
 
 FILES = {
     "train": ("VisualGenome/region_descriptions.json", "VisualGenome/image_data.json", "VisualGenome/images"),

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aki_megatron.data.sources.json_stream import Place, arrays
-from aki_megatron.data.sources.reading import PackedRows, Rows, inside, rows_of, text_of
-from aki_megatron.flow import Conversation, DataError, Turn
+from aki_megatron.data.sources.records import PackedRows, Rows, inside, rows_of, text_of
+from aki_megatron.errors import DataError
+from aki_megatron.types import Conversation, Turn
 
 PROMPT = "Answer the question using a single word or phrase. {question}"
 

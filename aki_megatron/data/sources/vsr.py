@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from aki_megatron.data.sources.reading import PackedRows, Rows, inside, naming, text_of
-from aki_megatron.flow import Conversation, DataError, Turn
+from aki_megatron.data.sources.records import PackedRows, Rows, inside, naming, text_of
+from aki_megatron.errors import DataError
+from aki_megatron.types import Conversation, Turn
 
 PROMPT = "Answer the question using a single word or phrase. {question} Please answer yes or no."
 ANSWERS = ("no", "yes")

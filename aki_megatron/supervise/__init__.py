@@ -1,0 +1,1 @@
+"""What keeps a long job alive: failure reports, watchdog, heartbeats, attempts, status, pre-flight."""

@@ -34,11 +34,16 @@ setup: .venv/.ready
 demo: setup
 	python tools/demo.py
 
+# Half of the suite's time is waiting (Slurm, killed and hanging ranks), so more workers than cores. Tests that share the
+# pool of ranks or the Slurm cluster run on one worker (tests/conftest.py).
+TEST_WORKERS ?= 4
+PYTEST := python -m pytest -n $(TEST_WORKERS) --no-loadscope-reorder
+
 test: setup
-	python -m pytest
+	$(PYTEST)
 
 test-fast: setup
-	python -m pytest -m "not distributed and not end_to_end and not slurm"
+	$(PYTEST) -m "not distributed and not end_to_end and not slurm"
 
 lint: setup
 	ruff check .

@@ -1,22 +1,22 @@
-"""The nouns every room speaks. Words only: no logic beyond shape checks.
+"""Types shared by all packages: modalities, conversations, samples, batches, what crosses a pipeline stage boundary.
 
-Letters: B rows, T tokens, N images, Q latents per image, D width, V vocabulary.
+Letters: B sequences, T positions, N images, Q latents per image, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 IGNORE = -100
-"""Target of a position at which nothing is learnt (torch's cross-entropy default)."""
+"""Target of an unsupervised position (the default ``ignore_index`` of torch's cross entropy)."""
 
 NO_SEGMENT = -1
-"""Segment id of a place that belongs to no sample: right padding of a row."""
+"""Segment id of a position that belongs to no sample: right padding of a sequence."""
 
 
 class Modality(IntEnum):
@@ -24,11 +24,11 @@ class Modality(IntEnum):
 
     PAD = 0
     TEXT = 1
-    """System and user text, chat markers up to and including the assistant marker: the prompt."""
+    """The prompt: system and user text, chat markers up to and including the assistant marker."""
     RESPONSE = 2
-    """What is learnt in training or generated in inference: answers, captions, the end token."""
+    """Supervised in training, generated in inference: answers, captions, the end token."""
     IMAGE = 3
-    """One place per resampler latent."""
+    """One position per resampler latent."""
     AUDIO = 4
 
 
@@ -44,8 +44,8 @@ class Turn:
 class Conversation:
     """One fine-tuning sample before tokenization.
 
-    ``image`` is an encoded picture (JPEG or PNG): a file, its bytes, or None for text only.
-    ``key`` names the sample for errors and the ledger: ``source/task/annotation id``.
+    key    names the sample in errors and in the sample audit log: ``source/task/annotation id``
+    image  an encoded JPEG, PNG or GIF as a file or as bytes; None for text only
     """
 
     key: str
@@ -55,7 +55,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Caption:
-    """One pretraining sample before tokenization; ``image`` holds encoded JPEG or PNG bytes."""
+    """One pretraining sample before tokenization; ``image`` holds the bytes of an encoded JPEG or PNG."""
 
     key: str
     text: str
@@ -63,8 +63,8 @@ class Caption:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A decoded image at the encoder's size: ``size`` x ``size`` pixels, row by row, 3 bytes (RGB) each."""
+class DecodedImage:
+    """An image at the encoder's size: ``size`` x ``size`` pixels in row-major order, 3 bytes (RGB) each."""
 
     rgb: bytes
     size: int
@@ -72,32 +72,33 @@ class Picture:
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids, modality ids and targets, written in one stroke by the template.
+    """Token ids, modality ids and targets of one sample, all built by the template in one pass.
 
-    The three lists have one length. Each image occupies Q consecutive places whose token id is the
-    image token and whose modality is IMAGE. ``targets[i]`` is the token to predict **from** place i
-    (already shifted), IGNORE where nothing is learnt. A stream hands out decoded images, so that an
-    unreadable one is found and replaced before it is in a batch.
+    The three lists have one length. Each image occupies Q consecutive positions whose token id is the image token and
+    whose modality is IMAGE. ``targets[i]`` is the token to predict **from** position i (already shifted), IGNORE where
+    nothing is supervised. A stream returns decoded images, so that an unreadable one is replaced before it is batched.
     """
 
     key: str
     token_ids: list[int]
     modality_ids: list[int]
     targets: list[int]
-    image: Path | bytes | Picture | None
+    image: Path | bytes | DecodedImage | None
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A rectangle of samples, right padded: what the first stage of the model takes in.
+    """One micro-batch of right-padded sequences, the input of the first pipeline stage.
 
-    token_ids     [B, T] int64; IMAGE places hold the image token, PAD places the pad token
-    modality_ids  [B, T] int8, values of Modality
-    segment_ids   [B, T] int32, which sample of the row; NO_SEGMENT on padding
-    position_ids  [B, T] int32, restarting at 0 in every segment
-    targets       [B, T] int64, already shifted; IGNORE where nothing is learnt
-    pixels        [N, 3, H, W] float32, images in the row-major order of their IMAGE places
-    bad           elements of the sources that could not be used while this batch was made
+    token_ids        [B, T] int64; IMAGE positions hold the image token, PAD positions the pad token
+    modality_ids     [B, T] int8, values of Modality
+    segment_ids      [B, T] int32, index of the sample in its sequence; NO_SEGMENT on padding
+    position_ids     [B, T] int32, restarting at 0 in every segment
+    targets          [B, T] int64, already shifted; IGNORE where nothing is supervised
+    pixels           [N, 3, H, W] float32, images in the row-major order of their IMAGE positions
+    num_bad_samples  samples that could not be used while this batch was built
+
+    Raises ValueError for tensors whose shapes do not agree.
     """
 
     token_ids: Tensor
@@ -106,7 +107,7 @@ class Batch:
     position_ids: Tensor
     targets: Tensor
     pixels: Tensor
-    bad: int = 0
+    num_bad_samples: int = 0
 
     def __post_init__(self) -> None:
         shape = self.token_ids.shape
@@ -117,77 +118,97 @@ class Batch:
             raise ValueError(f"Batch.pixels must be [N, 3, H, W], got {tuple(self.pixels.shape)}")
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on ``device``."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        """Return the batch on ``device``."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory of the host."""
-        return self._each(Tensor.pin_memory)
+        """Return the batch in page-locked host memory."""
+        return self._map(Tensor.pin_memory)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         changed: dict[str, Any] = {}
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
-            changed[name] = change(value) if isinstance(value, Tensor) else value
+            changed[name] = function(value) if isinstance(value, Tensor) else value
         return Batch(**changed)
 
     @property
     def supervised_tokens(self) -> int:
-        """Number of places at which something is learnt."""
+        """Number of positions with a target."""
         return int((self.targets != IGNORE).sum())
 
 
 @dataclass(frozen=True)
-class StageActivations:
-    """Everything a stage needs and all that crosses a stage boundary.
+class StackedIds:
+    """Modality, segment and position ids and targets of a micro-batch in one tensor, so that one message carries them.
 
-    hidden  [B, T, D] compute dtype; has a gradient
-    ids     [B, T, 4] int32: modality, segment, position, target; has none
+    stacked  [B, T, NUM_COLUMNS] int32; read it through the properties, which alone know the order of the columns
     """
 
-    hidden: Tensor
-    ids: Tensor
+    stacked: Tensor
+    NUM_COLUMNS: ClassVar[int] = 4
+
+    @classmethod
+    def stack(cls, modality_ids: Tensor, segment_ids: Tensor, position_ids: Tensor, targets: Tensor) -> "StackedIds":
+        """Stack four tensors [B, T] of any integer type."""
+        columns = (modality_ids, segment_ids, position_ids, targets)
+        return cls(torch.stack([column.to(torch.int32) for column in columns], dim=-1))
 
     @property
     def modality_ids(self) -> Tensor:
         """[B, T] int32"""
-        return self.ids[..., 0]
+        return self.stacked[..., 0]
 
     @property
     def segment_ids(self) -> Tensor:
         """[B, T] int32"""
-        return self.ids[..., 1]
+        return self.stacked[..., 1]
 
     @property
     def position_ids(self) -> Tensor:
         """[B, T] int32"""
-        return self.ids[..., 2]
+        return self.stacked[..., 2]
 
     @property
     def targets(self) -> Tensor:
-        """[B, T] int32"""
-        return self.ids[..., 3]
+        """[B, T] int32, IGNORE where nothing is supervised"""
+        return self.stacked[..., 3]
+
+    def prefix(self, length: int) -> "StackedIds":
+        """Return the ids of the first ``length`` positions of every sequence."""
+        return StackedIds(self.stacked[:, :length])
 
 
-def stack_ids(batch: Batch) -> Tensor:
-    """The ids of a batch as a StageActivations holds them: [B, T, 4] int32."""
-    columns = (batch.modality_ids, batch.segment_ids, batch.position_ids, batch.targets)
-    return torch.stack([column.to(torch.int32) for column in columns], dim=-1)
+def stack_ids(batch: Batch) -> StackedIds:
+    """Return the ids and targets of ``batch`` as the pipeline stages take them."""
+    return StackedIds.stack(batch.modality_ids, batch.segment_ids, batch.position_ids, batch.targets)
+
+
+@dataclass(frozen=True)
+class StageActivations:
+    """All that one pipeline stage sends to the next.
+
+    hidden  [B, T, D] in the compute dtype; its gradient is sent back
+    ids     of the same positions
+    """
+
+    hidden: Tensor
+    ids: StackedIds
 
 
 class ControlRequest(IntFlag):
-    """What ranks want done after a step; what one wants, all do, after the same step."""
+    """What a rank asks of all ranks after a step. Requests are combined, so that all ranks act after the same step."""
 
     NONE = 0
     SAVE = 1
     """Write a checkpoint now."""
     STOP = 2
-    """Write a checkpoint and end, to be started again later."""
+    """Write a checkpoint and end; the run is restarted later."""
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step did, summed over all ranks; one line of metrics.jsonl is made of it."""
+    """What one optimizer step did, summed over all ranks; metrics.jsonl has one line per report."""
 
     loss: float
     """Mean over the supervised tokens of the whole step."""
@@ -196,14 +217,14 @@ class StepReport:
     lr: float
     supervised_tokens: int
     tokens: int
-    """Real (not padding) tokens, image places included."""
-    places: int
-    """Places of all rows, padding included; tokens / places is the share that is not wasted."""
+    """Positions that are not padding, image positions included."""
+    positions: int
+    """All positions, padding included; tokens / positions is the fraction that is not wasted."""
     images: int
     bad_samples: int
-    """Elements of the sources that could not be used."""
+    """Elements of the data sources that could not be used."""
     seconds: float
     skipped: bool
-    """True when the optimizer did not move: a gradient was not finite, or the step was refused."""
-    wish: ControlRequest = ControlRequest.NONE
-    """All ranks' control_signals together; the same on every rank."""
+    """Whether the optimizer step was skipped: a gradient was not finite, or the update was refused."""
+    control: ControlRequest = ControlRequest.NONE
+    """The requests of all ranks combined; the same on every rank."""

@@ -1,4 +1,4 @@
-"""Pretrain a vision-language model on captions. Every rank runs this file; it parses, builds and trains.
+"""Pretrain a vision-language model on captions. Every rank runs this file.
 
 deepspeed launcher/pretrain.py --ds_config configs/zero3.json
 torchrun --nproc_per_node 8 launcher/pretrain.py --config configs/aki4b/pretrain.yaml
@@ -11,38 +11,10 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-
 if find_spec("aki_megatron") is None:  # a checkout that was not installed with pip
-    sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from aki_megatron.supervise.signals import StopSignals  # noqa: E402
-
-STOP_SIGNALS = StopSignals()
+from aki_megatron.train.cli import run_launcher  # noqa: E402
 
 if __name__ == "__main__":
-    STOP_SIGNALS.listen()  # before the imports that follow, which take seconds
-
-from aki_megatron.config.run import RunConfig  # noqa: E402
-from aki_megatron.config.start import start  # noqa: E402
-
-
-def train(run: RunConfig) -> int:
-    """Build the run and train it; the exit code."""
-    from aki_megatron.train.main import main  # seconds of imports that --help and a wrong flag do not need
-
-    return main(run, os.environ, STOP_SIGNALS)
-
-
-if __name__ == "__main__":
-    sys.exit(
-        start(
-            sys.argv[1:],
-            os.environ,
-            STOP_SIGNALS,
-            default_config=Path(os.path.relpath(ROOT / "configs/aki4b/pretrain.yaml")),
-            prog="launcher/pretrain.py",
-            description="Pretrain a vision-language model on captions.",
-            train=train,
-        )
-    )
+    sys.exit(run_launcher("pretrain", sys.argv[1:], os.environ))

@@ -1,4 +1,4 @@
-"""Fine-tune a vision-language model on conversations. Every rank runs this file; it parses, builds and trains.
+"""Fine-tune a vision-language model on conversations. Every rank runs this file.
 
 deepspeed launcher/sft.py --ds_config configs/zero3.json
 torchrun --nproc_per_node 8 launcher/sft.py --config configs/aki4b/sft.yaml
@@ -11,38 +11,10 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-
 if find_spec("aki_megatron") is None:  # a checkout that was not installed with pip
-    sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from aki_megatron.supervise.signals import StopSignals  # noqa: E402
-
-STOP_SIGNALS = StopSignals()
+from aki_megatron.train.cli import run_launcher  # noqa: E402
 
 if __name__ == "__main__":
-    STOP_SIGNALS.listen()  # before the imports that follow, which take seconds
-
-from aki_megatron.config.run import RunConfig  # noqa: E402
-from aki_megatron.config.start import start  # noqa: E402
-
-
-def train(run: RunConfig) -> int:
-    """Build the run and train it; the exit code."""
-    from aki_megatron.train.main import main  # seconds of imports that --help and a wrong flag do not need
-
-    return main(run, os.environ, STOP_SIGNALS)
-
-
-if __name__ == "__main__":
-    sys.exit(
-        start(
-            sys.argv[1:],
-            os.environ,
-            STOP_SIGNALS,
-            default_config=Path(os.path.relpath(ROOT / "configs/aki4b/sft.yaml")),
-            prog="launcher/sft.py",
-            description="Fine-tune a vision-language model on conversations.",
-            train=train,
-        )
-    )
+    sys.exit(run_launcher("sft", sys.argv[1:], os.environ))

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Queue several jobs of one run ahead, one after the other, for sites where a job must not requeue itself. Each goes on
-# where the one before it stopped, however that ended; when the run is done or given up, the rest is cancelled.
+# Queue several jobs of one run in advance, for sites where a job must not requeue itself. Each resumes where the one
+# before it stopped, however that ended; when the run is done or given up, the rest is cancelled.
 #
 #   slurm/chain.sh JOBS [OPTION OF SBATCH ...] TEMPLATE [FLAG OF THE LAUNCHER ...]
 #   slurm/chain.sh 10 --nodes 4 slurm/pretrain_aki4b.sbatch
 #
-# One chain per array index: jobs of one array would wait for each other. AKI_CHAIN names the chain, to add to it later.
+# Use one chain per array index: jobs of one array would wait for each other. AKI_CHAIN names the chain, to add to it.
 set -euo pipefail
 
 if ! [[ ${1:-} =~ ^[1-9][0-9]*$ ]] || [ $# -lt 2 ]; then

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A throw-away Slurm cluster on this machine, on loopback only: munged, slurmctld and some slurmd, each "node" with GPUs
-# that exist in name only. No root, no systemd, no file outside its folder (Debian: apt-get install slurm-wlm munge).
+# A temporary Slurm cluster on this machine, on loopback only: munged, slurmctld and some slurmd, each "node" with
+# simulated GPUs. No root, no systemd, no file outside its folder (Debian: apt-get install slurm-wlm munge).
 #
 #   slurm/cluster.sh up DIR [NODES=2] [GPUS=8]     start it afresh; prints how to use it
 #   slurm/cluster.sh down DIR                      stop it and every process of its jobs
@@ -9,7 +9,7 @@
 set -euo pipefail
 PATH=$PATH:/usr/sbin   # slurmctld, slurmd and munged live there; ordinary users do not always have it
 
-CPUS=128               # of each node, in name only: 8 tasks of 16
+CPUS=128               # simulated CPUs of each node: 8 tasks of 16
 MEMORY_MB=1000000
 
 usage() { sed -n '2,/^set/p' "$0" | sed -n 's/^# \{0,1\}//p' >&2; exit 2; }
@@ -17,7 +17,7 @@ usage() { sed -n '2,/^set/p' "$0" | sed -n 's/^# \{0,1\}//p' >&2; exit 2; }
 # Node names are addresses of loopback, so that MASTER_ADDR=<name of the first node> works as on a real cluster.
 node_name() { echo "127.0.0.$1"; }
 
-# Ports of this folder's daemons: two clusters on one machine do not meet, nor the ports that jobs choose (20000 and up).
+# Ports of this folder's daemons: they differ from those of other clusters on the machine and of jobs (20000 and up).
 first_port() { echo $((10000 + $(printf %s "$dir" | cksum | cut -d' ' -f1) % 9000)); }
 
 write_config() {
@@ -45,7 +45,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
-# one line per job that ended, for want of sacct
+# one line per job that ended, instead of sacct
 JobCompType=jobcomp/filetxt
 JobCompLoc=$dir/log/jobs.log
 SelectType=select/cons_tres
@@ -71,12 +71,12 @@ CONF
     echo "NodeName=$(node_name "$i") NodeHostname=localhost NodeAddr=127.0.0.1 Port=$((port + i)) CPUs=$CPUS" \
       "Boards=1 SocketsPerBoard=1 CoresPerSocket=$CPUS ThreadsPerCore=1 RealMemory=$MEMORY_MB Gres=gpu:a100:$gpus"
   done >> "$dir/slurm.conf"
-  # jobs of the second partition push those of the first aside, which get two minutes to save their state
+  # jobs of the second partition preempt those of the first, which get two minutes to save their state
   cat >> "$dir/slurm.conf" <<CONF
 PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=120
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 CONF
-  # Slurm ignores GPUs without character devices, and only looks at their type: links to /dev/null serve
+  # Slurm ignores GPUs without character devices, and only checks their type: links to /dev/null suffice
   for i in $(seq 0 $((gpus - 1))); do ln -sf /dev/null "$dir/dev/gpu$i"; done
   echo "Name=gpu Type=a100 File=$dir/dev/gpu[0-$((gpus - 1))]" > "$dir/gres.conf"
 }
@@ -85,7 +85,7 @@ CONF
 write_site() {
   cat > "$dir/site.env" <<SITE
 PYTHON=$(dirname "$(dirname "$(realpath "$0")")")/.venv/bin/python
-PREFLIGHT=(--device cpu --least_matmul_tflops 0 --least_all_reduce_gbps 0 --least_free_gb 0.1)
+PREFLIGHT=(--device cpu --min_matmul_tflops 0 --min_all_reduce_gbps 0 --min_free_gb 0.1)
 SRUN_FLAGS=()
 export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo
 SITE
@@ -119,12 +119,12 @@ up() {
     sleep 0.1
   done
   [ "$(sinfo -h -N -p batch -t idle | wc -l)" = "$nodes" ] || { echo "error: see $dir/log" >&2; exit 1; }
-  echo "$nodes nodes with $gpus GPUs each, in name only. To use them:"
+  echo "$nodes nodes with $gpus simulated GPUs each. To use them:"
   echo "  export SLURM_CONF=$SLURM_CONF AKI_SITE=$dir/site.env"
 }
 
-# Whether a process is of this cluster: by its environment, never by its name alone. A shell in which somebody has
-# exported SLURM_CONF is not.
+# Whether a process belongs to this cluster: by its environment, never by its name alone. A shell in which SLURM_CONF
+# was exported does not.
 is_ours() {
   local environment
   environment=$(tr '\0' '\n' 2>/dev/null < "/proc/$1/environ") || return 1
@@ -158,7 +158,7 @@ down() {
     [ -n "$left" ] || break
     sleep 0.1
   done
-  # whatever did not end when told, and what a dead slurmd left behind
+  # processes that did not end when asked, and those a dead slurmd left behind
   for process in $left; do kill -KILL "$process" 2>/dev/null || true; done
   rm -f "$dir"/run/*.pid
 }

@@ -1,16 +1,16 @@
 # shellcheck shell=bash
-# The life of a job, shared by the templates, which source this file and call
+# How a job starts, supervises and restarts a run, shared by the templates, which source this file and call
 #
 #   train LAUNCHER CONFIG RUN [FLAG ...]   start or continue a training run with one rank per task
 #   once COMMAND ...                       run one process
 #
-# Taken from the environment of sbatch: AKI_SITE, the site file (slurm/site.env); AKI_CONFIG and AKI_RUN, instead of the
+# From the environment of sbatch: AKI_SITE, the site file (slurm/site.env); AKI_CONFIG and AKI_RUN, instead of the
 # template's configuration and run folder; AKI_NODES, fewer nodes than the job has, the others being spares;
 # AKI_REQUEUE=no, where a job must not requeue itself (slurm/chain.sh).
 #
-# A run is its folder. Success is RUN/DONE and nothing else: exit codes of srun say little, because it returns the
-# highest of all ranks', and the ranks that it killed count too.
-set -u -o pipefail   # no -e: what fails here is answered
+# A run is identified by its folder. RUN/DONE is the only sign of success: exit codes of srun say little, because it
+# returns the highest of all ranks, and the ranks that it killed count too.
+set -u -o pipefail   # no -e: failures are handled below
 
 say() { echo "== $(date '+%F %T') $*"; }
 
@@ -25,7 +25,7 @@ read_site() {
   local site=${AKI_SITE:-slurm/site.env}
   [ -r "$site" ] || die "there is no site file $site (AKI_SITE)"
   HOST_PYTHON='' SRUN_FLAGS=() PREFLIGHT=() PRETRAIN_FLAGS=() SFT_FLAGS=() GIVE_UP_AFTER=3
-  set +u   # modules and activate scripts are not written for it
+  set +u   # modules and activate scripts may use unset variables
   # shellcheck source=slurm/site.env
   source "$site"
   set -u
@@ -40,20 +40,20 @@ job_id() {
 }
 
 export_settings() {
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}      # the other cores of a task decode pictures
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}      # the other cores of a task decode images
   export TOKENIZERS_PARALLELISM=false               # its threads do not survive the loader's forks
   export HF_HUB_OFFLINE=1                           # a wrong path is an error at once, not a download that times out
-  export PYTHONUNBUFFERED=1                         # a killed rank's last words reach its log
+  export PYTHONUNBUFFERED=1                         # the last output of a killed rank reaches its log
   export PYTHONFAULTHANDLER=1                       # a crash in C++ leaves the Python stack in the rank's log
-  export NCCL_DEBUG=${NCCL_DEBUG:-WARN}             # one line per real problem, with its reason; INFO floods the logs
-  # The flight recorder keeps the last collectives of each rank in memory and writes them down when one times out, so
-  # that one can see which rank never came. Hours of training cost nothing: the buffer is a ring.
+  export NCCL_DEBUG=${NCCL_DEBUG:-WARN}             # one line per problem; INFO floods the logs
+  # The flight recorder keeps the last collectives of each rank in a ring buffer and writes them to a file when one
+  # times out, which shows the rank that did not join.
   export TORCH_FR_BUFFER_SIZE=2000
   export TORCH_NCCL_DUMP_ON_TIMEOUT=1
   export TORCH_FR_DUMP_TEMP_FILE=$logs/nccl_trace_rank_
 }
 
-# The rendezvous of one attempt. The port differs between jobs, and between attempts of one job, so that none meets
+# The rendezvous of one attempt. The port differs between jobs, and between attempts of one job, so that none finds
 # the sockets of another that has just ended.
 export_master() {
   MASTER_ADDR=$(head -n 1 <<< "$1")
@@ -63,14 +63,14 @@ export_master() {
 
 # --- Steps: srun, and signals while it runs -------------------------------------------------------------------------
 
-# The warning before the time limit comes to this shell alone (--signal=B:). The ranks save and end; this shell goes on.
+# The warning before the time limit is sent to this shell alone (--signal=B:). The ranks save and end; this shell stays.
 pass_on() {
   stop_asked=yes
   say "$1: asking the ranks to save and stop"
-  scancel --quiet --signal=USR1 "$(job_id)"   # goes to the steps, not to this shell
+  scancel --quiet --signal=USR1 "$(job_id)"   # sent to the steps, not to this shell
 }
 
-# Run srun in the background: bash answers signals only between commands, or while it waits.
+# Run srun in the background: bash handles signals only between commands, or while it waits.
 step() {
   local pid code
   srun --kill-on-bad-exit=1 --wait=60 --unbuffered --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
@@ -95,20 +95,20 @@ choose_nodes() {
       --per_node "$SLURM_NTASKS_PER_NODE" "${PREFLIGHT[@]}"
     code=$?
     [ -z "$stop_asked" ] || return 1
-    report=$("$HOST_PYTHON" tools/preflight.py verdict "$logs/preflight" \
+    report=$("$HOST_PYTHON" tools/preflight.py report "$logs/preflight" \
       --per_node "$SLURM_NTASKS_PER_NODE" --nodes "$nodes")
     say "pre-flight: $report"
     bad=$(sed -n 's/^bad node \([^:]*\):.*/\1/p' <<< "$report" | paste -s -d,)
-    # all of them: that is the fault of a setting, or of the run's disk
+    # all nodes: then a setting, or the disk of the run, is at fault
     [ "$(grep --count '^bad node ' <<< "$report")" -lt "$(wc -l <<< "$nodes")" ] || { bad='' nodes=''; return 1; }
-    [ -n "$bad" ] || [ "$code" = 0 ] || { say "the pre-flight was ended, and no node is to blame"; return 1; }
+    [ -n "$bad" ] || [ "$code" = 0 ] || { say "the pre-flight was ended, and no node is at fault"; return 1; }
     nodes=$(grep --invert-match --line-regexp --fixed-strings "${bad//,/$'\n'}" <<< "$nodes")
   fi
   nodes=$(head -n "$wanted" <<< "$nodes")
   [ -n "$nodes" ] && [ "$(wc -l <<< "$nodes")" -ge "$wanted" ]
 }
 
-# --- What follows ---------------------------------------------------------------------------------------------------
+# --- Restart --------------------------------------------------------------------------------------------------------
 
 # Pending jobs of the same chain; in an array, those of the same index.
 successors() {
@@ -122,7 +122,7 @@ cancel_successors() {
   for job in $(successors); do scancel --quiet "$job"; done
 }
 
-# Keep the next attempt from the nodes in ``bad``. Slurm changes the list of pending jobs only: requeue first.
+# Exclude the nodes in ``bad`` from the next attempt. Slurm changes the list of pending jobs only: requeue first.
 exclude_bad_nodes() {
   local job before
   [ -n "$bad" ] || return 0
@@ -143,8 +143,8 @@ show_errors() {
   fi
 }
 
-# A node has died, perhaps, and Slurm does not know it yet. A requeue now would count on that node, and in Slurm 22.05
-# jobs with GPUs never start again after it. When Slurm notices, it ends this job and requeues it without the node.
+# A node may be down without Slurm knowing yet. A requeue now could assign that node again, and in Slurm 22.05 jobs
+# with GPUs never start after that. When Slurm notices, it ends this job and requeues it without the node.
 wait_if_a_node_died() {
   local seconds
   timeout 60 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
@@ -160,25 +160,25 @@ start_again() {
   local state
   if [ "$requeue" = no ]; then
     exclude_bad_nodes
-    if [ -n "$stopped" ]; then say "the next job of the chain goes on"; exit 0; fi
+    if [ -n "$stopped" ]; then say "the next job of the chain resumes the run"; exit 0; fi
     exit 1
   fi
   [ -n "$stopped$bad" ] || wait_if_a_node_died
-  # A job that somebody cancels is COMPLETING by now; a requeue would bring it back to life.
+  # A job that was cancelled is COMPLETING by now; a requeue would start it again.
   state=$(squeue --noheader --jobs="$(job_id)" --format=%T)
   [ "$state" = RUNNING ] || { say "this job is $state: it does not requeue itself"; exit 1; }
-  trap '' TERM USR1   # requeueing sends TERM to this shell, which has something left to do
+  trap '' TERM USR1   # requeueing sends TERM to this shell, which is not finished yet
   scontrol requeue "$(job_id)" || die "Slurm does not requeue this job; submit it again, or use slurm/chain.sh"
   exclude_bad_nodes
   exit 0
 }
 
-# Ask whether to start the run again, and do what the answer says.
+# Decide whether to start the run again, and act on the decision.
 end_attempt() {
   local answer code
-  answer=$("$HOST_PYTHON" tools/attempt.py verdict "$run" --attempt "$attempt" --give-up-after "$GIVE_UP_AFTER")
+  answer=$("$HOST_PYTHON" tools/attempt.py decide "$run" --attempt "$attempt" --give-up-after "$GIVE_UP_AFTER")
   code=$?
-  say "${answer:-no verdict: Slurm is ending this job}"
+  say "${answer:-no decision: Slurm is ending this job}"
   stopped=''
   case $code in
     0 | 30) cancel_successors; exit 0 ;;
@@ -192,14 +192,14 @@ end_attempt() {
 
 # --- Entry points ---------------------------------------------------------------------------------------------------
 
-# Two jobs in one run folder would write each other's files.
+# Two jobs in one run folder would overwrite each other's files.
 take_run() {
   local owner
   mkdir -p "$logs/preflight" || die "cannot write to $run"
   owner=$(cat "$run/slurm_job" 2>/dev/null)
   if [ -n "$owner" ] && [ "$owner" != "$(job_id)" ] &&
     [ -n "$(squeue --noheader --jobs="$owner" --states=RUNNING --format=%i 2>/dev/null)" ]; then
-    die "job $owner trains $run at this moment"
+    die "job $owner is training $run"
   fi
   job_id > "$run/slurm_job"
 }
@@ -208,8 +208,8 @@ refuse_flags() {
   local flag
   for flag in "$@"; do
     case $flag in
-      --run.dir | --run.dir=*) die "say AKI_RUN=FOLDER sbatch ... instead of $flag: the batch script must know it too" ;;
-      --config | --config=*) die "say AKI_CONFIG=FILE sbatch ... instead of $flag" ;;
+      --run.dir | --run.dir=*) die "use AKI_RUN=FOLDER sbatch ... instead of $flag: the batch script must know it too" ;;
+      --config | --config=*) die "use AKI_CONFIG=FILE sbatch ... instead of $flag" ;;
     esac
   done
 }
@@ -229,7 +229,7 @@ train() {
   take_run
   export_settings
   trap 'pass_on USR1' USR1
-  trap 'say TERM' TERM   # the ranks get their own; this shell waits for them
+  trap 'say TERM' TERM   # the ranks get their own SIGTERM; this shell waits for them
   answer=$("$HOST_PYTHON" tools/attempt.py begin "$run" --attempt "$attempt")
   case $? in
     0) say "$answer" ;;

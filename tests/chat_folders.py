@@ -1,6 +1,6 @@
 """Small tokenizers of every family, with the special tokens and the rules of the published ones.
 
-Phi-3's lies in tests/data/phi3_like. The others are byte-level, trained here on a few sentences.
+Phi-3's is in tests/data/phi3_like. The others are byte-level, trained here on a few sentences.
 """
 
 import json
@@ -27,18 +27,18 @@ _SPLIT = (
 
 @dataclass(frozen=True)
 class Rules:
-    """What a published tokenizer has, as far as it matters."""
+    """The properties of a published tokenizer that matter here."""
 
     specials: tuple[str, ...]
     named: Mapping[str, str | None]
-    """Of tokenizer_config.json: bos_token, eos_token, pad_token, and the class where it is a family's own."""
+    """Keys of tokenizer_config.json: bos_token, eos_token, pad_token, and tokenizer_class of families that have one."""
     digits: str = ""
-    """How many digits may be one token, as in the regular expression that splits text."""
+    """Quantifier of digits in the regular expression that splits text."""
     normalizer: Any = None
     plain: tuple[str, ...] = field(default=())
-    """Added tokens that are not special ones."""
+    """Added tokens that are not special."""
     trims: bool = False
-    """Its offsets leave white space out, and it begins a text with bos_token by itself."""
+    """Whether its offsets leave white space out, and its post-processor adds bos_token."""
 
 
 _QWEN2 = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>")
@@ -60,15 +60,15 @@ RULES = {
 
 
 def chat_folder(folder: Path, family: str) -> Path:
-    """A tokenizer folder of a family, as an instruction model's was published."""
+    """A tokenizer folder of a family, like that of its published instruction model."""
     return PHI3_LIKE if family == "phi3" else byte_level(folder, RULES[family], SENTENCES)
 
 
 def byte_level(folder: Path, rules: Rules, sentences: Sequence[str] = ()) -> Path:
-    """Write a byte-level tokenizer: 256 bytes, what the sentences teach, then its added tokens."""
-    made = tokenizers.Tokenizer(models.BPE())
-    made.normalizer = rules.normalizer
-    made.pre_tokenizer = pre_tokenizers.Sequence(
+    """Write a byte-level tokenizer: 256 bytes, merges trained on the sentences, then the added tokens."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.normalizer = rules.normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_SPLIT % rules.digits), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
@@ -76,16 +76,16 @@ def byte_level(folder: Path, rules: Rules, sentences: Sequence[str] = ()) -> Pat
     )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=480, initial_alphabet=alphabet, min_frequency=1, show_progress=False)
-    made.train_from_iterator(sentences, trainer)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(name, normalized=False) for name in rules.specials])
-    made.add_tokens([AddedToken(name, normalized=False) for name in rules.plain])
+    tokenizer.train_from_iterator(sentences, trainer)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in rules.specials])
+    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in rules.plain])
     if rules.trims:
         bos = rules.named["bos_token"]
-        begins = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, made.token_to_id(bos))])
-        made.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), begins])
+        add_bos = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
+        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), add_bos])
     folder.mkdir(parents=True)
-    made.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **rules.named})
     )

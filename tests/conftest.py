@@ -1,4 +1,4 @@
-"""Fixtures of all tests: the pool of worker processes."""
+"""Fixtures of all tests: the pool of ranks. How tests are distributed over xdist workers (`make test` runs several)."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -6,10 +6,50 @@ from typing import Any
 import pytest
 from harness import Pool
 
+GROUPS = ("tests/slurm/", "tests/distributed/")
+"""Folders whose tests share one xdist worker: one Slurm cluster, one pool of ranks. Elsewhere a file is a group."""
+
+FIRST = (
+    "tests/slurm/",
+    "tests/end_to_end/",
+    "tests/distributed/",
+    "tests/parity/",
+    "tests/checkpoint/",
+)
+"""Tests that start first, by prefix: they take longest, and those of Slurm mostly wait."""
+
+
+def group_of(nodeid: str) -> str:
+    """The group of a test."""
+    file = nodeid.partition("::")[0]
+    return next((folder for folder in GROUPS if file.startswith(folder)), file)
+
+
+def priority(nodeid: str) -> int:
+    return next((rank for rank, prefix in enumerate(FIRST) if nodeid.startswith(prefix)), len(FIRST))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand whole groups to workers. xdist's own loadgroup cannot: it writes Item._nodeid, which pytest 9.2 ignores."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return GroupScheduling(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put what takes long first; without xdist the order stays that of the files."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: priority(item.nodeid))
+
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
-    """The one pool of this pytest run."""
+    """The one pool of this pytest run (of this xdist worker)."""
     workers = Pool()
     yield workers
     workers.close()

@@ -51,9 +51,7 @@ class Pool:
         # a fork server imports what takes seconds once for all workers; CUDA does not survive a fork
         self._context = mp.get_context("spawn" if self._with_gpus else "forkserver")
         if not self._with_gpus:
-            self._context.set_forkserver_preload(
-                ["torch", "torch.distributed.checkpoint", "deepspeed", "megatron.core"]
-            )
+            self._context.set_forkserver_preload(PRELOAD)
         self._workers: list[_Worker | None] = [None] * MAX_RANKS
 
     def run(
@@ -183,7 +181,7 @@ def _serve(pipe: Connection, stacks: Path) -> None:
 def _answer(
     function: Callable[..., Any], args: tuple[Any, ...], split: dict[str, int], rank: int, ranks: int, port: int
 ) -> tuple[bool, Any]:
-    from aki_megatron.parallel.topology import Launch, start
+    from aki_megatron.parallel.topology import Launch, init_distributed
 
     try:
         launch = Launch(
@@ -194,7 +192,7 @@ def _answer(
             launcher="environment",
             master_port=port,
         )
-        topology = start(launch, **split, timeout_seconds=60)
+        topology = init_distributed(launch, **split, timeout_seconds=60)
         return True, function(topology, *args)
     except BaseException:
         return False, traceback.format_exc()

@@ -1,9 +1,9 @@
-"""Train a small AKI end to end on this machine, from drawing its data to a report a person can look at.
+"""Train a small AKI end to end on this machine, from writing its data to an HTML report.
 
-    make demo                       # the same, with the virtual environment made first
-    .venv/bin/python tools/demo.py  # resumes where an earlier attempt stopped, or says that it is done
+    make demo                       # the same, after creating the virtual environment
+    .venv/bin/python tools/demo.py  # continues where an earlier attempt stopped
 
-Every stage is one of the project's own commands, printed before it runs: copy them for runs of your own.
+Every step is one of the project's own commands, printed before it runs: copy them for runs of your own.
 """
 
 import argparse
@@ -28,45 +28,44 @@ console = Console(highlight=False)
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A command and the file that exists once it has succeeded; None where the command itself knows what is done."""
+class Step:
+    """A command and the file that exists once it has succeeded; None where the command itself skips finished work."""
 
     title: str
     command: Sequence[str]
-    proof: Path | None
+    output: Path | None
 
 
 def free_port() -> int:
-    """A TCP port nobody listens on."""
+    """Return a TCP port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def stages(ranks: int) -> list[Stage]:
-    """The demo, in order."""
+def demo_steps(ranks: int) -> list[Step]:
+    """Return the steps of the demo in order."""
     python, bin_folder = sys.executable, Path(sys.executable).parent
     deepspeed = [str(bin_folder / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())]
     zero3 = ["--ds_config", "configs/zero3.json"]
     return [
-        Stage("draw pictures, captions, questions, and train a tokenizer on them",
-              [python, "tools/make_data.py", "--out", str(DATA)], None),
-        Stage("train the small vision encoder, then freeze it",
-              [python, "tools/train_encoder.py", "--data", str(DATA), "--out", str(DATA / "encoder")],
-              None),
-        Stage("pretrain on captions, causal attention, ZeRO-3",
-              [*deepspeed, "launcher/pretrain.py", *zero3, "--config", "configs/demo/pretrain.yaml"],
-              PRETRAIN / "DONE"),
-        Stage("fine-tune on questions, modality-mutual attention, ZeRO-3",
-              [*deepspeed, "launcher/sft.py", *zero3, "--config", "configs/demo/sft.yaml"],
-              SFT / "DONE"),
-        Stage("answer the held-out questions and write the report",
-              [python, "tools/evaluate.py", str(SFT), "--with_run", str(PRETRAIN), "--report", str(REPORT)], REPORT),
+        Step("write images, captions and questions, and train a tokenizer",
+             [python, "tools/make_data.py", "--out", str(DATA)], None),
+        Step("train the small vision encoder",
+             [python, "tools/train_encoder.py", "--data", str(DATA), "--out", str(DATA / "encoder")], None),
+        Step("pretrain on captions, causal attention, ZeRO-3",
+             [*deepspeed, "launcher/pretrain.py", *zero3, "--config", "configs/demo/pretrain.yaml"],
+             PRETRAIN / "DONE"),
+        Step("fine-tune on questions, modality-mutual attention, ZeRO-3",
+             [*deepspeed, "launcher/sft.py", *zero3, "--config", "configs/demo/sft.yaml"],
+             SFT / "DONE"),
+        Step("answer the val questions and write the report",
+             [python, "tools/evaluate.py", str(SFT), "--with_run", str(PRETRAIN), "--report", str(REPORT)], REPORT),
     ]  # fmt: skip
 
 
 def child_environment(ranks: int) -> dict[str, str]:
-    """Share the cores among the ranks; without a GPU tell DeepSpeed so, or it warns at length."""
+    """Divide the cores among the ranks; without a GPU tell DeepSpeed so, else it prints many warnings."""
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     environment["PYTHONWARNINGS"] = "ignore::FutureWarning"
@@ -77,30 +76,30 @@ def child_environment(ranks: int) -> dict[str, str]:
 
 
 def main() -> int:
-    """Run what is not done yet."""
+    """Run the steps that are not done yet; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=min(2, torch.cuda.device_count()) or 2,
-                        help="processes that train together (default 2; 1 on a machine with one GPU)")  # fmt: skip
+                        help="training processes (default 2; 1 on a machine with one GPU)")  # fmt: skip
     arguments = parser.parse_args()
     environment = child_environment(arguments.ranks)
-    started = time.monotonic()
-    todo = stages(arguments.ranks)
-    for number, stage in enumerate(todo, start=1):
-        if stage.proof and stage.proof.exists():
-            console.print(f"[green]done already[/green] {number}/{len(todo)}: {stage.title}")
+    demo_start = time.monotonic()
+    steps = demo_steps(arguments.ranks)
+    for number, step in enumerate(steps, start=1):
+        if step.output and step.output.exists():
+            console.print(f"[green]done already[/green] {number}/{len(steps)}: {step.title}")
             continue
-        console.print(f"\n[bold blue]{number}/{len(todo)} {stage.title}[/bold blue]")
-        console.print(f"[dim]$ {' '.join(stage.command)}[/dim]")
-        began = time.monotonic()
-        code = subprocess.run(stage.command, env=environment).returncode
-        if code or (stage.proof and not stage.proof.exists()):
-            console.print(f"[red]stage {number} stopped[/red] with exit code {code}; what it said is above.")
+        console.print(f"\n[bold blue]{number}/{len(steps)} {step.title}[/bold blue]")
+        console.print(f"[dim]$ {' '.join(step.command)}[/dim]")
+        step_start = time.monotonic()
+        code = subprocess.run(step.command, env=environment).returncode
+        if code or (step.output and not step.output.exists()):
+            console.print(f"[red]step {number} failed[/red] with exit code {code}; its messages are above.")
             console.print("`make demo` continues from here.")
             return code or 1
-        console.print(f"[green]done[/green] in {time.monotonic() - began:.0f} s")
-    console.print(f"\n[bold green]The demo is done[/bold green] ({time.monotonic() - started:.0f} s this time).")
+        console.print(f"[green]done[/green] in {time.monotonic() - step_start:.0f} s")
+    console.print(f"\n[bold green]The demo is done[/bold green] in {time.monotonic() - demo_start:.0f} s.")
     console.print(f"Open [bold]{REPORT}[/bold]")
-    console.print(f"To do it again from the start: rm -r {RUNS} {DATA}")
+    console.print(f"To repeat it from the start: rm -r {RUNS} {DATA}")
     return 0
 
 

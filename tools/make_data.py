@@ -1,16 +1,16 @@
-"""Make data: draw the embedded data set, pack pictures and captions of your own into tars, index tars.
+"""Make data: write the demo's synthetic dataset, pack your own images and captions into tars, index tars.
 
     python tools/make_data.py --out data/demo
-        draw the demo's data: scenes, captions, questions in the formats of 13 public datasets, and a tokenizer
+        the demo's data: scenes, captions, questions in the formats of 13 public datasets, and a tokenizer
 
-    python tools/make_data.py shards --out data/mine --folder pictures
+    python tools/make_data.py shards --out data/mine --folder images
     python tools/make_data.py shards --out data/mine --table list.parquet --image_column image --caption_column text
-        webdataset tars for pretraining from pictures with captions, and what to write into the run's config
+        webdataset tars for pretraining from images with captions; prints the lines for the run's configuration
 
     python tools/make_data.py index 'data/kale/{00000..31000}.tar'
-        write the index beside every tar, so that a run need not do it at its start
+        the index beside every tar, so that a run need not write it when it starts
 
-Each command explains itself: python tools/make_data.py shards --help
+Options of a command: python tools/make_data.py shards --help
 """
 
 import argparse
@@ -24,55 +24,56 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from aki_megatron.data.shard_writer import brace_pattern, pairs_of_folder, pairs_of_table, write_shards
+from aki_megatron.data.shard_writer import brace_pattern, pairs_from_folder, pairs_from_table, write_shards
 from aki_megatron.data.shards import expand_shards, missing_shards
-from aki_megatron.data.tar_index import belongs, index_path, read_header, write_index
+from aki_megatron.data.tar_index import index_matches, index_path, read_header, write_index
 from aki_megatron.errors import DataError, UserError
-from aki_megatron.synthetic.dataset import DatasetSize, is_complete, make_dataset, was_interrupted
+from aki_megatron.synthetic.dataset import DatasetSize, is_complete, was_interrupted, write_dataset
 
 RAW = argparse.RawDescriptionHelpFormatter
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command, ``draw`` if none is named; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    command = COMMANDS[words.pop(0)] if words and words[0] in COMMANDS else draw_command
+    """Run a command, ``demo_command`` if none is named; return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = COMMANDS[arguments.pop(0)] if arguments and arguments[0] in COMMANDS else demo_command
     try:
-        return command(words)
+        return command(arguments)
     except UserError as error:
         print(f"make_data: {error}", file=sys.stderr)
         return 2
 
 
-def draw_command(words: Sequence[str]) -> int:
-    """Draw the embedded data set, or say that it is there."""
+def demo_command(argv: Sequence[str]) -> int:
+    """Write the demo's synthetic dataset, or report that it exists."""
     default = DatasetSize()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=RAW)
-    parser.add_argument("--out", type=Path, required=True, help="folder to fill")
-    parser.add_argument("--scenes", type=int, default=default.scenes, help="training scenes (default %(default)s)")
-    parser.add_argument("--held_out", type=int, default=default.held_out, help="held-out scenes (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=default.seed, help="default %(default)s")
-    arguments = parser.parse_args(words)
-    draw(arguments.out, DatasetSize(arguments.scenes, arguments.held_out, arguments.seed))
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder to write")
+    add("--train_scenes", type=int, default=default.train_scenes, help="training scenes (default %(default)s)")
+    add("--val_scenes", type=int, default=default.val_scenes, help="validation scenes (default %(default)s)")
+    add("--seed", type=int, default=default.seed, help="of the scenes (default %(default)s)")
+    arguments = parser.parse_args(argv)
+    write_demo_data(arguments.out, DatasetSize(arguments.train_scenes, arguments.val_scenes, arguments.seed))
     return 0
 
 
-def draw(root: Path, size: DatasetSize) -> None:
-    """Make the data set under ``root`` unless it is complete, with a progress bar."""
+def write_demo_data(root: Path, size: DatasetSize) -> None:
+    """Write the dataset into ``root`` unless it is complete, with a progress bar."""
     if is_complete(root, size):
         print(f"{root}: complete, nothing to do.")
         return
     if was_interrupted(root):
-        print(f"{root}: an earlier drawing did not finish; starting again.")
+        print(f"{root}: an earlier write did not finish; starting again.")
     start = time.monotonic()
-    with _bar("drawing scenes") as bar:
+    with _bar("writing scenes") as bar:
         task = bar.add_task("scenes", total=size.total)
 
-        def report(done: int) -> None:
+        def progress(done: int) -> None:
             if done % 200 == 0 or done == size.total:
                 bar.update(task, completed=done)
 
-        counts = make_dataset(root, size, report)
+        counts = write_dataset(root, size, progress)
     for name, number in counts.items():
         print(f"  {name:22} {number:7}")
     print(f"{root}: {size.total} scenes in {time.monotonic() - start:.0f} s.")
@@ -80,41 +81,43 @@ def draw(root: Path, size: DatasetSize) -> None:
 
 SHARDS_HELP = """Write webdataset tars (key.jpg or key.png, key.txt) with their indexes, for pretraining.
 
-From a folder: every picture goes with the text of the same name, a/7.jpg with a/7.txt; subfolders are searched.
-From a table (.csv with a header line, or .parquet): a column holds the picture - a path, or in parquet its bytes, or
+From a folder: every image goes with the text of the same name, a/7.jpg with a/7.txt; subfolders are searched.
+From a table (.csv with a header line, or .parquet): one column holds the image - a path, or in parquet its bytes, or
 the struct of the datasets library - and another its caption. For BLIP3-OCR-200M give --caption_column captions and
-choose the granularity in the run's config.
+choose the granularity in the run's configuration.
 
-Pictures are copied as they are and decoded once to see that they can be. A row that cannot be used is named and left
-out; too many stop everything, and nothing is written. The same rows make the same tars, byte for byte.
+Images are copied unchanged and decoded once to check them. A bad row is named and left out; too many bad rows are an
+error, and nothing is written. The same rows give the same tars, byte for byte.
+
+Example: python tools/make_data.py shards --out data/mine --folder images
 """
 
 
-def shards_command(words: Sequence[str]) -> int:
-    """Pack pictures and captions into tars."""
+def shards_command(argv: Sequence[str]) -> int:
+    """Pack images and captions into tars."""
     parser = argparse.ArgumentParser(prog="make_data.py shards", description=SHARDS_HELP, formatter_class=RAW)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for 00000.tar ...")
     origin = parser.add_mutually_exclusive_group(required=True)
-    origin.add_argument("--folder", type=Path, help="pictures and texts of the same name")
+    origin.add_argument("--folder", type=Path, help="images and texts of the same name")
     origin.add_argument("--table", type=Path, help="a .csv or .parquet file")
     add("--image-column", "--image_column", default="image", help="of the table (default %(default)s)")
     add("--caption-column", "--caption_column", default="caption", help="of the table (default %(default)s)")
-    add("--image-root", "--image_root", type=Path, help="where the table's paths start (default: the table's folder)")
+    add("--image-root", "--image_root", type=Path, help="base of the table's paths (default: the table's folder)")
     add("--per-shard", "--per_shard", type=int, default=5000, help="samples per tar (default %(default)s)")
     add(
         "--max-bad-fraction", "--max_bad_fraction", type=float, default=0.001,
-        help="stop when more rows than this share (and more than 8) cannot be used; 0: stop at the first "
+        help="stop when more than this fraction of the rows (and more than 8) is bad; 0: stop at the first "
         "(default %(default)s)",
     )  # fmt: skip
     add("--overwrite", action="store_true", help="replace tars that are in --out already")
     add("--workers", type=int, default=os.cpu_count() or 1, help="decoding threads (default: one per core)")
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
     if arguments.folder:
-        rows = pairs_of_folder(arguments.folder)
+        rows = pairs_from_folder(arguments.folder)
     else:
         columns = arguments.image_column, arguments.caption_column
-        rows = pairs_of_table(arguments.table, *columns, arguments.image_root)
+        rows = pairs_from_table(arguments.table, *columns, arguments.image_root)
     start = time.monotonic()
     with _bar("packing") as bar:
         task = bar.add_task("rows", total=rows.total)
@@ -130,31 +133,33 @@ def shards_command(words: Sequence[str]) -> int:
             per_shard=arguments.per_shard,
             max_bad_fraction=arguments.max_bad_fraction,
             overwrite=arguments.overwrite,
-            workers=arguments.workers,
+            num_workers=arguments.workers,
             progress=report,
         )
     seconds = time.monotonic() - start
-    print(
-        f"{written.samples} samples in {len(written.tars)} tars in {seconds:.0f} s, {len(written.left_out)} left out."
-    )
-    print("For the run's config:\n\ndata:\n  kind: captions")
+    counts = f"{written.num_samples} samples in {len(written.tars)} tars"
+    print(f"{counts} in {seconds:.0f} s, {len(written.skipped)} left out.")
+    print("For the run's configuration:\n\ndata:\n  kind: captions")
     print(f'  root: {arguments.out}\n  shards: ["{brace_pattern(written.tars)}"]')
     return 0
 
 
-INDEX_HELP = """Write the index beside every tar (00000.tar.index): where each sample's bytes lie.
+INDEX_HELP = """Write the index beside every tar (00000.tar.index): the byte ranges of each sample.
 
-A run makes the indexes it lacks, but a set of 31,000 tars is better indexed once, on many cores, beforehand. An index
-that belongs to its tar already is left alone. SHARDS are paths or brace patterns, quoted for the shell's sake.
+A run writes the indexes it lacks, but a dataset of 31,000 tars is better indexed once, on many cores, beforehand. An
+index that belongs to its tar already is left alone. SHARDS are paths or brace patterns, quoted to keep the shell from
+expanding them.
+
+Example: python tools/make_data.py index 'data/kale/{00000..31000}.tar'
 """
 
 
-def index_command(words: Sequence[str]) -> int:
-    """Index tars; a tar that cannot be read is named, and the others are indexed all the same."""
+def index_command(argv: Sequence[str]) -> int:
+    """Index tars; a tar that cannot be read is named, and the others are indexed nevertheless."""
     parser = argparse.ArgumentParser(prog="make_data.py index", description=INDEX_HELP, formatter_class=RAW)
     parser.add_argument("shards", nargs="+", metavar="SHARDS", help="for example 'data/kale/{00000..31000}.tar'")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
     if arguments.workers < 1:
         raise DataError(f"--workers {arguments.workers} must be at least 1.")
     if missing := missing_shards(arguments.shards, Path()):
@@ -169,7 +174,7 @@ def index_command(words: Sequence[str]) -> int:
 
 
 def _index_all(tars: Sequence[Path], workers: int) -> tuple[int, list[str]]:
-    """Index in processes; returns the number of samples and what went wrong."""
+    """Index in worker processes; return the number of samples and the error messages."""
     samples, failed = 0, []
     with _bar("indexing") as bar, ProcessPoolExecutor(min(workers, max(1, len(tars)))) as pool:
         task = bar.add_task("tars", total=len(tars))
@@ -186,7 +191,7 @@ def _index_all(tars: Sequence[Path], workers: int) -> tuple[int, list[str]]:
 
 def _is_indexed(tar: Path) -> bool:
     header, state = read_header(index_path(tar)), tar.stat()
-    return header is not None and belongs(header, tar, state.st_size, state.st_mtime_ns)
+    return header is not None and index_matches(header, tar, state.st_size, state.st_mtime_ns)
 
 
 def _bar(what: str) -> Progress:

@@ -1,18 +1,19 @@
-"""What the model really sees: one row of a training run's batch as coloured text, and its images as PNG.
+"""Show what the model really sees: one sequence of a training run's batch as coloured text, and its images as PNG.
 
     python tools/show_batch.py --config configs/demo/sft.yaml
-    python tools/show_batch.py --config configs/demo/sft.yaml --step 100 --row 3 --out /tmp/row
-    python tools/show_batch.py --config configs/demo/sft.yaml --data.packing.enabled true --data.packing.sequence_length 512
-    python tools/show_batch.py --config runs/try/config.yaml --step 400 --no_color > row.txt
+    python tools/show_batch.py --config configs/demo/sft.yaml --step 100 --sequence 3 --out /tmp/sequence
+    python tools/show_batch.py --config configs/demo/sft.yaml --data.packing.enabled true
+    python tools/show_batch.py --config runs/try/config.yaml --step 400 --no_color > sequence.txt
 
 The tokenizer, the template, the mixture, the packing and the decoding are those of a training run with this
 configuration on one GPU. Overrides are written as for the launchers. Steps are counted from 1, as in metrics.jsonl;
-micro-batches and rows from 0. Text and images are also written to the folder --out.
+micro-batches and sequences from 0. Text and images are also written to the folder --out.
 
-How to read it: blue is prompt, green response; underlined is learnt, that is, the token is a target of the place before
-it. Special tokens are printed as they are named, in reverse. An image stands as [image 1: 144 places], padding as
-[padding: 312 places]. Samples of a packed row do not see each other; a rule with their number stands between them.
-Without colour, learnt tokens stand between {+ and +}. A space that is a token by itself is printed as an open box.
+How to read it: blue is prompt, green response; underlined is supervised, that is, the token is the target of the
+position before it. Special tokens are printed by name, in reverse. An image is printed as [image 1: 144 positions],
+padding as [padding: 312 positions]. Samples of a packed sequence do not see each other; a line with their number
+separates them.
+Without colour, supervised tokens are between {+ and +}. A space that is a token by itself is printed as an open box.
 """
 
 import argparse
@@ -27,12 +28,12 @@ from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
-from aki_megatron.config.cross_checks import micro_batch_size
+from aki_megatron.config.batch_sizes import micro_batch_size
 from aki_megatron.config.load import load_run
 from aki_megatron.config.run import RunConfig
 from aki_megatron.data.batch_planner import BatchPlanner, StepPlan
-from aki_megatron.data.loader import LoadedMicro
-from aki_megatron.data.pipeline import build_reading, build_tokenizer
+from aki_megatron.data.loader import LoadedMicrobatch
+from aki_megatron.data.pipeline import build_data_pipeline, build_tokenizer
 from aki_megatron.data.tokenizer import Tokenizer
 from aki_megatron.errors import ConfigError, UserError
 from aki_megatron.types import IGNORE, NO_SEGMENT, Batch, Modality
@@ -41,18 +42,18 @@ STYLES = {Modality.TEXT: "blue", Modality.RESPONSE: "green", Modality.IMAGE: "ma
 
 
 @dataclass(frozen=True)
-class Place:
-    """One place of a row."""
+class Position:
+    """One position of a sequence."""
 
     token: int
     modality: Modality
     segment: int
-    learnt: bool
+    supervised: bool
 
 
 @dataclass(frozen=True)
 class Marks:
-    """How things that ink does not show are printed; ASCII where the terminal knows nothing else."""
+    """How invisible characters are printed; ASCII where the terminal's encoding has nothing else."""
 
     space: str
     newline: str
@@ -60,118 +61,119 @@ class Marks:
 
     @classmethod
     def of(cls, encoding: str) -> "Marks":
-        """The marks that an encoding can write."""
+        """Return the marks that an encoding can write."""
         return cls("\u2423", "\u23ce\n", "\u21e5") if encoding.lower().startswith("utf") else cls("_", "\\n\n", "\\t")
 
 
-def places(batch: Batch, row: int) -> list[Place]:
-    """The row, place by place. A token is learnt where the place before it in its segment has a target."""
+def sequence_positions(batch: Batch, index: int) -> list[Position]:
+    """Return the positions of a sequence. A token is supervised where the one before it in its segment has a target."""
     columns = (batch.token_ids, batch.modality_ids, batch.segment_ids, batch.targets)
-    found: list[Place] = []
+    positions: list[Position] = []
     before, target_before = NO_SEGMENT, IGNORE
-    for token, modality, segment, target in zip(*(column[row].tolist() for column in columns), strict=True):
-        learnt = segment == before and target_before != IGNORE
-        assert not learnt or target_before == token, (len(found), target_before, token)
-        found.append(Place(token, Modality(modality), segment, learnt))
+    for token, modality, segment, target in zip(*(column[index].tolist() for column in columns), strict=True):
+        supervised = segment == before and target_before != IGNORE
+        assert not supervised or target_before == token, (len(positions), target_before, token)
+        positions.append(Position(token, Modality(modality), segment, supervised))
         before, target_before = segment, target
-    return found
+    return positions
 
 
-def readable(tokenizer: Tokenizer, tokens: Sequence[int], marks: Marks) -> Iterator[tuple[str, bool]]:
-    """(what tokens say, whether it is a special one) for tokens in a row.
+def token_texts(tokenizer: Tokenizer, tokens: Sequence[int], marks: Marks) -> Iterator[tuple[str, bool]]:
+    """Yield (text of one or more tokens, whether it is a special token).
 
     Tokens that are parts of characters are joined; bytes that make none are printed as numbers.
     """
     for special, group in groupby(tokens, key=tokenizer.is_special):
         if special:
-            yield from ((tokenizer.token(token), True) for token in group)
+            yield from ((tokenizer.token_name(token), True) for token in group)
             continue
         rest = b""
         for token in group:
-            rest += tokenizer.spelling(token)
+            rest += tokenizer.token_bytes(token)
             try:
                 text = rest.decode()
             except UnicodeDecodeError:
                 continue
             rest = b""
-            yield marks.space * len(text) if not text.strip(" ") else visible(text, marks), False
+            yield marks.space * len(text) if not text.strip(" ") else mark_invisible(text, marks), False
         if rest:
-            yield visible(rest.decode(errors="backslashreplace"), marks), False
+            yield mark_invisible(rest.decode(errors="backslashreplace"), marks), False
 
 
-def visible(text: str, marks: Marks) -> str:
-    """The text with marks for what ends lines."""
+def mark_invisible(text: str, marks: Marks) -> str:
+    """Return the text with marks for newlines and tabs."""
     return text.replace("\n", marks.newline).replace("\t", marks.tab)
 
 
-def rendered(row: Sequence[Place], tokenizer: Tokenizer, image_places: int, marks: Marks, *, plain: bool) -> Text:
-    """The row as text. ``plain`` writes marks where colours would be lost."""
+def render(
+    sequence: Sequence[Position], tokenizer: Tokenizer, num_image_tokens: int, marks: Marks, *, plain: bool
+) -> Text:
+    """Render a sequence as text; ``plain`` writes marks where colours would be lost."""
     text = Text()
-    images = 0
-    segments = len({place.segment for place in row} - {NO_SEGMENT})
-    for segment, inside in groupby(row, key=lambda place: place.segment):
+    num_images = 0
+    num_segments = len({position.segment for position in sequence} - {NO_SEGMENT})
+    for segment, inside in groupby(sequence, key=lambda position: position.segment):
         members = list(inside)
-        if segment != NO_SEGMENT and segments > 1:
-            text.append(
-                f"{'' if not text else chr(10)}--- sample {segment + 1} of {segments}: {len(members)} places ---\n"
-            )
-        for (modality, learnt), run in groupby(members, key=lambda place: (place.modality, place.learnt)):
-            count = [place.token for place in run]
+        if segment != NO_SEGMENT and num_segments > 1:
+            newline = "" if not text else "\n"
+            text.append(f"{newline}--- sample {segment + 1} of {num_segments}: {len(members)} positions ---\n")
+        for (modality, supervised), run in groupby(members, key=lambda member: (member.modality, member.supervised)):
+            tokens = [position.token for position in run]
             style = STYLES.get(modality, "yellow")
             if modality == Modality.IMAGE:
-                # two images side by side are one run of places
-                for _ in range(len(count) // image_places):
-                    images += 1
-                    text.append(f"[image {images}: {image_places} places]", style=style)
+                # two adjacent images are one run of positions
+                for _ in range(len(tokens) // num_image_tokens):
+                    num_images += 1
+                    text.append(f"[image {num_images}: {num_image_tokens} positions]", style=style)
             elif modality == Modality.PAD:
-                text.append(f"\n[padding: {len(count)} places]", style=style)
+                text.append(f"\n[padding: {len(tokens)} positions]", style=style)
             else:
-                text.append("{+" if plain and learnt else "")
-                for word, special in readable(tokenizer, count, marks):
-                    text.append(word, style + " underline" * learnt + " reverse" * special)
-                text.append("+}" if plain and learnt else "")
+                text.append("{+" if plain and supervised else "")
+                for part, special in token_texts(tokenizer, tokens, marks):
+                    text.append(part, style + " underline" * supervised + " reverse" * special)
+                text.append("+}" if plain and supervised else "")
     return text
 
 
 def legend(*, plain: bool) -> Text:
-    """What the colours mean."""
+    """Return what the colours mean."""
     if plain:
-        return Text("legend: {+learnt+}  <|special|>  [image n: places]  [padding: places]")
-    words = Text("legend: ")
-    for word, style in (
+        return Text("legend: {+supervised+}  <|special|>  [image n: positions]  [padding: positions]")
+    text = Text("legend: ")
+    for name, style in (
         ("prompt", STYLES[Modality.TEXT]),
         ("response", STYLES[Modality.RESPONSE]),
-        ("learnt", f"{STYLES[Modality.RESPONSE]} underline"),
+        ("supervised", f"{STYLES[Modality.RESPONSE]} underline"),
         ("special token", "reverse"),
         ("image", STYLES[Modality.IMAGE]),
         ("padding", STYLES[Modality.PAD]),
     ):
-        words.append(word, style=style).append("  ")
-    return words
+        text.append(name, style=style).append("  ")
+    return text
 
 
-def counts(row: Sequence[Place], image_places: int) -> str:
-    """A line of figures."""
-    real = sum(place.modality != Modality.PAD for place in row)
-    learnt = sum(place.learnt for place in row)
-    images = sum(place.modality == Modality.IMAGE for place in row) // image_places
-    segments = len({place.segment for place in row} - {NO_SEGMENT})
+def statistics_line(sequence: Sequence[Position], num_image_tokens: int) -> str:
+    """Return the counts of a sequence."""
+    num_real = sum(position.modality != Modality.PAD for position in sequence)
+    num_supervised = sum(position.supervised for position in sequence)
+    num_images = sum(position.modality == Modality.IMAGE for position in sequence) // num_image_tokens
+    num_segments = len({position.segment for position in sequence} - {NO_SEGMENT})
     return (
-        f"{len(row):,} places: {real:,} real ({real / len(row):.1%}), {learnt:,} learnt, {images} images of "
-        f"{image_places} places, {segments} samples"
+        f"{len(sequence):,} positions: {num_real:,} real ({num_real / len(sequence):.1%}), {num_supervised:,} "
+        f"supervised, {num_images} images of {num_image_tokens} positions, {num_segments} samples"
     )
 
 
-def pictures(batch: Batch, row: int, image_places: int) -> list[Image.Image]:
-    """The images of one row as the encoder gets them, [-1, 1] back to bytes."""
-    held = ((batch.modality_ids == Modality.IMAGE).sum(1) // image_places).tolist()
-    first = sum(held[:row])
-    pixels = batch.pixels[first : first + held[row]].permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(np.rint((one * 0.5 + 0.5) * 255).clip(0, 255).astype(np.uint8)) for one in pixels]
+def sequence_images(batch: Batch, index: int, num_image_tokens: int) -> list[Image.Image]:
+    """Return the images of one sequence as the encoder gets them, [-1, 1] back to bytes."""
+    num_images = ((batch.modality_ids == Modality.IMAGE).sum(1) // num_image_tokens).tolist()
+    first = sum(num_images[:index])
+    pixels = batch.pixels[first : first + num_images[index]].permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(np.rint((image * 0.5 + 0.5) * 255).clip(0, 255).astype(np.uint8)) for image in pixels]
 
 
-def plan_of(planner: BatchPlanner, step: int) -> StepPlan:
-    """The plan of a step, counted from 0. A packed phase is dealt from its start: its rows are not known before."""
+def find_plan(planner: BatchPlanner, step: int) -> StepPlan:
+    """Return the plan of a step, counted from 0. A packed phase is planned from its start: its state is not known."""
     first = 0
     for phase in planner.phases[:-1]:
         if step < first + phase.steps:
@@ -179,65 +181,75 @@ def plan_of(planner: BatchPlanner, step: int) -> StepPlan:
         first += phase.steps
     else:
         phase = planner.phases[-1]
-    return next(plan for plan in planner.walk(step if phase.packed is None else first) if plan.step == step)
+    start = step if phase.packed_sampler is None else first
+    return next(plan for plan in planner.plan_steps(start) if plan.step == step)
 
 
-def load(config: RunConfig, tokenizer: Tokenizer, step: int, micro: int, row: int) -> tuple[LoadedMicro, str]:
-    """The micro-batch, and where the row comes from in words. Raises ConfigError for one that the run does not have."""
+def load(
+    config: RunConfig, tokenizer: Tokenizer, step: int, microbatch: int, index: int
+) -> tuple[LoadedMicrobatch, str]:
+    """Return the micro-batch, and a sentence that says where the sequence comes from.
+
+    Raises ConfigError for a step, micro-batch or sequence that the run does not have.
+    """
     if not 1 <= step <= config.train.steps:
         raise ConfigError(f"--step {step} must lie in 1 ... train.steps={config.train.steps}.")
-    reading = build_reading(config, tokenizer, data_rank=0, data_size=1, micro_rows=micro_batch_size(config, 1))
-    plan = plan_of(reading.planner, step - 1)
-    if not 0 <= micro < len(plan.micros):
-        raise ConfigError(f"--micro {micro} must lie in 0 ... {len(plan.micros) - 1}: a step has {len(plan.micros)}.")
-    chosen = plan.micros[micro]
-    if not 0 <= row < len(chosen.rows):
+    pipeline = build_data_pipeline(config, tokenizer, micro_batch_size=micro_batch_size(config, 1))
+    microbatches = find_plan(pipeline.planner, step - 1).microbatches
+    if not 0 <= microbatch < len(microbatches):
         raise ConfigError(
-            f"--row {row} must lie in 0 ... {len(chosen.rows) - 1}: a micro-batch has {len(chosen.rows)}."
+            f"--micro_batch {microbatch} must lie in 0 ... {len(microbatches) - 1}: a step has {len(microbatches)}."
         )
-    number, samples = chosen.rows[row]
-    where = (
-        f"step {step} of {config.train.steps}, phase {chosen.phase + 1} of {len(reading.planner.phases)}, micro-batch "
-        f"{micro}, row {row} (row {number} of the step); numbers of its samples in the phase: "
+    plan = microbatches[microbatch]
+    if not 0 <= index < len(plan.sequences):
+        raise ConfigError(
+            f"--sequence {index} must lie in 0 ... {len(plan.sequences) - 1}: a micro-batch has {len(plan.sequences)}."
+        )
+    number, samples = plan.sequences[index]
+    origin = (
+        f"step {step} of {config.train.steps}, phase {plan.phase + 1} of {len(pipeline.planner.phases)}, micro-batch "
+        f"{microbatch}, sequence {index} (sequence {number} of the step); numbers of its samples in the phase: "
         + ", ".join(f"{sample:,}" for sample in samples)
     )
-    loaded = reading.micro_batches[chosen]
+    loaded = pipeline.dataset[plan]
     if isinstance(loaded, UserError):  # found while decoding; a loader raises it at the step it belongs to
         raise loaded
-    return loaded, where
+    return loaded, origin
 
 
 def show(config: RunConfig, arguments: argparse.Namespace, console: Console) -> None:
-    """Print the row and write the folder. Raises UserError."""
+    """Print the sequence and write the folder. Raises UserError."""
     tokenizer = build_tokenizer(config)
-    loaded, where = load(config, tokenizer, arguments.step, arguments.micro, arguments.row)
-    row, latents = places(loaded.batch, arguments.row), config.model.resampler.num_latents
-    figures = counts(row, latents)
+    index, num_image_tokens = arguments.sequence, config.model.resampler.num_latents
+    loaded, origin = load(config, tokenizer, arguments.step, arguments.micro_batch, index)
+    sequence = sequence_positions(loaded.batch, index)
+    counts = statistics_line(sequence, num_image_tokens)
     plain = arguments.no_color or console.no_color or not console.is_terminal
-    text = rendered(row, tokenizer, latents, Marks.of(console.encoding), plain=plain)
-    for line in (Text(where), Text(figures), legend(plain=plain), Text(), text, Text()):
+    text = render(sequence, tokenizer, num_image_tokens, Marks.of(console.encoding), plain=plain)
+    for line in (Text(origin), Text(counts), legend(plain=plain), Text(), text, Text()):
         console.print(Text(line.plain) if plain else line, soft_wrap=plain)
-    for fault in loaded.faults:
-        console.print(Text(f"left out or replaced: {fault.source}: {fault.reason}", style="" if plain else "red"))
-    stem = f"step_{arguments.step:06d}_micro_{arguments.micro}_row_{arguments.row}"
+    for bad in loaded.bad_samples:
+        console.print(Text(f"left out or replaced: {bad.source}: {bad.reason}", style="" if plain else "red"))
+    stem = f"step_{arguments.step:06d}_micro_batch_{arguments.micro_batch}_sequence_{index}"
     arguments.out.mkdir(parents=True, exist_ok=True)
-    marked = rendered(row, tokenizer, latents, Marks.of("utf-8"), plain=True).plain
-    (arguments.out / f"{stem}.txt").write_text(f"{where}\n{figures}\n\n{marked}\n", encoding="utf-8")
-    images = pictures(loaded.batch, arguments.row, latents)
+    marked = render(sequence, tokenizer, num_image_tokens, Marks.of("utf-8"), plain=True).plain
+    (arguments.out / f"{stem}.txt").write_text(f"{origin}\n{counts}\n\n{marked}\n", encoding="utf-8")
+    images = sequence_images(loaded.batch, index, num_image_tokens)
     for number, image in enumerate(images, start=1):
         image.save(arguments.out / f"{stem}_image_{number}.png")
     console.print(Text(f"{arguments.out}/{stem}*: the text and {len(images)} images"))
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The command line: what is the tool's, and what is the run's."""
+    """Parse the command line: the tool's arguments, and the run's overrides."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", type=Path, required=True, help="a complete run as YAML; dotted overrides follow")
     parser.add_argument("--step", type=int, default=1, help="optimizer step, from 1; default: 1")
-    parser.add_argument("--micro", type=int, default=0, help="micro-batch of the step, from 0; default: 0")
-    parser.add_argument("--row", type=int, default=0, help="row of the micro-batch, from 0; default: 0")
+    parser.add_argument("--micro_batch", "--micro-batch", type=int, default=0,
+                        help="micro-batch of the step, from 0; default: 0")  # fmt: skip
+    parser.add_argument("--sequence", type=int, default=0, help="sequence of the micro-batch, from 0; default: 0")
     parser.add_argument("--out", type=Path, default=Path("runs/show_batch"),
                         help="folder for text and images; default: %(default)s")  # fmt: skip
     parser.add_argument("--no_color", "--no-color", action="store_true", help="marks instead of colours")
@@ -245,7 +257,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Show one row; the exit code."""
+    """Show one sequence; return the exit code."""
     arguments, overrides = parse(argv)
     console = Console(highlight=False, no_color=True if arguments.no_color else None)
     try:

@@ -1,8 +1,8 @@
-"""How the CPU kernel cuts a layout into flash calls: few calls, no call smaller than it must be.
+"""How the CPU kernel splits a mask into flash calls: as few launches as possible without padding small calls much.
 
-The base calls are causal, one for the whole rectangle or one for each segment. The extra calls add what a rule sees
-beyond the causal past; a row is in one of them at most. All places are working places (pieces.py).
-Letters: B rows, T tokens, H heads, d head width, G pieces of one call, R its rows, C its columns.
+The base calls are causal, one for the whole batch or one for each segment. The extra calls add what a rule sees beyond
+the causal past; a query is in one of them at most. All indices are in kernel order (mask_blocks.py).
+Letters: B sequences, T positions, H heads, d head_dim, G blocks of one call, Q its queries, K its keys.
 """
 
 from dataclasses import dataclass
@@ -15,75 +15,75 @@ from aki_megatron.attention.mask_blocks import MaskBlocks
 from aki_megatron.attention.token_segments import Ints
 
 SMALL_PAIRS = 4096
-"""MaskBlocks of fewer pairs than this share a call with others; above it the kernel outweighs the price of a call."""
-SMALL_SPAN = 256
+"""Rectangles of fewer pairs than this share a call with others; above it the kernel outweighs the launch."""
+SMALL_SEGMENT = 256
 """Segments shorter than this share a call with those of exactly their length."""
 
 
 @dataclass(frozen=True)
 class SlicedCall:
-    """One piece, or the same piece of every row, reached by slices: no copy."""
+    """One block, or the same block of every sequence, reached by slices: no copy."""
 
     batch: slice
-    row_slice: slice
-    column_slice: slice
+    query_slice: slice
+    key_slice: slice
     causal: bool
     mask: None = None
 
-    def rows(self, x: Tensor) -> Tensor:
-        """[B, H, T, ...] -> view [G, H, R, ...]"""
-        return x[self.batch, :, self.row_slice]
+    def queries(self, x: Tensor) -> Tensor:
+        """[B, H, T, ...] -> view [G, H, Q, ...]"""
+        return x[self.batch, :, self.query_slice]
 
-    def columns(self, x: Tensor) -> Tensor:
-        """[B, H, T, d] -> view [G, H, C, d]"""
-        return x[self.batch, :, self.column_slice]
+    def keys(self, x: Tensor) -> Tensor:
+        """[B, H, T, d] -> view [G, H, K, d]"""
+        return x[self.batch, :, self.key_slice]
 
-    def put_rows(self, x: Tensor, value: Tensor) -> None:
-        """Overwrite the rows of x [B, H, T, ...]."""
-        self.rows(x).copy_(value)
+    def put_queries(self, x: Tensor, value: Tensor) -> None:
+        """Overwrite the queries of x [B, H, T, ...]."""
+        self.queries(x).copy_(value)
 
-    def add_rows(self, x: Tensor, value: Tensor) -> None:
-        """Add to the rows of x [B, H, T, d]."""
-        self.rows(x).add_(value)
+    def add_queries(self, x: Tensor, value: Tensor) -> None:
+        """Add to the queries of x [B, H, T, d]."""
+        self.queries(x).add_(value)
 
-    def add_columns(self, x: Tensor, value: Tensor) -> None:
-        """Add to the columns of x [B, H, T, d]."""
-        self.columns(x).add_(value)
+    def add_keys(self, x: Tensor, value: Tensor) -> None:
+        """Add to the keys of x [B, H, T, d]."""
+        self.keys(x).add_(value)
 
 
 @dataclass(frozen=True)
 class GatheredCall:
-    """G pieces of one shape, gathered into one call.
+    """G blocks of one shape, gathered into one call.
 
-    row_index     [G, R] working places, each at most once
-    column_index  [G, C] working places; several pieces may share a column
-    mask          additive float [G, 1, 1, C], -inf on columns that only fill up the shape; None when there are none
+    query_index  [G, Q] indices in kernel order, each at most once
+    key_index    [G, K] indices in kernel order; several blocks may share a key
+    mask         additive float [G, 1, 1, K], -inf on keys that only pad the shape; None when there are none
     """
 
-    row_index: Tensor
-    column_index: Tensor
+    query_index: Tensor
+    key_index: Tensor
     causal: bool
     mask: Tensor | None = None
 
-    def rows(self, x: Tensor) -> Tensor:
-        """Token-major [B, H, T, ...] -> copy [G, H, R, ...]"""
-        return _gather(x, self.row_index)
+    def queries(self, x: Tensor) -> Tensor:
+        """Token-major [B, H, T, ...] -> copy [G, H, Q, ...]"""
+        return _gather(x, self.query_index)
 
-    def columns(self, x: Tensor) -> Tensor:
-        """Token-major [B, H, T, d] -> copy [G, H, C, d]"""
-        return _gather(x, self.column_index)
+    def keys(self, x: Tensor) -> Tensor:
+        """Token-major [B, H, T, d] -> copy [G, H, K, d]"""
+        return _gather(x, self.key_index)
 
-    def put_rows(self, x: Tensor, value: Tensor) -> None:
-        """Overwrite the rows of token-major x [B, H, T, ...]."""
-        flat_tokens(x).index_copy_(0, self.row_index.flatten(), _tokens(value, x.dtype))
+    def put_queries(self, x: Tensor, value: Tensor) -> None:
+        """Overwrite the queries of token-major x [B, H, T, ...]."""
+        flat_tokens(x).index_copy_(0, self.query_index.flatten(), _tokens(value, x.dtype))
 
-    def add_rows(self, x: Tensor, value: Tensor) -> None:
-        """Add to the rows of token-major x [B, H, T, d]."""
-        flat_tokens(x).index_add_(0, self.row_index.flatten(), _tokens(value, x.dtype))
+    def add_queries(self, x: Tensor, value: Tensor) -> None:
+        """Add to the queries of token-major x [B, H, T, d]."""
+        flat_tokens(x).index_add_(0, self.query_index.flatten(), _tokens(value, x.dtype))
 
-    def add_columns(self, x: Tensor, value: Tensor) -> None:
-        """Add to the columns of token-major x [B, H, T, d]."""
-        flat_tokens(x).index_add_(0, self.column_index.flatten(), _tokens(value, x.dtype))
+    def add_keys(self, x: Tensor, value: Tensor) -> None:
+        """Add to the keys of token-major x [B, H, T, d]."""
+        flat_tokens(x).index_add_(0, self.key_index.flatten(), _tokens(value, x.dtype))
 
 
 Call = SlicedCall | GatheredCall
@@ -91,36 +91,31 @@ Call = SlicedCall | GatheredCall
 
 @dataclass(frozen=True)
 class CpuPlan:
-    """Everything the CPU kernel needs of a layout.
+    """Everything the CPU kernel needs of a mask.
 
-    order    [B * T] or None: flat position at each working place
-    inverse  [B * T] or None: working place of each flat position
-    whole    True when the base is one call over all rows
-    mask     None, or an additive mask [B, 1, T, T] for that call, which is causal otherwise
-    base     otherwise: causal calls, each row in one at most
-    extra    calls to merge in, each row in one at most
-    dead     rows b and tokens t in no segment; the call of ``whole`` runs over them all the same
-    silent   those of them that see nothing: their output is 0
+    order      [B * T] or None: flat position at each index of kernel order
+    inverse    [B * T] or None: index in kernel order of each flat position
+    one_base   True when the base is one call over the whole batch
+    base_mask  None, or an additive mask [B, 1, T, T] for that call, which is causal otherwise
+    base       otherwise: causal calls, each query in one at most
+    extra      calls to merge in, each query in one at most
+    padding    sequence and position of tokens in no segment; the call of ``one_base`` covers them all the same
+    empty      those of them that see nothing: their output is 0
     """
 
     order: Tensor | None
     inverse: Tensor | None
-    whole: bool
-    mask: Tensor | None
+    one_base: bool
+    base_mask: Tensor | None
     base: tuple[Call, ...]
     extra: tuple[Call, ...]
-    dead: tuple[Tensor, Tensor]
-    silent: tuple[Tensor, Tensor]
+    padding: tuple[Tensor, Tensor]
+    empty: tuple[Tensor, Tensor]
 
     @property
     def gathers(self) -> bool:
         """Whether some call takes tokens by index, which needs them to be the slow dimension in memory."""
         return self.order is not None or any(isinstance(call, GatheredCall) for call in (*self.base, *self.extra))
-
-    @property
-    def calls(self) -> int:
-        """Number of flash calls of one forward pass."""
-        return self.whole + len(self.base) + len(self.extra)
 
 
 def flat_tokens(x: Tensor) -> Tensor:
@@ -138,7 +133,7 @@ def token_major(x: Tensor) -> Tensor:
 
 
 def _tokens(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """[G, H, R, ...] -> [G * R, H, ...]"""
+    """[G, H, Q, ...] -> [G * Q, H, ...]"""
     return value.transpose(1, 2).flatten(0, 1).to(dtype)
 
 
@@ -147,128 +142,136 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
     return flat.index_select(0, index.flatten()).view(*index.shape, *flat.shape[1:]).transpose(1, 2)
 
 
-def plan_calls(pieces: MaskBlocks) -> CpuPlan:
-    """The flash calls of a layout."""
+def plan_merged(blocks: MaskBlocks) -> CpuPlan:
+    """The flash calls of a mask, to be merged by log-sum-exp."""
     order = inverse = None
-    if pieces.order is not None:
-        order = torch.from_numpy(pieces.order)
+    if blocks.order is not None:
+        order = torch.from_numpy(blocks.order)
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(len(order))
-    whole = pieces.one_span_per_row
-    strays = [GatheredCall(_index(stray.rows[None]), _index(stray.columns[None]), False) for stray in pieces.strays]
-    heard = np.concatenate([stray.rows for stray in pieces.strays]) if strays else pieces.dead[:0]
+    one_base = blocks.one_segment_per_sequence
+    groups = blocks.padding_queries
+    padding_calls = [GatheredCall(_index(group.queries[None]), _index(group.keys[None]), False) for group in groups]
+    empty = blocks.padding
+    if groups:
+        empty = np.setdiff1d(empty, np.concatenate([group.queries for group in groups]))
     return CpuPlan(
         order,
         inverse,
-        whole,
+        one_base,
         None,
-        base=() if whole else tuple(_base(pieces)),
-        extra=(*_rectangles(pieces), *_triangles(pieces), *strays),
-        dead=_row_and_token(pieces.dead, pieces.width),
-        silent=_row_and_token(np.setdiff1d(pieces.dead, heard) if strays else pieces.dead, pieces.width),
+        base=() if one_base else tuple(_base_calls(blocks)),
+        extra=(*_rectangle_calls(blocks), *_full_block_calls(blocks), *padding_calls),
+        padding=_sequence_and_position(blocks.padding, blocks.length),
+        empty=_sequence_and_position(empty, blocks.length),
     )
 
 
-def plan_mask(mask: Tensor, dtype: torch.dtype) -> CpuPlan:
-    """One call with the whole bool mask [B, T, T]: the fastest way while a row fits one key block of the kernel."""
-    silent = ~mask.any(-1)
-    # the kernel makes NaN of an empty row: let it see all, its output is overwritten
-    bias = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~(mask | silent[..., None]), -torch.inf)
-    row, token = silent.nonzero(as_tuple=True)
-    places = (row, token)
-    return CpuPlan(None, None, True, bias[:, None], base=(), extra=(), dead=places, silent=places)
+def plan_masked(mask: Tensor, dtype: torch.dtype) -> CpuPlan:
+    """One call with the whole bool mask [B, T, T]: the fastest while a sequence fits one key block of the kernel."""
+    empty = ~mask.any(-1)
+    # the kernel makes NaN of an empty query: let it see all, its output is overwritten
+    bias = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~(mask | empty[..., None]), -torch.inf)
+    sequence, position = empty.nonzero(as_tuple=True)
+    where = (sequence, position)
+    return CpuPlan(None, None, True, bias[:, None], base=(), extra=(), padding=where, empty=where)
 
 
-def _index(places: Ints) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(places))
+def _index(indices: Ints) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(indices))
 
 
-def _row_and_token(places: Ints, width: int) -> tuple[Tensor, Tensor]:
-    row, token = np.divmod(places, max(width, 1))
-    return _index(row), _index(token)
+def _sequence_and_position(indices: Ints, length: int) -> tuple[Tensor, Tensor]:
+    sequence, position = np.divmod(indices, max(length, 1))
+    return _index(sequence), _index(position)
 
 
-def _window(row: int, start: int, end: int, low: int, high: int, causal: bool) -> SlicedCall:
-    return SlicedCall(slice(row, row + 1), slice(start, end), slice(low, high), causal)
+def _sliced(sequence: int, start: int, end: int, low: int, high: int, causal: bool) -> SlicedCall:
+    return SlicedCall(slice(sequence, sequence + 1), slice(start, end), slice(low, high), causal)
 
 
-def _base(pieces: MaskBlocks) -> list[Call]:
+def _base_calls(blocks: MaskBlocks) -> list[Call]:
     """One causal call for each segment; short segments of one length share it, which changes no bit of the result."""
     calls: list[Call] = []
-    length = pieces.spans[:, 1] - pieces.spans[:, 0]
-    for size in np.unique(length):
-        starts = pieces.spans[length == size, 0]
-        if size < SMALL_SPAN and len(starts) > 1:
+    lengths = blocks.segments[:, 1] - blocks.segments[:, 0]
+    for size in np.unique(lengths):
+        starts = blocks.segments[lengths == size, 0]
+        if size < SMALL_SEGMENT and len(starts) > 1:
             index = _index(starts[:, None] + np.arange(size))
             calls.append(GatheredCall(index, index, True))
             continue
         for start in starts.tolist():
-            row, first = divmod(start, pieces.width)
+            sequence, first = divmod(start, blocks.length)
             last = first + int(size)
-            calls.append(_window(row, first, last, first, last, True))
+            calls.append(_sliced(sequence, first, last, first, last, True))
     return calls
 
 
-def _triangles(pieces: MaskBlocks) -> list[Call]:
-    """Blocks: what lies above the diagonal is causal when rows and columns are read backwards."""
+def _full_block_calls(blocks: MaskBlocks) -> list[Call]:
+    """Above the diagonal of a full block: causal when queries and keys are taken in reverse order."""
     calls: list[Call] = []
-    length = pieces.blocks[:, 1] - pieces.blocks[:, 0]
-    for size in np.unique(length):
-        backwards = pieces.blocks[length == size, 1:] - 1 - np.arange(size)
+    lengths = blocks.full_blocks[:, 1] - blocks.full_blocks[:, 0]
+    for size in np.unique(lengths):
+        backwards = blocks.full_blocks[lengths == size, 1:] - 1 - np.arange(size)
         calls.append(GatheredCall(_index(backwards[:, 1:]), _index(backwards[:, :-1]), True))
     return calls
 
 
-def _rectangles(pieces: MaskBlocks) -> list[Call]:
-    rows, cols, columns = pieces.row_spans, pieces.col_spans, pieces.columns
-    if not len(rows):
+def _rectangle_calls(blocks: MaskBlocks) -> list[Call]:
+    spans, key_spans, keys = blocks.query_spans, blocks.key_spans, blocks.keys
+    if not len(spans):
         return []
-    first, last = columns[cols[:, 0]], columns[cols[:, 1] - 1] + 1
-    height, breadth = rows[:, 1] - rows[:, 0], cols[:, 1] - cols[:, 0]
-    solid = last - first == breadth
-    if pieces.rows > 1 and len(rows) == pieces.rows and solid.all():
-        corners = np.stack((rows[:, 0], rows[:, 1], first, last), axis=1) - np.arange(len(rows))[:, None] * pieces.width
+    first, last = keys[key_spans[:, 0]], keys[key_spans[:, 1] - 1] + 1
+    num_queries, num_keys = spans[:, 1] - spans[:, 0], key_spans[:, 1] - key_spans[:, 0]
+    contiguous = last - first == num_keys
+    if blocks.batch_size > 1 and len(spans) == blocks.batch_size and contiguous.all():
+        offsets = np.arange(len(spans))[:, None] * blocks.length
+        corners = np.stack((spans[:, 0], spans[:, 1], first, last), axis=1) - offsets
         if (corners == corners[0]).all():
             start, end, low, high = corners[0].tolist()
-            if min(start, low) >= 0 and max(end, high) <= pieces.width:
+            if min(start, low) >= 0 and max(end, high) <= blocks.length:
                 return [SlicedCall(slice(None), slice(start, end), slice(low, high), False)]
     calls: list[Call] = []
-    alone = height * breadth >= SMALL_PAIRS
-    for n in np.flatnonzero(alone).tolist():
-        if solid[n]:
-            row, start = divmod(int(rows[n, 0]), pieces.width)
-            low = int(first[n]) % pieces.width
-            calls.append(_window(row, start, start + int(height[n]), low, low + int(breadth[n]), False))
+    large = num_queries * num_keys >= SMALL_PAIRS
+    for n in np.flatnonzero(large).tolist():
+        if contiguous[n]:
+            sequence, start = divmod(int(spans[n, 0]), blocks.length)
+            low = int(first[n]) % blocks.length
+            calls.append(_sliced(sequence, start, start + int(num_queries[n]), low, low + int(num_keys[n]), False))
         else:
-            calls.append(_bundle(pieces, np.array([n]), int(height[n]), int(breadth[n])))
-    small = np.flatnonzero(~alone)
-    small = small[np.lexsort((-breadth[small], height[small]))]
-    return calls + _shared(pieces, small, height, breadth)
+            calls.append(_gathered(blocks, np.array([n]), int(num_queries[n]), int(num_keys[n])))
+    small = np.flatnonzero(~large)
+    small = small[np.lexsort((-num_keys[small], num_queries[small]))]
+    return calls + _shared_calls(blocks, small, num_queries, num_keys)
 
 
-def _shared(pieces: MaskBlocks, small: Ints, height: Ints, breadth: Ints) -> list[Call]:
-    """Small rectangles, sorted by rows and falling columns, in calls that are at most half as much again too wide."""
+def _shared_calls(blocks: MaskBlocks, small: Ints, num_queries: Ints, num_keys: Ints) -> list[Call]:
+    """Small rectangles, sorted by queries and descending keys, in calls whose padding is at most half of the keys."""
     calls: list[Call] = []
     group: list[int] = []
+
+    def flush() -> None:
+        if group:
+            calls.append(_gathered(blocks, np.array(group), int(num_queries[group[0]]), int(num_keys[group[0]])))
+
     for n in small.tolist():
-        if group and (height[n] != height[group[0]] or 3 * breadth[n] < 2 * breadth[group[0]]):
-            calls.append(_bundle(pieces, np.array(group), int(height[group[0]]), int(breadth[group[0]])))
+        if group and (num_queries[n] != num_queries[group[0]] or 3 * num_keys[n] < 2 * num_keys[group[0]]):
+            flush()
             group = []
         group.append(n)
-    if group:
-        calls.append(_bundle(pieces, np.array(group), int(height[group[0]]), int(breadth[group[0]])))
+    flush()
     return calls
 
 
-def _bundle(pieces: MaskBlocks, members: Ints, height: int, breadth: int) -> GatheredCall:
-    """Rectangles of one height as one call, narrower ones filled up with masked repetitions of their last column."""
-    row_index = pieces.row_spans[members, :1] + np.arange(height)
-    low, high = pieces.col_spans[members, :1], pieces.col_spans[members, 1:]
-    entry = np.minimum(low + np.arange(breadth), high - 1)
-    filling = low + np.arange(breadth) >= high
+def _gathered(blocks: MaskBlocks, members: Ints, num_queries: int, num_keys: int) -> GatheredCall:
+    """Rectangles with equally many queries as one call; with fewer keys they are padded by their masked last key."""
+    query_index = blocks.query_spans[members, :1] + np.arange(num_queries)
+    low, high = blocks.key_spans[members, :1], blocks.key_spans[members, 1:]
+    entry = np.minimum(low + np.arange(num_keys), high - 1)
+    padded = low + np.arange(num_keys) >= high
     mask = None
-    if filling.any():
-        mask = torch.zeros(len(members), 1, 1, breadth).masked_fill_(
-            torch.from_numpy(filling)[:, None, None], -torch.inf
+    if padded.any():
+        mask = torch.zeros(len(members), 1, 1, num_keys).masked_fill_(
+            torch.from_numpy(padded)[:, None, None], -torch.inf
         )
-    return GatheredCall(_index(row_index), _index(pieces.columns[entry]), False, mask)
+    return GatheredCall(_index(query_index), _index(blocks.keys[entry]), False, mask)

@@ -1,100 +1,65 @@
-"""attend: queries, keys and values of one layer through the kernel of a layout.
+"""attend: queries, keys and values of one layer through the fastest exact kernel for a mask.
 
-Letters: B rows, T tokens, Hq query heads, Hkv key heads (a divisor of Hq), d head width.
+Letters: B sequences, T positions, Hq query heads, Hkv key heads (a divisor of Hq), d head_dim.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from aki_megatron.attention.cpu import DTYPES, attend_cpu, attend_cpu_masked
-from aki_megatron.attention.cuda import attend_cuda
+from aki_megatron.attention.cpu_kernel import CPU_DTYPES, attend_masked, attend_merged
 from aki_megatron.attention.dense import attend_dense
-from aki_megatron.attention.flex import attend_flex
 from aki_megatron.attention.mask import AttentionMask
-from aki_megatron.errors import UserError
+from aki_megatron.attention.varlen_kernel import VARLEN_DTYPES, KernelError, attend_varlen
 
-MASKED_WIDTH = 512
-"""Unpacked rows up to this many tokens with look-ahead go to ``masked`` on a CPU. It is the key block of PyTorch's CPU
-flash kernel: inside one block a causal call computes all pairs anyway, so a mask costs almost nothing, while merging
-pieces costs calls (measured: docs/benchmarks/attention_cpu.md). Packed rows are merged: a mask would fill in all that
-segments leave out."""
+MASKED_LENGTH = 512
+"""Unpacked sequences up to this length with look-ahead go to ``attend_masked`` on a CPU. It is the key block of
+PyTorch's CPU flash kernel: inside one block a causal call computes all pairs anyway, so a mask costs almost nothing,
+while merging costs calls (measured: docs/benchmarks/attention_cpu.md). Packed sequences are merged: a mask would
+compute all pairs between segments."""
 
+DTYPES = {"cpu": CPU_DTYPES, "cuda": (*VARLEN_DTYPES, torch.float32, torch.float64)}
+"""Device type -> what attention computes in there."""
 
-class BackendError(UserError):
-    """A kernel that cannot do what is asked; nothing else is tried in its place."""
-
-
-@dataclass(frozen=True)
-class Backend:
-    """A kernel and what it can do. ``devices`` and ``dtypes`` are complete: all else is refused."""
-
-    run: Callable[[Tensor, Tensor, Tensor, AttentionMask], Tensor]
-    devices: tuple[str, ...]
-    dtypes: tuple[torch.dtype, ...]
+Kernel = Callable[[Tensor, Tensor, Tensor, AttentionMask], Tensor]
 
 
-HALF = (torch.bfloat16, torch.float16)
+def choose_kernel(mask: AttentionMask, device: torch.device, dtype: torch.dtype) -> Kernel:
+    """The kernel that ``attend`` runs.
 
-BACKENDS: dict[str, Backend] = {
-    "dense": Backend(attend_dense, ("cpu", "cuda"), DTYPES),
-    "cpu": Backend(attend_cpu, ("cpu",), DTYPES),
-    "masked": Backend(attend_cpu_masked, ("cpu",), DTYPES),
-    "cuda": Backend(attend_cuda, ("cuda",), HALF),
-    "flex": Backend(attend_flex, ("cuda",), (torch.float32, torch.bfloat16, torch.float16)),
-}
-"""dense: SDPA with the whole mask. cpu: flash pieces merged by log-sum-exp. masked: one CPU flash call with the whole
-mask, for short rows. cuda: the varlen flash kernel. flex: FlexAttention, a cross-check."""
-
-
-def choose(layout: AttentionMask, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend of ``auto``.
-
-    On CUDA the flash kernel for the half-precision types it takes, and dense for float32 and float64, which serve
-    checks. On a CPU masked for short unpacked rows with look-ahead, cpu otherwise.
+    On CUDA flash attention in half precision, and dense in float32 and float64, which serve checks. On a CPU one masked
+    call for short unpacked sequences with look-ahead, merged calls otherwise.
     """
-    if device.type == "cuda" and dtype not in HALF:
-        return "dense"
-    if device.type != "cpu":
-        return device.type
-    short = layout.pieces.one_span_per_row and layout.shape[1] <= MASKED_WIDTH
-    return "masked" if layout.has_look_ahead and short else "cpu"
+    if device.type == "cuda":
+        return attend_varlen if dtype in VARLEN_DTYPES else attend_dense
+    short = mask.blocks.one_segment_per_sequence and mask.shape[1] <= MASKED_LENGTH
+    return attend_masked if mask.has_look_ahead and short else attend_merged
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: AttentionMask, *, backend: str = "auto") -> Tensor:
-    """softmax(q k^T / sqrt(d), masked by ``layout``) v: q [B, Hq, T, d], k and v [B, Hkv, T, d] -> [B, Hq, T, d].
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    """softmax(q k^T / sqrt(d), masked by ``mask``) v: q [B, Hq, T, d], k and v [B, Hkv, T, d] -> [B, Hq, T, d].
 
-    Rows of no segment give 0. Raises BackendError when the backend cannot do it on this device, dtype or shape.
+    Positions of no segment give 0. Raises KernelError for a device, dtype or shapes that no kernel takes.
     """
-    name = choose(layout, q.device, q.dtype) if backend == "auto" else backend
-    if name not in BACKENDS:
-        raise BackendError(
-            f"attention backend {name!r} is unknown for device {q.device} and rule {layout.rule!r}; "
-            f"choose auto or one of {sorted(BACKENDS)}."
+    dtypes = DTYPES.get(q.device.type, ())
+    if q.dtype not in dtypes or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise KernelError(
+            f"attention with rule {mask.attention.rule!r} on {q.device}: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; "
+            + (f"they must have one dtype of {dtypes}." if dtypes else f"it runs on {' and '.join(DTYPES)} only.")
         )
-    chosen = BACKENDS[name]
-    case = f"attention backend {name!r} on {q.device} with rule {layout.rule!r}"
-    if q.device.type not in chosen.devices:
-        able = sorted(other for other, its in BACKENDS.items() if q.device.type in its.devices)
-        raise BackendError(f"{case}: it runs on {chosen.devices} only; choose auto or one of {able}.")
-    if q.dtype not in chosen.dtypes or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise BackendError(
-            f"{case}: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; it takes three of one of {chosen.dtypes}. "
-            "Cast them, or choose backend 'dense'."
-        )
-    _check_shapes(q, k, v, layout, case)
-    return chosen.run(q, k, v, layout)
+    _check_shapes(q, k, v, mask)
+    return choose_kernel(mask, q.device, q.dtype)(q, k, v, mask)
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, layout: AttentionMask, case: str) -> None:
-    batch, heads, tokens, width = q.shape
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> None:
+    batch_size, heads, tokens, head_dim = q.shape
     num_kv_heads = k.shape[1]
-    fits = (batch, tokens) == layout.shape and k.shape == v.shape == (batch, num_kv_heads, tokens, width)
+    fits = (batch_size, tokens) == mask.shape and k.shape == v.shape == (batch_size, num_kv_heads, tokens, head_dim)
     if not fits or heads % num_kv_heads:
-        raise BackendError(
-            f"{case}: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} for a layout of "
-            f"{layout.shape[0]} rows and {layout.shape[1]} tokens; q must be [rows, heads, tokens, width], "
-            "k and v [rows, key heads, tokens, width], and the key heads a divisor of the heads."
+        raise KernelError(
+            f"attention with rule {mask.attention.rule!r} on {q.device}: q {tuple(q.shape)}, k {tuple(k.shape)}, "
+            f"v {tuple(v.shape)} for a mask of {mask.shape[0]} sequences and {mask.shape[1]} positions; q must be "
+            "[sequences, heads, positions, head_dim], k and v [sequences, key heads, positions, head_dim], and the key "
+            "heads a divisor of the heads."
         )

@@ -1,6 +1,6 @@
-"""AttentionMask: one mask, built once for a micro-batch on the host, immutable, used by every layer.
+"""AttentionMask: the mask of one micro-batch, built once on the host, immutable, used by every layer.
 
-Letters: B rows, T tokens.
+Letters: B sequences, T positions.
 """
 
 import hashlib
@@ -14,138 +14,138 @@ import torch
 from torch import Tensor
 
 from aki_megatron.attention.leak_check import assert_no_leak
-from aki_megatron.attention.mask_blocks import MaskBlocks, lay_out
-from aki_megatron.attention.rules import RULES, RuleOptions, Selection
-from aki_megatron.attention.token_segments import MaskError, segment_tokens
+from aki_megatron.attention.mask_blocks import MaskBlocks, build_blocks
+from aki_megatron.attention.positions import concentric_positions
+from aki_megatron.attention.rules import BUILDERS
+from aki_megatron.attention.token_segments import MaskError, TokenSegments, segment_tokens
+from aki_megatron.config.attention import ATTENTION_RULES, AttentionConfig
 from aki_megatron.types import Modality
 
-Made = TypeVar("Made")
-
-
-def _host(ids: Tensor, dtype: type[np.generic]) -> np.ndarray:
-    return np.ascontiguousarray(ids.detach().cpu().numpy(), dtype=dtype)
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionMask:
     """Who may attend to whom in a batch [B, T].
 
-    A key whose modality is PAD is never seen. A row whose segment is NO_SEGMENT sees nothing, its output is 0 and no
-    gradient goes through it. A PAD row inside a segment sees its causal past.
+    A key whose modality is PAD is never seen. A query whose segment is NO_SEGMENT sees nothing, its output is 0 and no
+    gradient flows through it. A PAD query inside a segment sees its causal past.
     """
 
-    rule: str
-    options: RuleOptions
+    attention: AttentionConfig
+    image_tokens: int
     modality_ids: np.ndarray
     segment_ids: np.ndarray
-    scored: np.ndarray
-    pieces: MaskBlocks
-    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    supervised: np.ndarray
+    tokens: TokenSegments
+    blocks: MaskBlocks
+    _cache: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def build(
         cls,
         modality_ids: Tensor,
         segment_ids: Tensor,
+        attention: AttentionConfig,
         *,
-        rule: str,
-        scored: Tensor,
-        visible_fraction: float = 1.0,
-        selection: Selection = "prefix",
-        seed: int = 0,
+        supervised: Tensor,
         image_tokens: int = 0,
     ) -> "AttentionMask":
-        """The layout of ids; one copy to the host if they are on a device.
+        """The mask of these ids; one copy to the host if they are on a device.
 
-        modality_ids      [B, T] integers, values of Modality
-        segment_ids       [B, T] integers, which sample of the row; NO_SEGMENT on padding
-        rule              a name of rules.RULES
-        scored            [B, T] bool, rows whose next token is learnt or generated
-        visible_fraction, selection, seed, image_tokens: see RuleOptions
+        modality_ids  [B, T] integers, values of Modality
+        segment_ids   [B, T] integers, which sample of the sequence; NO_SEGMENT on padding
+        attention     rule and options
+        supervised    [B, T] bool, positions whose next token is supervised or generated
+        image_tokens  latents of one image, where a rule needs to tell adjacent images apart; 0 takes each run of IMAGE
+                      positions for one image
 
-        Raises LeakError when the rule lets a scored row depend on a later token, MaskError when the arguments
-        describe no sequence or no rule.
+        Raises LeakError when the rule lets a supervised position depend on a later token, MaskError when the ids
+        describe no sequence.
         """
-        options = RuleOptions(visible_fraction, selection, seed, image_tokens)
-        _check(modality_ids, segment_ids, scored, rule, options)
-        modality, segment = _host(modality_ids, np.int8), _host(segment_ids, np.int32)
-        marks = _host(scored, np.bool_)
-        reading = segment_tokens(modality, segment)
-        look = RULES[rule](reading, options)
-        assert_no_leak(look.edges, reading.place, marks, rule=rule)
+        _check(modality_ids, segment_ids, supervised, image_tokens)
+        modality, segment = _on_host(modality_ids, np.int8), _on_host(segment_ids, np.int32)
+        predicts = _on_host(supervised, np.bool_)
+        tokens = segment_tokens(modality, segment)
+        spec = BUILDERS[attention.rule](tokens, attention, image_tokens)
+        assert_no_leak(spec.edges, tokens.positions, predicts, rule=attention.rule)
         padding = np.flatnonzero((modality == Modality.PAD).reshape(-1) & (segment >= 0).reshape(-1))
-        pad_rows = np.stack((padding, segment.reshape(-1)[padding]), axis=1)
-        return cls(rule, options, modality, segment, marks, lay_out(reading, look, pad_rows))
+        pad_queries = np.stack((padding, segment.reshape(-1)[padding]), axis=1)
+        blocks = build_blocks(tokens, spec, pad_queries)
+        return cls(attention, image_tokens, modality, segment, predicts, tokens, blocks)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(B, T)"""
-        return self.pieces.rows, self.pieces.width
+        return self.blocks.batch_size, self.blocks.length
 
     @cached_property
     def has_look_ahead(self) -> bool:
-        """Whether some row sees a later column."""
-        return bool(len(self.pieces.row_spans) or len(self.pieces.blocks))
+        """Whether some query sees a later key."""
+        return bool(len(self.blocks.query_spans) or len(self.blocks.full_blocks))
 
     @property
-    def area(self) -> int:
-        """Attended pairs of tokens; the forward pass costs 4 * area * heads * head width operations."""
-        return self.pieces.area
+    def num_pairs(self) -> int:
+        """Number of (query, key) pairs; the forward pass costs 4 * num_pairs * num_heads * head_dim FLOPs."""
+        return self.blocks.num_pairs
 
     @cached_property
     def digest(self) -> str:
         """Equal for equal rule, options and ids; what the ranks of one replica compare."""
-        text = f"{self.rule} {self.options} {self.shape}".encode()
+        text = f"{self.attention!r} {self.image_tokens} {self.shape}".encode()
         state = hashlib.blake2b(text, digest_size=16)
-        for ids in (self.modality_ids, self.segment_ids, self.scored):
+        for ids in (self.modality_ids, self.segment_ids, self.supervised):
             state.update(ids.tobytes())
         return state.hexdigest()
 
+    def position_ids(self, sequential: Tensor) -> Tensor:
+        """Rotary position ids [B, T]: ``sequential``, the batch's own, unless the rule has others in their place."""
+        if ATTENTION_RULES[self.attention.rule].position_ids == "sequential":
+            return sequential
+        positions = torch.from_numpy(concentric_positions(self.tokens, self.image_tokens))
+        return positions.to(sequential)
+
     def dense(self) -> Tensor:
-        """Bool [B, T, T], True where a row sees a column: for tests, pictures and the dense backend."""
-        pieces, (rows, width) = self.pieces, self.shape
-        working = np.zeros((rows, width, width), dtype=np.bool_)
-        for start, end in pieces.spans:
-            row, first, last = start // width, start % width, start % width + end - start
-            working[row, first:last, first:last] = np.tri(last - first, dtype=np.bool_)
-        for (start, end), (low, high) in zip(pieces.row_spans, pieces.col_spans, strict=True):
-            row, first = start // width, start % width
-            working[row, first : first + end - start, pieces.columns[low:high] % width] = True
-        for start, end in pieces.blocks:
-            row, first, last = start // width, start % width, start % width + end - start
-            working[row, first:last, first:last] = True
-        for stray in pieces.strays:
-            working[(stray.rows // width)[:, None], (stray.rows % width)[:, None], stray.columns % width] = True
-        if pieces.order is None:
-            return torch.from_numpy(working)
-        token = (pieces.order % width).reshape(rows, width)
-        mask = np.empty_like(working)
-        mask[np.arange(rows)[:, None, None], token[:, :, None], token[:, None, :]] = working
+        """Bool [B, T, T], True where a query sees a key, from the blocks: for short sequences, figures and tests."""
+        blocks, (batch_size, length) = self.blocks, self.shape
+        dense = np.zeros((batch_size, length, length), dtype=np.bool_)
+        for start, end in blocks.segments:
+            b, first, last = start // length, start % length, start % length + end - start
+            dense[b, first:last, first:last] = np.tri(last - first, dtype=np.bool_)
+        for (start, end), (low, high) in zip(blocks.query_spans, blocks.key_spans, strict=True):
+            b, first = start // length, start % length
+            dense[b, first : first + end - start, blocks.keys[low:high] % length] = True
+        for start, end in blocks.full_blocks:
+            b, first, last = start // length, start % length, start % length + end - start
+            dense[b, first:last, first:last] = True
+        for group in blocks.padding_queries:
+            dense[(group.queries // length)[:, None], (group.queries % length)[:, None], group.keys % length] = True
+        if blocks.order is None:
+            return torch.from_numpy(dense)
+        position = (blocks.order % length).reshape(batch_size, length)
+        mask = np.empty_like(dense)
+        mask[np.arange(batch_size)[:, None, None], position[:, :, None], position[:, None, :]] = dense
         return torch.from_numpy(mask)
 
-    def made(self, key: Hashable, make: Callable[[], Made]) -> Made:
-        """What ``make`` returns, made once for each key: index tensors of a kernel, built at the first layer."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+    def cached(self, key: Hashable, build: Callable[[], Value]) -> Value:
+        """What ``build`` returns, built once for each key: the plan of a kernel, built at the first layer."""
+        if key not in self._cache:
+            self._cache[key] = build()
+        return self._cache[key]
 
 
-def _check(modality_ids: Tensor, segment_ids: Tensor, scored: Tensor, rule: str, options: RuleOptions) -> None:
+def _on_host(ids: Tensor, dtype: type[np.generic]) -> np.ndarray:
+    return np.ascontiguousarray(ids.detach().cpu().numpy(), dtype=dtype)
+
+
+def _check(modality_ids: Tensor, segment_ids: Tensor, supervised: Tensor, image_tokens: int) -> None:
     shape = tuple(modality_ids.shape)
-    if rule not in RULES:
-        raise MaskError(f"attention rule {rule!r} is unknown; choose one of {sorted(RULES)}.")
-    if len(shape) != 2 or tuple(segment_ids.shape) != shape or tuple(scored.shape) != shape:
+    if len(shape) != 2 or tuple(segment_ids.shape) != shape or tuple(supervised.shape) != shape:
         raise MaskError(
-            f"modality_ids {shape}, segment_ids {tuple(segment_ids.shape)} and scored {tuple(scored.shape)} "
-            "must have one shape [rows, tokens]."
+            f"modality_ids {shape}, segment_ids {tuple(segment_ids.shape)} and supervised {tuple(supervised.shape)} "
+            "must have one shape [sequences, positions]."
         )
-    if scored.dtype != torch.bool:
-        raise MaskError(f"scored must be bool, got {scored.dtype}; pass targets != IGNORE.")
-    if options.visible_fraction != 1.0 and rule != "mma":
-        raise MaskError(f"visible_fraction={options.visible_fraction} is for rule 'mma' only, got rule {rule!r}.")
-    if not 0.0 <= options.visible_fraction <= 1.0:
-        raise MaskError(f"visible_fraction={options.visible_fraction} must lie in [0, 1].")
-    if options.selection not in ("prefix", "suffix", "random"):
-        raise MaskError(f"selection {options.selection!r} is unknown; choose prefix, suffix or random.")
-    if options.image_tokens < 0:
-        raise MaskError(f"image_tokens={options.image_tokens} must be 0 or the number of latents of one image.")
+    if supervised.dtype != torch.bool:
+        raise MaskError(f"supervised must be bool, got {supervised.dtype}; pass targets != IGNORE.")
+    if image_tokens < 0:
+        raise MaskError(f"image_tokens={image_tokens} must be 0 or the number of latents of one image.")

@@ -1,8 +1,8 @@
-"""From a rule's look to pieces of work: stretches of rows and columns that a flash kernel takes as they are.
+"""The mask as blocks: ranges of queries and keys that a flash kernel takes as they are.
 
-Working places: where a token lies in the [B * T] rows the kernels run over. Mostly its flat position b * T + t; where a
-rule or a hole of padding asks for another order, the tokens of each row are permuted once, live tokens first.
-Letters: B rows, T tokens, M live tokens, S causal spans, K rectangles or blocks.
+Kernel order: the order of the B * T tokens in which the kernels run. Mostly a token's flat position b * T + t; where a
+rule or padding inside a segment needs another order, the tokens of each sequence are permuted once, valid tokens first.
+Letters: B sequences, T positions, M valid tokens, S segments, K rectangles or blocks.
 """
 
 from dataclasses import dataclass
@@ -10,126 +10,125 @@ from functools import cached_property
 
 import numpy as np
 
-from aki_megatron.attention.rules import Look
-from aki_megatron.attention.token_segments import Ints, TokenSegments
+from aki_megatron.attention.rules import MaskSpec
+from aki_megatron.attention.token_segments import Bools, Ints, TokenSegments
 
 
 @dataclass(frozen=True)
-class Stray:
-    """PAD rows inside a segment: nobody sees them, they see the live tokens before them."""
+class PaddingQueries:
+    """PAD queries inside a segment: they see the valid tokens before them, nothing sees them."""
 
-    rows: Ints
-    columns: Ints
+    queries: Ints
+    keys: Ints
 
 
 @dataclass(frozen=True)
 class MaskBlocks:
-    """The whole mask, in working places.
+    """The whole mask, in kernel order.
 
-    order      [B * T] or None: flat position of the token at each working place; None is the identity
-    spans      [S, 2] causal inside: one for each segment
-    row_spans  [K, 2] these rows see, beyond the causal past, ...
-    col_spans  [K, 2] ... these entries of ``columns``; a row is in one rectangle or block at most
-    columns    working places
-    blocks     [K, 2] all inside see each other
-    strays     PAD rows inside segments (a batch of this project has none)
-    dead       working places outside every span
+    order            [B * T] or None: flat position of the token at each place of the kernel order; None: the identity
+    segments         [S, 2] ranges that are causal inside, one for each segment
+    query_spans      [K, 2] these queries see, beyond the causal past, ...
+    key_spans        [K, 2] ... these entries of ``keys``; a query is in one rectangle or full block at most
+    keys             indices in kernel order
+    full_blocks      [K, 2] ranges in which every token sees every token
+    padding_queries  PAD queries inside segments (a batch of this project has none)
+    padding          indices outside every segment
     """
 
-    rows: int
-    width: int
+    batch_size: int
+    length: int
     order: Ints | None
-    spans: Ints
-    row_spans: Ints
-    col_spans: Ints
-    columns: Ints
-    blocks: Ints
-    strays: tuple[Stray, ...]
-    dead: Ints
+    segments: Ints
+    query_spans: Ints
+    key_spans: Ints
+    keys: Ints
+    full_blocks: Ints
+    padding_queries: tuple[PaddingQueries, ...]
+    padding: Ints
 
     @cached_property
-    def plain(self) -> bool:
-        """True when the mask is causal inside each segment and nothing else."""
-        return self.order is None and not (len(self.row_spans) or len(self.blocks) or self.strays)
+    def one_segment_per_sequence(self) -> bool:
+        """True when every sequence is one segment from its first position on, or empty: one causal call does all."""
+        starts = self.segments[:, 0]
+        return bool(np.all(starts % self.length == 0))
 
     @cached_property
-    def one_span_per_row(self) -> bool:
-        """True when every row is one segment from its first place on, or empty: one causal call does them all."""
-        starts = self.spans[:, 0]
-        return bool(np.all(starts % self.width == 0))
-
-    @cached_property
-    def area(self) -> int:
-        """Attended pairs of tokens."""
-        span, block = self.spans[:, 1] - self.spans[:, 0], self.blocks[:, 1] - self.blocks[:, 0]
-        rectangles = (self.row_spans[:, 1] - self.row_spans[:, 0]) * (self.col_spans[:, 1] - self.col_spans[:, 0])
-        strays = sum(len(stray.rows) * len(stray.columns) for stray in self.strays)
-        return int((span * (span + 1) // 2).sum() + rectangles.sum() + (block * (block - 1) // 2).sum()) + strays
+    def num_pairs(self) -> int:
+        """Number of (query, key) pairs that attend."""
+        segment, block = (spans[:, 1] - spans[:, 0] for spans in (self.segments, self.full_blocks))
+        rectangles = (self.query_spans[:, 1] - self.query_spans[:, 0]) * (self.key_spans[:, 1] - self.key_spans[:, 0])
+        padding = sum(len(group.queries) * len(group.keys) for group in self.padding_queries)
+        causal, upper = (segment * (segment + 1) // 2).sum(), (block * (block - 1) // 2).sum()
+        return int(causal + rectangles.sum() + upper) + padding
 
 
-def lay_out(reading: TokenSegments, look: Look, pad_rows: Ints) -> MaskBlocks:
-    """MaskBlocks of a look. ``pad_rows``: flat positions of PAD places that lie in a segment."""
-    spans = np.stack((reading.segments.starts, reading.segments.ends), axis=1)
-    place, size = reading.place, reading.rows * reading.width
-    live = np.zeros(size, dtype=np.bool_)
+def build_blocks(tokens: TokenSegments, spec: MaskSpec, pad_queries: Ints) -> MaskBlocks:
+    """Put the mask of a rule into kernel order.
+
+    pad_queries  [P, 2] flat position and segment id of PAD tokens that lie in a segment
+    """
+    spans = np.stack((tokens.segments.starts, tokens.segments.ends), axis=1)
+    positions, size = tokens.positions, tokens.batch_size * tokens.length
+    valid = np.zeros(size, dtype=np.bool_)
     order: Ints | None = None
-    unbroken = bool(np.all(place[spans[:, 1] - 1] - place[spans[:, 0]] == spans[:, 1] - spans[:, 0] - 1))
-    if look.order is None and unbroken:
-        work = place
-        live[place] = True
+    contiguous = bool(np.all(positions[spans[:, 1] - 1] - positions[spans[:, 0]] == spans[:, 1] - spans[:, 0] - 1))
+    if spec.order is None and contiguous:
+        index = positions
+        valid[positions] = True
     else:
-        row = place // reading.width
-        work = row * reading.width + np.arange(len(place)) - np.searchsorted(row, row)
-        live[work] = True
-        order = _full_order(reading, look.order, work, live)
+        sequence = positions // tokens.length
+        index = sequence * tokens.length + np.arange(len(positions)) - np.searchsorted(sequence, sequence)
+        valid[index] = True
+        order = _full_order(tokens, spec.order, index, valid)
     return MaskBlocks(
-        reading.rows,
-        reading.width,
+        tokens.batch_size,
+        tokens.length,
         order,
-        spans=_ends(work, spans),
-        row_spans=_ends(work, look.row_spans),
-        col_spans=look.col_spans,
-        columns=work[look.columns],
-        blocks=_ends(work, look.blocks),
-        strays=_strays(reading, look.order, work, order, pad_rows) if len(pad_rows) else (),
-        dead=np.flatnonzero(~live),
+        segments=_in_kernel_order(index, spans),
+        query_spans=_in_kernel_order(index, spec.query_spans),
+        key_spans=spec.key_spans,
+        keys=index[spec.keys],
+        full_blocks=_in_kernel_order(index, spec.full_blocks),
+        padding_queries=_padding_queries(tokens, spec.order, index, order, pad_queries) if len(pad_queries) else (),
+        padding=np.flatnonzero(~valid),
     )
 
 
-def _ends(work: Ints, spans: Ints) -> Ints:
-    """Spans of live tokens as spans of working places; a span never crosses a hole."""
-    return np.stack((work[spans[:, 0]], work[spans[:, 1] - 1] + 1), axis=1) if len(spans) else spans
+def _in_kernel_order(index: Ints, spans: Ints) -> Ints:
+    """Spans of valid tokens as ranges of kernel order, in which they are contiguous."""
+    return np.stack((index[spans[:, 0]], index[spans[:, 1] - 1] + 1), axis=1) if len(spans) else spans
 
 
-def _full_order(reading: TokenSegments, look_order: Ints | None, work: Ints, live: np.ndarray) -> Ints:
-    """The flat position at each of the B * T working places: live tokens of a row first, its dead places after."""
-    order = np.empty(len(live), dtype=np.int64)
-    order[work] = reading.place if look_order is None else reading.place[look_order]
-    dead_places = np.ones(len(live), dtype=np.bool_)
-    dead_places[reading.place] = False
-    # both lists ascend and each row has as many of one as of the other, so they pair up row by row
-    order[~live] = np.flatnonzero(dead_places)
+def _full_order(tokens: TokenSegments, rule_order: Ints | None, index: Ints, valid: Bools) -> Ints:
+    """The flat position at each of the B * T indices: valid tokens of a sequence first, its padding after them."""
+    order = np.empty(len(valid), dtype=np.int64)
+    order[index] = tokens.positions if rule_order is None else tokens.positions[rule_order]
+    is_padding = np.ones(len(valid), dtype=np.bool_)
+    is_padding[tokens.positions] = False
+    # both lists ascend and each sequence has as many of one as of the other, so they pair up sequence by sequence
+    order[~valid] = np.flatnonzero(is_padding)
     return order
 
 
-def _strays(
-    reading: TokenSegments, look_order: Ints | None, work: Ints, order: Ints | None, pad_rows: Ints
-) -> tuple[Stray, ...]:
-    """PAD rows grouped by what they see: all live tokens of their segment that lie before them."""
-    column_of = work.copy()
-    if look_order is not None:
-        column_of[look_order] = work
-    row_of = np.arange(reading.rows * reading.width)
+def _padding_queries(
+    tokens: TokenSegments, rule_order: Ints | None, index: Ints, order: Ints | None, pad_queries: Ints
+) -> tuple[PaddingQueries, ...]:
+    """PAD queries grouped by what they see: all valid tokens of their segment that precede them."""
+    index_of_token = index.copy()
+    if rule_order is not None:
+        index_of_token[rule_order] = index
+    index_of_position = np.arange(tokens.batch_size * tokens.length)
     if order is not None:
-        row_of[order] = np.arange(len(order))
-    spans = {
-        (int(reading.place[start]) // reading.width, int(reading.segment_ids[start])): (int(start), int(end))
-        for start, end in zip(reading.segments.starts, reading.segments.ends, strict=True)
+        index_of_position[order] = np.arange(len(order))
+    segments = {
+        (int(tokens.positions[start]) // tokens.length, int(tokens.segment_ids[start])): (int(start), int(end))
+        for start, end in zip(tokens.segments.starts, tokens.segments.ends, strict=True)
     }
-    seen: dict[tuple[int, int], list[int]] = {}
-    for flat, segment_id in pad_rows:
-        start, end = spans.get((int(flat) // reading.width, int(segment_id)), (0, 0))
-        end = min(end, int(np.searchsorted(reading.place, flat)))
+    queries: dict[tuple[int, int], list[int]] = {}
+    for position, segment_id in pad_queries:
+        start, end = segments.get((int(position) // tokens.length, int(segment_id)), (0, 0))
+        end = min(end, int(np.searchsorted(tokens.positions, position)))
         if end > start:
-            seen.setdefault((start, end), []).append(int(row_of[flat]))
-    return tuple(Stray(np.array(rows), column_of[start:end]) for (start, end), rows in seen.items())
+            queries.setdefault((start, end), []).append(int(index_of_position[position]))
+    return tuple(PaddingQueries(np.array(group), index_of_token[start:end]) for (start, end), group in queries.items())

@@ -1,7 +1,8 @@
-"""The rules as formulas over pairs of tokens: the dense oracle, and the mask function of FlexAttention.
+"""The rules as formulas over pairs of positions: the reference that every mask and kernel is compared with.
 
-Each formula says whether row q of batch row b sees column k, for index tensors that broadcast. It uses nothing but a
-few numbers per token, and knows nothing of rectangles or orders. Letters: B rows, T tokens, M live tokens.
+A formula says whether query q of sequence b sees key k, for index tensors that broadcast (FlexAttention's mask_mod). It
+reads a few numbers per position, and knows nothing of rectangles or orders.
+Letters: B sequences, T positions, M valid tokens.
 """
 
 from collections.abc import Callable
@@ -11,17 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aki_megatron.attention.rules import RuleOptions, question_columns, rings, square_side
+from aki_megatron.attention.rules import rings, square_side, visible_text
 from aki_megatron.attention.token_segments import Ints, Spans, TokenSegments, segment_tokens
+from aki_megatron.config.attention import ATTENTION_RULES, AttentionConfig
 from aki_megatron.types import Modality
 
 
 @dataclass(frozen=True)
 class TokenFacts:
-    """Per token [B, T], -1 where it does not apply.
+    """Per position [B, T], -1 where it does not apply.
 
-    segment   segment id, also on PAD rows inside a segment
-    live      whether the token may be seen
+    segment   segment id, also on PAD positions inside a segment
+    valid     whether the token may be seen
     modality  Modality
     turn      number of the turn
     image     number of the image
@@ -30,65 +32,63 @@ class TokenFacts:
     """
 
     segment: Tensor
-    live: Tensor
+    valid: Tensor
     modality: Tensor
     turn: Tensor
     image: Tensor
     ring: Tensor
     visible: Tensor
 
-    def to(self, device: torch.device) -> "TokenFacts":
-        """The same facts on ``device``."""
-        return TokenFacts(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
+def _token_facts(
+    modality_ids: np.ndarray, segment_ids: np.ndarray, attention: AttentionConfig, image_tokens: int
+) -> TokenFacts:
+    """Facts of ids int8 and int32 [B, T]. Images are split, and need a square grid, only for rules that say so."""
+    tokens, rule = segment_tokens(modality_ids, segment_ids), ATTENTION_RULES[attention.rule]
+    images = tokens.images(image_tokens if rule.look_ahead == "image" else 0)
+    visible = np.zeros(len(tokens.positions), dtype=np.int64)
+    visible[visible_text(tokens, attention)] = 1
 
-def token_facts(modality_ids: np.ndarray, segment_ids: np.ndarray, rule: str, options: RuleOptions) -> TokenFacts:
-    """Facts of ids int8 and int32 [B, T]; the ring is given for rule cca only, which alone needs square images."""
-    reading = segment_tokens(modality_ids, segment_ids)
-    images = reading.images(options.image_tokens) if rule in ("mixed", "cca") else reading.images(0)
-    visible = np.zeros(len(reading.place), dtype=np.int64)
-    visible[question_columns(reading, options)] = 1
-
-    def spread_out(values: Ints) -> Tensor:
+    def per_position(values: Ints) -> Tensor:
         full = np.full(modality_ids.size, -1, dtype=np.int64)
-        full[reading.place] = values
+        full[tokens.positions] = values
         return torch.from_numpy(full.reshape(modality_ids.shape))
 
     return TokenFacts(
         segment=torch.from_numpy(segment_ids.astype(np.int64)),
-        live=spread_out(np.ones(len(reading.place), dtype=np.int64)) == 1,
-        modality=spread_out(reading.modality.astype(np.int64)),
-        turn=spread_out(_numbers(reading, reading.turns)),
-        image=spread_out(_numbers(reading, images)),
-        ring=spread_out(_ring_of(reading, images if rule == "cca" else Spans(images.starts[:0], images.ends[:0]))),
-        visible=spread_out(visible) == 1,
+        valid=per_position(np.ones(len(tokens.positions), dtype=np.int64)) == 1,
+        modality=per_position(tokens.modality.astype(np.int64)),
+        turn=per_position(_numbers(tokens, tokens.turns)),
+        image=per_position(_numbers(tokens, images)),
+        ring=per_position(_rings(tokens, images if rule.square_images else Spans(images.starts[:0], images.ends[:0]))),
+        visible=per_position(visible) == 1,
     )
 
 
-def _numbers(reading: TokenSegments, spans: Spans) -> Ints:
-    numbers = np.full(len(reading.place), -1, dtype=np.int64)
+def _numbers(tokens: TokenSegments, spans: Spans) -> Ints:
+    numbers = np.full(len(tokens.positions), -1, dtype=np.int64)
     for number, (start, end) in enumerate(zip(spans.starts, spans.ends, strict=True)):
         numbers[start:end] = number
     return numbers
 
 
-def _ring_of(reading: TokenSegments, images: Spans) -> Ints:
-    ring = np.full(len(reading.place), -1, dtype=np.int64)
+def _rings(tokens: TokenSegments, images: Spans) -> Ints:
+    ring = np.full(len(tokens.positions), -1, dtype=np.int64)
     for start, end in zip(images.starts, images.ends, strict=True):
         ring[start:end] = rings(square_side(int(end - start)))
     return ring
 
 
 def _mma(facts: TokenFacts, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    looks = (facts.modality[b, q] == Modality.IMAGE) & facts.visible[b, k]
-    return (k <= q) | (looks & (facts.turn[b, q] == facts.turn[b, k]))
+    ahead = (facts.modality[b, q] == Modality.IMAGE) & facts.visible[b, k]
+    return (k <= q) | (ahead & (facts.turn[b, q] == facts.turn[b, k]))
 
 
-def _general(facts: TokenFacts, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    mine, theirs = facts.modality[b, q], facts.modality[b, k]
-    prompt = (mine != Modality.RESPONSE) & (theirs != Modality.RESPONSE)
+def _mma_general(facts: TokenFacts, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    of_query, of_key = facts.modality[b, q], facts.modality[b, k]
+    prompt = (of_query != Modality.RESPONSE) & (of_key != Modality.RESPONSE)
     same_turn = (facts.turn[b, q] == facts.turn[b, k]) & (facts.turn[b, q] >= 0)
-    return (k <= q) | (prompt & same_turn & (mine != theirs))
+    return (k <= q) | (prompt & same_turn & (of_query != of_key))
 
 
 def _same_image(facts: TokenFacts, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -100,26 +100,24 @@ def _cca(facts: TokenFacts, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return (same & (facts.ring[b, k] <= facts.ring[b, q])) | (~same & (k <= q))
 
 
-FORMULAS: dict[str, Callable[[TokenFacts, Tensor, Tensor, Tensor], Tensor]] = {
+MASK_MODS: dict[str, Callable[[TokenFacts, Tensor, Tensor, Tensor], Tensor]] = {
     "causal": lambda facts, b, q, k: k <= q,
     "mma": _mma,
-    "mma_general": _general,
+    "mma_general": _mma_general,
     "mixed": lambda facts, b, q, k: (k <= q) | _same_image(facts, b, q, k),
     "cca": _cca,
 }
-"""What each rule allows inside one segment, between live columns."""
+"""What each rule allows inside one segment, between valid tokens."""
 
 
-def sees(facts: TokenFacts, rule: str, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """Whether row q sees column k in batch row b; b, q, k broadcast."""
-    same_segment = (facts.segment[b, q] == facts.segment[b, k]) & (facts.segment[b, q] >= 0)
-    return same_segment & facts.live[b, k] & FORMULAS[rule](facts, b, q, k)
-
-
-def dense_mask(modality_ids: Tensor, segment_ids: Tensor, rule: str, options: RuleOptions) -> Tensor:
-    """Bool [B, T, T], True where a row sees a column; any mask a rule can describe, leaking or not."""
+def reference_mask(
+    modality_ids: Tensor, segment_ids: Tensor, attention: AttentionConfig, image_tokens: int = 0
+) -> Tensor:
+    """Bool [B, T, T], True where a query sees a key, from integer ids [B, T]; leaks are not checked."""
     modality, segment = modality_ids.cpu().numpy().astype(np.int8), segment_ids.cpu().numpy().astype(np.int32)
-    facts = token_facts(modality, segment, rule, options)
-    rows, width = modality.shape
-    token = torch.arange(width)
-    return sees(facts, rule, torch.arange(rows)[:, None, None], token[None, :, None], token[None, None, :])
+    facts = _token_facts(modality, segment, attention, image_tokens)
+    batch_size, length = modality.shape
+    position = torch.arange(length)
+    b, q, k = torch.arange(batch_size)[:, None, None], position[None, :, None], position[None, None, :]
+    same_segment = (facts.segment[b, q] == facts.segment[b, k]) & (facts.segment[b, q] >= 0)
+    return same_segment & facts.valid[b, k] & MASK_MODS[attention.rule](facts, b, q, k)

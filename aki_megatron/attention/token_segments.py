@@ -1,8 +1,8 @@
-"""TokenSegments the ids: which tokens live, and where segments, turns, runs and images begin and end.
+"""Where segments, turns, runs and images begin and end in a batch of ids.
 
-Pure numpy on the host, no loop over tokens. Letters: B rows, T tokens, M live tokens, S segments, U turns, R runs.
-A token lives when its modality is not PAD and its segment id is not NO_SEGMENT. All positions below count live tokens
-only, in row-major order, so that padding anywhere, also inside a segment, is already out of the way.
+Pure numpy on the host, no loop over tokens. A token is valid when its modality is not PAD and its segment id is not
+NO_SEGMENT. Spans count valid tokens only, in row-major order, so padding anywhere, also inside a segment, is already
+removed. Letters: B sequences, T positions, M valid tokens, S segments, U turns, R runs.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class MaskError(UserError):
 
 @dataclass(frozen=True)
 class Spans:
-    """Half-open stretches [starts[n], ends[n]) of live tokens."""
+    """Half-open ranges [starts[n], ends[n]) of valid tokens."""
 
     starts: Ints
     ends: Ints
@@ -32,39 +32,47 @@ class Spans:
     def __len__(self) -> int:
         return len(self.starts)
 
+    @property
+    def sizes(self) -> Ints:
+        """[number of spans]"""
+        return self.ends - self.starts
 
-def cut(boundary: Bools, tokens: int) -> Spans:
-    """Spans of M tokens from the [M - 1] places where token i + 1 begins something new."""
+
+def split_spans(boundary: Bools, num_tokens: int) -> Spans:
+    """Spans of ``num_tokens`` tokens; boundary [num_tokens - 1] is True where token i + 1 starts a new span."""
     inner = np.flatnonzero(boundary) + 1
     edges = np.empty(len(inner) + 2, dtype=np.int64)
-    edges[0], edges[1:-1], edges[-1] = 0, inner, tokens
-    return Spans(edges[:-1], edges[1:]) if tokens else Spans(inner, inner)
+    edges[0], edges[1:-1], edges[-1] = 0, inner, num_tokens
+    return Spans(edges[:-1], edges[1:]) if num_tokens else Spans(inner, inner)
 
 
-def spread(counts: Ints) -> tuple[Ints, Ints]:
-    """For groups of the given sizes laid end to end: group number and rank inside the group of every member."""
-    group = np.repeat(np.arange(len(counts)), counts)
-    return group, np.arange(len(group)) - np.repeat(np.cumsum(counts) - counts, counts)
+def group_and_rank(sizes: Ints) -> tuple[Ints, Ints]:
+    """For groups of these sizes, concatenated: the group of every member and its rank inside the group."""
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    return group, np.arange(len(group)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
 @dataclass(frozen=True)
 class TokenSegments:
-    """The live tokens of one rectangle of ids.
+    """The valid tokens of a batch.
 
-    place     [M] flat position b * T + t of each live token
-    modality  [M]
+    batch_size    B
+    length        T
+    positions     [M] flat position b * T + t of each valid token
+    modality      [M] values of Modality
+    segment_ids   [M]
     """
 
-    rows: int
-    width: int
-    place: Ints
+    batch_size: int
+    length: int
+    positions: Ints
     modality: NDArray[np.int8]
     segment_ids: Ints
 
     @cached_property
     def _new_segment(self) -> Bools:
-        row, segment = self.place // self.width, self.segment_ids
-        return (row[1:] != row[:-1]) | (segment[1:] != segment[:-1])
+        sequence, segment = self.positions // self.length, self.segment_ids
+        return (sequence[1:] != sequence[:-1]) | (segment[1:] != segment[:-1])
 
     @cached_property
     def _new_turn(self) -> Bools:
@@ -74,17 +82,17 @@ class TokenSegments:
     @cached_property
     def segments(self) -> Spans:
         """S segments."""
-        return cut(self._new_segment, len(self.place))
+        return split_spans(self._new_segment, len(self.positions))
 
     @cached_property
     def turns(self) -> Spans:
         """U turns: a prompt and the response to it. A turn ends where a response is followed by something else."""
-        return cut(self._new_turn, len(self.place))
+        return split_spans(self._new_turn, len(self.positions))
 
     @cached_property
     def runs(self) -> Spans:
-        """R runs: neighbours of one modality in one turn."""
-        return cut(self._new_turn | (self.modality[1:] != self.modality[:-1]), len(self.place))
+        """R runs: consecutive tokens of one modality in one turn."""
+        return split_spans(self._new_turn | (self.modality[1:] != self.modality[:-1]), len(self.positions))
 
     @cached_property
     def run_modality(self) -> NDArray[np.int8]:
@@ -97,9 +105,9 @@ class TokenSegments:
         return np.searchsorted(self.turns.starts, self.runs.starts, side="right") - 1
 
     def images(self, image_tokens: int) -> Spans:
-        """Images: runs of IMAGE, each cut into pieces of ``image_tokens``; 0 takes every run for one image.
+        """Images: runs of IMAGE, each split into images of ``image_tokens`` tokens; 0 takes every run for one image.
 
-        Raises MaskError when a run is no multiple of ``image_tokens``.
+        Raises MaskError when the size of a run is not a multiple of ``image_tokens``.
         """
         chosen = np.flatnonzero(self.run_modality == Modality.IMAGE)
         starts, ends = self.runs.starts[chosen], self.runs.ends[chosen]
@@ -108,31 +116,34 @@ class TokenSegments:
         sizes = ends - starts
         wrong = np.flatnonzero(sizes % image_tokens)
         if len(wrong):
-            row, column = divmod(int(self.place[starts[wrong[0]]]), self.width)
+            sequence, position = divmod(int(self.positions[starts[wrong[0]]]), self.length)
             raise MaskError(
-                f"row {row} has {int(sizes[wrong[0]])} image places from column {column} on; with "
+                f"sequence {sequence} has {int(sizes[wrong[0]])} image positions from position {position} on; with "
                 f"image_tokens={image_tokens} their number must be a multiple of {image_tokens}. "
                 "Give the number of latents of one image, or 0 to take each run for one image."
             )
-        run, rank = spread(sizes // image_tokens)
+        run, rank = group_and_rank(sizes // image_tokens)
         first = starts[run] + rank * image_tokens
         return Spans(first, first + image_tokens)
 
 
 def segment_tokens(modality_ids: NDArray[np.int8], segment_ids: NDArray[np.int32]) -> TokenSegments:
-    """Read ids [B, T]; raises MaskError when a segment id comes back after another segment in the same row."""
-    rows, width = modality_ids.shape
+    """Find the valid tokens of ids [B, T].
+
+    Raises MaskError when a segment id comes back after another segment in the same sequence.
+    """
+    batch_size, length = modality_ids.shape
     modality, segment = modality_ids.reshape(-1), segment_ids.reshape(-1)
-    place = np.flatnonzero((modality != Modality.PAD) & (segment >= 0))
-    reading = TokenSegments(rows, width, place, modality[place], segment[place].astype(np.int64))
-    if len(place):
-        starts = reading.segments.starts
-        names = (place[starts] // width << 32) | reading.segment_ids[starts]
-        if len(starts) > rows and len(np.unique(names)) < len(names):
-            _, first, count = np.unique(names, return_index=True, return_counts=True)
-            row, segment_id = divmod(int(names[first[np.argmax(count > 1)]]), 1 << 32)
+    positions = np.flatnonzero((modality != Modality.PAD) & (segment >= 0))
+    tokens = TokenSegments(batch_size, length, positions, modality[positions], segment[positions].astype(np.int64))
+    if len(positions):
+        starts = tokens.segments.starts
+        keys = (positions[starts] // length << 32) | tokens.segment_ids[starts]
+        if len(starts) > batch_size and len(np.unique(keys)) < len(keys):
+            _, first, count = np.unique(keys, return_index=True, return_counts=True)
+            sequence, segment_id = divmod(int(keys[first[np.argmax(count > 1)]]), 1 << 32)
             raise MaskError(
-                f"segment {segment_id} of row {row} is in several parts with another segment between them; "
-                "the tokens of a segment must be neighbours. Give every sample of a row its own segment id."
+                f"segment {segment_id} of sequence {sequence} is in several parts with another segment between them; "
+                "the tokens of a segment must be contiguous. Give every sample of a sequence its own segment id."
             )
-    return reading
+    return tokens

@@ -1,4 +1,4 @@
-"""What a conversion did to every tensor: strict by default, exceptions only by name, written down and shown."""
+"""Match the tensors of a source with those of a model, strictly, and report what a conversion did to each of them."""
 
 import re
 from collections import Counter
@@ -8,187 +8,201 @@ from pathlib import Path
 from typing import Any
 
 from aki_megatron.checkpoint import files
-from aki_megatron.checkpoint.tensors import NameTable, Shape, TensorFact
-from aki_megatron.errors import CheckpointError
+from aki_megatron.checkpoint.shapes import compare_shapes, mismatch_error
+from aki_megatron.checkpoint.tensors import NameTable, Shape, TensorSource, TensorSpec
 
 REPORT = "conversion.json"
 
 KINDS = {
     "mapped": "one tensor became one of the same shape",
-    "put together": "several tensors became one, along axis 0",
-    "cut": "one tensor became several, along axis 0",
-    "grown": "the tensor came with fewer rows; the others are new",
-    "drawn": "no such source has this tensor; new, as in a run that starts with random weights",
-    "missing": "not in the source, allowed by name; new",
-    "shape-changed": "of another shape in the source, allowed by name; new",
-    "extra": "in the source only, allowed by name; left out",
-    "left out": "in the source only, and not used by any AKI model",
+    "concatenated": "several tensors became one, along axis 0",
+    "split": "one tensor became several, along axis 0",
+    "extended": "the tensor has fewer rows in the source; the further rows are newly initialized",
+    "initialized": "the source has no such tensor; initialized as in a run that starts with random weights",
+    "missing": "not in the source, allowed by name; initialized",
+    "mismatched": "of another shape in the source, allowed by name; initialized",
+    "unexpected": "only in the source, allowed by name; skipped",
+    "skipped": "only in the source, and not used by any AKI model",
 }
-"""What may happen to a tensor."""
+"""What a conversion can do with a tensor."""
 
-PLAIN = ("mapped", "put together", "cut")
-"""Kinds that are only counted in print."""
+SUMMARIZED = ("mapped", "concatenated", "split")
+"""Kinds of which the printed report gives only the number."""
+
+EXCEPTIONS_HINT = (
+    "Give the folder, the file or the sizes (--model) that belong together, or name an exception: --allow-missing, "
+    "--allow-unexpected, --allow-mismatched NAME (a trailing * matches any ending)."
+)
 
 
 @dataclass(frozen=True)
-class Row:
-    """What became of one tensor: the names that were read, the names that were written."""
+class TensorRecord:
+    """What became of one tensor."""
 
     kind: str
-    read: tuple[str, ...]
-    wrote: tuple[str, ...]
+    source_names: tuple[str, ...]
+    """Names that were read."""
+    target_names: tuple[str, ...]
+    """Names that were written."""
     shape: Shape
     note: str = ""
 
     def __post_init__(self) -> None:
         assert self.kind in KINDS, self.kind
 
-    def line(self) -> str:
-        """One line of text, the same for all layers."""
+    def text(self) -> str:
+        """One line, the same for all layers."""
         shape = "x".join(map(str, self.shape))
-        return pattern(
-            f"{' + '.join(self.read) or '-'} -> {' + '.join(self.wrote) or '-'}  {shape}  {self.note}"
-        ).rstrip()
+        names = f"{' + '.join(self.source_names) or '-'} -> {' + '.join(self.target_names) or '-'}"
+        return layer_pattern(f"{names}  {shape}  {self.note}").rstrip()
 
 
 @dataclass(frozen=True)
-class Allowed:
-    """Exceptions from strictness: exact names, or beginnings of names that end in ``*``."""
+class AllowedMismatches:
+    """Exceptions from strictness: names, or prefixes of names that end in ``*``."""
 
     missing: Sequence[str] = ()
-    extra: Sequence[str] = ()
-    changed: Sequence[str] = ()
+    unexpected: Sequence[str] = ()
+    mismatched: Sequence[str] = ()
 
 
-STRICT = Allowed()
-"""No exception."""
+STRICT = AllowedMismatches()
+"""No exceptions."""
 
 
-def fits(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a name is one of the patterns, or begins with one that ends in ``*``."""
+def matches_any(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name equals one of the patterns, or starts with one that ends in ``*``."""
     return any(name.startswith(p[:-1]) if p.endswith("*") else name == p for p in patterns)
 
 
+def layer_pattern(name: str) -> str:
+    """``layers.{i}.norm`` for ``layers.3.norm``."""
+    return re.sub(r"\blayers\.\d+\.", "layers.{i}.", name)
+
+
 @dataclass
-class Report:
+class ConversionReport:
     """A whole conversion."""
 
     command: str
     sources: Mapping[str, str]
-    rows: list[Row] = field(default_factory=list)
-    facts: dict[str, str] = field(default_factory=dict)
-    """Sentences by title: the check, time and memory."""
+    records: list[TensorRecord] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)
+    """Sentences by title: the logits check, time and memory."""
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Bytes and sha256 of each file, by its path inside the folder that holds the report."""
 
     def write(self, folder: Path) -> None:
-        """Digest every file of the folder and write conversion.json beside them."""
+        """Hash every file of ``folder`` and write conversion.json into it."""
         self.outputs = {
-            path.relative_to(folder).as_posix(): files.digest(path)
+            path.relative_to(folder).as_posix(): files.file_digest(path)
             for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name != REPORT
         }
         files.write_json(folder / REPORT, asdict(self))
 
     def text(self) -> str:
-        """What to print: counts, everything that is not plainly mapped, checks, outputs with sha256."""
+        """What to print: counts, every record that is not summarized, notes, and the outputs with their sha256."""
         lines = []
         for kind, meaning in KINDS.items():
-            found = [row for row in self.rows if row.kind == kind]
-            if not found:
+            records = [record for record in self.records if record.kind == kind]
+            if not records:
                 continue
-            lines.append(f"{kind:14} {len(found):5}  {meaning}")
-            if kind not in PLAIN:
-                lines += [f"    {line}" for line in _grouped(found)]
-        lines += [f"{name}: {text}" for name, text in self.facts.items()]
+            lines.append(f"{kind:14} {len(records):5}  {meaning}")
+            if kind not in SUMMARIZED:
+                counts = Counter(record.text() for record in records)
+                lines += [f"    {line}" + (f"  ({count} times)" if count > 1 else "") for line, count in counts.items()]
+        lines += [f"{title}: {text}" for title, text in self.notes.items()]
         lines += [f"{entry['sha256']}  {name}  {entry['bytes']:,} bytes" for name, entry in self.outputs.items()]
         return "\n".join(lines)
 
 
-def pattern(name: str) -> str:
-    """``blocks.{i}.norm`` for ``blocks.3.norm``."""
-    return re.sub(r"\b(blocks|layers)\.\d+\.", r"\1.{i}.", name)
-
-
-def _grouped(rows: Iterable[Row]) -> list[str]:
-    """A line for all rows that say the same of different layers."""
-    counts = Counter(row.line() for row in rows)
-    return [line if count == 1 else f"{line}  ({count} times)" for line, count in counts.items()]
-
-
 @dataclass(frozen=True)
-class Match:
-    """Which tensors of a table are to be read, which have to be drawn, and the rows that say so."""
+class TensorMatch:
+    """The outcome of ``match_tensors``."""
 
     table: NameTable
-    drawn: tuple[str, ...]
-    rows: tuple[Row, ...]
+    """The rows of the name table that can be read from the source."""
+    to_initialize: tuple[str, ...]
+    """Native names that the source should hold and does not; exceptions allow it."""
+    records: tuple[TensorRecord, ...]
 
 
-def match(
-    found: Mapping[str, TensorFact],
+def match_tensors(
+    found: Mapping[str, TensorSpec],
     table: NameTable,
-    wanted: Mapping[str, Shape],
+    expected: Mapping[str, Shape],
     *,
     source: str,
-    allowed: Allowed,
-    unused: Sequence[str] = (),
-) -> Match:
-    """Compare what a source holds with what a model needs.
+    allowed: AllowedMismatches = STRICT,
+) -> TensorMatch:
+    """Match the tensors of a source with those that a model needs of it.
 
-    found   the source's tensors
-    table   our names to theirs
-    wanted  our names to the model's shapes
-    unused  patterns of names that may be there and are not read
+    found     specs of the source's tensors, by external name
+    table     native name -> external names, for every tensor that the source should hold
+    expected  shapes by native name
+    source    what to call the source in the error
 
-    Errors: CheckpointError listing everything missing, extra or of another shape that is not allowed by name.
+    Raises CheckpointError with everything missing, unexpected or of another shape that ``allowed`` does not name.
     """
-    rows: list[Row] = []
+    shapes = {
+        native: _concatenated_shape([found[name].shape for name in external])
+        for native, external in table.items()
+        if all(name in found for name in external)
+    }
+    comparison = compare_shapes(shapes, {native: expected[native] for native in table})
+    readable: dict[str, tuple[str, ...]] = {}
+    to_initialize: list[str] = []
+    records: list[TensorRecord] = []
     refused: list[str] = []
-    kept: dict[str, tuple[str, ...]] = {}
-    drawn: list[str] = []
-    known = {name for names in table.values() for name in names}
-    for ours, theirs in table.items():
-        absent = [name for name in theirs if name not in found]
-        shape = () if absent else _together([found[name].shape for name in theirs])
-        kind = "missing" if absent else "shape-changed" if shape != wanted[ours] else ""
-        names = [name for name in theirs if name not in found] if absent else list(theirs)
-        if not kind:
-            kept[ours] = theirs
-            rows.append(Row("mapped" if len(theirs) == 1 else "put together", theirs, (ours,), wanted[ours]))
-        elif all(fits(name, allowed.missing if absent else allowed.changed) for name in names):
-            drawn.append(ours)
-            note = "" if absent else f"{shape} in the source"
-            rows.append(Row(kind, tuple(name for name in theirs if name in found), (ours,), wanted[ours], note))
-        elif absent:
-            refused += [f"  missing: {name} (for {ours} {wanted[ours]})" for name in names]
+    for native, external in table.items():
+        shape = expected[native]
+        if native in comparison.missing:
+            missing = [name for name in external if name not in found]
+            if all(matches_any(name, allowed.missing) for name in missing):
+                present = tuple(name for name in external if name in found)
+                to_initialize.append(native)
+                records.append(TensorRecord("missing", present, (native,), shape))
+            else:
+                refused += [f"missing: {name} (for {native} {shape})" for name in missing]
+        elif native in comparison.mismatched:
+            found_shape = shapes[native] or ", ".join(str(found[name].shape) for name in external)
+            if all(matches_any(name, allowed.mismatched) for name in external):
+                to_initialize.append(native)
+                records.append(TensorRecord("mismatched", external, (native,), shape, f"{found_shape} in the source"))
+            else:
+                refused.append(f"shape mismatch: {' + '.join(external)} is {found_shape}, the model needs {shape}")
         else:
-            refused.append(f"  shape-changed: {' + '.join(theirs)} is {shape}, the model needs {wanted[ours]}")
-    for name in sorted(found.keys() - known):
-        if fits(name, unused) or fits(name, allowed.extra):
-            rows.append(Row("left out" if fits(name, unused) else "extra", (name,), (), found[name].shape))
+            readable[native] = external
+            kind = "mapped" if len(external) == 1 else "concatenated"
+            records.append(TensorRecord(kind, external, (native,), shape))
+    for name in sorted(found.keys() - {name for external in table.values() for name in external}):
+        if matches_any(name, allowed.unexpected):
+            records.append(TensorRecord("unexpected", (name,), (), found[name].shape))
         else:
-            refused.append(f"  extra: {name} {found[name].shape}")
+            refused.append(f"unexpected: {name} {found[name].shape}")
     if refused:
-        raise CheckpointError(refusal(source, refused))
-    return Match(kept, tuple(drawn), tuple(rows))
+        raise mismatch_error(source, refused, EXCEPTIONS_HINT)
+    return TensorMatch(readable, tuple(to_initialize), tuple(records))
 
 
-def refusal(source: str, lines: Sequence[str]) -> str:
-    """The message of a strict comparison that failed."""
-    shown = [*lines[:40], *([f"  and {len(lines) - 40} more"] if len(lines) > 40 else [])]
-    return (
-        f"The tensors of {source} are not those of the model ({len(lines)} differences):\n"
-        + "\n".join(shown)
-        + "\nGive the folder, the file or the sizes (--model) that belong together, or name an exception: "
-        "--allow-missing, --allow-extra, --allow-changed NAME (a trailing * stands for any ending)."
-    )
+def external_records(native: TensorSource, table: NameTable) -> list[TensorRecord]:
+    """Records of a conversion from native names to external ones."""
+    return [
+        TensorRecord("mapped" if len(external) == 1 else "split", (name,), tuple(external), native.specs[name].shape)
+        for name, external in table.items()
+    ]
 
 
-def _together(shapes: Sequence[Shape]) -> Shape:
-    """Shape of tensors put together along axis 0; () where their other axes differ."""
+def skipped_records(source: TensorSource, names: Iterable[str]) -> list[TensorRecord]:
+    """Records of tensors that a conversion does not use."""
+    return [TensorRecord("skipped", (name,), (), source.specs[name].shape) for name in names]
+
+
+def _concatenated_shape(shapes: Sequence[Shape]) -> Shape | None:
+    """Shape of tensors concatenated along axis 0; None where they cannot be."""
     if len(shapes) == 1:
         return shapes[0]
     if len({shape[1:] for shape in shapes}) > 1 or not all(shapes):
-        return ()
+        return None
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])

@@ -1,4 +1,4 @@
-"""What all conversions share: the model, the settings, our checkpoints read and written, and the last check."""
+"""What all conversions share: their settings, reading and writing our checkpoints, and the final logits check."""
 
 import math
 from collections.abc import Callable
@@ -8,18 +8,24 @@ from pathlib import Path
 import torch
 
 from aki_megatron.checkpoint import files
-from aki_megatron.checkpoint.conversion_report import STRICT, Allowed, Match, Report, Row, match
-from aki_megatron.checkpoint.dcp_io import CheckpointSource, as_stored, write_checkpoint
+from aki_megatron.checkpoint.conversion_report import (
+    STRICT,
+    AllowedMismatches,
+    ConversionReport,
+    TensorMatch,
+    TensorRecord,
+    match_tensors,
+)
+from aki_megatron.checkpoint.dcp_io import CheckpointSource, stored_weights, write_checkpoint
 from aki_megatron.checkpoint.hf_folders import PretrainedFolder
 from aki_megatron.checkpoint.hf_reference import Reference
 from aki_megatron.checkpoint.logits_check import check_logits
-from aki_megatron.checkpoint.random_init import Drawn
-from aki_megatron.checkpoint.readers import ProgressSource, cast, merged, only
-from aki_megatron.checkpoint.tensors import NameTable, TensorSource
-from aki_megatron.checkpoint.weight_names import model_shapes
+from aki_megatron.checkpoint.random_init import RandomInitSource
+from aki_megatron.checkpoint.shapes import check_shapes, model_shapes
+from aki_megatron.checkpoint.tensors import ProgressSource, TensorSource, cast, merge, select, total_bytes
 from aki_megatron.checkpoint.writers import SHARD_BYTES
+from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.config.model import ModelConfig
-from aki_megatron.config.run import AttentionConfig
 from aki_megatron.config.save import dump_model, load_model
 from aki_megatron.data.tokenizer import Vocabulary
 from aki_megatron.errors import CheckpointError, ConfigError
@@ -27,73 +33,75 @@ from aki_megatron.errors import CheckpointError, ConfigError
 TOKENIZER = "tokenizer"
 """Folder inside a converted checkpoint."""
 
-Watch = Callable[[str, int], Callable[[int], None]]
-"""Told what is written and how many bytes it has; returns what to tell the bytes of each tensor."""
+StartProgress = Callable[[str, int], Callable[[int], None]]
+"""Takes a title and a number of bytes; returns a function that takes the bytes of each tensor as it is read."""
 
 
 @dataclass(frozen=True)
-class Model:
-    """What gives weights a meaning."""
+class ConvertedModel:
+    """The configuration that belongs to a checkpoint's weights."""
 
     config: ModelConfig
     attention: AttentionConfig
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What all conversions share; ``dtype`` None keeps each tensor's own."""
+class ConversionSettings:
+    """Settings of all conversions.
+
+    dtype           precision to write; None keeps each tensor's own
+    seed            of tensors that no source holds
+    num_files       files of a checkpoint that is written; None writes files of about SHARD_BYTES
+    check_logits    compare the logits of both sides in the end
+    allowed         exceptions from strict matching
+    start_progress  reports progress of long work
+    """
 
     dtype: torch.dtype | None = None
     seed: int = 42
-    files: int | None = None
-    check: bool = True
-    allowed: Allowed = STRICT
-    watch: Watch = lambda _title, _bytes: lambda _read: None
+    num_files: int | None = None
+    check_logits: bool = True
+    allowed: AllowedMismatches = STRICT
+    start_progress: StartProgress = lambda _title, _num_bytes: lambda _read: None
 
 
-def open_ours(checkpoint: Path) -> tuple[CheckpointSource, Model]:
-    """A checkpoint's weights and the model they are of.
+def open_checkpoint(path: Path) -> tuple[CheckpointSource, ConvertedModel]:
+    """A checkpoint's weights, and the model they belong to.
 
-    Errors: CheckpointError when it is none, is damaged, or its tensors are not those of the model it names.
+    Raises CheckpointError when there is none, when it is damaged, or when its tensors are not those of its model.
     """
-    source = CheckpointSource(checkpoint)
-    model = Model(*load_model(source.path / files.CONFIG))
-    shapes = model_shapes(model.config)
-    match(source.facts, {name: (name,) for name in shapes}, shapes, source=str(source.path), allowed=STRICT)
+    source = CheckpointSource(path)
+    model = ConvertedModel(*load_model(source.path / files.CONFIG))
+    shapes = {name: spec.shape for name, spec in source.specs.items()}
+    check_shapes(shapes, model_shapes(model.config), str(source.path))
     return source, model
 
 
-def write_ours(folder: Path, source: TensorSource, model: Model, settings: Settings, tokenizer: Path | None) -> Path:
-    """Write step_000000 from a source of all of the model's tensors."""
+def write_weights(
+    folder: Path, source: TensorSource, model: ConvertedModel, settings: ConversionSettings, tokenizer: Path | None
+) -> Path:
+    """Write ``folder``/step_000000 from a source of all of the model's tensors; return its path."""
     shapes = model_shapes(model.config)
-    assert source.facts.keys() == shapes.keys()
-    ordered = prepared(only(source, shapes), settings, "writing the checkpoint")
+    assert source.specs.keys() == shapes.keys()
+    ordered = prepare(select(source, shapes), settings, "writing the checkpoint")
     return write_checkpoint(
         folder,
         0,
-        as_stored(ordered),
+        stored_weights(ordered),
         config_yaml=dump_model(model.config, model.attention),
         attach={TOKENIZER: tokenizer} if tokenizer else {},
-        files=settings.files or file_count(ordered),
+        num_files=settings.num_files or default_num_files(ordered),
     )
 
 
-def prepared(source: TensorSource, settings: Settings, title: str) -> TensorSource:
-    """In the precision that was asked for, and watched."""
-    wanted = source if settings.dtype is None else cast(source, settings.dtype)
-    return ProgressSource(wanted, settings.watch(title, total_bytes(wanted)))
-
-
-def rows_out(table: NameTable, ours: TensorSource) -> list[Row]:
-    """Rows of a conversion of our tensors to theirs."""
-    return [
-        Row("mapped" if len(theirs) == 1 else "cut", (name,), tuple(theirs), ours.facts[name].shape)
-        for name, theirs in table.items()
-    ]
+def prepare(source: TensorSource, settings: ConversionSettings, title: str) -> TensorSource:
+    """The source in the precision of the settings, with its progress reported."""
+    converted = source if settings.dtype is None else cast(source, settings.dtype)
+    return ProgressSource(converted, settings.start_progress(title, total_bytes(converted)))
 
 
 def check_vocabulary(config: ModelConfig, vocabulary: Vocabulary, tokenizer: Path) -> None:
-    """ConfigError unless the model has a row for each token of a grown tokenizer, and its added ones last."""
+    """Raise ConfigError unless the model has as many tokens, and as many added ones, as an extended tokenizer."""
     sizes = (config.decoder.vocab_size, config.decoder.num_added_tokens)
     if sizes != (vocabulary.vocab_size, vocabulary.num_added_tokens):
         raise ConfigError(
@@ -103,41 +111,44 @@ def check_vocabulary(config: ModelConfig, vocabulary: Vocabulary, tokenizer: Pat
         )
 
 
-def match_folder(folder: PretrainedFolder, config: ModelConfig, allowed: Allowed) -> Match:
-    """Compare a Hugging Face folder with the model, strictly; tables that grew are said to have grown."""
+def match_folder(folder: PretrainedFolder, config: ModelConfig, allowed: AllowedMismatches) -> TensorMatch:
+    """Match a Hugging Face folder with the model; record tensors that were extended, and those that are not used."""
     shapes = model_shapes(config)
-    found = match(folder.tensors.facts, folder.table, shapes, source=str(folder.path), allowed=allowed)
-    rows = [replace(row, kind="grown") if set(row.read) & set(folder.grown) else row for row in found.rows]
-    rows += [Row("left out", (name,), (), ()) for name in folder.left_out]
-    return replace(found, rows=tuple(rows))
+    match = match_tensors(folder.tensors.specs, folder.table, shapes, source=str(folder.path), allowed=allowed)
+    records = [
+        replace(record, kind="extended") if set(record.source_names) & set(folder.extended) else record
+        for record in match.records
+    ]
+    records += [TensorRecord("skipped", (name,), (), ()) for name in folder.skipped]
+    return replace(match, records=tuple(records))
 
 
-def with_drawn(ours: TensorSource, config: ModelConfig, settings: Settings) -> TensorSource:
-    """All tensors of the model: what is not there is drawn."""
-    drawn = Drawn(config, settings.seed)
-    return merged(ours, only(drawn, [name for name in drawn.facts if name not in ours.facts]))
+def complete_weights(native: TensorSource, config: ModelConfig, settings: ConversionSettings) -> TensorSource:
+    """All tensors of the model: those of ``native``, and random ones for the others."""
+    random = RandomInitSource(config, settings.seed)
+    return merge(native, select(random, [name for name in random.specs if name not in native.specs]))
 
 
-def compare_logits(report: Report, written: Path, reference: Reference, settings: Settings) -> None:
-    """Compute with what was written and with the other side; CheckpointError where they differ."""
-    if not settings.check:
-        report.facts["check"] = "logits not compared (--skip-logits-check)"
+def compare_logits(
+    report: ConversionReport, checkpoint: Path, reference: Reference, settings: ConversionSettings
+) -> None:
+    """Compute logits with a checkpoint and with the reference, and add the outcome to the report.
+
+    Raises CheckpointError where they differ.
+    """
+    if not settings.check_logits:
+        report.notes["check"] = "logits not compared (--skip-logits-check)"
         return
-    ours = CheckpointSource(written, checked=False)
-    watched = ProgressSource(ours, settings.watch("comparing logits", total_bytes(ours)))
-    found = check_logits(watched, load_model(written / files.CONFIG)[0], reference)
-    if not found.passed:
+    source = CheckpointSource(checkpoint, verify=False)
+    with_progress = ProgressSource(source, settings.start_progress("comparing logits", total_bytes(source)))
+    comparison = check_logits(with_progress, load_model(checkpoint / files.CONFIG)[0], reference)
+    if not comparison.passed:
         raise CheckpointError(
-            f"The logits of what was written and of its source differ, and nothing is left of it. {found.text()}"
+            f"The logits of what was written and of its source differ, and nothing is left of it. {comparison.text()}"
         )
-    report.facts["check"] = found.text()
+    report.notes["check"] = comparison.text()
 
 
-def file_count(source: TensorSource) -> int:
-    """Files of about SHARD_BYTES each."""
+def default_num_files(source: TensorSource) -> int:
+    """How many files of about SHARD_BYTES a source fills."""
     return math.ceil(total_bytes(source) / SHARD_BYTES)
-
-
-def total_bytes(source: TensorSource) -> int:
-    """Size of all tensors of a source."""
-    return sum(fact.bytes for fact in source.facts.values())

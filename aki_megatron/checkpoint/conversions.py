@@ -1,220 +1,250 @@
-"""Conversions between other people's folders and our checkpoints, tensor by tensor, and the report of each.
+"""Conversions between checkpoints and other projects' folders, one tensor in memory at a time, each with a report.
 
-Every function writes into ``folder``, which nobody reads yet (sinks.aside), and compares names and shapes before it
-writes anything.
+Every function compares names and shapes before it writes, and writes into ``folder``, a staging_dir of the caller.
 """
 
 import shutil
-from collections.abc import Set
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from aki_megatron.checkpoint import files
-from aki_megatron.checkpoint.conversion_report import Report, Row
+from aki_megatron.checkpoint.conversion_report import (
+    ConversionReport,
+    TensorRecord,
+    external_records,
+    skipped_records,
+)
 from aki_megatron.checkpoint.conversion_steps import (
     TOKENIZER,
-    Model,
-    Settings,
+    ConversionSettings,
+    ConvertedModel,
     check_vocabulary,
     compare_logits,
-    file_count,
+    complete_weights,
+    default_num_files,
     match_folder,
-    open_ours,
-    prepared,
-    rows_out,
-    total_bytes,
-    with_drawn,
-    write_ours,
+    open_checkpoint,
+    prepare,
+    write_weights,
 )
 from aki_megatron.checkpoint.dcp_io import WEIGHT, CheckpointSource, write_checkpoint
 from aki_megatron.checkpoint.hf_config import (
     decoder_config,
-    describe_language,
-    describe_vision,
-    read_description,
+    language_config_json,
+    read_config_json,
     vision_config,
+    vision_config_json,
 )
 from aki_megatron.checkpoint.hf_export import export, export_names, exported_source
 from aki_megatron.checkpoint.hf_folders import language_source, vision_source
 from aki_megatron.checkpoint.hf_reference import Reference
-from aki_megatron.checkpoint.official import has_encoder, match_official, official_names, open_official
-from aki_megatron.checkpoint.readers import ProgressSource, merged, only, open_safetensors
-from aki_megatron.checkpoint.tensors import NameTable, TensorSource, to_external, to_native
-from aki_megatron.checkpoint.weight_names import model_shapes
+from aki_megatron.checkpoint.official import has_vision_encoder, match_official, official_names, open_official
+from aki_megatron.checkpoint.readers import open_safetensors
+from aki_megatron.checkpoint.shapes import model_shapes
+from aki_megatron.checkpoint.tensors import (
+    NameTable,
+    ProgressSource,
+    TensorSource,
+    merge,
+    select,
+    to_external,
+    to_native,
+    total_bytes,
+)
 from aki_megatron.checkpoint.writers import SHARD_BYTES, write_safetensors, write_torch_file
+from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.config.model import ModelConfig
-from aki_megatron.config.run import AttentionConfig
 from aki_megatron.config.yaml_file import read_yaml
 from aki_megatron.data.tokenizer import Vocabulary, grow_tokenizer
 from aki_megatron.errors import CheckpointError
 
 RELEASE_FILE, TRAINING_FILE = "model.safetensors", "checkpoint_0.pt"
-"""What to-official writes: the whole model, or the form of the release's training checkpoints, without the encoder."""
+"""What to-official writes: the whole model, or the release's training checkpoint, which lacks the vision encoder."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def from_hf(
-    language: Path, vision: Path, folder: Path, settings: Settings, *, model: Model | None, tokenizer: Path
-) -> Report:
-    """A checkpoint from the folders of a language model and of SigLIP: the rest of AKI is drawn.
+    language: Path,
+    vision: Path,
+    folder: Path,
+    settings: ConversionSettings,
+    *,
+    model: ConvertedModel | None,
+    tokenizer: Path,
+) -> ConversionReport:
+    """Convert the folders of a language model and of SigLIP to a checkpoint; the rest of AKI is randomly initialized.
 
-    model  None: the sizes that the folders say, AKI's resampler and head bias, the mask rule mma
+    model  None takes the sizes from the folders, AKI's resampler and LM head bias, and the attention rule mma
     """
-    report = Report("from-hf", {"language": str(language), "vision": str(vision), "tokenizer": str(tokenizer)})
-    with TemporaryDirectory() as grown:
-        vocabulary = grow_tokenizer(tokenizer, Path(grown))
-        model = model or _model_of(language, vision, vocabulary)
+    sources = {"language": str(language), "vision": str(vision), "tokenizer": str(tokenizer)}
+    report = ConversionReport("from-hf", sources)
+    with TemporaryDirectory() as tokenizer_dir:
+        vocabulary = grow_tokenizer(tokenizer, Path(tokenizer_dir))
+        model = model or _model_of_folders(language, vision, vocabulary)
         check_vocabulary(model.config, vocabulary, tokenizer)
-        parts = [vision_source(vision, model.config.vision), language_source(language, model.config.decoder)]
-        matches = [match_folder(part, model.config, settings.allowed) for part in parts]
-        report.rows += [row for found in matches for row in found.rows]
-        ours = merged(*(to_native(part.tensors, found.table) for part, found in zip(parts, matches, strict=True)))
-        report.rows += _rows_drawn(
-            model.config, ours.facts.keys() | {name for found in matches for name in found.drawn}
+        folders = [vision_source(vision, model.config.vision), language_source(language, model.config.decoder)]
+        matches = [match_folder(pretrained, model.config, settings.allowed) for pretrained in folders]
+        native = merge(
+            *(to_native(pretrained.tensors, match.table) for pretrained, match in zip(folders, matches, strict=True))
         )
-        written = write_ours(folder, with_drawn(ours, model.config, settings), model, settings, Path(grown))
-    names = {ours: theirs for found in matches for ours, theirs in found.table.items()}
-    described = read_description(vision)
+        report.records += [record for match in matches for record in match.records]
+        known = native.specs.keys() | {name for match in matches for name in match.to_initialize}
+        report.records += [
+            TensorRecord("initialized", (), (name,), shape)
+            for name, shape in model_shapes(model.config).items()
+            if name not in known
+        ]
+        weights = complete_weights(native, model.config, settings)
+        checkpoint = write_weights(folder, weights, model, settings, Path(tokenizer_dir))
+    table = {native: external for match in matches for native, external in match.table.items()}
+    vision_json = read_config_json(vision)
     reference = Reference(
-        merged(*(part.tensors for part in parts)),
-        names,
-        read_description(language),
-        described.get("vision_config", described),
+        merge(*(pretrained.tensors for pretrained in folders)),
+        table,
+        read_config_json(language),
+        vision_json.get("vision_config", vision_json),
     )
-    compare_logits(report, written, reference, settings)
+    compare_logits(report, checkpoint, reference, settings)
     return report
 
 
-def from_export(export: Path, folder: Path, settings: Settings) -> Report:
-    """A checkpoint from a folder that to_hf wrote."""
-    read = exported_source(export, settings.allowed)
-    report = Report("from-hf", {"aki": str(export)}, list(read.match.rows))
-    model = Model(read.config, AttentionConfig.model_validate({"rule": read.rule}))
-    whole = with_drawn(read.source, read.config, settings)
-    with TemporaryDirectory() as alone:
-        # without the folder's config.json, which would have transformers ask whether to run the folder's own code
-        found = [path for name in TOKENIZER_FILES if (path := export / name).is_file()]
-        for path in found:
-            shutil.copy(path, alone)
-        written = write_ours(folder, whole, model, settings, Path(alone) if found else None)
-    compare_logits(report, written, _reference_of_export(export, read.match.table), settings)
+def from_export(exported: Path, folder: Path, settings: ConversionSettings) -> ConversionReport:
+    """Convert a folder that ``to_hf`` wrote to a checkpoint."""
+    opened = exported_source(exported, settings.allowed)
+    report = ConversionReport("from-hf", {"aki": str(exported)}, list(opened.match.records))
+    model = ConvertedModel(opened.config, AttentionConfig.model_validate({"rule": opened.rule}))
+    weights = complete_weights(opened.source, opened.config, settings)
+    with TemporaryDirectory() as tokenizer_dir:
+        # without the folder's config.json, because of which transformers would offer to run the folder's own code
+        tokenizer_files = [path for name in TOKENIZER_FILES if (path := exported / name).is_file()]
+        for path in tokenizer_files:
+            shutil.copy(path, tokenizer_dir)
+        tokenizer = Path(tokenizer_dir) if tokenizer_files else None
+        checkpoint = write_weights(folder, weights, model, settings, tokenizer)
+    compare_logits(report, checkpoint, _exported_reference(exported, opened.match.table), settings)
     return report
 
 
 def to_hf(
-    checkpoint: Path, folder: Path, settings: Settings, *, tokenizer: Path | None, shard_bytes: int = SHARD_BYTES
-) -> Report:
-    """A folder that plain transformers loads, from a checkpoint.
+    checkpoint: Path,
+    folder: Path,
+    settings: ConversionSettings,
+    *,
+    tokenizer: Path | None,
+    shard_bytes: int = SHARD_BYTES,
+) -> ConversionReport:
+    """Convert a checkpoint to a folder that plain transformers loads.
 
-    tokenizer  None: the one the checkpoint holds, or the one its run was trained with
+    tokenizer  None takes the one that the checkpoint holds, or the one its run was trained with
     """
-    source, model = open_ours(checkpoint)
+    source, model = open_checkpoint(checkpoint)
     tokenizer = tokenizer or _tokenizer_of(source.path)
-    report = Report("to-hf", {"checkpoint": str(source.path), "tokenizer": str(tokenizer)})
-    watched = ProgressSource(source, settings.watch("writing the folder", total_bytes(source)))
-    report.rows = export(
-        watched, model.config, model.attention.rule, tokenizer, folder, settings.dtype, shard_bytes=shard_bytes
-    )
-    compare_logits(report, source.path, _reference_of_export(folder, export_names(model.config)), settings)
+    table = export_names(model.config)
+    sources = {"checkpoint": str(source.path), "tokenizer": str(tokenizer)}
+    report = ConversionReport("to-hf", sources, external_records(source, table))
+    with_progress = ProgressSource(source, settings.start_progress("writing the folder", total_bytes(source)))
+    export(with_progress, model.config, model.attention, tokenizer, folder, settings.dtype, shard_bytes=shard_bytes)
+    compare_logits(report, source.path, _exported_reference(folder, table), settings)
     return report
 
 
 def from_official(
-    release: Path, folder: Path, model: Model, settings: Settings, *, vision: Path | None, tokenizer: Path | None
-) -> Report:
-    """A checkpoint from the official release: its safetensors, or a ``.pt`` and the SigLIP folder ``vision``.
+    release: Path,
+    folder: Path,
+    model: ConvertedModel,
+    settings: ConversionSettings,
+    *,
+    vision: Path | None,
+    tokenizer: Path | None,
+) -> ConversionReport:
+    """Convert the official release to a checkpoint: its safetensors, or a ``.pt`` and the SigLIP folder ``vision``.
 
-    tokenizer  None: the one beside the release, if there is one
+    tokenizer  None takes the one beside the release, if there is one
     """
-    source = open_official(release)
-    if has_encoder(source) == (vision is not None):
+    official = open_official(release)
+    if has_vision_encoder(official) == (vision is not None):
         raise CheckpointError(
-            f"{release} holds the encoder; leave --vision out."
+            f"{release} holds the vision encoder; leave --vision out."
             if vision
-            else f"{release} holds no encoder, as the release's training checkpoints: give SigLIP's folder as --vision."
+            else f"{release} holds no vision encoder, as the release's training checkpoints: give SigLIP's folder as "
+            "--vision."
         )
-    found = match_official(source, model.config, settings.allowed)
-    report = Report("from-official", {"release": str(release)}, list(found.rows))
-    ours, names, theirs = to_native(source, found.table), dict(found.table), merged(source)
+    match = match_official(official, model.config, settings.allowed)
+    report = ConversionReport("from-official", {"release": str(release)}, list(match.records))
+    external = merge(official)
+    native, table = to_native(external, match.table), dict(match.table)
     if vision:
         encoder = vision_source(vision, model.config.vision)
-        of_encoder = match_folder(encoder, model.config, settings.allowed)
-        report.rows += of_encoder.rows
-        ours = merged(ours, to_native(encoder.tensors, of_encoder.table))
-        names |= of_encoder.table
-        theirs = merged(source, encoder.tensors)
+        encoder_match = match_folder(encoder, model.config, settings.allowed)
+        report.records += encoder_match.records
+        native = merge(native, to_native(encoder.tensors, encoder_match.table))
+        table |= encoder_match.table
+        external = merge(external, encoder.tensors)
     beside = release if release.is_dir() else release.parent
     tokenizer = tokenizer or (beside if (beside / "tokenizer.json").is_file() else None)
-    with TemporaryDirectory() as grown:
+    with TemporaryDirectory() as tokenizer_dir:
         if tokenizer:
-            check_vocabulary(model.config, grow_tokenizer(tokenizer, Path(grown)), tokenizer)
-        whole = with_drawn(ours, model.config, settings)
-        written = write_ours(folder, whole, model, settings, Path(grown) if tokenizer else None)
-    compare_logits(report, written, _reference(theirs, names, model.config), settings)
+            check_vocabulary(model.config, grow_tokenizer(tokenizer, Path(tokenizer_dir)), tokenizer)
+        weights = complete_weights(native, model.config, settings)
+        checkpoint = write_weights(folder, weights, model, settings, Path(tokenizer_dir) if tokenizer else None)
+    compare_logits(report, checkpoint, _stock_reference(external, table, model.config), settings)
     return report
 
 
-def to_official(checkpoint: Path, folder: Path, settings: Settings, *, training: bool) -> Report:
-    """The release's file from a checkpoint; with ``training`` in the form of its training checkpoints."""
-    source, model = open_ours(checkpoint)
+def to_official(checkpoint: Path, folder: Path, settings: ConversionSettings, *, training: bool) -> ConversionReport:
+    """Convert a checkpoint to the official release's file; with ``training`` to its training checkpoint."""
+    source, model = open_checkpoint(checkpoint)
     table = official_names(model.config, vision=not training)
-    report = Report("to-official", {"checkpoint": str(source.path)}, rows_out(table, source))
-    encoder = sorted(source.facts.keys() - table.keys())
-    report.rows += [Row("left out", (name,), (), source.facts[name].shape) for name in encoder]
-    theirs = prepared(to_external(source, table, model.config.decoder), settings, "writing the release's tensors")
+    report = ConversionReport("to-official", {"checkpoint": str(source.path)}, external_records(source, table))
+    report.records += skipped_records(source, sorted(source.specs.keys() - table.keys()))
+    external = to_external(source, table, model.config.decoder)
+    prepared = prepare(external, settings, "writing the release's tensors")
     if training:
-        write_torch_file(folder / TRAINING_FILE, theirs, {"epoch": 0, "step": None})
+        write_torch_file(folder / TRAINING_FILE, prepared, {"epoch": 0, "step": None})
     else:
-        write_safetensors(folder / RELEASE_FILE, theirs)
+        write_safetensors(folder / RELEASE_FILE, prepared)
     written = open_official(folder / (TRAINING_FILE if training else RELEASE_FILE))
-    compare_logits(report, source.path, _reference(written, table, model.config), settings)
+    compare_logits(report, source.path, _stock_reference(written, table, model.config), settings)
     return report
 
 
-def reshard(checkpoint: Path, folder: Path, settings: Settings, *, weights_only: bool) -> Report:
-    """The same checkpoint, bit for bit, in another number of files; optionally without the optimizer's moments."""
-    source = CheckpointSource(checkpoint, moments=True)
-    kept = [name for name in source.facts if not weights_only or name.startswith(WEIGHT)]
-    wanted = only(source, kept)
-    rows = [Row("mapped", (name,), (name,), source.facts[name].shape) for name in kept]
-    rows += [Row("left out", (name,), (), fact.shape) for name, fact in source.facts.items() if name not in kept]
-    report = Report("reshard", {"checkpoint": str(source.path)}, rows)
-    own = (files.MANIFEST, files.INDEX, files.CONFIG)
-    others = [name for name in files.read_manifest(source.path) if name not in own and not name.endswith(".distcp")]
+def reshard(checkpoint: Path, folder: Path, settings: ConversionSettings, *, weights_only: bool) -> ConversionReport:
+    """Rewrite a checkpoint bit for bit in another number of files; with ``weights_only`` without optimizer state."""
+    source = CheckpointSource(checkpoint, optimizer_state=True)
+    kept = [name for name in source.specs if not weights_only or name.startswith(WEIGHT)]
+    report = ConversionReport("reshard", {"checkpoint": str(source.path)})
+    report.records += external_records(source, {name: (name,) for name in kept})
+    report.records += skipped_records(source, [name for name in source.specs if name not in kept])
+    tensors = select(source, kept)
     write_checkpoint(
         folder,
         files.step_of(source.path),
-        prepared(wanted, settings, "writing the checkpoint"),
+        prepare(tensors, settings, "writing the checkpoint"),
         config_yaml=(source.path / files.CONFIG).read_text(encoding="utf-8"),
-        attach={name: source.path / name for name in others},
-        files=settings.files or file_count(wanted),
+        attach=source.other_files(),
+        num_files=settings.num_files or default_num_files(tensors),
     )
     return report
 
 
-def _model_of(language: Path, vision: Path, vocabulary: Vocabulary) -> Model:
+def _model_of_folders(language: Path, vision: Path, vocabulary: Vocabulary) -> ConvertedModel:
     decoder = decoder_config(language, vocab_size=vocabulary.vocab_size, num_added_tokens=vocabulary.num_added_tokens)
-    return Model(ModelConfig(vision=vision_config(vision), decoder=decoder), AttentionConfig(rule="mma"))
-
-
-def _rows_drawn(config: ModelConfig, known: Set[str]) -> list[Row]:
-    shapes = model_shapes(config)
-    return [Row("drawn", (), (name,), shape) for name, shape in shapes.items() if name not in known]
+    return ConvertedModel(ModelConfig(vision=vision_config(vision), decoder=decoder), AttentionConfig(rule="mma"))
 
 
 def _tokenizer_of(checkpoint: Path) -> Path | None:
-    """The tokenizer that a checkpoint holds, or that its run read."""
+    """The tokenizer that a checkpoint holds, or the one that its run reads."""
     if (checkpoint / TOKENIZER).is_dir():
         return checkpoint / TOKENIZER
-    named = read_yaml(checkpoint / files.CONFIG).values.get("data", {}).get("tokenizer")
-    return Path(named) if named and Path(named).is_dir() else None
+    path = read_yaml(checkpoint / files.CONFIG).values.get("data", {}).get("tokenizer")
+    return Path(path) if path and Path(path).is_dir() else None
 
 
-def _reference(source: TensorSource, table: NameTable, config: ModelConfig) -> Reference:
-    return Reference(source, table, describe_language(config.decoder), describe_vision(config.vision))
+def _stock_reference(source: TensorSource, table: NameTable, config: ModelConfig) -> Reference:
+    return Reference(source, table, language_config_json(config.decoder), vision_config_json(config.vision))
 
 
-def _reference_of_export(folder: Path, table: NameTable) -> Reference:
-    described = read_description(folder)
-    return Reference(open_safetensors(folder), table, described["text_config"], described["vision_config"])
+def _exported_reference(folder: Path, table: NameTable) -> Reference:
+    config_json = read_config_json(folder)
+    return Reference(open_safetensors(folder), table, config_json["text_config"], config_json["vision_config"])

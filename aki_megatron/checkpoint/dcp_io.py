@@ -1,8 +1,8 @@
-"""A checkpoint's tensors on disk, read and written one at a time, in the format of torch.distributed.checkpoint.
+"""Checkpoints in the format of torch.distributed.checkpoint (DCP), read and written one tensor at a time.
 
-What is written is hashed on its way out and read back from the disk before it counts. What is read is checked against
-the manifest, and nothing is unpickled but tensors (``weights_only``) and torch's own index, whose unpickler knows only
-the names of that index.
+What is written is hashed on the way to disk and read back before it counts. What is read is verified against the
+manifest. Only tensors (``weights_only``) and torch's index are unpickled, the index with an unpickler that accepts
+nothing but the classes of an index.
 """
 
 import hashlib
@@ -23,27 +23,23 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from aki_megatron.checkpoint.files import (
-    CONFIG,
-    EXTRA,
-    INDEX,
-    begin,
-    complete,
-    digest,
-    find,
-    read_manifest,
-    sync_folder,
-    verify,
-    write_json,
-    write_text,
-)
-from aki_megatron.checkpoint.tensors import TensorFact, TensorSource, View
+from aki_megatron.checkpoint import files
+from aki_megatron.checkpoint.tensors import LazyTensors, TensorSource, TensorSpec, to_native
 from aki_megatron.errors import CheckpointError
 
 WEIGHT = "weight."
-"""Master weights are the logical tensors ``weight.<parameter>``."""
+"""Prefix of master weights: a checkpoint holds the parameter ``name`` as ``weight.<name>``."""
 
-INDEX_NAMES = {
+PARAMETER_PREFIXES = (WEIGHT, "exp_avg.", "exp_avg_sq.")
+"""Prefixes of everything that a checkpoint holds by parameter name: master weights and AdamW's moments."""
+
+OPTIMIZER_STEP = "optimizer.step"
+"""The number of AdamW's steps, the only other tensor of a checkpoint."""
+
+TENSOR_SUFFIX = ".distcp"
+"""Ending of the files that hold tensors."""
+
+ALLOWED_GLOBALS = {
     "torch.distributed.checkpoint.metadata": {
         "ChunkStorageMetadata",
         "Metadata",
@@ -59,49 +55,56 @@ INDEX_NAMES = {
     "pathlib": {"PosixPath"},
     "pathlib._local": {"PosixPath"},
 }
-"""Everything an index may name."""
+"""Every global that the pickle of an index may name."""
 
 
 class CheckpointSource:
-    """The tensors of a checkpoint in the dtypes that were saved; for one process, without a process group.
+    """A TensorSource of a checkpoint's tensors, in the dtypes they were saved in; for one process, without a group.
 
-    Named as parameters are, weights only; with ``moments`` as they are stored: ``weight.``, ``exp_avg.``,
-    ``exp_avg_sq.`` and ``optimizer.step``. See TensorSource.
+    It holds the weights by parameter name; with ``optimizer_state`` everything under the stored names: ``weight.``,
+    ``exp_avg.`` and ``exp_avg_sq.`` before a parameter name, and ``optimizer.step``.
     """
 
-    def __init__(self, path: Path, moments: bool = False, *, checked: bool = True) -> None:
+    def __init__(
+        self, path: Path, *, optimizer_state: bool = False, verify: bool = True, version: int = files.FORMAT
+    ) -> None:
         """Open a checkpoint, or the newest one of a folder of checkpoints or of a run folder.
 
-        checked  whether to compare every file with the manifest first, which reads all of them
+        verify   compare every file with the manifest first, which reads all of them
+        version  the checkpoint format to read
 
-        Errors: CheckpointError when there is none, or when a file is missing or corrupt.
+        Raises CheckpointError when there is none of that format, or when a file is missing or corrupt.
         """
-        expect_one_process()
-        self.path = find(path)
-        listed = read_manifest(self.path)
-        verify(self.path, sorted(listed) if checked else (), listed)
-        self._reader = IndexedReader(self.path)
-        self._prefix = "" if moments else WEIGHT
-        self.facts: Mapping[str, TensorFact] = {
-            name.removeprefix(self._prefix): TensorFact(tuple(entry.size), entry.properties.dtype)
+        ignore_single_process_warning()
+        self.path = files.find_checkpoint(path)
+        self._manifest = files.read_manifest(self.path, version=version)
+        files.verify(self.path, sorted(self._manifest) if verify else (), self._manifest)
+        self._reader = RestrictedIndexReader(self.path)
+        self._prefix = "" if optimizer_state else WEIGHT
+        self.specs: Mapping[str, TensorSpec] = {
+            name.removeprefix(self._prefix): TensorSpec(tuple(entry.size), entry.properties.dtype)
             for name, entry in self._reader.read_metadata().state_dict_metadata.items()
             if name.startswith(self._prefix) and isinstance(entry, TensorStorageMetadata)
         }
 
     def get(self, name: str) -> Tensor:
-        """See TensorSource.get."""
-        fact = self.facts[name]
-        whole = {self._prefix + name: torch.empty(fact.shape, dtype=fact.dtype)}
-        dcp.load(whole, storage_reader=self._reader, no_dist=True)
-        return whole[self._prefix + name]
+        spec = self.specs[name]
+        state = {self._prefix + name: torch.empty(spec.shape, dtype=spec.dtype)}
+        dcp.load(state, storage_reader=self._reader, no_dist=True)
+        return state[self._prefix + name]
+
+    def other_files(self) -> dict[str, Path]:
+        """The checkpoint's files by name, but for the tensors, their index, the configuration and the manifest."""
+        return {
+            name: self.path / name
+            for name in self._manifest
+            if name not in (files.INDEX, files.CONFIG) and not name.endswith(TENSOR_SUFFIX)
+        }
 
 
-def as_stored(weights: TensorSource) -> View:
-    """Weights by parameter name under the names that ``write_checkpoint`` takes."""
-    return View(
-        {WEIGHT + name: fact for name, fact in weights.facts.items()},
-        {WEIGHT + name: lambda name=name: weights.get(name) for name in weights.facts},  # type: ignore[misc]
-    )
+def stored_weights(weights: TensorSource) -> LazyTensors:
+    """Weights by parameter name, under the names that ``write_checkpoint`` takes."""
+    return to_native(weights, {WEIGHT + name: (name,) for name in weights.specs})
 
 
 def write_checkpoint(
@@ -111,50 +114,47 @@ def write_checkpoint(
     *,
     config_yaml: str,
     attach: Mapping[str, bytes | Path] | None = None,
-    files: int = 1,
+    num_files: int = 1,
 ) -> Path:
-    """Write ``folder``/step_000000 (or whatever ``step`` is) from a source, one tensor in memory at a time.
+    """Write ``folder``/step_000000 (for ``step`` 0) from a source, one tensor in memory at a time; return its path.
 
-    For one process. ``latest`` points to it in the end; nothing can be taken for a checkpoint before.
+    For one process. It is published, and ``latest`` updated, once it is complete.
 
-    source  names as they are stored: ``weight.<parameter>`` (see ``as_stored``), and the moments where there are some
-    attach  further files by name: their bytes, or a file or folder to copy; EXTRA carries over what a run saved
-    files   how many files the tensors are dealt into, in the source's order, about equally
+    source     tensors under stored names: ``weight.<parameter>`` (see ``stored_weights``), and optimizer state
+    attach     further files by name: their bytes, or a file or folder to copy; EXTRA replaces the default one
+    num_files  how many files of about equal size the tensors are distributed over, in the source's order
 
-    Errors: CheckpointError when something cannot be written (full disk) or is not read back as it was written.
+    Raises CheckpointError when something cannot be written (full disk) or does not read back as it was written.
     """
-    assert all(name.startswith((WEIGHT, "exp_avg", "optimizer.")) for name in source.facts), "see as_stored"
-    shapes = {name: torch.empty(fact.shape, dtype=fact.dtype, device="meta") for name, fact in source.facts.items()}
-    expect_one_process()
-    aside = begin(folder, step)
-    writer = CheckedWriter(aside, files=files)
+    assert all(name.startswith((*PARAMETER_PREFIXES, OPTIMIZER_STEP)) for name in source.specs), "use stored names"
+    shapes = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in source.specs.items()}
+    ignore_single_process_warning()
+    staging = files.create_staging_dir(folder, step)
+    writer = VerifyingWriter(staging, num_files=num_files)
     try:
         dcp.save(shapes, storage_writer=writer, planner=_SourcePlanner(source), no_dist=True)
-        write_text(aside / CONFIG, config_yaml)
+        files.write_text(staging / files.CONFIG, config_yaml)
         attached: dict[str, bytes | Path] = dict(attach or {})
-        if EXTRA not in attached:
-            write_json(aside / EXTRA, {"extra": {"step": step}, "random": []})
+        if files.EXTRA not in attached:
+            files.write_json(staging / files.EXTRA, {"extra": {"step": step}, "rng_states": []})
         for name, content in attached.items():
-            _attach(aside / name, content)
-        return complete(aside, step, writer.written)
+            _attach(staging / name, content)
+        return files.finalize(staging, step, writer.written)
     except (OSError, CheckpointError, dcp.api.CheckpointException) as error:
-        raise failure(aside, error) from None
+        raise write_error(staging, error) from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
-class IndexedReader(dcp.FileSystemReader):
-    """Reads torch's index once, with an unpickler that knows only the names an index is made of."""
+class RestrictedIndexReader(dcp.FileSystemReader):
+    """DCP's reader, with an index that is read once, by an unpickler that knows only the classes of an index."""
 
     _index: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index of the checkpoint.
-
-        Errors: CheckpointError when it names anything else.
-        """
+        """The index of the checkpoint. Raises CheckpointError when its pickle names anything else."""
         if self._index is None:
-            with (Path(self.path) / INDEX).open("rb") as file:
+            with (Path(self.path) / files.INDEX).open("rb") as file:
                 self._index = _IndexUnpickler(file).load()
             assert self._index is not None
             if self._index.storage_meta is None:
@@ -164,26 +164,27 @@ class IndexedReader(dcp.FileSystemReader):
         return self._index
 
 
-class CheckedWriter(dcp.FileSystemWriter):
-    """Writes a rank's tensors one at a time and knows the sha256 of what it wrote, which is read back from the disk.
+class VerifyingWriter(dcp.FileSystemWriter):
+    """DCP's writer, with files that are hashed while they are written, forced to disk and read back.
 
-    (torch's own keeps every tensor of a file until the file is done.) ``written`` holds the manifest entries.
+    It also resolves one tensor at a time; torch's own keeps all tensors of a file until the file is complete.
+    ``written`` holds this rank's manifest entries.
     """
 
-    def __init__(self, path: Path, *, files: int = 1) -> None:
+    def __init__(self, path: Path, *, num_files: int = 1) -> None:
         super().__init__(path)
         self.folder = path
-        self.files = files
+        self.num_files = num_files
         self.written: dict[str, dict[str, Any]] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """See StorageWriter.write_data.
+        """Write this rank's items; see torch's StorageWriter.write_data.
 
-        Errors: OSError (full disk), CheckpointError when a file is not read back as it was written.
+        Raises OSError (full disk), or CheckpointError when a file does not read back as it was written.
         """
         results = []
-        for number, items in enumerate(_dealt(plan.items, self.files)):
-            name = f"{plan.storage_data.prefix}{number}.distcp"
+        for number, items in enumerate(_distribute(plan.items, self.num_files)):
+            name = f"{plan.storage_data.prefix}{number}{TENSOR_SUFFIX}"
             results += self._write_file(name, items, planner)
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
@@ -192,34 +193,34 @@ class CheckedWriter(dcp.FileSystemWriter):
     def _write_file(self, name: str, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
         results = []
         with (self.folder / name).open("wb") as file:
-            stream = HashedStream(file)
+            stream = HashingWriter(file)
             for item in items:
-                first = stream.bytes
+                start = stream.num_bytes
                 stream.save(_compact(planner.resolve_data(item)))
-                length = stream.bytes - first
-                results.append(WriteResult(item.index, length, _StorageInfo(name, first, length)))
+                length = stream.num_bytes - start
+                results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
             file.flush()
             os.fsync(file.fileno())
-            # so that it is read from the disk, where the operating system heeds it
+            # drop the page cache, so that the file is read back from the disk where the operating system complies
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        entry = {"bytes": stream.bytes, "sha256": stream.sha256.hexdigest()}
-        if digest(self.folder / name) != entry:
+        entry = stream.digest()
+        if files.file_digest(self.folder / name) != entry:
             raise CheckpointError(f"{self.folder / name} is not read back as it was written: is the disk failing?")
         self.written[name] = entry
         return results
 
 
-class HashedStream:
-    """A file that torch.save can write to, which counts and hashes what it gets."""
+class HashingWriter:
+    """A binary file that counts and hashes what is written to it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._error: OSError | None = None
-        self.sha256 = hashlib.sha256()
-        self.bytes = 0
+        self._sha256 = hashlib.sha256()
+        self.num_bytes = 0
 
     def save(self, tensor: Tensor) -> None:
-        """torch.save; but it makes of a full disk an error of its own that says nothing of it."""
+        """torch.save. Re-raise the underlying OSError, which torch hides in a RuntimeError."""
         try:
             torch.save(tensor, self)  # type: ignore[arg-type]
         except RuntimeError:
@@ -229,8 +230,8 @@ class HashedStream:
 
     def write(self, data: bytes | memoryview) -> int:
         """Write to the file."""
-        self.sha256.update(data)
-        self.bytes += len(data)
+        self._sha256.update(data)
+        self.num_bytes += len(data)
         try:
             return self._file.write(data)
         except OSError as error:
@@ -241,9 +242,13 @@ class HashedStream:
         """Flush the file."""
         self._file.flush()
 
+    def digest(self) -> dict[str, Any]:
+        """The manifest entry of what was written, as ``files.file_digest`` computes it of the file."""
+        return {"bytes": self.num_bytes, "sha256": self._sha256.hexdigest()}
+
 
 class _SourcePlanner(dcp.DefaultSavePlanner):
-    """Plans by shapes alone and asks a source for each tensor when it is written."""
+    """Plans by shapes alone, and asks a source for each tensor when it is written."""
 
     def __init__(self, source: TensorSource) -> None:
         super().__init__()
@@ -251,50 +256,50 @@ class _SourcePlanner(dcp.DefaultSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         name = write_item.index.fqn
-        tensor, fact = self._source.get(name), self._source.facts[name]
-        assert (tuple(tensor.shape), tensor.dtype) == (fact.shape, fact.dtype), name
+        tensor, spec = self._source.get(name), self._source.specs[name]
+        assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype), name
         return tensor
 
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if name not in INDEX_NAMES.get(module, ()):
+        if name not in ALLOWED_GLOBALS.get(module, ()):
             raise CheckpointError(
-                f"The checkpoint's {INDEX} asks for {module}.{name}, which no index needs: do not trust it."
+                f"The checkpoint's {files.INDEX} asks for {module}.{name}, which no index needs: do not trust it."
             )
         return super().find_class(module, name)
 
 
-def expect_one_process() -> None:
-    """Silence torch's warning that it works in one process where that is what was asked."""
+def ignore_single_process_warning() -> None:
+    """Silence torch's warning that it runs without a process group."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
-def failure(aside: Path, error: BaseException) -> Exception:
-    """What an error in writing ``aside`` is: CheckpointError for a full disk and the like, else a fault of ours.
+def write_error(staging: Path, error: BaseException) -> Exception:
+    """The error to raise for one met while writing: CheckpointError for a full disk and the like, else RuntimeError.
 
-    DCP wraps the errors of all ranks.
+    DCP wraps the errors of all ranks; the first one is taken.
     """
     failures = getattr(error, "failures", None)
     first = next(iter(failures.values()))[0] if failures else error
     if isinstance(first, OSError | CheckpointError):
-        return CheckpointError(f"{aside} cannot be written: {first}. Earlier checkpoints are whole.")
+        return CheckpointError(f"{staging} cannot be written: {first}. Earlier checkpoints are intact.")
     return RuntimeError(str(error))
 
 
-def _dealt(items: list[WriteItem], files: int) -> list[list[WriteItem]]:
-    """Items in order, cut into as many runs of about equal size; a run may be empty where there are few items."""
+def _distribute(items: list[WriteItem], num_files: int) -> list[list[WriteItem]]:
+    """Items in order, distributed over files of about equal size; some stay empty where there are few items."""
     sizes = [item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize for item in items]  # type: ignore[union-attr]
-    runs: list[list[WriteItem]] = [[] for _ in range(files)]
+    groups: list[list[WriteItem]] = [[] for _ in range(num_files)]
     before, total = 0, max(sum(sizes), 1)
     for item, size in zip(items, sizes, strict=True):
-        runs[(before * files) // total if before < total else -1].append(item)
+        groups[(before * num_files) // total if before < total else -1].append(item)
         before += size
-    return runs
+    return groups
 
 
 def _compact(tensor: Any) -> Tensor:
-    """On the CPU, without the rest of the storage that it may be a part of, which torch.save would write too."""
+    """The tensor on the CPU, in a storage of its own size: torch.save writes the whole storage of a view."""
     assert isinstance(tensor, Tensor), "nothing else is saved by name"
     tensor = tensor.detach().cpu()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
@@ -305,7 +310,7 @@ def _attach(path: Path, content: bytes | Path) -> None:
     if isinstance(content, Path) and content.is_dir():
         for file in sorted(content.iterdir()):
             _attach(path / file.name, file)
-        sync_folder(path)
+        files.sync_dir(path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as copy:

@@ -1,14 +1,13 @@
 """A model as a folder that plain transformers loads with the modelling file inside it, and back.
 
-The folder holds the tensors of the stock folders under longer names, so that what came from them goes back bit for bit:
+The folder's tensors are those of the stock folders with longer names, so a stock tensor survives bit for bit:
 
-    model.vision_tower.*      SigLIP, in place of the published ``vision_model.``
-    model.language_model.*    the language model, in place of ``model.``; ``lm_head.weight`` keeps its name
-    model.resampler.*         the resampler, under our names
-    model.extra_embedding.weight, lm_head.bias, lm_head_extra.*      what AKI adds for its own tokens
+    model.vision_tower.*      SigLIP, instead of the published ``vision_model.``
+    model.language_model.*    the language model, instead of the family's base model prefix; ``lm_head.weight``
+    model.resampler.*         the resampler, with our names
+    model.added_embedding.weight, lm_head.bias, lm_head_added.*      what AKI adds to a language model
 """
 
-import re
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,100 +16,118 @@ import tokenizers
 import torch
 
 from aki_megatron.checkpoint import files
-from aki_megatron.checkpoint.conversion_report import STRICT, Allowed, Match, Row, match
+from aki_megatron.checkpoint.conversion_report import STRICT, AllowedMismatches, TensorMatch, match_tensors
 from aki_megatron.checkpoint.hf_config import (
     decoder_config,
-    describe_language,
-    describe_vision,
-    read_description,
+    language_config_json,
+    read_config_json,
     vision_config,
+    vision_config_json,
 )
-from aki_megatron.checkpoint.readers import cast, open_safetensors
-from aki_megatron.checkpoint.tensors import NameTable, TensorSource, to_external, to_native
-from aki_megatron.checkpoint.weight_names import check_shapes, language_names, model_shapes, vision_names
+from aki_megatron.checkpoint.readers import open_safetensors
+from aki_megatron.checkpoint.shapes import check_shapes, model_shapes
+from aki_megatron.checkpoint.tensors import NameTable, TensorSource, cast, to_external, to_native
+from aki_megatron.checkpoint.weight_names import LM_HEAD, language_names, vision_names
 from aki_megatron.checkpoint.writers import SHARD_BYTES, write_shards
+from aki_megatron.config.attention import AttentionConfig, export_refusal
+from aki_megatron.config.data import SYSTEM_MESSAGE
 from aki_megatron.config.model import ModelConfig, ResamplerConfig
-from aki_megatron.data.chat import CHATS, IMAGE
 from aki_megatron.data.tokenizer import grow_tokenizer
-from aki_megatron.errors import CheckpointError
+from aki_megatron.errors import CheckpointError, ConfigError
+from aki_megatron.families.base import IMAGE_TOKEN
+from aki_megatron.families.registry import FAMILIES
 
 MODELLING, PROCESSING = "modeling_aki.py", "processing_aki.py"
 """Files beside this one that are copied into the folder."""
 
 ADDED_NAMES = {
-    "front.embedding.extra": "model.extra_embedding.weight",
-    "head.output.bias": "lm_head.bias",
-    "head.extra.weight": "lm_head_extra.weight",
-    "head.extra.bias": "lm_head_extra.bias",
+    "input_embedder.token_embedding.added_tokens": "model.added_embedding.weight",
+    "lm_head.base.bias": "lm_head.bias",
+    "lm_head.added_tokens.weight": "lm_head_added.weight",
+    "lm_head.added_tokens.bias": "lm_head_added.bias",
 }
-"""What AKI adds to a language model."""
+"""Native -> exported names of what AKI adds to a language model."""
+
+DECODER_KEYS = {
+    "vocab_size": "base_vocab_size",
+    "num_added_tokens": "num_added_tokens",
+    "lm_head_bias": "lm_head_bias",
+}
+"""Field of model.decoder -> key of the exported config.json, beside ``text_config``."""
 
 RESAMPLER_KEYS = {
-    "latents": "num_image_tokens",
-    "layers": "resampler_layers",
-    "heads": "resampler_heads",
+    "num_latents": "num_image_tokens",
+    "num_layers": "resampler_num_layers",
+    "num_heads": "resampler_num_heads",
     "head_dim": "resampler_head_dim",
     "mlp_ratio": "resampler_mlp_ratio",
     "norm_eps": "resampler_norm_eps",
 }
-"""Our field -> the key of config.json."""
+"""Field of model.resampler -> key of the exported config.json."""
+
+EARLIER_KEY = "base_tokens"
+"""Key that only folders of an earlier version have; their tensors have other names."""
 
 
 def export_names(config: ModelConfig) -> NameTable:
-    """Our names to those in the folder."""
+    """Return native name -> names in the exported folder."""
+    base = FAMILIES[config.decoder.family].weights.base_model_prefix
     table = dict(vision_names(config.vision, "model.vision_tower."))
-    for ours, theirs in language_names(config.decoder).items():
-        table[ours] = tuple(re.sub(r"^model\.", "model.language_model.", name) for name in theirs)
-    for name in model_shapes(config):
-        if name.startswith("front.resampler."):
-            table[name] = ("model." + name.removeprefix("front."),)
-        elif name in ADDED_NAMES:
-            table[name] = (ADDED_NAMES[name],)
+    for native, external in language_names(config.decoder).items():
+        table[native] = tuple("model.language_model." + name.removeprefix(base) for name in external)
+    if LM_HEAD in table:
+        table[LM_HEAD] = ("lm_head.weight",)
+    for native in model_shapes(config):
+        if native.startswith("input_embedder.resampler."):
+            table[native] = ("model." + native.removeprefix("input_embedder."),)
+        elif native in ADDED_NAMES:
+            table[native] = (ADDED_NAMES[native],)
     return table
 
 
 def export(
     source: TensorSource,
     config: ModelConfig,
-    rule: str,
+    attention: AttentionConfig,
     tokenizer: Path | None,
     out: Path,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
-) -> list[Row]:
+) -> None:
     """Write the folder: weights, config.json, the modelling file, and with a tokenizer also it and the processor.
 
-    source      all of the model's tensors under our names
-    rule        the attention rule the model was trained under
-    out         a folder that nobody reads yet (sinks.aside)
-    dtype       precision of the weights; None keeps each tensor's own
-    shard_bytes largest file of weights
+    source       every tensor of the model under its native name
+    attention    the rule that the model was trained under
+    tokenizer    a tokenizer folder; None: write weights and modelling file only
+    out          folder to write into; a staging folder, which nobody reads yet
+    dtype        precision of the weights; None keeps each tensor's own
+    shard_bytes  largest file of weights
 
-    Returns what became of each tensor. One tensor is in memory at a time.
-    Errors: CheckpointError where the tensors or the tokenizer are not those of the model.
+    One tensor is in memory at a time.
+
+    Raises ConfigError where the modelling file cannot run the attention rule; CheckpointError where the tensors or the
+    tokenizer are not those of the model.
     """
+    if refusal := export_refusal(attention):
+        raise ConfigError(f"{refusal}. Export a model that was trained under causal or mma.")
     shapes = model_shapes(config)
-    check_shapes({name: fact.shape for name, fact in source.facts.items()}, shapes, "the model to be exported")
+    check_shapes({name: spec.shape for name, spec in source.specs.items()}, shapes, "the model to be exported")
     out.mkdir(parents=True, exist_ok=True)
-    described = describe(config, rule)
+    config_json = export_config_json(config, attention)
     if tokenizer is not None:
-        described["image_token_id"] = write_processor(tokenizer, config, out)
-    table = export_names(config)
-    theirs = to_external(source, table, config.decoder)
-    wanted = theirs if dtype is None else cast(theirs, dtype)
-    kinds = {fact.dtype for fact in wanted.facts.values()}
-    held = kinds.pop() if len(kinds) == 1 else torch.float32
-    files.write_json(out / "config.json", described | {"dtype": str(held).removeprefix("torch.")})
+        config_json["image_token_id"] = write_processor(tokenizer, config, out)
+    external = to_external(source, export_names(config), config.decoder)
+    if dtype is not None:
+        external = cast(external, dtype)
+    dtypes = {spec.dtype for spec in external.specs.values()}
+    saved_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    files.write_json(out / "config.json", config_json | {"dtype": str(saved_dtype).removeprefix("torch.")})
     _copy(MODELLING, out)
-    write_shards(out, wanted, shard_bytes=shard_bytes)
-    return [
-        Row("mapped" if len(names) == 1 else "cut", (name,), tuple(names), source.facts[name].shape)
-        for name, names in table.items()
-    ]
+    write_shards(out, external, shard_bytes=shard_bytes)
 
 
-def describe(config: ModelConfig, rule: str) -> dict[str, Any]:
-    """The config.json of the folder, without the precision of its weights."""
+def export_config_json(config: ModelConfig, attention: AttentionConfig) -> dict[str, Any]:
+    """Return the config.json of the folder, without the precision of its weights."""
     decoder, module = config.decoder, MODELLING.removesuffix(".py")
     model = f"{module}.AkiForConditionalGeneration"
     return {
@@ -121,24 +138,22 @@ def describe(config: ModelConfig, rule: str) -> dict[str, Any]:
             "AutoModelForCausalLM": model,
             "AutoModelForImageTextToText": model,
         },
-        "vision_config": describe_vision(config.vision),
-        "text_config": describe_language(decoder),
-        **{key: getattr(config.resampler, ours) for ours, key in RESAMPLER_KEYS.items()},
+        "vision_config": vision_config_json(config.vision),
+        "text_config": language_config_json(decoder),
+        **{key: getattr(config.resampler, name) for name, key in RESAMPLER_KEYS.items()},
+        **{key: getattr(decoder, name) for name, key in DECODER_KEYS.items()},
         "image_token_id": decoder.vocab_size,
-        "base_tokens": decoder.vocab_size,
-        "extra_tokens": decoder.num_added_tokens,
-        "head_bias": decoder.lm_head_bias,
-        "attention_rule": rule,
+        "attention_rule": attention.rule,
         "tie_word_embeddings": decoder.tie_word_embeddings,
     }
 
 
 def write_processor(tokenizer: Path, config: ModelConfig, out: Path) -> int:
-    """Write the tokenizer with AKI's tokens, the processor, and the settings of generation; the id of <image>.
+    """Write the tokenizer with AKI's tokens, the processor, and the generation settings; return the id of <image>.
 
-    Errors: CheckpointError where the tokenizer has other tokens than the model; DataError where it cannot be read.
+    Raises CheckpointError where the tokenizer has other tokens than the model; DataError where it cannot be read.
     """
-    decoder, chat = config.decoder, CHATS[config.decoder.family]
+    decoder, chat = config.decoder, FAMILIES[config.decoder.family].chat
     vocabulary = grow_tokenizer(tokenizer, out)
     tokens = vocabulary.vocab_size + vocabulary.num_added_tokens
     if tokens != decoder.total_vocab_size or (decoder.num_added_tokens and vocabulary.vocab_size != decoder.vocab_size):
@@ -146,30 +161,30 @@ def write_processor(tokenizer: Path, config: ModelConfig, out: Path) -> int:
             f"The tokenizer {tokenizer} has {vocabulary.vocab_size} + {vocabulary.num_added_tokens} tokens, the model "
             f"{decoder.vocab_size} + {decoder.num_added_tokens}; give the tokenizer that the model was trained with."
         )
-    (out / "chat_template.jinja").write_text(chat.template(), encoding="utf-8")
-    held = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))
-    end_of_text = held.id_to_token(vocabulary.eos)
+    (out / "chat_template.jinja").write_text(chat.chat_template(SYSTEM_MESSAGE), encoding="utf-8")
+    backend = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))
+    end_of_text = backend.id_to_token(vocabulary.eos_id)
     assert end_of_text is not None
-    stops = [held.token_to_id(token) for token in dict.fromkeys((end_of_text, *chat.stops))]
+    stop_ids = [backend.token_to_id(token) for token in dict.fromkeys((end_of_text, *chat.stop_tokens))]
     processor = {
         "processor_class": "AkiProcessor",
         "auto_map": {"AutoProcessor": f"{PROCESSING.removesuffix('.py')}.AkiProcessor"},
         "image_size": config.vision.image_size,
         "num_image_tokens": config.resampler.num_latents,
-        "image_token": IMAGE,
-        "answer_start": chat.answer_start,
-        "answer_ends": list(dict.fromkeys((chat.close, chat.final, end_of_text))),
+        "image_token": IMAGE_TOKEN,
+        "response_start": chat.response_start,
+        "response_ends": list(dict.fromkeys((chat.turn_end, chat.sample_end, end_of_text))),
     }
     files.write_json(out / "processor_config.json", processor)
     generation = {
-        "bos_token_id": vocabulary.bos,
-        "eos_token_id": [token for token in stops if token is not None],
-        "pad_token_id": vocabulary.pad,
+        "bos_token_id": vocabulary.bos_id,
+        "eos_token_id": [token_id for token_id in stop_ids if token_id is not None],
+        "pad_token_id": vocabulary.pad_id,
         "do_sample": False,
     }
     files.write_json(out / "generation_config.json", generation)
     _copy(PROCESSING, out)
-    return vocabulary.image
+    return vocabulary.image_id
 
 
 def _copy(name: str, out: Path) -> None:
@@ -180,29 +195,39 @@ class Exported(NamedTuple):
     """An exported folder, read back."""
 
     source: TensorSource
+    """Tensors under their native names."""
     config: ModelConfig
     rule: str
-    match: Match
+    """Attention rule."""
+    match: TensorMatch
 
 
-def exported_source(folder: Path, allowed: Allowed = STRICT) -> Exported:
-    """An exported folder as a source of tensors under our names, the model's sizes and its attention rule.
+def exported_source(folder: Path, allowed: AllowedMismatches = STRICT) -> Exported:
+    """Open an exported folder.
 
-    Errors: CheckpointError where it is no such folder or its tensors are not those of the model that it describes,
-    names in ``allowed`` excepted;
-    ConfigError where it describes a model that is not built here.
+    allowed  exceptions from strictness, by name
+
+    Raises CheckpointError where it is no exported folder, was written by an earlier version, or its tensors are not
+    those of the model that it describes; ConfigError where it describes a model that is not supported.
     """
-    described = read_description(folder)
-    keys = ("base_tokens", "extra_tokens", "head_bias", "attention_rule", *RESAMPLER_KEYS.values())
-    if described.get("model_type") != "aki" or (absent := [key for key in keys if key not in described]):
-        kind = described.get("model_type")
-        what = f"model_type={kind}, not aki" if kind != "aki" else f"no {', '.join(absent)}"
-        raise CheckpointError(f"{folder / 'config.json'} says {what}; give a folder that to-hf wrote.")
+    config_json, path = read_config_json(folder), folder / "config.json"
+    if (model_type := config_json.get("model_type")) != "aki":
+        raise CheckpointError(f"{path} has model_type={model_type}, not aki; give a folder that to-hf wrote.")
+    if EARLIER_KEY in config_json:
+        raise CheckpointError(
+            f"{path} has the key {EARLIER_KEY}: an earlier version wrote the folder, with other tensor names. Export "
+            "its checkpoint again: python tools/convert.py to-hf CHECKPOINT --out FOLDER."
+        )
+    keys = (*DECODER_KEYS.values(), "attention_rule", *RESAMPLER_KEYS.values())
+    if missing := [key for key in keys if key not in config_json]:
+        raise CheckpointError(f"{path} has no {', '.join(missing)}; give a folder that to-hf wrote.")
     config = ModelConfig(
         vision=vision_config(folder),
-        resampler=ResamplerConfig(**{ours: described[key] for ours, key in RESAMPLER_KEYS.items()}),
-        decoder=decoder_config(folder, **{key: described[key] for key in keys[:3]}),
+        resampler=ResamplerConfig(**{name: config_json[key] for name, key in RESAMPLER_KEYS.items()}),
+        decoder=decoder_config(folder, **{name: config_json[key] for name, key in DECODER_KEYS.items()}),
     )
-    theirs, table = open_safetensors(folder), export_names(config)
-    found = match(theirs.facts, table, model_shapes(config), source=str(folder), allowed=allowed)
-    return Exported(to_native(theirs, found.table), config, described["attention_rule"], found)
+    external = open_safetensors(folder)
+    found = match_tensors(
+        external.specs, export_names(config), model_shapes(config), source=str(folder), allowed=allowed
+    )
+    return Exported(to_native(external, found.table), config, config_json["attention_rule"], found)

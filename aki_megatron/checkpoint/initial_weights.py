@@ -1,80 +1,118 @@
-"""The weights a run starts from: each rank reads those of its own stages and keeps its tensor rank's part of them."""
+"""The weights that a run starts from, copied into the stages of each rank: a checkpoint, or public pretrained folders.
+
+Each rank reads the tensors of its own stages and keeps its tensor-parallel shard of them. One tensor is whole in memory
+at a time.
+"""
 
 import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from aki_megatron.checkpoint.checkpointer import SavedWeights
-from aki_megatron.checkpoint.hf_folders import load_pretrained
+from aki_megatron.checkpoint import files
+from aki_megatron.checkpoint.collectives import RankGroup
+from aki_megatron.checkpoint.dcp_io import CheckpointSource
+from aki_megatron.checkpoint.hf_folders import check_folder, language_source, vision_source
+from aki_megatron.checkpoint.shapes import check_shapes, model_shapes
+from aki_megatron.checkpoint.tensors import TensorSource, to_native
 from aki_megatron.config.model import ModelConfig
 from aki_megatron.config.run import RunConfig
-from aki_megatron.errors import CheckpointError
-from aki_megatron.model.split import cut, split_of
-from aki_megatron.model.stage import Stage, build_model, global_names
+from aki_megatron.model.sharding import shard_spec, shard_tensor
+from aki_megatron.model.stage import Stage, global_names
 from aki_megatron.parallel.topology import Topology
 
-logger = logging.getLogger("aki_megatron.train")
-
-
-def whole_parameters(model: ModelConfig) -> dict[str, nn.Parameter]:
-    """Every parameter of the whole model by its logical name; they have shapes and no memory."""
-    with torch.device("meta"):
-        return dict(build_model(model, rule="causal").named_parameters())
-
-
-def open_weights(checkpoint: Path, model: ModelConfig) -> SavedWeights:
-    """The weights of a checkpoint (or of the newest one of a run folder), proven to be those of this model.
-
-    All ranks call it together. Errors: CheckpointError where there is none, or with the names that do not fit.
-    """
-    saved = SavedWeights(checkpoint)
-    wanted = {name: tuple(parameter.shape) for name, parameter in whole_parameters(model).items()}
-    wrong = [
-        f"{name}: {saved.shapes.get(name, 'missing')} in the checkpoint, {wanted.get(name, 'missing')} in the model"
-        for name in sorted(wanted.keys() | saved.shapes.keys())
-        if wanted.get(name) != saved.shapes.get(name)
-    ]
-    if wrong:
-        listing = "\n  ".join(wrong[:10])
-        raise CheckpointError(f"{checkpoint} is of another model ({len(wrong)} tensors differ):\n  {listing}")
-    return saved
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def copy_weights(stage: Stage, saved: SavedWeights, *, tensor_rank: int = 0, tensor_ranks: int = 1) -> None:
-    """Fill a stage, as this tensor rank holds it, from weights of its model."""
-    own = dict(stage.named_parameters())
-    here = {logical: own[name] for name, logical in global_names(stage).items()}
-    for name, whole in saved.read(here):
-        here[name].copy_(cut(whole, split_of(name, stage.config.decoder), tensor_rank, tensor_ranks))
+def copy_weights(stage: Stage, source: TensorSource, *, tensor_rank: int = 0, tensor_ranks: int = 1) -> set[str]:
+    """Copy into a stage every tensor of ``source`` that belongs to it, as tensor rank ``tensor_rank`` holds it.
+
+    source  whole tensors by the parameter names of the whole model (global_names)
+
+    Returns the names that were copied.
+    """
+    parameters = dict(stage.named_parameters())
+    local = {name: parameters[own] for own, name in global_names(stage).items()}
+    names = local.keys() & source.specs.keys()
+    for name in sorted(names):
+        spec = shard_spec(name, stage.config.decoder)
+        local[name].copy_(shard_tensor(source.get(name), spec, tensor_rank, tensor_ranks))
+    return names
+
+
+def open_weights(checkpoint: Path, model: ModelConfig) -> CheckpointSource:
+    """The weights of a checkpoint, or of the newest one in a folder of checkpoints or a run folder; collective.
+
+    Raises CheckpointError on every rank where there is no intact checkpoint, or with every tensor that is missing,
+    unexpected, or of another shape than in ``model``.
+    """
+    ranks = RankGroup()
+    path = ranks.run_on_all(lambda: files.find_checkpoint(checkpoint))
+    ranks.verify_checkpoint(path)
+    source = ranks.run_on_all(lambda: CheckpointSource(path, verify=False))
+    check_shapes({name: spec.shape for name, spec in source.specs.items()}, model_shapes(model), str(path))
+    return source
 
 
 def load_weights(model: Stage, checkpoint: Path) -> None:
-    """Copy every weight of a checkpoint (or of the newest one of a run folder) into a whole model.
+    """Copy every weight of a checkpoint, or of the newest one of a run folder, into a whole model; collective.
 
-    Errors: CheckpointError where there is none, or with the names that do not fit.
+    Raises CheckpointError as ``open_weights`` does.
     """
     copy_weights(model, open_weights(checkpoint, model.config))
 
 
-def weight_source(config: RunConfig, topology: Topology, *, resuming: bool) -> Callable[[Stage], None]:
-    """What puts the weights the run starts from into a new stage of this rank.
+def load_pretrained(
+    stage: Stage,
+    *,
+    vision: Path | None = None,
+    language: Path | None = None,
+    tensor_rank: int = 0,
+    tensor_ranks: int = 1,
+) -> list[str]:
+    """Copy the weights of a SigLIP folder, a language model's folder, or both into a stage.
 
-    A run that resumes gets them from its checkpoint later. All ranks call this together.
+    Call it before an engine partitions the stage. Folders are compared with the whole model, whatever the stage holds.
+
+    Returns the names of the stage's tensors that keep their random values (resampler, added tokens, head bias), because
+    no stock model has them.
+
+    Raises ConfigError where config.json disagrees with the stage's configuration; CheckpointError where the tensors do,
+    or where they cannot be read.
+    """
+    config, remaining = stage.config, set(global_names(stage).values())
+    folders = [] if vision is None else [vision_source(vision, config.vision)]
+    folders += [] if language is None else [language_source(language, config.decoder)]
+    shapes = model_shapes(config) if folders else {}
+    for folder in folders:
+        check_folder(folder, config, shapes)
+        source = to_native(folder.tensors, folder.table)
+        remaining -= copy_weights(stage, source, tensor_rank=tensor_rank, tensor_ranks=tensor_ranks)
+    return sorted(remaining)
+
+
+def weight_initializer(config: RunConfig, topology: Topology, *, resuming: bool) -> Callable[[Stage], None]:
+    """A function that overwrites a new stage's random weights with those the run starts from; collective.
+
+    It leaves the stage alone where the run starts from random weights, and where it resumes: then the weights come from
+    the run's own checkpoint.
     """
     init = config.init
-    share = {"tensor_rank": topology.tensor_rank, "tensor_ranks": topology.tensor}
+    shard = {"tensor_rank": topology.tensor_rank, "tensor_ranks": topology.tensor}
     if resuming or (init.weights is None and init.vision is None and init.language is None):
         return lambda _stage: None
     if init.weights is not None:
-        saved = open_weights(init.weights, config.model)
-        return lambda stage: copy_weights(stage, saved, **share)
+        source = open_weights(init.weights, config.model)
 
-    def fill(stage: Stage) -> None:
-        fresh = load_pretrained(stage, vision=init.vision, language=init.language, **share)
-        logger.info("random initialization of %d tensors: %s", len(fresh), ", ".join(fresh))
+        def copy(stage: Stage) -> None:
+            copy_weights(stage, source, **shard)
 
-    return fill
+        return copy
+
+    def init_weights(stage: Stage) -> None:
+        random = load_pretrained(stage, vision=init.vision, language=init.language, **shard)
+        logger.info("random initialization of %d tensors: %s", len(random), ", ".join(random))
+
+    return init_weights

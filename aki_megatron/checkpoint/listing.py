@@ -1,4 +1,4 @@
-"""What lies in a folder: our checkpoints, Hugging Face folders, the official release; and whether it is whole."""
+"""What a path holds (our checkpoints, Hugging Face folders, the official release), and whether its files are intact."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -6,95 +6,95 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aki_megatron.checkpoint import files
-from aki_megatron.checkpoint.conversion_report import REPORT, pattern
+from aki_megatron.checkpoint.conversion_report import REPORT, layer_pattern
 from aki_megatron.checkpoint.dcp_io import WEIGHT, CheckpointSource
 from aki_megatron.checkpoint.official import PREFIXES as OFFICIAL
 from aki_megatron.checkpoint.official import open_official
 from aki_megatron.checkpoint.readers import open_safetensors
-from aki_megatron.checkpoint.tensors import TensorFact
+from aki_megatron.checkpoint.tensors import TensorSpec
 from aki_megatron.errors import CheckpointError
 
-STATE = "optimizer state"
-"""Part of a checkpoint that is no parameter."""
+OPTIMIZER_STATE = "optimizer state"
+"""The component of a checkpoint's tensors that are not parameters."""
 
-FORMS: dict[str, dict[str, str]] = {
+FORMATS: dict[str, dict[str, str]] = {
     "checkpoint of aki_megatron": {
-        f"{WEIGHT}front.vision.": "vision encoder",
-        f"{WEIGHT}front.resampler.": "resampler",
+        f"{WEIGHT}input_embedder.vision_encoder.": "vision encoder",
+        f"{WEIGHT}input_embedder.resampler.": "resampler",
         WEIGHT: "decoder",
-        "": STATE,
+        "": OPTIMIZER_STATE,
     },
     "official AKI release": dict(zip(OFFICIAL, ("vision encoder", "resampler", "decoder"), strict=True)),
     "AKI for transformers": {"model.vision_tower.": "vision encoder", "model.resampler.": "resampler", "": "decoder"},
     "SigLIP": {"text_model.": "text tower", "logit_": "text tower", "": "vision encoder"},
     "language model": {"": "decoder"},
 }
-"""Form -> beginnings of names and the part of the model they belong to; the first that fits."""
+"""Format -> name prefix -> component of the model; the first matching prefix counts."""
 
-_SIGNS = {
+_DISTINCTIVE_PREFIXES = {
     "official AKI release": OFFICIAL,
     "AKI for transformers": ("model.vision_tower.",),
     "SigLIP": ("vision_model.", "embeddings.patch_embedding."),
     "language model": ("model.embed_tokens.",),
 }
-"""Form -> beginnings of names that only it has."""
+"""Format -> prefixes of names that tell it from the formats after it."""
 
 
 @dataclass(frozen=True)
-class Listing:
-    """Names, shapes and dtypes of everything in one place."""
+class TensorListing:
+    """The tensors at a path."""
 
-    form: str
+    format: str
     path: Path
-    facts: Mapping[str, TensorFact]
+    specs: Mapping[str, TensorSpec]
 
-    def part(self, name: str) -> str:
-        """Which part of a model a tensor belongs to."""
-        table = FORMS[self.form]
-        return next((part for start, part in table.items() if name.startswith(start)), "of no part")
+    def component(self, name: str) -> str:
+        """The component of the model that a tensor belongs to."""
+        prefixes = FORMATS[self.format]
+        return next((component for prefix, component in prefixes.items() if name.startswith(prefix)), "other")
 
-    def by_part(self) -> dict[str, list[TensorFact]]:
-        """The tensors of each part."""
-        found: dict[str, list[TensorFact]] = {}
-        for name, fact in self.facts.items():
-            found.setdefault(self.part(name), []).append(fact)
+    def by_component(self) -> dict[str, list[TensorSpec]]:
+        """The tensors of each component."""
+        found: dict[str, list[TensorSpec]] = {}
+        for name, spec in self.specs.items():
+            found.setdefault(self.component(name), []).append(spec)
         return found
 
     @property
-    def parameters(self) -> int:
-        """Elements of all parameters."""
-        return sum(fact.elements for name, fact in self.facts.items() if self.part(name) != STATE)
+    def num_parameters(self) -> int:
+        """Number of elements of all parameters."""
+        return sum(spec.numel for name, spec in self.specs.items() if self.component(name) != OPTIMIZER_STATE)
 
-    def by_pattern(self) -> Iterator[tuple[str, TensorFact, int]]:
-        """Names with ``{i}`` for the layer, what is known of each, and how many layers have it."""
-        counts: dict[tuple[str, TensorFact], int] = {}
-        for name, fact in self.facts.items():
-            key = (pattern(name), fact)
+    def by_layer_pattern(self) -> Iterator[tuple[str, TensorSpec, int]]:
+        """Names with ``{i}`` for the layer number, the spec of each, and the number of layers that have it."""
+        counts: dict[tuple[str, TensorSpec], int] = {}
+        for name, spec in self.specs.items():
+            key = (layer_pattern(name), spec)
             counts[key] = counts.get(key, 0) + 1
-        yield from ((name, fact, count) for (name, fact), count in counts.items())
+        yield from ((name, spec, count) for (name, spec), count in counts.items())
 
 
-def look(path: Path) -> Listing:
-    """List our checkpoint (or a folder of them, or a run), a Hugging Face folder, or the official release.
+def list_tensors(path: Path) -> TensorListing:
+    """List a checkpoint (or the newest of a folder or run), a Hugging Face folder, or the official release.
 
-    Errors: CheckpointError for anything else, and for files that cannot be read.
+    Raises CheckpointError for anything else, and for files that cannot be read.
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist.")
     if path.is_dir() and not list(path.glob("*.safetensors")):
-        source = CheckpointSource(path, moments=True, checked=False)
-        return Listing("checkpoint of aki_megatron", source.path, source.facts)
-    facts = (open_safetensors(path) if path.is_dir() or path.suffix == ".safetensors" else open_official(path)).facts
-    for form, starts in _SIGNS.items():
-        if any(name.startswith(starts) for name in facts):
-            return Listing(form, path, facts)
-    raise CheckpointError(f"{path} holds tensors of no form known here; the first is {next(iter(facts), 'none')}.")
+        source = CheckpointSource(path, optimizer_state=True, verify=False)
+        return TensorListing("checkpoint of aki_megatron", source.path, source.specs)
+    specs = (open_safetensors(path) if path.is_dir() or path.suffix == ".safetensors" else open_official(path)).specs
+    for title, prefixes in _DISTINCTIVE_PREFIXES.items():
+        if any(name.startswith(prefixes) for name in specs):
+            return TensorListing(title, path, specs)
+    raise CheckpointError(f"{path} holds tensors of no format known here; the first is {next(iter(specs), 'none')}.")
 
 
-def check_files(path: Path, report: Callable[[str], None]) -> bool:
-    """Compare every file with the sha256 in the folder's conversion.json or manifest; a line each, whether all agree.
+def verify_files(path: Path, report: Callable[[str], None]) -> bool:
+    """Compare every file with the sha256 in the folder's conversion.json, or in a checkpoint's manifest of any format.
 
-    Errors: CheckpointError where there is neither.
+    Report one line per file, and return whether all agree. Raises CheckpointError where there is neither.
     """
     if path.is_dir() and (path / REPORT).is_file():
         folder = path
@@ -103,12 +103,12 @@ def check_files(path: Path, report: Callable[[str], None]) -> bool:
         except (ValueError, KeyError, TypeError):
             raise CheckpointError(f"{path / REPORT} is corrupt; give the checkpoint inside the folder.") from None
     else:
-        folder = files.find(path)
-        listed = files.read_manifest(folder)
-    good = 0
+        folder = files.find_checkpoint(path)
+        listed = files.read_manifest(folder, version=None)
+    num_intact = 0
     for name in sorted(listed):
-        wrong = files.first_wrong(folder, [name], listed)
-        report(wrong or f"{listed[name]['sha256']}  {name}")
-        good += wrong is None
-    report(f"{good} of {len(listed)} files are as they were written")
-    return good == len(listed)
+        damage = files.find_damage(folder, [name], listed)
+        report(damage or f"{listed[name]['sha256']}  {name}")
+        num_intact += damage is None
+    report(f"{num_intact} of {len(listed)} files are intact")
+    return num_intact == len(listed)

@@ -1,154 +1,145 @@
-"""Tensors in files of others, read one at a time: safetensors (a file or a folder) and files of torch.save.
+"""Readers of other projects' weight files, one tensor at a time: safetensors (a file or a folder) and torch.save files.
 
-Nothing is mapped into memory and nothing is unpickled but torch's own list of tensors: a header says where each tensor
-lies, and ``get`` reads these bytes. So a file may be larger than the machine's memory.
+The libraries parse and validate the headers; ``get`` then reads the bytes of one tensor with an ordinary read. Their
+own lazy readers map the file into memory instead: a file that is truncated while it is mapped kills the process with
+SIGBUS where a read raises an error, and mapped pages count as memory of the process, up to the size of the file.
 """
 
-import json
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from aki_megatron.checkpoint.tensors import Shape, TensorFact, TensorSource, View
+from aki_megatron.checkpoint.tensors import Shape, TensorSpec
 from aki_megatron.errors import CheckpointError
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Numbers that weights are stored in, by the names of safetensors."""
-
-LONGEST_HEADER = 100_000_000
-"""Bytes; the limit of the safetensors library."""
+"""Dtypes that weights are read and written in, by their safetensors names."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a tensor lies: its first element ``offset`` bytes into ``file``, elements apart by ``stride``."""
+class TensorLocation:
+    """Where a tensor is stored: its first element ``offset`` bytes into ``file``, with ``stride`` in elements."""
 
     file: Path
     offset: int
-    fact: TensorFact
+    spec: TensorSpec
     stride: Shape
 
     def read(self) -> Tensor:
-        """The tensor, whole and contiguous.
-
-        Errors: CheckpointError when the file ends before it.
-        """
-        # elements of a transposed tensor lie among each other: read from the first to the last
-        last = sum((size - 1) * step for size, step in zip(self.fact.shape, self.stride, strict=True))
-        flat = torch.empty(last + 1 if self.fact.elements else 0, dtype=self.fact.dtype)
+        """Read the tensor; the result is contiguous. Raises CheckpointError where the file ends inside it."""
+        # a transposed tensor's elements interleave: read everything from its first to its last element
+        last = sum((size - 1) * step for size, step in zip(self.spec.shape, self.stride, strict=True))
+        flat = torch.empty(last + 1 if self.spec.numel else 0, dtype=self.spec.dtype)
         with self.file.open("rb") as file:
             file.seek(self.offset)
-            got = file.readinto(flat.view(torch.uint8).numpy().data)
-        if got != flat.nbytes:
+            count = file.readinto(flat.view(torch.uint8).numpy().data)
+        if count != flat.nbytes:
             raise CheckpointError(f"{self.file} is cut off inside a tensor; fetch it again.")
-        return flat.as_strided(self.fact.shape, self.stride).contiguous()
+        return flat.as_strided(self.spec.shape, self.stride).contiguous()
 
 
 @dataclass(frozen=True)
-class Places:
-    """A source of tensors that lie in files. ``path`` is what the user named."""
+class FileTensors:
+    """A TensorSource of tensors stored in files; ``path`` is the file or folder that was opened."""
 
     path: Path
-    places: Mapping[str, Place]
+    locations: Mapping[str, TensorLocation]
 
     @property
-    def facts(self) -> Mapping[str, TensorFact]:
-        """See TensorSource.facts."""
-        return {name: place.fact for name, place in self.places.items()}
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return {name: location.spec for name, location in self.locations.items()}
 
     def get(self, name: str) -> Tensor:
-        """See TensorSource.get."""
-        return self.places[name].read()
+        return self.locations[name].read()
 
 
-def open_safetensors(path: Path) -> Places:
-    """The tensors of a safetensors file, or of a folder with one or with all parts of one.
+def open_safetensors(path: Path) -> FileTensors:
+    """The tensors of a safetensors file, or of a folder with one file or with all shards of a model.
 
-    Errors: CheckpointError when a file is missing or damaged, holds quantized weights, or when two files hold a tensor
-    of the same name.
+    Raises CheckpointError where a file is missing or damaged, where it holds quantized weights, or where two files hold
+    a tensor of the same name.
     """
-    places: dict[str, Place] = {}
+    locations: dict[str, TensorLocation] = {}
     for file in [path] if path.is_file() else weight_files(path):
-        for name, place in _header(file).items():
-            if name in places:
-                raise CheckpointError(f"{name} is in {places[name].file.name} and in {file}; one of them is too many.")
-            places[name] = place
-    return Places(path, places)
+        for name, location in _safetensors_locations(file).items():
+            if name in locations:
+                raise CheckpointError(
+                    f"{name} is in {locations[name].file.name} and in {file}; remove the file that does not belong."
+                )
+            locations[name] = location
+    return FileTensors(path, locations)
 
 
 def weight_files(folder: Path) -> list[Path]:
     """model.safetensors, or model-00001-of-0000N.safetensors and so on.
 
-    Errors: CheckpointError when there are none or some are missing.
+    Raises CheckpointError where there are none, or where some of the shards are missing.
     """
-    single, parts = folder / "model.safetensors", sorted(folder.glob("model-*-of-*.safetensors"))
+    single, shards = folder / "model.safetensors", sorted(folder.glob("model-*-of-*.safetensors"))
     if single.is_file():
         return [single]
-    if not parts:
+    if not shards:
         pickles = sorted(file.name for file in folder.glob("*") if file.suffix in (".bin", ".pt", ".pth"))
         raise CheckpointError(
             f"{folder} holds no weights: looked for model.safetensors and model-00001-of-0000N.safetensors. "
             + (f"Pickle files ({', '.join(pickles)}) are not read; convert them to safetensors." if pickles else "")
         )
-    count = int(parts[0].stem.rsplit("-", 1)[1])
-    wanted = [folder / f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    if len({part.stem.rsplit("-", 1)[1] for part in parts}) > 1:
-        raise CheckpointError(f"{folder} holds weight files of two models: {', '.join(part.name for part in parts)}.")
-    if missing := [file.name for file in wanted if not file.is_file()]:
+    count = int(shards[0].stem.rsplit("-", 1)[1])
+    expected = [folder / f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    if len({shard.stem.rsplit("-", 1)[1] for shard in shards}) > 1:
+        names = ", ".join(shard.name for shard in shards)
+        raise CheckpointError(f"{folder} holds weight files of two models: {names}; remove those that do not belong.")
+    if missing := [file.name for file in expected if not file.is_file()]:
         raise CheckpointError(
             f"{folder} is incomplete: of {count} weight files these are missing: {', '.join(missing)}. Fetch them."
         )
-    return wanted
+    return expected
 
 
-def _header(file: Path) -> dict[str, Place]:
-    """Where each tensor of a safetensors file lies: eight bytes of length, as many of JSON, then the numbers."""
-    unreadable = f"{file} is not a readable safetensors file; fetch it again."
+def _safetensors_locations(file: Path) -> dict[str, TensorLocation]:
+    """Where each tensor of a safetensors file is stored.
+
+    safe_open accepts a file only if its tensors follow each other without gaps and fill the rest of it, so their order
+    and sizes give the offsets.
+    """
     try:
-        with file.open("rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            if length > LONGEST_HEADER:
-                raise CheckpointError(unreadable)
-            listed = json.loads(handle.read(length))
-        places = {
-            name: _safetensors_place(file, name, entry, 8 + length)
-            for name, entry in listed.items()
-            if name != "__metadata__"
-        }
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(unreadable) from None
-    end = max((place.offset + place.fact.bytes for place in places.values()), default=0)
-    if file.stat().st_size < end:
-        raise CheckpointError(f"{file} is cut off: it has {file.stat().st_size} of {end} bytes; fetch it again.")
-    return places
+        with safe_open(file, framework="pt") as header:
+            entries = {name: header.get_slice(name) for name in header.offset_keys()}
+            specs = {
+                name: _spec(file, name, entry.get_dtype(), tuple(entry.get_shape())) for name, entry in entries.items()
+            }
+        offset = file.stat().st_size - sum(spec.nbytes for spec in specs.values())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is not a readable safetensors file ({error}); fetch it again.") from None
+    locations = {}
+    for name, spec in specs.items():
+        locations[name] = TensorLocation(file, offset, spec, contiguous_stride(spec.shape))
+        offset += spec.nbytes
+    return locations
 
 
-def _safetensors_place(file: Path, name: str, entry: Mapping[str, Any], start: int) -> Place:
-    if entry["dtype"] not in SAFETENSORS_DTYPES:
+def _spec(file: Path, name: str, dtype: str, shape: Shape) -> TensorSpec:
+    if dtype not in SAFETENSORS_DTYPES:
         raise CheckpointError(
-            f"{file}: {name} is stored as {entry['dtype']}, weights are read from {', '.join(SAFETENSORS_DTYPES)}. "
+            f"{file}: {name} is stored as {dtype}; weights are read from {', '.join(SAFETENSORS_DTYPES)}. "
             "Quantized folders are not read; give the folder of the full-precision model."
         )
-    fact = TensorFact(tuple(entry["shape"]), SAFETENSORS_DTYPES[entry["dtype"]])
-    first, end = entry["data_offsets"]
-    if end - first != fact.bytes:
-        raise ValueError(name)
-    return Place(file, start + first, fact, contiguous_stride(fact.shape))
+    return TensorSpec(shape, SAFETENSORS_DTYPES[dtype])
 
 
-def open_torch_file(file: Path) -> Places:
-    """The tensors of a file of torch.save: a state dict, or a training checkpoint with one as ``model_state_dict``.
+def open_torch_file(file: Path) -> FileTensors:
+    """The tensors of a torch.save file: a state dict, or a training checkpoint with one as ``model_state_dict``.
 
-    ``module.`` in names, which wrappers of distributed training leave behind, is taken out.
+    ``module.``, which wrappers of distributed training leave in names, is removed.
 
-    Errors: CheckpointError when it is no such file, or holds anything but tensors and plain values.
+    Raises CheckpointError where it is no such file, or where it holds anything but tensors and plain values.
     """
     if not zipfile.is_zipfile(file):
         raise CheckpointError(
@@ -165,78 +156,33 @@ def open_torch_file(file: Path) -> Places:
     state = content.get("model_state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{file} holds neither a state dict nor one under the name model_state_dict.")
-    known = _record_starts(file)
-    places: dict[str, Place] = {}
-    for name, tensor in state.items():
-        plain = name.replace("module.", "")
-        if plain in places:
-            raise CheckpointError(f"{file} holds {plain} twice, once with module. in its name.")
-        # where torch says the numbers begin; trusted only where the zip file's own list agrees
-        start = tensor.untyped_storage()._checkpoint_offset
-        if start not in known:
-            raise CheckpointError(f"{file}: the numbers of {name} cannot be found; save it again as safetensors.")
-        fact = TensorFact(tuple(tensor.shape), tensor.dtype)
-        places[plain] = Place(file, start + tensor.storage_offset() * tensor.itemsize, fact, tensor.stride())
-    return Places(file, places)
+    record_offsets = _record_offsets(file)
+    locations: dict[str, TensorLocation] = {}
+    for stored_name, tensor in state.items():
+        name = stored_name.replace("module.", "")
+        if name in locations:
+            raise CheckpointError(f"{file} holds {name} twice, once with module. in its name.")
+        # private to torch, so trusted only where the zip directory agrees
+        offset = tensor.untyped_storage()._checkpoint_offset
+        if offset not in record_offsets:
+            raise CheckpointError(f"{file}: the data of {stored_name} cannot be located; save it again as safetensors.")
+        spec = TensorSpec(tuple(tensor.shape), tensor.dtype)
+        locations[name] = TensorLocation(
+            file, offset + tensor.storage_offset() * tensor.itemsize, spec, tensor.stride()
+        )
+    return FileTensors(file, locations)
 
 
-def _record_starts(file: Path) -> set[int]:
-    """Where the records of a zip file begin: after a local header of 30 bytes, a name and an extra field."""
-    starts = set()
+def _record_offsets(file: Path) -> set[int]:
+    """Where the data of each zip record begins: after its local header of 30 bytes, its name and its extra field."""
+    offsets = set()
     with zipfile.ZipFile(file) as archive, file.open("rb") as handle:
         for record in archive.infolist():
             handle.seek(record.header_offset + 26)
-            starts.add(record.header_offset + 30 + sum(struct.unpack("<HH", handle.read(4))))
-    return starts
+            offsets.add(record.header_offset + 30 + sum(struct.unpack("<HH", handle.read(4))))
+    return offsets
 
 
 def contiguous_stride(shape: Shape) -> Shape:
-    """Strides of a tensor whose last axis lies together."""
+    """Strides, in elements, of a contiguous tensor."""
     return tuple(torch.empty(shape, device="meta").stride())
-
-
-def cast(source: TensorSource, dtype: torch.dtype) -> View:
-    """The same tensors in another precision."""
-
-    return View(
-        {name: TensorFact(fact.shape, dtype) for name, fact in source.facts.items()},
-        {name: lambda name=name: source.get(name).to(dtype) for name in source.facts},  # type: ignore[misc]
-    )
-
-
-def only(source: TensorSource, names: Collection[str]) -> View:
-    """Some tensors of a source, in this order."""
-    return View(
-        {name: source.facts[name] for name in names},
-        {name: lambda name=name: source.get(name) for name in names},  # type: ignore[misc]
-    )
-
-
-def merged(*sources: TensorSource) -> View:
-    """The tensors of several sources; no two of them hold one of the same name."""
-    facts: dict[str, TensorFact] = {}
-    makers: dict[str, Callable[[], Tensor]] = {}
-    for source in sources:
-        assert not facts.keys() & source.facts.keys()
-        facts |= source.facts
-        makers |= {name: lambda source=source, name=name: source.get(name) for name in source.facts}  # type: ignore[misc]
-    return View(facts, makers)
-
-
-@dataclass(frozen=True)
-class ProgressSource:
-    """A source that tells ``saw`` the size in bytes of each tensor that is read."""
-
-    source: TensorSource
-    saw: Callable[[int], None]
-
-    @property
-    def facts(self) -> Mapping[str, TensorFact]:
-        """See TensorSource.facts."""
-        return self.source.facts
-
-    def get(self, name: str) -> Tensor:
-        """See TensorSource.get."""
-        tensor = self.source.get(name)
-        self.saw(tensor.nbytes)
-        return tensor

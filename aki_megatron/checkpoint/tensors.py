@@ -1,10 +1,12 @@
-"""Named tensors that are read one at a time: what every file format is to a conversion.
+"""Sources of named tensors that are read one at a time, and sources derived from others.
 
-A conversion never holds a model. A *source* says which tensors there are and reads any one of them; a *view* is a
-source under other names; a writer (checkpoint/writers.py) asks a source for one tensor after another, in its own order.
+A conversion never holds a whole model: a source lists its tensors and reads any one of them, and a writer
+(checkpoint/writers.py, checkpoint/dcp_io.py) asks a source for one tensor after another, in its own order.
+
+*Native* names are the parameter names of our model; *external* names are those of another format.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,87 +14,139 @@ import torch
 from torch import Tensor
 
 from aki_megatron.config.model import DecoderConfig
-from aki_megatron.model.split import split_of
+from aki_megatron.model.sharding import shard_spec
 
 Shape = tuple[int, ...]
 NameTable = Mapping[str, tuple[str, ...]]
-"""Our name -> their names: one, or several that we hold as one tensor, put together along axis 0."""
+"""Native name -> external names: one, or several whose tensors we hold as one, concatenated along axis 0."""
 
 
 @dataclass(frozen=True)
-class TensorFact:
-    """What is known of a tensor before it is read."""
+class TensorSpec:
+    """Shape and dtype of a tensor, known before it is read."""
 
     shape: Shape
     dtype: torch.dtype
 
     @property
-    def elements(self) -> int:
+    def numel(self) -> int:
         """Number of elements."""
         return torch.Size(self.shape).numel()
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         """Size in memory and in a file."""
-        return self.elements * self.dtype.itemsize
+        return self.numel * self.dtype.itemsize
 
 
 class TensorSource(Protocol):
-    """Tensors by name."""
+    """Tensors by name, each read when it is asked for."""
 
     @property
-    def facts(self) -> Mapping[str, TensorFact]:
-        """Every tensor there is."""
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Shape and dtype of every tensor, in the source's order."""
         ...
 
     def get(self, name: str) -> Tensor:
-        """One of them, whole, on the CPU, in the dtype that ``facts`` says."""
+        """Read one tensor: whole, on the CPU, of the shape and dtype in ``specs``."""
         ...
 
 
 @dataclass(frozen=True)
-class View:
-    """A source made of functions: each tensor is computed from another source when it is asked for."""
+class LazyTensors:
+    """A TensorSource made of functions: each tensor is computed when it is asked for."""
 
-    facts: Mapping[str, TensorFact]
-    makers: Mapping[str, Callable[[], Tensor]]
+    specs: Mapping[str, TensorSpec]
+    getters: Mapping[str, Callable[[], Tensor]]
 
     def get(self, name: str) -> Tensor:
-        """See TensorSource.get."""
-        return self.makers[name]()
+        return self.getters[name]()
 
 
-def to_native(theirs: TensorSource, table: NameTable) -> View:
-    """Their tensors under our names; several of theirs become one of ours. All names must be there."""
+@dataclass(frozen=True)
+class ProgressSource:
+    """A TensorSource that passes the size in bytes of each tensor it reads to ``on_read``."""
 
-    def maker(names: Sequence[str]) -> Callable[[], Tensor]:
-        return lambda: theirs.get(names[0]) if len(names) == 1 else torch.cat([theirs.get(name) for name in names])
+    source: TensorSource
+    on_read: Callable[[int], None]
 
-    def fact(names: Sequence[str]) -> TensorFact:
-        first, *rest = (theirs.facts[name] for name in names)
-        rows = sum((other.shape[0] for other in rest), first.shape[0] if first.shape else 0)
-        return TensorFact((rows, *first.shape[1:]) if rest else first.shape, first.dtype)
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return self.source.specs
 
-    return View(
-        {ours: fact(names) for ours, names in table.items()}, {ours: maker(names) for ours, names in table.items()}
+    def get(self, name: str) -> Tensor:
+        tensor = self.source.get(name)
+        self.on_read(tensor.nbytes)
+        return tensor
+
+
+def to_native(external: TensorSource, table: NameTable) -> LazyTensors:
+    """External tensors under native names, those of one row of the table concatenated; every external name must exist.
+
+    A table of one external name per native name renames and selects.
+    """
+
+    def getter(names: Sequence[str]) -> Callable[[], Tensor]:
+        if len(names) == 1:
+            return lambda: external.get(names[0])
+        return lambda: torch.cat([external.get(name) for name in names])
+
+    def spec(names: Sequence[str]) -> TensorSpec:
+        first, *rest = (external.specs[name] for name in names)
+        if not rest:
+            return first
+        return TensorSpec((first.shape[0] + sum(other.shape[0] for other in rest), *first.shape[1:]), first.dtype)
+
+    return LazyTensors(
+        {native: spec(names) for native, names in table.items()},
+        {native: getter(names) for native, names in table.items()},
     )
 
 
-def to_external(ours: TensorSource, table: NameTable, config: DecoderConfig) -> View:
-    """Our tensors under their names, the reverse of to_native; one of ours is cut where theirs are several."""
-    facts: dict[str, TensorFact] = {}
-    makers: dict[str, Callable[[], Tensor]] = {}
-    for name, names in table.items():
-        whole = ours.facts[name]
-        if len(names) == 1:
-            facts[names[0]] = whole
-            makers[names[0]] = lambda name=name: ours.get(name)  # type: ignore[misc]
+def to_external(native: TensorSource, table: NameTable, config: DecoderConfig) -> LazyTensors:
+    """Native tensors under external names, the inverse of ``to_native``: split along axis 0 where there are several."""
+    specs: dict[str, TensorSpec] = {}
+    getters: dict[str, Callable[[], Tensor]] = {}
+    for name, parts in table.items():
+        whole = native.specs[name]
+        if len(parts) == 1:
+            specs[parts[0]] = whole
+            getters[parts[0]] = lambda name=name: native.get(name)  # type: ignore[misc]
             continue
-        split = split_of(name, config)
-        assert split is not None and split.axis == 0 and len(split.parts) == len(names), name
-        first = 0
-        for part, rows in zip(names, split.parts, strict=True):
-            facts[part] = TensorFact((rows, *whole.shape[1:]), whole.dtype)
-            makers[part] = lambda name=name, first=first, rows=rows: ours.get(name)[first : first + rows]  # type: ignore[misc]
-            first += rows
-    return View(facts, makers)
+        spec = shard_spec(name, config)
+        assert spec is not None and spec.dim == 0 and len(spec.part_sizes) == len(parts), name
+        start = 0
+        for part, size in zip(parts, spec.part_sizes, strict=True):
+            specs[part] = TensorSpec((size, *whole.shape[1:]), whole.dtype)
+            getters[part] = lambda name=name, start=start, end=start + size: native.get(name)[start:end]  # type: ignore[misc]
+            start += size
+    return LazyTensors(specs, getters)
+
+
+def select(source: TensorSource, names: Collection[str]) -> LazyTensors:
+    """The named tensors of a source, in this order."""
+    return to_native(source, {name: (name,) for name in names})
+
+
+def cast(source: TensorSource, dtype: torch.dtype) -> LazyTensors:
+    """The same tensors in another dtype."""
+    return LazyTensors(
+        {name: TensorSpec(spec.shape, dtype) for name, spec in source.specs.items()},
+        {name: lambda name=name: source.get(name).to(dtype) for name in source.specs},  # type: ignore[misc]
+    )
+
+
+def merge(*sources: TensorSource) -> LazyTensors:
+    """The tensors of several sources, no two of which hold the same name."""
+    specs: dict[str, TensorSpec] = {}
+    getters: dict[str, Callable[[], Tensor]] = {}
+    for source in sources:
+        assert not specs.keys() & source.specs.keys()
+        specs |= source.specs
+        getters |= {name: lambda source=source, name=name: source.get(name) for name in source.specs}  # type: ignore[misc]
+    return LazyTensors(specs, getters)
+
+
+def total_bytes(source: TensorSource) -> int:
+    """Size of all tensors of a source."""
+    return sum(spec.nbytes for spec in source.specs.values())

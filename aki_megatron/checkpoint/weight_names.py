@@ -1,160 +1,95 @@
-"""Weights under other names: the table of rules.
+"""Names of tensors in external folders, by ours.
 
-A rule is a row (our name, their names); ``{i}`` stands for the layer number. The same rows serve Hugging Face folders
-and the official AKI release, which differ in what they put in front of their names. Several of their names: we hold
-these tensors as one, put together along axis 0 in this order (checkpoint/tensors.py does it).
+Rules are rows (native name, external names); ``{i}`` stands for the layer number. Several external names: the native
+tensor is their concatenation along axis 0, in this order (checkpoint/tensors.py). The rules of decoder layers are their
+family's (aki_megatron/families); Hugging Face folders and the official AKI release differ in the prefix.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 
-import torch
+from aki_megatron.checkpoint.tensors import NameTable
+from aki_megatron.config.model import DecoderConfig, VisionConfig
+from aki_megatron.families.base import WeightRule
+from aki_megatron.families.registry import FAMILIES
 
-from aki_megatron.checkpoint.tensors import NameTable, Shape
-from aki_megatron.config.model import DecoderConfig, ModelConfig, VisionConfig
-from aki_megatron.errors import CheckpointError
-from aki_megatron.model.stage import build_model
+TOKEN_EMBEDDING, LM_HEAD = "input_embedder.token_embedding.base.weight", "lm_head.base.weight"
+"""Native names of the two tensors [padded_vocab_size, D]."""
 
+FINAL_NORM = "lm_head.norm.weight"
 
-@dataclass(frozen=True, init=False)
-class WeightRule:
-    """One tensor of ours, or one per layer, and theirs: one of the same values, or several that are its parts."""
-
-    ours: str
-    theirs: tuple[str, ...]
-
-    def __init__(self, ours: str, *theirs: str) -> None:
-        object.__setattr__(self, "ours", ours)
-        object.__setattr__(self, "theirs", theirs)
+DECODER_LAYER = "layers.{i}."
+"""Native prefix of the tensors of decoder layer i."""
 
 
-def linear(ours: str, theirs: str) -> tuple[WeightRule, WeightRule]:
-    """Weight and bias of a layer that no rank splits."""
-    return WeightRule(f"{ours}.weight", f"{theirs}.weight"), WeightRule(f"{ours}.bias", f"{theirs}.bias")
+def linear_rules(native: str, external: str) -> tuple[WeightRule, WeightRule]:
+    """Return the rules of a module with a weight and a bias, which no rank splits."""
+    return WeightRule(f"{native}.weight", f"{external}.weight"), WeightRule(f"{native}.bias", f"{external}.bias")
 
 
 VISION_LAYER_RULES = (
-    *linear("front.vision.blocks.{i}.attention_norm", "encoder.layers.{i}.layer_norm1"),
-    *linear("front.vision.blocks.{i}.attention.query", "encoder.layers.{i}.self_attn.q_proj"),
-    *linear("front.vision.blocks.{i}.attention.key", "encoder.layers.{i}.self_attn.k_proj"),
-    *linear("front.vision.blocks.{i}.attention.value", "encoder.layers.{i}.self_attn.v_proj"),
-    *linear("front.vision.blocks.{i}.attention.out", "encoder.layers.{i}.self_attn.out_proj"),
-    *linear("front.vision.blocks.{i}.feed_forward_norm", "encoder.layers.{i}.layer_norm2"),
-    *linear("front.vision.blocks.{i}.feed_forward.up", "encoder.layers.{i}.mlp.fc1"),
-    *linear("front.vision.blocks.{i}.feed_forward.down", "encoder.layers.{i}.mlp.fc2"),
+    *linear_rules("input_embedder.vision_encoder.layers.{i}.attention_norm", "encoder.layers.{i}.layer_norm1"),
+    *linear_rules("input_embedder.vision_encoder.layers.{i}.attention.q_proj", "encoder.layers.{i}.self_attn.q_proj"),
+    *linear_rules("input_embedder.vision_encoder.layers.{i}.attention.k_proj", "encoder.layers.{i}.self_attn.k_proj"),
+    *linear_rules("input_embedder.vision_encoder.layers.{i}.attention.v_proj", "encoder.layers.{i}.self_attn.v_proj"),
+    *linear_rules(
+        "input_embedder.vision_encoder.layers.{i}.attention.out_proj", "encoder.layers.{i}.self_attn.out_proj"
+    ),
+    *linear_rules("input_embedder.vision_encoder.layers.{i}.mlp_norm", "encoder.layers.{i}.layer_norm2"),
+    *linear_rules("input_embedder.vision_encoder.layers.{i}.mlp.up_proj", "encoder.layers.{i}.mlp.fc1"),
+    *linear_rules("input_embedder.vision_encoder.layers.{i}.mlp.down_proj", "encoder.layers.{i}.mlp.fc2"),
 )
 
 VISION_RULES = (
-    *linear("front.vision.patch_embedding", "embeddings.patch_embedding"),
-    WeightRule("front.vision.position_embedding", "embeddings.position_embedding.weight"),
-    *linear("front.vision.norm", "post_layernorm"),
+    *linear_rules("input_embedder.vision_encoder.patch_embedding", "embeddings.patch_embedding"),
+    WeightRule("input_embedder.vision_encoder.position_embedding", "embeddings.position_embedding.weight"),
+    *linear_rules("input_embedder.vision_encoder.norm", "post_layernorm"),
 )
 
 POOLING_RULES = (
-    WeightRule("front.vision.pooling.probe", "head.probe"),
-    WeightRule("front.vision.pooling.attention.in_proj_weight", "head.attention.in_proj_weight"),
-    WeightRule("front.vision.pooling.attention.in_proj_bias", "head.attention.in_proj_bias"),
-    *linear("front.vision.pooling.attention.out_proj", "head.attention.out_proj"),
-    *linear("front.vision.pooling.norm", "head.layernorm"),
-    *linear("front.vision.pooling.feed_forward.up", "head.mlp.fc1"),
-    *linear("front.vision.pooling.feed_forward.down", "head.mlp.fc2"),
+    WeightRule("input_embedder.vision_encoder.pooling_head.probe", "head.probe"),
+    WeightRule("input_embedder.vision_encoder.pooling_head.attention.in_proj_weight", "head.attention.in_proj_weight"),
+    WeightRule("input_embedder.vision_encoder.pooling_head.attention.in_proj_bias", "head.attention.in_proj_bias"),
+    *linear_rules("input_embedder.vision_encoder.pooling_head.attention.out_proj", "head.attention.out_proj"),
+    *linear_rules("input_embedder.vision_encoder.pooling_head.norm", "head.layernorm"),
+    *linear_rules("input_embedder.vision_encoder.pooling_head.mlp.up_proj", "head.mlp.fc1"),
+    *linear_rules("input_embedder.vision_encoder.pooling_head.mlp.down_proj", "head.mlp.fc2"),
 )
 
-_NORMS_AND_OUTPUTS = (
-    WeightRule("blocks.{i}.attention_norm.weight", "model.layers.{i}.input_layernorm.weight"),
-    WeightRule("blocks.{i}.attention.out.weight", "model.layers.{i}.self_attn.o_proj.weight"),
-    WeightRule("blocks.{i}.feed_forward_norm.weight", "model.layers.{i}.post_attention_layernorm.weight"),
-    WeightRule("blocks.{i}.feed_forward.down.weight", "model.layers.{i}.mlp.down_proj.weight"),
-)
-_FUSED = (
-    WeightRule("blocks.{i}.attention.qkv.weight", "model.layers.{i}.self_attn.qkv_proj.weight"),
-    WeightRule("blocks.{i}.feed_forward.gate_up.weight", "model.layers.{i}.mlp.gate_up_proj.weight"),
-)
-_SEPARATE = (
-    WeightRule(
-        "blocks.{i}.attention.qkv.weight",
-        "model.layers.{i}.self_attn.q_proj.weight",
-        "model.layers.{i}.self_attn.k_proj.weight",
-        "model.layers.{i}.self_attn.v_proj.weight",
-    ),
-    WeightRule(
-        "blocks.{i}.feed_forward.gate_up.weight",
-        "model.layers.{i}.mlp.gate_proj.weight",
-        "model.layers.{i}.mlp.up_proj.weight",
-    ),
-)
-_QKV_BIAS = WeightRule(
-    "blocks.{i}.attention.qkv.bias",
-    "model.layers.{i}.self_attn.q_proj.bias",
-    "model.layers.{i}.self_attn.k_proj.bias",
-    "model.layers.{i}.self_attn.v_proj.bias",
-)
-_QK_NORMS = (
-    WeightRule("blocks.{i}.attention.query_norm.weight", "model.layers.{i}.self_attn.q_norm.weight"),
-    WeightRule("blocks.{i}.attention.key_norm.weight", "model.layers.{i}.self_attn.k_norm.weight"),
-)
 
-LANGUAGE_LAYER_RULES: dict[str, tuple[WeightRule, ...]] = {
-    "phi3": (*_NORMS_AND_OUTPUTS, *_FUSED),
-    "llama": (*_NORMS_AND_OUTPUTS, *_SEPARATE),
-    "qwen2": (*_NORMS_AND_OUTPUTS, *_SEPARATE, _QKV_BIAS),
-    "qwen3": (*_NORMS_AND_OUTPUTS, *_SEPARATE, *_QK_NORMS),
-}
-"""Family of decoders (config/model.py) -> the tensors of one of its layers."""
+def name_table(
+    rules: Iterable[WeightRule], *, prefix: str = "", layers: int | None = None
+) -> dict[str, tuple[str, ...]]:
+    """Return native name -> external names.
 
-LANGUAGE_RULES = (
-    WeightRule("front.embedding.table.weight", "model.embed_tokens.weight"),
-    WeightRule("head.norm.weight", "model.norm.weight"),
-)
-
-HEAD_RULES = (WeightRule("head.output.weight", "lm_head.weight"),)
-"""Of a language model whose head is not tied to its embedding; a tied one has no such tensor."""
-
-
-def names(rules: Iterable[WeightRule], *, prefix: str = "", layers: int | None = None) -> dict[str, tuple[str, ...]]:
-    """Our names to theirs, ``prefix`` put before theirs; one entry per layer for rules with ``{i}``."""
+    prefix  put before the external names
+    layers  number of layers of rules with ``{i}``: each gives an entry per layer
+    """
     numbers = [""] if layers is None else [str(number) for number in range(layers)]
     return {
-        rule.ours.replace("{i}", number): tuple(prefix + name.replace("{i}", number) for name in rule.theirs)
+        rule.native.replace("{i}", number): tuple(prefix + name.replace("{i}", number) for name in rule.external)
         for number in numbers
         for rule in rules
     }
 
 
 def language_names(config: DecoderConfig, prefix: str = "") -> NameTable:
-    """The tensors of a stock language model of the decoder's family: what AKI adds to it is not among them."""
-    rules = LANGUAGE_RULES if config.tie_word_embeddings else (*LANGUAGE_RULES, *HEAD_RULES)
-    return names(rules, prefix=prefix) | names(
-        LANGUAGE_LAYER_RULES[config.family], prefix=prefix, layers=config.num_layers
-    )
+    """Return the names of a stock language model of the decoder's family: those of the tensors AKI adds are not in it.
+
+    prefix  put before the external names
+    """
+    weights = FAMILIES[config.family].weights
+    base = prefix + weights.base_model_prefix
+    table = {TOKEN_EMBEDDING: (base + weights.embedding,), FINAL_NORM: (base + weights.final_norm,)}
+    if not config.tie_word_embeddings:
+        table[LM_HEAD] = (prefix + weights.lm_head,)
+    layer_rules = [
+        WeightRule(DECODER_LAYER + rule.native, *(weights.layer_prefix + name for name in rule.external))
+        for rule in weights.layer_rules
+    ]
+    return table | name_table(layer_rules, prefix=base, layers=config.num_layers)
 
 
 def vision_names(config: VisionConfig, prefix: str) -> NameTable:
-    """The tensors of a SigLIP encoder, its pooling head among them where the configuration has one."""
+    """Return the names of a SigLIP encoder, with its pooling head where the configuration has one."""
     rules = (*VISION_RULES, *POOLING_RULES) if config.pooling_head else VISION_RULES
-    return names(rules, prefix=prefix) | names(VISION_LAYER_RULES, prefix=prefix, layers=config.num_layers)
-
-
-def model_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Names and shapes of the whole model's tensors, what a tied head shares once; nothing is allocated."""
-    with torch.device("meta"):
-        model = build_model(config, rule="causal")
-    return {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-
-
-def check_shapes(got: Mapping[str, Shape], wanted: Mapping[str, Shape], source: str) -> None:
-    """Raise CheckpointError with every name that is missing, not known, or of another shape."""
-    complaints = [f"  missing: {name} {wanted[name]}" for name in sorted(wanted.keys() - got.keys())]
-    complaints += [f"  not known: {name} {got[name]}" for name in sorted(got.keys() - wanted.keys())]
-    complaints += [
-        f"  other shape: {name} is {got[name]}, the model needs {wanted[name]}"
-        for name in sorted(wanted.keys() & got.keys())
-        if got[name] != wanted[name]
-    ]
-    if complaints:
-        shown = complaints[:40] + ([f"  and {len(complaints) - 40} more"] if len(complaints) > 40 else [])
-        raise CheckpointError(
-            f"The tensors of {source} are not those of the configured model ({len(complaints)} differences):\n"
-            + "\n".join(shown)
-            + "\nChoose the folder or file that belongs to the model section of the configuration, or change that."
-        )
+    return name_table(rules, prefix=prefix) | name_table(VISION_LAYER_RULES, prefix=prefix, layers=config.num_layers)

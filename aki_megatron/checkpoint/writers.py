@@ -1,7 +1,7 @@
-"""Writers of other people's formats that ask a source for one tensor after another.
+"""Writers of other projects' weight files: safetensors (one file, or shards with an index) and torch.save files.
 
-safetensors (one file, or parts and an index) and files of torch.save. Each file is forced to disk, read back and
-compared with what was written; the caller writes into a folder that nobody reads yet and renames it (``aside``).
+A writer asks a source for one tensor after another. Each file is forced to disk, read back and compared with what was
+written. Callers write into a ``staging_dir``, which is renamed once everything is in it.
 """
 
 import hashlib
@@ -18,126 +18,127 @@ import torch
 from torch import Tensor
 
 from aki_megatron.checkpoint import files
-from aki_megatron.checkpoint.dcp_io import HashedStream
+from aki_megatron.checkpoint.dcp_io import HashingWriter
 from aki_megatron.checkpoint.readers import SAFETENSORS_DTYPES, open_torch_file
-from aki_megatron.checkpoint.tensors import TensorSource
+from aki_megatron.checkpoint.tensors import TensorSource, total_bytes
 from aki_megatron.errors import CheckpointError
 
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 SHARD_BYTES = 5 * 10**9
-"""Size of a part of a Hugging Face folder, as transformers cuts them."""
+"""Default size of a shard of a Hugging Face folder, as in transformers."""
 
 
 @contextmanager
-def aside(out: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes ``out`` when all went well and is gone when anything did not.
+def staging_dir(out: Path) -> Iterator[Path]:
+    """A folder to write into, renamed to ``out`` if the block succeeds and removed if it fails.
 
-    Errors: CheckpointError when ``out`` is there and not an empty folder, or when the disk is full.
+    Raises CheckpointError where ``out`` exists and is not an empty folder, or where the disk is full.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not empty; choose another --out, or remove it first.")
     out = out.absolute()
-    writing = out.parent / f".writing_{out.name}"
+    staging = out.parent / f"{files.WRITING}{out.name}"
     try:
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
-        yield writing
-        files.sync_folder(writing)
-        writing.replace(out)  # an empty folder is replaced
-        files.sync_folder(out.parent)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        yield staging
+        files.sync_dir(staging)
+        staging.replace(out)  # replaces an empty folder
+        files.sync_dir(out.parent)
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written: {error}. Nothing is left of it.") from None
     finally:
-        shutil.rmtree(writing, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def write_safetensors(file: Path, source: TensorSource, names: Iterable[str] | None = None) -> None:
-    """Write tensors of a source (all of them unless ``names`` says which) as one safetensors file."""
-    # wide numbers first, as the safetensors library writes them, so that every tensor is aligned to its element
-    wanted = sorted(source.facts if names is None else names, key=lambda name: -source.facts[name].dtype.itemsize)
+    """Write tensors of a source (all of them, or ``names``) as one safetensors file.
+
+    The library's save_file takes tensors, all of them in memory; this asks for one at a time.
+
+    Raises CheckpointError where the file does not read back as it was written.
+    """
+    # widest dtypes first, as the safetensors library writes them, so that every tensor is aligned to its elements
+    ordered = sorted(source.specs if names is None else names, key=lambda name: -source.specs[name].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name in wanted:
-        fact, start = source.facts[name], end
-        end += fact.bytes
-        entry = {"dtype": DTYPE_NAMES[fact.dtype], "shape": list(fact.shape), "data_offsets": [start, end]}
+    for name in ordered:
+        spec, start = source.specs[name], end
+        end += spec.nbytes
+        entry = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
         header[name] = entry
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as handle:
-        into = HashedStream(handle)
-        into.write(struct.pack("<Q", len(text)) + text)
-        for name in wanted:
-            into.write(_bytes(source, name))
-        _force(handle)
-    _read_back(file, into.sha256.hexdigest())
+        stream = HashingWriter(handle)
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for name in ordered:
+            stream.write(_tensor_bytes(source, name))
+        _force_to_disk(handle)
+    if files.file_digest(file) != stream.digest():
+        raise CheckpointError(f"{file} reads back differently from what was written; check the disk.")
 
 
 def write_shards(folder: Path, source: TensorSource, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write all tensors of a source as the weights of a Hugging Face folder: one file, or parts and an index.
+    """Write all tensors of a source as the weights of a Hugging Face folder: one file, or shards with an index.
 
-    A part holds at most ``shard_bytes``, unless a single tensor is larger.
+    A shard holds at most ``shard_bytes``, unless a single tensor is larger.
     """
     shards: list[list[str]] = [[]]
-    room = shard_bytes
-    for name, fact in source.facts.items():
-        if shards[-1] and fact.bytes > room:
+    free_bytes = shard_bytes
+    for name, spec in source.specs.items():
+        if shards[-1] and spec.nbytes > free_bytes:
             shards.append([])
-            room = shard_bytes
+            free_bytes = shard_bytes
         shards[-1].append(name)
-        room -= fact.bytes
+        free_bytes -= spec.nbytes
     if len(shards) == 1:
         write_safetensors(folder / "model.safetensors", source)
         return
-    titles = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    for title, names in zip(titles, shards, strict=True):
-        write_safetensors(folder / title, source, names)
-    index = {
-        "metadata": {"total_size": sum(fact.bytes for fact in source.facts.values())},
-        "weight_map": {name: title for title, names in zip(titles, shards, strict=True) for name in sorted(names)},
-    }
+    file_names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    for file_name, names in zip(file_names, shards, strict=True):
+        write_safetensors(folder / file_name, source, names)
+    weight_map = {name: file for file, names in zip(file_names, shards, strict=True) for name in sorted(names)}
+    index = {"metadata": {"total_size": total_bytes(source)}, "weight_map": weight_map}
     files.write_json(folder / "model.safetensors.index.json", index)
 
 
-def write_torch_file(file: Path, source: TensorSource, facts: Mapping[str, Any]) -> None:
-    """Write a training checkpoint as torch.save does: ``facts``, and the tensors as ``model_state_dict``.
+def write_torch_file(file: Path, source: TensorSource, metadata: Mapping[str, Any]) -> None:
+    """Write a training checkpoint as torch.save does: ``metadata``, and the tensors as ``model_state_dict``.
 
-    torch writes the frame, with room for each tensor; the numbers are put in one tensor at a time.
+    torch writes the file with space for each tensor; the tensors are then filled in one at a time.
+
+    Raises CheckpointError where a tensor does not read back as it was written.
     """
-    # empty tensors: their memory is never touched, so they take none
-    state = {name: torch.empty(fact.shape, dtype=fact.dtype) for name, fact in source.facts.items()}
+    # uninitialized tensors: their memory is never touched, so none is allocated
+    state = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in source.specs.items()}
     with torch.serialization.skip_data():
-        torch.save({**facts, "model_state_dict": state}, file)
+        torch.save({**metadata, "model_state_dict": state}, file)
     del state
     written = {}
     with file.open("r+b") as handle:
-        for name, place in open_torch_file(file).places.items():
-            content = _bytes(source, name)
-            handle.seek(place.offset)
+        for name, location in open_torch_file(file).locations.items():
+            content = _tensor_bytes(source, name)
+            handle.seek(location.offset)
             handle.write(content)
             written[name] = hashlib.sha256(content).digest()
-        _force(handle)
-    for name, place in open_torch_file(file).places.items():
-        if hashlib.sha256(_flat(place.read())).digest() != written[name]:
+        _force_to_disk(handle)
+    for name, location in open_torch_file(file).locations.items():
+        if hashlib.sha256(_as_bytes(location.read())).digest() != written[name]:
             raise CheckpointError(f"{file}: {name} reads back differently from what was written; check the disk.")
 
 
-def _bytes(source: TensorSource, name: str) -> memoryview:
-    tensor, fact = source.get(name), source.facts[name]
-    assert tuple(tensor.shape) == fact.shape and tensor.dtype == fact.dtype, name
-    return _flat(tensor)
+def _tensor_bytes(source: TensorSource, name: str) -> memoryview:
+    tensor, spec = source.get(name), source.specs[name]
+    assert tuple(tensor.shape) == spec.shape and tensor.dtype == spec.dtype, name
+    return _as_bytes(tensor)
 
 
-def _flat(tensor: Tensor) -> memoryview:
+def _as_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _force(handle: BinaryIO) -> None:
+def _force_to_disk(handle: BinaryIO) -> None:
     handle.flush()
     os.fsync(handle.fileno())
-
-
-def _read_back(file: Path, sha256: str) -> None:
-    if files.digest(file)["sha256"] != sha256:
-        raise CheckpointError(f"{file} reads back differently from what was written; check the disk.")

@@ -1,48 +1,35 @@
-"""Relations between the keys of a run. Every check yields sentences: the keys, their values, the way out."""
-
-from __future__ import annotations
+"""Checks of the sections of a run against each other. Each yields sentences: keys, their values, what to change."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from math import isqrt
 
+from aki_megatron.config.attention import ATTENTION_RULES, rules_for_supervised_text
+from aki_megatron.config.batch_sizes import divisors
 from aki_megatron.config.combinations import refusals
 from aki_megatron.config.deepspeed import problems_of_settings
+from aki_megatron.config.field_info import list_problems
+from aki_megatron.config.run import RunConfig
 from aki_megatron.errors import ConfigError
-
-if TYPE_CHECKING:
-    from aki_megatron.config.run import RunConfig
-
-
-def report(where: str, problems: list[str]) -> str:
-    """One message for all problems of one file."""
-    if len(problems) == 1:
-        return f"{where}: {problems[0]}"
-    return "\n".join([f"{where}: {len(problems)} problems", *(f"  - {problem}" for problem in problems)])
 
 
 class ContradictionError(ConfigError):
-    """Keys that are well formed one by one and wrong together."""
+    """Sections that are valid alone and contradict each other; ``problems`` holds a sentence per contradiction."""
 
     def __init__(self, problems: list[str]) -> None:
-        super().__init__(report("this run contradicts itself", problems))
+        super().__init__(list_problems("this run contradicts itself", problems))
         self.problems = problems
 
 
-def divisors(*numbers: int) -> list[int]:
-    """Numbers that divide all of ``numbers``."""
-    return [n for n in range(1, min(numbers) + 1) if not any(number % n for number in numbers)]
-
-
 def data_problems(run: RunConfig) -> Iterator[str]:
-    """Captions come from tars and are learnt causally; conversations come from sources."""
+    """Check that the sources fit data.kind, and that the attention rule cannot see the supervised text."""
     data = run.data
     if data.kind == "captions":
-        if run.attention.rule != "causal":
+        if ATTENTION_RULES[run.attention.rule].needs_prompt_after_image:
             yield (
-                f"data.kind=captions cannot be trained with attention.rule={run.attention.rule}: image places would "
-                "look ahead at the caption, which is what is learnt, so the answer would leak; "
-                "set attention.rule to causal."
+                f"data.kind=captions cannot be trained with attention.rule={run.attention.rule}: image positions would "
+                "look ahead at the caption, which is supervised, so the answer would leak; "
+                f"set attention.rule to {rules_for_supervised_text()}."
             )
         if not data.captions:
             yield (
@@ -78,7 +65,7 @@ def data_problems(run: RunConfig) -> Iterator[str]:
 
 
 def phase_problems(run: RunConfig) -> Iterator[str]:
-    """Phases fill the run, and name sources that there are."""
+    """Check that the phases fill the run and name its sources."""
     data = run.data
     if not data.phases:
         return
@@ -93,38 +80,39 @@ def phase_problems(run: RunConfig) -> Iterator[str]:
         unknown = [name for name in phase.sources if name not in known]
         if unknown:
             yield f"data.phases[{number}].sources names {', '.join(unknown)}; the run's sources are {', '.join(known)}."
-        if phase.order == "text_first" and run.attention.rule != "causal":
+        if phase.order == "text_first" and ATTENTION_RULES[run.attention.rule].needs_prompt_after_image:
             yield (
                 f"data.phases[{number}].order=text_first cannot be trained with attention.rule={run.attention.rule}: "
-                "the question stands before the image already; set attention.rule to causal."
+                "the question already precedes the image; "
+                f"set attention.rule to {rules_for_supervised_text()}."
             )
 
 
 def packing_problems(run: RunConfig) -> Iterator[str]:
-    """A row holds at least the longest sample, and its positions."""
+    """Check that a packed sequence holds the longest sample."""
     packing = run.data.packing
     longest = run.data.max_text_tokens + run.model.resampler.num_latents
     if packing.enabled and packing.sequence_length < longest:
         yield (
-            f"data.packing.sequence_length={packing.sequence_length} is shorter than the longest sample, data.max_text_tokens + "
-            f"model.resampler.num_latents = {longest}; set it to a multiple of that."
+            f"data.packing.sequence_length={packing.sequence_length} is shorter than the longest sample, "
+            f"data.max_text_tokens + model.resampler.num_latents = {longest}; set it to a multiple of that."
         )
 
 
 def length_problems(run: RunConfig) -> Iterator[str]:
-    """A sample fits the positions of the decoder. What one section can check alone, it checks itself (model.py)."""
+    """Check that the longest sample fits into the positions of the decoder."""
     longest, latents = run.data.max_text_tokens, run.model.resampler.num_latents
     positions = run.model.decoder.rope.max_position_embeddings
     if longest + latents > positions:
         yield (
-            f"data.max_text_tokens={longest} + model.resampler.num_latents={latents} = {longest + latents} places exceed "
-            f"model.decoder.rope.max_position_embeddings={positions}; "
+            f"data.max_text_tokens={longest} + model.resampler.num_latents={latents} = {longest + latents} positions "
+            f"exceed model.decoder.rope.max_position_embeddings={positions}; "
             f"set data.max_text_tokens to {max(1, positions - latents)} or less."
         )
 
 
 def schedule_problems(run: RunConfig) -> Iterator[str]:
-    """The learning-rate curve rises, then falls, within the run."""
+    """Check that the warm-up ends within the run and that the peak is the largest learning rate."""
     optimizer, steps = run.optimizer, run.train.steps
     if optimizer.warmup_steps >= steps:
         yield (
@@ -133,31 +121,43 @@ def schedule_problems(run: RunConfig) -> Iterator[str]:
         )
     if optimizer.min_lr > optimizer.lr:
         yield (
-            f"optimizer.min_lr={optimizer.min_lr:g} exceeds optimizer.lr={optimizer.lr:g}, the peak of the curve; "
+            f"optimizer.min_lr={optimizer.min_lr:g} exceeds optimizer.lr={optimizer.lr:g}, the peak learning rate; "
             f"add --optimizer.min_lr {optimizer.lr / 10:g}."
         )
 
 
 def init_problems(run: RunConfig) -> Iterator[str]:
-    """Weights come from one place."""
+    """Check that each part of the model is loaded from one source."""
     init = run.init
     parts = [name for name in ("vision", "language") if getattr(init, name) is not None]
     if init.weights is not None and parts:
         names = " and ".join(f"init.{name}={getattr(init, name)}" for name in parts)
         yield (
-            f"init.weights={init.weights} brings every weight and excludes {names}; keep one and set the other to null."
+            f"init.weights={init.weights} loads all weights and excludes {names}; keep one and set the other to null."
+        )
+
+
+def attention_problems(run: RunConfig) -> Iterator[str]:
+    """Check that the latents of an image form the square grid that the rule needs."""
+    latents = run.model.resampler.num_latents
+    side = isqrt(latents)
+    if ATTENTION_RULES[run.attention.rule].square_images and side * side != latents:
+        yield (
+            f"attention.rule={run.attention.rule} needs a square grid of latents, but "
+            f"model.resampler.num_latents={latents}; set it to {side * side} or {(side + 1) ** 2}."
         )
 
 
 def parallel_problems(run: RunConfig) -> Iterator[str]:
-    """Every rank gets whole heads and every stage a layer."""
+    """Check that every tensor-parallel rank gets whole heads and every pipeline stage a layer."""
     yield from tensor_problems(run)
     layers, parallel = run.model.decoder.num_layers, run.parallel
     stages = parallel.pipeline * parallel.virtual_stages
     if stages > layers:
         yield (
-            f"parallel.pipeline={parallel.pipeline} x parallel.virtual_stages={parallel.virtual_stages} = {stages} stages for "
-            f"model.decoder.num_layers={layers}; every stage needs a layer: choose pipeline x virtual_stages from 1 to {layers}."
+            f"parallel.pipeline={parallel.pipeline} x parallel.virtual_stages={parallel.virtual_stages} = {stages} "
+            f"stages for model.decoder.num_layers={layers}; every stage needs a layer: choose pipeline x "
+            f"virtual_stages from 1 to {layers}."
         )
     elif parallel.layers_per_stage:
         problem = stage_layers_problem(layers, stages=stages, layers_per_stage=parallel.layers_per_stage)
@@ -166,15 +166,15 @@ def parallel_problems(run: RunConfig) -> Iterator[str]:
 
 
 def tensor_problems(run: RunConfig) -> Iterator[str]:
-    """What tensor parallelism splits, it splits equally."""
+    """Check that all tensor-parallel ranks get equal shards."""
     decoder, tensor = run.model.decoder, run.parallel.tensor
-    split = {
+    sharded = {
         "num_heads": decoder.num_heads,
         "num_kv_heads": decoder.num_kv_heads,
         "intermediate_size": decoder.intermediate_size,
         "padded_vocab_size": decoder.padded_vocab_size,
     }
-    uneven = [f"model.decoder.{name}={size}" for name, size in split.items() if size % tensor]
+    uneven = [f"model.decoder.{name}={size}" for name, size in sharded.items() if size % tensor]
     if not uneven:
         return
     limit = ""
@@ -182,39 +182,40 @@ def tensor_problems(run: RunConfig) -> Iterator[str]:
         limit = f" (every rank needs whole key and value heads, and there are only {decoder.num_kv_heads})"
     yield (
         f"parallel.tensor={tensor} does not divide {' and '.join(uneven)}{limit}; "
-        f"choose tensor from {divisors(*split.values())}."
+        f"choose tensor from {divisors(*sharded.values())}."
     )
 
 
 def stage_layers_problem(layers: int, *, stages: int, layers_per_stage: Sequence[int]) -> str:
-    """Why ``layers_per_stage`` does not deal ``layers`` into ``stages``; empty where it does."""
-    shown, total = list(layers_per_stage), sum(layers_per_stage)
-    if len(shown) != stages:
+    """Return why ``layers_per_stage`` does not distribute ``layers`` over ``stages``; empty where it does."""
+    given, total = list(layers_per_stage), sum(layers_per_stage)
+    if len(given) != stages:
         return (
-            f"parallel.layers_per_stage={shown} has {len(shown)} entries for parallel.pipeline x parallel.virtual_stages = "
-            f"{stages} stages; give {stages} numbers whose sum is model.decoder.num_layers={layers}, "
-            "or [] to cut by cost."
+            f"parallel.layers_per_stage={given} has {len(given)} entries for parallel.pipeline x "
+            f"parallel.virtual_stages = {stages} stages; give {stages} numbers whose sum is "
+            f"model.decoder.num_layers={layers}, or [] to balance by cost."
         )
     if total != layers:
         return (
-            f"parallel.layers_per_stage={shown} deals out {total} layers, model.decoder.num_layers={layers}; "
-            f"give {stages} numbers whose sum is {layers}, or [] to cut by cost."
+            f"parallel.layers_per_stage={given} adds up to {total} layers, model.decoder.num_layers={layers}; "
+            f"give {stages} numbers whose sum is {layers}, or [] to balance by cost."
         )
     return ""
 
 
 def watch_problems(run: RunConfig) -> Iterator[str]:
-    """What is watched can happen within the run."""
+    """Check that timeouts are ordered and that the window of the spike detection ends within the run."""
     watch, steps = run.watch, run.train.steps
     if watch.step_timeout > watch.init_timeout:
         yield (
             f"watch.step_timeout={watch.step_timeout:g} exceeds watch.init_timeout={watch.init_timeout:g}, the "
-            f"longest time for anything; add --watch.init_timeout {watch.step_timeout:g}."
+            f"longest time for any phase; add --watch.init_timeout {watch.step_timeout:g}."
         )
     if watch.on_loss_spike != "off" and watch.loss_spike_window >= steps:
         yield (
-            f"watch.on_loss_spike={watch.on_loss_spike} compares with the last watch.loss_spike_window={watch.loss_spike_window} steps, but "
-            f"train.steps={steps}: nothing would ever be a spike; add --watch.loss_spike_window {max(1, steps // 10)}."
+            f"watch.on_loss_spike={watch.on_loss_spike} compares with the last "
+            f"watch.loss_spike_window={watch.loss_spike_window} steps, but train.steps={steps}: no spike would ever be "
+            f"detected; add --watch.loss_spike_window {max(1, steps // 10)}."
         )
 
 
@@ -225,52 +226,21 @@ CHECKS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     length_problems,
     schedule_problems,
     init_problems,
+    attention_problems,
     parallel_problems,
     watch_problems,
 )
 
 
-def problems(run: RunConfig) -> list[str]:
-    """Everything that is wrong with a run whatever the number of ranks."""
+def contradictions(run: RunConfig) -> list[str]:
+    """Return everything that is wrong with a run whatever the number of ranks, a sentence each."""
     found = [sentence for check in CHECKS for sentence in check(run)]
     found += problems_of_settings(run.deepspeed, run)
-    # Last, and only for what divides: a size that can never work deserves its own message.
+    # Unsupported combinations come last: a size that can never work needs a message of its own.
     return found or refusals(run)
 
 
-def data_size(run: RunConfig, world_size: int) -> int:
-    """Data-parallel ranks among ``world_size`` ranks."""
-    return world_size // (run.parallel.tensor * run.parallel.pipeline)
-
-
-def check_world(run: RunConfig, world_size: int) -> None:
-    """Raise ConfigError where the run does not fit on ``world_size`` ranks; names the nearest values that do."""
-    replica = run.parallel.tensor * run.parallel.pipeline
-    if world_size % replica:
-        below = world_size // replica * replica
-        near = " or ".join(str(n) for n in (below, below + replica) if n)
-        raise ConfigError(
-            f"{world_size} ranks cannot be dealt into replicas of parallel.tensor={run.parallel.tensor} x "
-            f"parallel.pipeline={run.parallel.pipeline} = {replica} ranks; start {near} ranks, or change the two."
-        )
-    ranks, batch = data_size(run, world_size), run.train.global_batch_size
-    if batch % ranks:
-        near = " or ".join(str(n) for n in (batch // ranks * ranks, (batch // ranks + 1) * ranks) if n)
-        raise ConfigError(
-            f"train.global_batch_size={batch} cannot be shared equally by {ranks} data ranks; "
-            f"use --train.global_batch_size {near}, "
-            f"or a number of data ranks from {[n for n in divisors(batch) if n <= ranks]}."
-        )
-    asked, steps = run.deepspeed.get("gradient_accumulation_steps"), batch // ranks // micro_batch_size(run, world_size)
-    if asked is not None and asked != steps:
-        raise ConfigError(
-            f"ds_config gradient_accumulation_steps={asked} but train.global_batch_size={batch} / "
-            f"({ranks} data ranks x {micro_batch_size(run, world_size)} samples at a time) = {steps}; "
-            'write "auto" in the ds_config, or change one of them.'
-        )
-
-
-def micro_batch_size(run: RunConfig, world_size: int) -> int:
-    """Samples per forward pass of one rank: the most that train.micro_batch_size allows and its share can be cut into."""
-    share = run.train.global_batch_size // data_size(run, world_size)
-    return max(n for n in divisors(share) if n <= run.train.micro_batch_size)
+def check_run(run: RunConfig) -> None:
+    """Raise ContradictionError, with all that is wrong, where sections of the run contradict each other."""
+    if found := contradictions(run):
+        raise ContradictionError(found)

@@ -1,12 +1,9 @@
-"""DeepSpeed 0.19's settings as a run sees them: known names, those the run decides, those without a place here."""
-
-from __future__ import annotations
+"""DeepSpeed 0.19's settings: known names, those that the run decides, those that are not supported."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from aki_megatron.config.run import RunConfig
+from aki_megatron.config.run import RunConfig
 
 TOP_LEVEL = frozenset(
     {
@@ -154,12 +151,12 @@ OFFLOAD: dict[str, frozenset[str]] = {
         {"buffer_count", "buffer_size", "device", "max_in_cpu", "nvme_path", "pin_memory"}
     ),
 }
-"""Blocks of zero_optimization that move state off the device -> the names inside."""
+"""Offload block of zero_optimization -> the names inside."""
 
 DEVICES = ("none", "cpu", "nvme")
-"""Where DeepSpeed can move it; config/combinations.py says which of them are supported."""
+"""Devices that DeepSpeed can offload to; config/combinations.py says which are supported."""
 
-RunValue = Callable[["RunConfig"], Any]
+RunValue = Callable[[RunConfig], Any]
 
 OWNED: dict[str, tuple[str, RunValue]] = {
     "train_batch_size": ("train.global_batch_size", lambda run: run.train.global_batch_size),
@@ -171,7 +168,7 @@ OWNED: dict[str, tuple[str, RunValue]] = {
     "optimizer.params.eps": ("optimizer.eps", lambda run: run.optimizer.eps),
     "optimizer.params.weight_decay": ("optimizer.weight_decay", lambda run: run.optimizer.weight_decay),
 }
-"""DeepSpeed's name -> (ours, our value): the same value or "auto", else an error that names both."""
+"""DeepSpeed's name -> (our key, our value): "auto" or the same value, else an error that names both."""
 
 PERSISTENCE = "the engine gathers every parameter once per step, small ones too"
 
@@ -203,7 +200,7 @@ FIXED: dict[str, tuple[Any, str]] = {
     "compile.deepcompile": (False, "it is not supported here"),
     "tensor_parallel.autotp_size": (1, "parallel.tensor splits layers"),
     "sequence_parallel_size": (1, "sequences are not split over ranks"),
-    "managed_gradient_accumulation": (True, "the engine places the boundaries itself"),
+    "managed_gradient_accumulation": (True, "the engine sets the accumulation boundaries itself"),
 }
 """DeepSpeed's name -> (the only value besides "auto", why)."""
 
@@ -212,7 +209,7 @@ WITHOUT_USE: dict[str, str] = {
     "zero_optimization.offload_optimizer.buffer_count": "it serves NVMe, which is not supported",
     "zero_optimization.offload_optimizer.cpuadam_cores_perc": "it serves super_offload, which is not supported",
 }
-"""DeepSpeed's name -> why no value of it has a place here."""
+"""DeepSpeed's name -> why no value of it is supported."""
 
 REFUSED: dict[str, str] = {
     "scheduler": "the learning-rate curve is the run's: optimizer.lr, min_lr, warmup_steps and train.steps",
@@ -226,4 +223,4 @@ REFUSED: dict[str, str] = {
     "vocabulary_size": "the vocabulary is model.decoder.padded_vocab_size",
     "bfloat16": "the block is called bf16",
 }
-"""Blocks whose settings have no place here unless they are all "auto", and why."""
+"""Block that is not supported unless all its settings are "auto" -> why."""

@@ -1,8 +1,11 @@
-"""Fields in words: what a key may hold, where it stands, and what a person may have meant by a wrong one."""
+"""Configuration fields as text: what a key may hold, and what a person may have meant by a wrong one.
+
+pydantic describes types as JSON schema or with one message per member of a union; these sentences are for people.
+"""
 
 import difflib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -11,6 +14,8 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from aki_megatron.config.section import OneOf
+
 PLAIN = {
     int: ("a whole number", "INT"),
     float: ("a number", "NUMBER"),
@@ -18,26 +23,26 @@ PLAIN = {
     str: ("text", "TEXT"),
     Path: ("a path", "PATH"),
 }
-"""Type -> (in a sentence, on the command line)."""
+"""Type -> (text in a sentence, metavar on the command line)."""
 
-SIGNS: tuple[tuple[type, str, str], ...] = (
+BOUNDS: tuple[tuple[type, str, str], ...] = (
     (annotated_types.Gt, "gt", ">"),
     (annotated_types.Ge, "ge", ">="),
     (annotated_types.Lt, "lt", "<"),
     (annotated_types.Le, "le", "<="),
 )
-"""Kind of bound, the attribute that holds it, its sign."""
+"""(class of the bound, attribute that holds it, sign)."""
 
 
-def sections(annotation: Any) -> type[BaseModel] | None:
-    """The section class a field holds, or None for a value."""
+def section_class(annotation: Any) -> type[BaseModel] | None:
+    """Return the section class that a field holds, or None for a value."""
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every key that holds a value, dotted, in the order of the classes."""
+    """Yield (dotted key, field) of every key that holds a value, in the order of the classes."""
     for name, info in model.model_fields.items():
-        inner = sections(info.annotation)
+        inner = section_class(info.annotation)
         if inner is None:
             yield prefix + name, info
         else:
@@ -45,7 +50,7 @@ def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fiel
 
 
 def _parts(annotation: Any, metadata: Iterable[Any] = ()) -> tuple[list[Any], list[Any], bool]:
-    """Types without Annotated and None, their bounds, and whether None is allowed."""
+    """Return the types without Annotated and None, their metadata (bounds), and whether None is allowed."""
     if get_origin(annotation) is Annotated:
         return _parts(annotation.__origin__, [*metadata, *annotation.__metadata__])
     if get_origin(annotation) in (Union, UnionType):
@@ -56,54 +61,55 @@ def _parts(annotation: Any, metadata: Iterable[Any] = ()) -> tuple[list[Any], li
 
 
 def _bounds(metadata: Iterable[Any]) -> str:
-    texts = [f"{sign} {getattr(m, name)}" for m in metadata for kind, name, sign in SIGNS if isinstance(m, kind)]
+    texts = [f"{sign} {getattr(m, name)}" for m in metadata for kind, name, sign in BOUNDS if isinstance(m, kind)]
     return (" " + " and ".join(texts)) if texts else ""
 
 
-def _one(annotation: Any) -> tuple[str, str]:
+def _one(annotation: Any, metadata: Iterable[Any] = ()) -> tuple[str, str]:
+    arguments = get_args(annotation)
+    registries = [m.registry for m in metadata if isinstance(m, OneOf)]
+    if registries or get_origin(annotation) is Literal:
+        names = [str(a) for a in (registries[0] if registries else arguments)]
+        return f"one of {', '.join(names)}", "|".join(names)
     if annotation in PLAIN:
         return PLAIN[annotation]
-    arguments = get_args(annotation)
-    if get_origin(annotation) is Literal:
-        words = [str(a) for a in arguments]
-        return f"one of {', '.join(words)}", "|".join(words)
     if get_origin(annotation) is tuple:
-        inner = sections(arguments[0])
+        inner = section_class(arguments[0])
         if inner is not None:
             return f"a list of {{{', '.join(inner.model_fields)}}}", "LIST"
         types, metadata, _ = _parts(arguments[0])
         return f"a list, each {_one(types[0])[0]}{_bounds(metadata)}", "LIST"
-    inner = sections(annotation)
+    inner = section_class(annotation)
     if inner is not None:
         return f"a mapping with the keys {', '.join(inner.model_fields)}", "MAPPING"
     return "a mapping", "MAPPING"
 
 
 def allowed(info: FieldInfo) -> str:
-    """What a field may hold, to follow "must be": ``a number > 0``, ``one of bf16, fp32``."""
+    """Return what a field may hold, to follow "must be": ``a number > 0``, ``one of bf16, fp32``."""
     types, metadata, optional = _parts(info.annotation, info.metadata)
-    return " or ".join(_one(t)[0] + _bounds(metadata) for t in types) + (" or null" if optional else "")
+    return " or ".join(_one(t, metadata)[0] + _bounds(metadata) for t in types) + (" or null" if optional else "")
 
 
 def metavar(info: FieldInfo) -> str:
-    """The same for the command line, short."""
-    types, _, _ = _parts(info.annotation, info.metadata)
-    return "|".join(_one(t)[1] for t in types)
+    """Return the same for the command line, short: ``NUMBER``, ``bf16|fp32``."""
+    types, metadata, _ = _parts(info.annotation, info.metadata)
+    return "|".join(_one(t, metadata)[1] for t in types)
 
 
 def is_text(info: FieldInfo) -> bool:
-    """True where a flag's text is the value itself and is not read as YAML: names and paths."""
+    """Return whether the text of a flag is the value itself, not YAML: names and paths."""
     types, _, _ = _parts(info.annotation, info.metadata)
     return all(t in (str, Path) for t in types)
 
 
 def takes_null(info: FieldInfo) -> bool:
-    """True where null means: nothing."""
+    """Return whether null is a value of the field."""
     return _parts(info.annotation, info.metadata)[2]
 
 
-def shown(value: Any) -> str:
-    """A value as YAML and JSON write it, for messages; long ones are cut."""
+def format_value(value: Any) -> str:
+    """Return a value as YAML and JSON write it, for messages; long ones are truncated."""
     if isinstance(value, Path):
         value = str(value)
     try:
@@ -114,22 +120,29 @@ def shown(value: Any) -> str:
 
 
 def suggestion(key: str, known: Iterable[str]) -> str:
-    """``; did you mean data.root?`` for an unknown dotted key, or the keys that stand beside it."""
+    """Return ``; did you mean data.root?`` for an unknown dotted key, or the keys of its section."""
     candidates = list(known)
     parent, _, last = key.rpartition(".")
-    beside = [k for k in candidates if k.rpartition(".")[0] == parent]
-    near = difflib.get_close_matches(key, beside, n=1, cutoff=0.75)
+    siblings = [k for k in candidates if k.rpartition(".")[0] == parent]
+    near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.75)
     elsewhere = [k for k in candidates if k.rpartition(".")[2] == last]
     far = difflib.get_close_matches(key, candidates, n=1, cutoff=0.7)
     for found in (near, elsewhere, far):
         if found:
             return f"; did you mean {' or '.join(found[:3])}?"
-    names = [k.rpartition(".")[2] for k in beside]
+    names = [k.rpartition(".")[2] for k in siblings]
     return f"; the keys of {parent} are {', '.join(names)}." if parent and names else "."
 
 
-def element(annotation: Any) -> type[BaseModel] | None:
-    """The section class of a list's elements, or None."""
+def element_class(annotation: Any) -> type[BaseModel] | None:
+    """Return the section class of a list's elements, or None."""
     types, _, _ = _parts(annotation)
-    found = [sections(get_args(t)[0]) for t in types if get_origin(t) is tuple]
+    found = [section_class(get_args(t)[0]) for t in types if get_origin(t) is tuple]
     return found[0] if found else None
+
+
+def list_problems(where: str, problems: Sequence[str]) -> str:
+    """Return one message for all ``problems`` of the file or command line ``where``."""
+    if len(problems) == 1:
+        return f"{where}: {problems[0]}"
+    return "\n".join([f"{where}: {len(problems)} problems", *(f"  - {problem}" for problem in problems)])

@@ -11,23 +11,23 @@ import tyro
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from aki_megatron.config.field_info import allowed, metavar, sections, suggestion
+from aki_megatron.config.field_info import allowed, metavar, section_class, suggestion
+from aki_megatron.config.moved_keys import MOVED_KEYS
 from aki_megatron.config.run import RunConfig
 
 UNSET = "\0"
 """Text of a flag that was not given; no shell can pass it."""
 
-ALIASES = {
-    "deepspeed_config": "--ds_config",
+OTHER_TRAINERS = {
     "deepspeed": "--ds_config",
     "lr": "--optimizer.lr",
     "seed": "--train.seed",
     "batch_size": "--train.global_batch_size",
     "resume": "--run.dir (a run resumes by itself from the newest checkpoint in its folder)",
 }
-"""Names other trainers use for the same thing."""
+"""Flag of other trainers -> ours, for error messages."""
 
-USUAL = """\
+USAGE = """\
 {description}
 
 The usual commands:
@@ -36,7 +36,7 @@ The usual commands:
   torchrun --nproc_per_node 8 {prog} --config {config} --train.steps 100
   python {prog} --config configs/demo/{name}.yaml --run.dir runs/try --train.seed 7
 
---config FILE     a complete run as YAML (default: {config})
+--config FILE     a complete run as YAML (default: {config}); `base: other.yaml` in it takes the values of another file
 --ds_config FILE  DeepSpeed's own settings as JSON; "auto" stands for what the run decides
 
 Every key below can be written as a flag; a flag wins over the file. Values are written as in YAML, lists in
@@ -44,49 +44,51 @@ quotes: --parallel.layers_per_stage '[7, 9, 9, 7]'. The values in brackets are t
 """
 
 
-def _view(model: type[BaseModel], texts: Mapping[str, str], prefix: str, flags: Mapping[str, FieldInfo]) -> type:
-    """A dataclass shaped like ``model`` whose leaves are texts: what tyro parses and prints."""
+def _flag_class(model: type[BaseModel], texts: Mapping[str, str], prefix: str, flags: Mapping[str, FieldInfo]) -> type:
+    """Return a dataclass shaped like ``model`` whose leaves are texts: what tyro parses and prints."""
     members: list[tuple[str, Any, Any]] = []
     for name, info in model.model_fields.items():
-        key, inner = prefix + name, sections(info.annotation)
+        key, inner = prefix + name, section_class(info.annotation)
         if inner is not None:
-            part = _view(inner, texts, f"{key}.", flags)
+            part = _flag_class(inner, texts, f"{key}.", flags)
             members.append((name, part, dataclasses.field(default_factory=part)))
         elif key in flags:
-            words = " ".join((info.description or "").split())
-            argument = tyro.conf.arg(help=words, metavar=metavar(info))
+            help_text = " ".join((info.description or "").split())
+            argument = tyro.conf.arg(help=help_text, metavar=metavar(info))
             members.append((name, Annotated[str, argument], dataclasses.field(default=texts[key])))
     return dataclasses.make_dataclass(model.__name__, members, namespace={"__doc__": model.__doc__})
 
 
 def problems_of_flags(flags: Mapping[str, FieldInfo], arguments: Sequence[str]) -> list[str]:
-    """A sentence per flag that is unknown or lacks its value, and per word that belongs to no flag."""
+    """Return a sentence per flag that is unknown or lacks its value, and per argument that belongs to no flag."""
     problems: list[str] = []
-    words = list(arguments)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            problems.append(f"{word} belongs to no flag; overrides are written --section.key value.")
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--"):
+            problems.append(f"{argument} belongs to no flag; overrides are written --section.key value.")
             continue
-        name, equals, _ = word[2:].partition("=")
+        name, equals, _ = argument[2:].partition("=")
         name = name.replace("-", "_")
-        has_value = bool(equals) or (bool(words) and not words[0].startswith("--"))
+        has_value = bool(equals) or (bool(rest) and not rest[0].startswith("--"))
         if has_value and not equals:
-            words.pop(0)
-        if name in ALIASES:
-            problems.append(f"unknown flag --{name}; did you mean {ALIASES[name]}?")
+            rest.pop(0)
+        if name in MOVED_KEYS:
+            problems.append(f"--{name} is called --{MOVED_KEYS[name]} now.")
+        elif name in OTHER_TRAINERS:
+            problems.append(f"unknown flag --{name}; did you mean {OTHER_TRAINERS[name]}?")
         elif name not in flags:
-            found = suggestion(name, flags).replace("did you mean ", "did you mean --").replace(" or ", " or --")
-            problems.append(f"unknown flag --{name}{found}")
+            meant = suggestion(name, flags).replace("did you mean ", "did you mean --").replace(" or ", " or --")
+            problems.append(f"unknown flag --{name}{meant}")
         elif not has_value:
             problems.append(f"--{name} needs a value: {allowed(flags[name])}.")
     return problems
 
 
 def parse_flags(flags: Mapping[str, FieldInfo], arguments: Sequence[str]) -> dict[str, str]:
-    """Dotted key -> text of every flag that was given. The arguments have no problems (see above)."""
-    view = _view(RunConfig, dict.fromkeys(flags, UNSET), "", flags)
-    parsed = dataclasses.asdict(tyro.cli(view, args=list(arguments), use_underscores=True))
+    """Return dotted key -> text of every flag that was given; ``arguments`` passed problems_of_flags."""
+    flag_class = _flag_class(RunConfig, dict.fromkeys(flags, UNSET), "", flags)
+    parsed = dataclasses.asdict(tyro.cli(flag_class, args=list(arguments), use_underscores=True))
     given: dict[str, str] = {}
     for key in flags:
         text: Any = parsed
@@ -100,10 +102,10 @@ def parse_flags(flags: Mapping[str, FieldInfo], arguments: Sequence[str]) -> dic
 def print_help(
     flags: Mapping[str, FieldInfo], texts: Mapping[str, str], *, prog: str, description: str, config: Path, shown: Path
 ) -> None:
-    """The usual commands, then every flag with its help and its current value."""
-    words = USUAL.format(description=description, prog=prog, config=config, shown=shown, name=Path(prog).stem)
-    view = _view(RunConfig, texts, "", flags)
+    """Print the usual commands, then every flag with its help and its value in the file ``shown``."""
+    usage = USAGE.format(description=description, prog=prog, config=config, shown=shown, name=Path(prog).stem)
+    flag_class = _flag_class(RunConfig, texts, "", flags)
     with contextlib.suppress(AttributeError):  # Windows has no such signal
         # `--help | head` closes the pipe early: end quietly, as other commands do
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    tyro.cli(view, prog=prog, description=words, args=["--help"], use_underscores=True, compact_help=False)
+    tyro.cli(flag_class, prog=prog, description=usage, args=["--help"], use_underscores=True, compact_help=False)

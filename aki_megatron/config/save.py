@@ -1,23 +1,24 @@
-"""The resolved configuration at rest: written into the run folder, read back, and compared when a run goes on."""
+"""The resolved configuration in a run folder: written once, read back, and compared when a run is resumed."""
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from aki_megatron.config.cross_checks import report
-from aki_megatron.config.field_info import shown
+from aki_megatron.config.attention import AttentionConfig
+from aki_megatron.config.field_info import format_value, list_problems
 from aki_megatron.config.load import file_values
 from aki_megatron.config.model import ModelConfig
-from aki_megatron.config.run import AttentionConfig, RunConfig
-from aki_megatron.config.validation import build, build_sections
-from aki_megatron.config.yaml_file import read_yaml
+from aki_megatron.config.moved_keys import upgrade_hint
+from aki_megatron.config.nested import flatten
+from aki_megatron.config.run import RunConfig
+from aki_megatron.config.run_file import read_run_file
+from aki_megatron.config.validation import build_run, build_sections
 from aki_megatron.errors import ConfigError
 
 HEADER = "# The resolved configuration of this run; --config FILE with this file is the same run.\n"
 
-MODEL_HEADER = "# The model of this converted checkpoint, and who attends to whom in it.\n"
+MODEL_HEADER = "# Model and attention rule of this converted checkpoint.\n"
 
 MAY_CHANGE = (
     "run.dir",
@@ -33,53 +34,47 @@ MAY_CHANGE = (
     "data.cache_gigabytes",
     "data.max_bad_fraction",
 )
-"""Keys and sections that may differ when a run goes on: they change where and how fast, not what is learnt."""
+"""Keys and sections that may differ when a run is resumed: they change where and how fast it trains, not the result."""
 
 
-def dump(run: RunConfig) -> str:
-    """The run as YAML, every key at its resolved value; short lists on one line."""
-    return HEADER + yaml.safe_dump(
-        run.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=None, width=120
-    )
+def dump_run(run: RunConfig) -> str:
+    """Return the run as YAML, every key at its resolved value; short lists on one line."""
+    return HEADER + _yaml(run.model_dump(mode="json"))
 
 
 def dump_model(model: ModelConfig, attention: AttentionConfig) -> str:
-    """The part of ``dump`` that weights need to mean something: what a converted checkpoint holds."""
+    """Return the two sections that a converted checkpoint holds as YAML."""
     values = {"model": model.model_dump(mode="json"), "attention": attention.model_dump(mode="json")}
-    return MODEL_HEADER + yaml.safe_dump(
-        values, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120
-    )
+    return MODEL_HEADER + _yaml(values)
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
 
 
 def load_model(path: Path) -> tuple[ModelConfig, AttentionConfig]:
-    """These two sections of a file that ``dump`` or ``dump_model`` wrote. Raises ConfigError with all problems."""
-    built, problems = build_sections(read_yaml(path).values, lambda _: "", ("model", "attention"))
+    """Return these two sections of a run or of a file that dump_model wrote. Raises ConfigError with all problems."""
+    file = read_run_file(path)
+    built, problems = build_sections(file.values, file.prefix, ("model", "attention"))
     if problems:
-        raise ConfigError(report(str(path), problems))
+        raise ConfigError(list_problems(str(path), problems) + upgrade_hint(path, file.values))
     return built.get("model", ModelConfig()), built["attention"]
 
 
 def load_saved(path: Path) -> RunConfig:
-    """The run in a file that ``dump`` wrote, or any complete run. Raises ConfigError as load_run does."""
-    return build(file_values(read_yaml(path)), str(path))
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+    """Return the run in a file that dump_run wrote, or in any complete run. Raises ConfigError as load_run does."""
+    return build_run(file_values(read_run_file(path)), str(path))
 
 
 def compare_for_resume(saved: RunConfig, new: RunConfig) -> list[str]:
-    """Differences that would make the rest of a run mean something else, a sentence each; empty where it may go on.
+    """Return the differences because of which ``new`` cannot resume ``saved``, a sentence each.
 
-    Sample numbers depend on data, seed and global_batch_size, the learning rate on steps and optimizer, so those must stay.
+    Which samples a step takes depends on data, seed and global_batch_size, and the learning rate on steps and
+    optimizer, so those must not change.
     """
-    before, after = (dict(_leaves(run.model_dump(mode="json"))) for run in (saved, new))
+    before, after = (dict(flatten(run.model_dump(mode="json"))) for run in (saved, new))
     return [
-        f"{key} was {shown(before.get(key))} when the run started and is {shown(after.get(key))} now"
+        f"{key} was {format_value(before.get(key))} when the run started and is {format_value(after.get(key))} now"
         for key in [*before, *(k for k in after if k not in before)]
         if before.get(key) != after.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in MAY_CHANGE)
     ]
@@ -92,7 +87,7 @@ def check_resume(config_file: Path, new: RunConfig) -> None:
     differences = compare_for_resume(load_saved(config_file), new)
     if differences:
         raise ConfigError(
-            report(f"{config_file} holds another run", differences)
-            + "\nGive this run a folder of its own (--run.dir), or go on with --config "
+            list_problems(f"{config_file} holds another run", differences)
+            + "\nGive this run a folder of its own (--run.dir), or resume with --config "
             + str(config_file)
         )

@@ -1,15 +1,18 @@
-"""The base of every part of a run configuration."""
+"""Base class and field types of the sections of a run configuration."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, PositiveInt
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 
 class Section(BaseModel):
-    """Frozen and strict: no unknown keys, no silent conversion (the string "8" is not the number 8).
+    """Frozen and strict: unknown keys and silent conversions (the string "8" to the number 8) are errors.
 
-    The docstring under a field is its help text.
+    The docstring under a field is its text in --help.
     """
 
     model_config = ConfigDict(
@@ -26,13 +29,30 @@ def _path(value: Any) -> Any:
     return Path(value) if isinstance(value, str) else value
 
 
-def _tuple(value: Any) -> Any:
+def as_tuple(value: Any) -> Any:
+    """Return a list as a tuple, anything else as it is: a validator before the field's own."""
     return tuple(value) if isinstance(value, list) else value
 
 
 FilePath = Annotated[Path, BeforeValidator(_path)]
-"""A path; YAML and flags write it as a string."""
+"""A path, written as a string in YAML and flags."""
 
-Floats = Annotated[tuple[float, ...], BeforeValidator(_tuple)]
-Counts = Annotated[tuple[PositiveInt, ...], BeforeValidator(_tuple)]
-Strings = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
+Floats = Annotated[tuple[float, ...], BeforeValidator(as_tuple)]
+Counts = Annotated[tuple[PositiveInt, ...], BeforeValidator(as_tuple)]
+Strings = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Annotates a text field that holds a key of a registry; the registry is read whenever a value is checked."""
+
+    registry: Mapping[str, Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, value: str) -> str:
+        if value not in self.registry:
+            names = ", ".join(self.registry)
+            raise PydanticCustomError("one_of", "Input should be one of {names}", {"names": names})
+        return value

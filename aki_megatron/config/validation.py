@@ -1,4 +1,4 @@
-"""Values to a checked RunConfig, with every problem of a file in one message."""
+"""Values of a file to a checked RunConfig, with every problem in one message."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -7,33 +7,34 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
-from aki_megatron.config.cross_checks import ContradictionError, report
-from aki_megatron.config.field_info import allowed, element, fields, sections, shown, suggestion
+from aki_megatron.config.cross_checks import contradictions
+from aki_megatron.config.field_info import (
+    allowed,
+    element_class,
+    fields,
+    format_value,
+    list_problems,
+    section_class,
+    suggestion,
+)
+from aki_megatron.config.moved_keys import moved_keys
+from aki_megatron.config.nested import Location, dotted
 from aki_megatron.config.run import RunConfig
-from aki_megatron.config.yaml_file import Location
 from aki_megatron.errors import ConfigError
 
 KEYS: dict[str, FieldInfo] = dict(fields(RunConfig))
-"""Every dotted key of a run."""
+"""Dotted key -> field, for every key of a run that holds a value."""
 
 ADAPTERS: dict[str, TypeAdapter[Any]] = {
     name: TypeAdapter(info.annotation or Any) for name, info in RunConfig.model_fields.items()
 }
-"""A validator per section."""
-
-
-def dotted(location: Iterable[str | int]) -> str:
-    """``data.sources[0].weight``"""
-    text = ""
-    for part in location:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}"
-    return text.lstrip(".")
+"""Section -> its validator."""
 
 
 def _walk(location: Location) -> tuple[Location, FieldInfo | None, type[BaseModel] | None]:
-    """The longest part of a pydantic location that names keys, its field, and the section around it.
+    """Return the longest part of a pydantic location that names keys, its field, and the section around it.
 
-    pydantic appends names of union members and validators; they are no keys.
+    pydantic appends names of union members and validators, which are no keys.
     """
     model: type[BaseModel] | None = RunConfig
     around: type[BaseModel] | None = None
@@ -42,11 +43,11 @@ def _walk(location: Location) -> tuple[Location, FieldInfo | None, type[BaseMode
     for part in location:
         if isinstance(part, int) and info is not None and model is None:
             known.append(part)
-            model = element(info.annotation)
+            model = element_class(info.annotation)
         elif isinstance(part, str) and model is not None and part in model.model_fields:
             known.append(part)
             around, info = model, model.model_fields[part]
-            model = sections(info.annotation)
+            model = section_class(info.annotation)
         elif isinstance(part, str) and model is not None:
             return (*known, part), None, model
         else:
@@ -55,13 +56,13 @@ def _walk(location: Location) -> tuple[Location, FieldInfo | None, type[BaseMode
 
 
 def sentence(error: ErrorDetails) -> tuple[Location, str]:
-    """Where a value is wrong, and a sentence about it: the key, what was got, what is allowed."""
+    """Return where a value is wrong, and a sentence about it: the key, what was got, what is allowed."""
     location, info, around = _walk(error["loc"])
     key = dotted(location)
     if error["type"] == "extra_forbidden":
         assert around is not None
-        beside = [dotted((*location[:-1], name)) for name in around.model_fields]
-        return location, f"unknown key {key}{suggestion(key, [*beside, *(k for k in KEYS if k not in beside)])}"
+        siblings = [dotted((*location[:-1], name)) for name in around.model_fields]
+        return location, f"unknown key {key}{suggestion(key, [*siblings, *(k for k in KEYS if k not in siblings)])}"
     if info is None:
         return location, f"{key}: {error['msg']}."
     if error["type"] == "missing":
@@ -70,26 +71,31 @@ def sentence(error: ErrorDetails) -> tuple[Location, str]:
     must = allowed(info)
     if isinstance(location[-1], int):
         must = f"as in {dotted(location[:-1])}: {must}"
-    return location, f"{key} must be {must}; got {shown(error['input'])}."
+    return location, f"{key} must be {must}; got {format_value(error['input'])}."
 
 
 def build_sections(
     values: Mapping[str, Any],
-    describe: Callable[[Location], str],
+    prefix: Callable[[Location], str],
     wanted: Iterable[str] = tuple(RunConfig.model_fields),
 ) -> tuple[dict[str, Any], list[str]]:
-    """Each wanted section on its own, so that all problems are found at once; ``describe`` says where a key stands."""
+    """Validate each wanted section on its own; return the sections by name, and all problems.
+
+    ``prefix`` returns where a key stands, to precede its problem. Renamed keys are reported alone: a key that seems to
+    be missing may be there under its old name.
+    """
+    if moved := list(moved_keys(values)):
+        return {}, [prefix(location) + text for location, text in moved]
     built: dict[str, Any] = {}
     problems: dict[Location, str] = {}
     for name in values:
         if name not in RunConfig.model_fields:
-            # Strangers at the root stand under a name of their own in pydantic's words, too.
             problems[(name,)] = f"unknown key {name}{suggestion(name, [*RunConfig.model_fields, *KEYS])}"
     for name in wanted:
         info = RunConfig.model_fields[name]
         if name not in values:
             if info.default is PydanticUndefined:
-                inner = sections(info.annotation)
+                inner = section_class(info.annotation)
                 keys = f": give {', '.join(inner.model_fields)}" if inner else ""
                 problems[(name,)] = f"the section {name} is missing{keys}."
             continue
@@ -101,11 +107,11 @@ def build_sections(
                 problems.setdefault(location, text)
         except ConfigError as error:
             problems[(name, "")] = str(error)
-    return built, [describe(location) + text for location, text in problems.items()]
+    return built, [prefix(location) + text for location, text in problems.items()]
 
 
 def values_of(built: Mapping[str, Any]) -> dict[str, Any]:
-    """Every value of a run's sections as YAML holds it, sections that were left out at their defaults."""
+    """Return every value of a run's sections as YAML holds it, sections that were left out at their defaults."""
     values: dict[str, Any] = {}
     for name, info in RunConfig.model_fields.items():
         part = built.get(name, info.default)
@@ -113,12 +119,12 @@ def values_of(built: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def build(values: Mapping[str, Any], where: str) -> RunConfig:
-    """The run that ``values`` describe. Raises ConfigError with all problems, headed by ``where``."""
+def build_run(values: Mapping[str, Any], where: str) -> RunConfig:
+    """Return the checked run that ``values`` describe. Raises ConfigError with all problems, headed by ``where``."""
     built, problems = build_sections(values, lambda _: "")
     if problems:
-        raise ConfigError(report(where, problems))
-    try:
-        return RunConfig(**built)
-    except ContradictionError as error:
-        raise ConfigError(report(where, error.problems)) from None
+        raise ConfigError(list_problems(where, problems))
+    run = RunConfig(**built)
+    if problems := contradictions(run):
+        raise ConfigError(list_problems(where, problems))
+    return run

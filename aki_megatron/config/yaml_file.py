@@ -1,8 +1,11 @@
-"""YAML as a person expects it: 1e-4 is a number, a key written twice is an error, every key knows its line.
+"""YAML as a person expects it: 1e-4 is a number, a duplicate key is an error, and the line of every key is known.
 
 PyYAML follows YAML 1.1, where ``1e-4`` is a string, ``no`` is false and ``010`` is eight. The scalars here are those
 of YAML 1.2's core schema, plus underscores in whole numbers (``275_000``).
 """
+
+# ruamel.yaml also reads YAML 1.2 and keeps lines, but not as exactly: 010 is ten and 2024-01-01 a date, only the first
+# duplicate key is reported, aliases are followed, and values are classes of its own that PyYAML cannot write back.
 
 import re
 from collections.abc import Mapping
@@ -12,10 +15,8 @@ from typing import Any
 
 import yaml
 
+from aki_megatron.config.nested import Location, dotted
 from aki_megatron.errors import ConfigError
-
-Location = tuple[str | int, ...]
-"""Keys and list indices from the root of a document to a value."""
 
 SCALARS = {
     "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -27,16 +28,16 @@ SCALARS = {
     ),
     "tag:yaml.org,2002:null": (r"~|null|Null|NULL|", "~nN\0"),
 }
-"""Tag -> (pattern of the whole scalar, its possible first characters)."""
+"""Tag -> (pattern of the whole scalar, characters it may begin with)."""
 
 
 class Loader(yaml.SafeLoader):
-    """SafeLoader with the scalars above; nothing in a file can name a Python object."""
+    """SafeLoader with the scalars above; a file cannot name Python objects."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Refuse aliases: a run says every value where it stands, and a value cannot hold itself."""
+        """Raise ComposerError for an alias: every value is written out, and no value contains itself."""
         if self.check_event(yaml.AliasEvent):
             event = self.get_event()
             message = "aliases (*name) are not read; write the value out"
@@ -50,7 +51,7 @@ for tag, (pattern, first) in SCALARS.items():
 
 @dataclass(frozen=True)
 class Document:
-    """A YAML file: its values, and the line (counted from 1) of every key and list element."""
+    """A YAML file: its values, and the line (from 1) of every key and list element."""
 
     path: Path
     values: dict[str, Any]
@@ -60,7 +61,7 @@ class Document:
 def read_yaml(path: Path) -> Document:
     """Read a file whose root is a mapping.
 
-    Raises ConfigError naming the file and the line: no such file, broken YAML, a key twice, a key that is no name.
+    Raises ConfigError naming file and line: no such file, broken YAML, a duplicate key, a key that is not a name.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -70,7 +71,7 @@ def read_yaml(path: Path) -> Document:
         raise ConfigError(f"{path}: cannot be read as text: {error}.") from None
     try:
         root = yaml.compose(text, Loader=Loader)
-        problems, lines = _survey(root)
+        problems, lines = _lines_of_keys(root)
         if problems:
             raise ConfigError(f"{path}: " + "; ".join(problems) + ".")
         values = yaml.load(text, Loader=Loader)
@@ -83,15 +84,15 @@ def read_yaml(path: Path) -> Document:
 
 
 def read_value(text: str) -> Any:
-    """One value as it would stand in a YAML file; text that is no YAML is itself."""
+    """Return the value of a text as a YAML file would hold it; text that is no YAML is returned as it is."""
     try:
         return yaml.load(text, Loader=Loader)
     except yaml.YAMLError:
         return text
 
 
-def _survey(root: yaml.Node | None) -> tuple[list[str], dict[Location, int]]:
-    """Keys that are wrong in themselves, and the line of each value."""
+def _lines_of_keys(root: yaml.Node | None) -> tuple[list[str], dict[Location, int]]:
+    """Return a sentence per duplicate or malformed key, and the line of each key and list element."""
     problems: list[str] = []
     lines: dict[Location, int] = {}
     open_nodes: list[tuple[Location, yaml.Node | None]] = [((), root)]
@@ -107,12 +108,11 @@ def _survey(root: yaml.Node | None) -> tuple[list[str], dict[Location, int]]:
                 if key.tag != "tag:yaml.org,2002:str":
                     problems.append(f"line {line}: a key must be a name, got {key.value!r}")
                     continue
-                place = (*location, key.value)
-                if place in lines:
-                    dotted = ".".join(map(str, place))
-                    problems.append(f"line {line}: {dotted} stands already on line {lines[place]}; keep one of them")
-                lines.setdefault(place, line)
-                open_nodes.append((place, child))
+                path = (*location, key.value)
+                if path in lines:
+                    problems.append(f"line {line}: {dotted(path)} is already on line {lines[path]}; keep one of them")
+                lines.setdefault(path, line)
+                open_nodes.append((path, child))
     return problems, lines
 
 

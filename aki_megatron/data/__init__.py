@@ -1,1 +1,1 @@
-"""Bytes to batch: annotation files, tars and pictures on disk become samples, mixed, padded and prefetched."""
+"""From files to batches: read annotation files, tars and images, mix, render, pack, collate and prefetch samples."""

@@ -1,4 +1,4 @@
-"""Bad samples: what was wrong, how many were met, and when a run must stop."""
+"""Bad samples: what was wrong with them, how many there were, and when a run must stop."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -6,19 +6,19 @@ from dataclasses import dataclass, field
 
 from aki_megatron.errors import DataError
 
-TOLERATED = 8
-"""Bad samples that never stop a run whose budget is not 0: a share means nothing over the first few hundred."""
+ALWAYS_TOLERATED = 8
+"""Bad samples that never stop a run whose budget is not 0: a fraction is noisy early on."""
 
-_NAMED = 5
+_MAX_LISTED = 5
 
 
-class BadSampleBudgetExceeded(DataError):  # noqa: N818 (the name the rules of the house use)
+class BadSampleBudgetExceeded(DataError):  # noqa: N818 (the field's name for it)
     """More samples were unreadable or empty than the budget allows; the message names the first ones."""
 
 
 @dataclass(frozen=True)
 class BadSample:
-    """One element of a source that cannot be used; ``reason`` names its file and key."""
+    """An item of a source that cannot be used; ``reason`` names its file and key."""
 
     source: str
     reason: str
@@ -26,42 +26,44 @@ class BadSample:
 
 @dataclass
 class BadSampleBudget:
-    """Bad elements met by this rank since it started, counted by source.
+    """Count the bad samples that this rank has met since it started, by source.
 
-    The run stops (BadSampleBudgetExceeded) as soon as more than max(8, max_bad_fraction x samples asked for) were bad; with
-    max_bad_fraction = 0 at the first. An element that is met again counts again: the budget is a share of
+    ``record`` raises BadSampleBudgetExceeded as soon as more than max(8, max_bad_fraction x samples requested) were
+    bad; with max_bad_fraction = 0 at the first. An item that is met again counts again: the budget is a fraction of
     what is trained on. Every rank counts what it reads itself.
     """
 
     max_bad_fraction: float
-    asked: int = 0
-    by_source: Counter[str] = field(default_factory=Counter)
-    first: list[str] = field(default_factory=list)
-    latest: str = ""
+    num_requested: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    first_reasons: list[str] = field(default_factory=list)
+    latest_reason: str = ""
 
-    def describe(self) -> str:
-        """How many bad elements were met, by source, and the latest; empty while there is none."""
-        if not self.latest:
+    def summary(self) -> str:
+        """Return how many samples were bad, by source, and the latest reason; empty while there is none."""
+        if not self.latest_reason:
             return ""
-        bad = self.by_source.total()
-        return f"{bad} bad elements in {self.asked} samples ({self._shares()}); the latest: {self.latest}"
+        return f"{self._totals()}; the latest: {self.latest_reason}"
 
-    def add(self, asked: int, faults: Iterable[BadSample]) -> None:
-        """Count samples asked for and the bad elements met on the way; BadSampleBudgetExceeded when the budget is spent."""
-        self.asked += asked
-        for fault in faults:
-            self.by_source[fault.source] += 1
-            self.latest = fault.reason
-            if len(self.first) < _NAMED:
-                self.first.append(fault.reason)
-        bad = self.by_source.total()
-        allowed = max(TOLERATED, self.max_bad_fraction * self.asked) if self.max_bad_fraction else 0
-        if bad > allowed:
-            listing = "\n  ".join(self.first)
+    def record(self, num_requested: int, bad_samples: Iterable[BadSample]) -> None:
+        """Count samples requested and the bad samples met on the way.
+
+        Raises BadSampleBudgetExceeded when the budget is spent.
+        """
+        self.num_requested += num_requested
+        for bad in bad_samples:
+            self.counts[bad.source] += 1
+            self.latest_reason = bad.reason
+            if len(self.first_reasons) < _MAX_LISTED:
+                self.first_reasons.append(bad.reason)
+        allowed = max(ALWAYS_TOLERATED, self.max_bad_fraction * self.num_requested) if self.max_bad_fraction else 0
+        if self.counts.total() > allowed:
+            listing = "\n  ".join(self.first_reasons)
             raise BadSampleBudgetExceeded(
-                f"{bad} bad elements in {self.asked} samples ({self._shares()}), more than data.max_bad_fraction="
-                f"{self.max_bad_fraction} allows. Mend or remove them, or raise it. The first:\n  {listing}"
+                f"{self._totals()}, more than data.max_bad_fraction={self.max_bad_fraction} allows. Repair or remove "
+                f"them, or raise it. The first:\n  {listing}"
             )
 
-    def _shares(self) -> str:
-        return ", ".join(f"{name} {count}" for name, count in sorted(self.by_source.items()))
+    def _totals(self) -> str:
+        by_source = ", ".join(f"{name} {count}" for name, count in sorted(self.counts.items()))
+        return f"{self.counts.total()} bad samples in {self.num_requested} requested ({by_source})"

@@ -1,109 +1,77 @@
-"""What the txt member of a caption shard means: a table of formats, each a pure function of the raw text."""
+"""Find the caption in the txt member of a caption shard: a table of formats, each a pure function of the raw text."""
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from aki_megatron.config.datasets import OCR_GRANULARITIES, OFFICIAL_INDEX
 from aki_megatron.errors import ConfigError, DataError
-
-GRANULARITIES = {
-    "basic text": 0,
-    "positions": 1,
-    "fractions": 2,
-    "coarse coordinates": 3,
-    "fine coordinates": 4,
-    "boxes": 5,
-}
-"""BLIP3-OCR-200M's granularities by name.
-
-    basic text          The image contains the text "X", the text "Y" (the papers' level 1)
-    positions           ... located at the top right corner
-    fractions           ... located at fractions of width and height
-    coarse coordinates  ... at coordinates of few digits
-    fine coordinates    ... at coordinates of more digits
-    boxes               <ocr>X</ocr><bbox>[x1, y1][x2, y2]</bbox>
-"""
-
-OFFICIAL_INDEX = "official index"
-"""The released code's choice: the second element of the list, whatever it is (granularity 1 in the public files)."""
 
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How the caption is found in a txt member; a row of FORMATS and, for BLIP3-OCR, which of its descriptions.
+    """How the caption is found in a txt member; ``granularity`` chooses among the descriptions of BLIP3-OCR.
 
-    ``include_datacomp_raw_cap`` asks for the description that the raw web caption was added to.
     Raises ConfigError for a name that does not exist.
     """
 
     name: str = "caption"
     granularity: str = "basic text"
-    include_datacomp_raw_cap: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in FORMATS:
             raise ConfigError(f"There is no caption format {self.name!r}; choose from {', '.join(FORMATS)}.")
-        if self.granularity not in (*GRANULARITIES, OFFICIAL_INDEX):
-            known = ", ".join((*GRANULARITIES, OFFICIAL_INDEX))
-            raise ConfigError(f"There is no OCR granularity {self.granularity!r}; choose from {known}.")
-        if self.granularity == OFFICIAL_INDEX and self.include_datacomp_raw_cap:
-            raise ConfigError(
-                f"The granularity {OFFICIAL_INDEX!r} takes the second description whatever it is; "
-                "include_datacomp_raw_cap cannot be chosen with it."
-            )
+        if self.granularity not in (known := (*OCR_GRANULARITIES, OFFICIAL_INDEX)):
+            raise ConfigError(f"There is no OCR granularity {self.granularity!r}; choose from {', '.join(known)}.")
 
 
-def caption_text(raw: str, form: TextFormat | None = None, *, where: str = "") -> str:
-    """The caption in ``raw``, a decoded txt member; DataError, begun with ``where`` (tar and key), if there is none."""
-    form = form or TextFormat()
+def caption_text(raw: str, text_format: TextFormat | None = None, *, location: str = "") -> str:
+    """Return the caption in ``raw``, a decoded txt member.
+
+    Raises DataError, its message after ``location`` (tar and key), if there is none.
+    """
+    text_format = text_format or TextFormat()
     try:
-        return FORMATS[form.name](raw, form)
+        return FORMATS[text_format.name](raw, text_format)
     except DataError as error:
-        raise DataError(f"{where}: {error}" if where else str(error)) from error
+        raise DataError(f"{location}: {error}" if location else str(error)) from error
 
 
-def _plain(raw: str, form: TextFormat) -> str:
-    """The text is the caption."""
+def _plain(raw: str, text_format: TextFormat) -> str:
+    """Return the text: it is the caption (BLIP3-KALE, CC3M, CC12M)."""
     return raw
 
 
-def _blip3_ocr(raw: str, form: TextFormat) -> str:
-    """The text is the dataset's ``captions`` column: a JSON list of {text, granularity, include_datacomp_raw_cap}."""
+def _blip3_ocr(raw: str, text_format: TextFormat) -> str:
+    """Parse the dataset's ``captions`` column: a JSON list of {text, granularity, include_datacomp_raw_cap}."""
     try:
         entries = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise DataError(f"the text is not the JSON list of BLIP3-OCR: {error} (it begins {raw[:40]!r}).") from error
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise DataError(f"the text is JSON but no list of descriptions (it begins {raw[:40]!r}).")
-    text = _chosen(entries, form).get("text")
+    text = _find_description(entries, text_format).get("text")
     if not isinstance(text, str):
-        raise DataError(f"the description of granularity {form.granularity!r} has no text.")
+        raise DataError(f"the description of granularity {text_format.granularity!r} has no text.")
     return text
 
 
-def _chosen(entries: list[dict[str, Any]], form: TextFormat) -> dict[str, Any]:
-    """The description that the format asks for."""
-    if form.granularity == OFFICIAL_INDEX:
+def _find_description(entries: list[dict[str, Any]], text_format: TextFormat) -> dict[str, Any]:
+    """Return the description of the granularity asked for, without the raw web caption that some have added."""
+    if text_format.granularity == OFFICIAL_INDEX:
         if len(entries) < 2:
             raise DataError(f"granularity {OFFICIAL_INDEX!r} needs two descriptions, there are {len(entries)}.")
         return entries[1]
-    wanted = (GRANULARITIES[form.granularity], form.include_datacomp_raw_cap)
+    level = OCR_GRANULARITIES[text_format.granularity]
     kinds = [(entry.get("granularity"), bool(entry.get("include_datacomp_raw_cap", False))) for entry in entries]
-    if wanted not in kinds:
+    if (level, False) not in kinds:
         raise DataError(
-            f"no description of granularity {wanted[0]} ({form.granularity}) "
-            f"{'with' if wanted[1] else 'without'} the raw caption; there are (granularity, raw caption) {kinds}."
+            f"no description of granularity {level} ({text_format.granularity}) without the raw caption; there are "
+            f"(granularity, raw caption) {kinds}."
         )
-    return entries[kinds.index(wanted)]
+    return entries[kinds.index((level, False))]
 
 
-FORMATS: dict[str, Callable[[str, TextFormat], str]] = {
-    "caption": _plain,
-    "blip3_kale": _plain,
-    "cc3m": _plain,
-    "cc12m": _plain,
-    "blip3_ocr": _blip3_ocr,
-    "blip3_ocr_200m": _blip3_ocr,
-}
-"""Format name -> parser of the raw text. A new dataset is one more row. Parsers raise DataError without the place."""
+FORMATS: dict[str, Callable[[str, TextFormat], str]] = {"caption": _plain, "blip3_ocr": _blip3_ocr}
+"""Format name -> parser of the raw text; the names are config.datasets.CAPTION_FORMATS. Parsers raise DataError."""

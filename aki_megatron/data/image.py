@@ -1,4 +1,4 @@
-"""Encoded pictures to pixels as AKI prepares them.
+"""Decode images and preprocess them as AKI does.
 
 Resize to a square ignoring the aspect ratio (bicubic, antialiased), RGB, mean 0.5 and standard deviation 0.5.
 """
@@ -16,21 +16,21 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from aki_megatron.errors import DataError
-from aki_megatron.types import Picture
+from aki_megatron.types import DecodedImage
 
 MAX_PIXELS = 2**26
-"""Largest width x height that is decoded (64 Mi, 192 MiB as RGB); a larger one is taken for a decompression bomb."""
+"""Largest width x height that is decoded (64 Mi, 192 MiB as RGB); a larger image is refused as a decompression bomb."""
 
 FORMATS = ("JPEG", "PNG", "GIF")
-"""GIF for OCR-VQA, some of whose covers are GIF files, whatever their names end in; their first frame counts."""
+"""GIF for OCR-VQA, some of whose covers are GIF files whatever their suffix; the first frame is used."""
 
-CROP_SHARE = (0.5, 1.0)
-"""Least and largest share of the area that the official augmentation keeps."""
+CROP_AREA_RANGE = (0.5, 1.0)
+"""Smallest and largest fraction of the area that the released code's augmentation keeps."""
 
-CROP_RATIO = (3 / 4, 4 / 3)
-"""Narrowest and widest crop of the official augmentation: width / height."""
+CROP_ASPECT_RANGE = (3 / 4, 4 / 3)
+"""Smallest and largest width / height of its crop."""
 
-FLIP_SHARE = 0.5
+FLIP_PROBABILITY = 0.5
 
 _CROP_ATTEMPTS = 10
 
@@ -38,103 +38,103 @@ _CROP_ATTEMPTS = 10
 _MALFORMED = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, Image.DecompressionBombError)
 
 
-class UnreadableImage(DataError):  # noqa: N818 (the name the rules of the house use)
-    """A picture that is missing, malformed, truncated or too large; the message names the file or the key."""
+class UnreadableImage(DataError):  # noqa: N818 (the field's name for it)
+    """An image that is missing, malformed, truncated or too large; the message names the file or the key."""
 
 
-def decode_image(image: Path | bytes, size: int, *, key: str) -> Picture:
+def decode_image(image: Path | bytes, size: int, *, key: str) -> DecodedImage:
     """Decode a JPEG, PNG or GIF and resize it to ``size`` x ``size`` RGB (bicubic, antialiased; aspect ratio ignored).
 
     ``key`` names the sample in the error. Raises UnreadableImage.
     """
     try:
         data = image.read_bytes() if isinstance(image, Path) else image
-        with Image.open(BytesIO(data), formats=FORMATS) as picture:
-            width, height = picture.size
+        with Image.open(BytesIO(data), formats=FORMATS) as opened:
+            width, height = opened.size
             if width * height > MAX_PIXELS:
                 raise UnreadableImage(
                     f"{_name(image, key)} has {width} x {height} pixels, more than {MAX_PIXELS} (decompression bomb?)."
                 )
-            rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
+            rgb = opened if opened.mode == "RGB" else opened.convert("RGB")
             if rgb.size != (size, size):
                 rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
-            return Picture(rgb.tobytes(), size)
+            return DecodedImage(rgb.tobytes(), size)
     except _MALFORMED as error:
         raise UnreadableImage(f"{_name(image, key)} is not a readable JPEG, PNG or GIF: {error}") from error
 
 
-def augment(picture: Picture, key: int) -> Picture:
-    """The released code's augmentation of AKI's fine-tuning: a random crop, enlarged again, then a random flip.
+def augment(image: DecodedImage, seed: int) -> DecodedImage:
+    """Apply the released code's augmentation of AKI's fine-tuning: a random resized crop, then a random flip.
 
     torchvision's RandomResizedCrop (area 0.5 to 1, ratio 3/4 to 4/3, bicubic) and a horizontal flip with p = 0.5, on
-    the square that the encoder sees. A pure function of the picture and the key. It does not keep the meaning: boxes
-    stay behind, left and right change places, text is mirrored.
+    the square that the encoder sees. A pure function of the image and the seed. It does not keep the meaning: boxes
+    do not move with it, left and right change places, text is mirrored.
     """
-    draws, size = random.Random(key), picture.size
-    left, top, width, height = _crop(draws, size)
-    flip = draws.random() < FLIP_SHARE
-    rgb = Image.frombytes("RGB", (size, size), picture.rgb)
+    rng, size = random.Random(seed), image.size
+    left, top, width, height = _crop(rng, size)
+    flip = rng.random() < FLIP_PROBABILITY
+    rgb = Image.frombytes("RGB", (size, size), image.rgb)
     if (width, height) != (size, size):
         rgb = rgb.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BICUBIC)
     if flip:
         rgb = rgb.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return Picture(rgb.tobytes(), size)
+    return DecodedImage(rgb.tobytes(), size)
 
 
-def _crop(draws: random.Random, size: int) -> tuple[int, int, int, int]:
-    """(left, top, width, height) in a square of ``size``; all of it where no attempt fits, as torchvision does."""
+def _crop(rng: random.Random, size: int) -> tuple[int, int, int, int]:
+    """Return (left, top, width, height) in a square of ``size``; all of it where no attempt fits, as in torchvision."""
     for _ in range(_CROP_ATTEMPTS):
-        area = size * size * draws.uniform(*CROP_SHARE)
-        ratio = math.exp(draws.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))
+        area = size * size * rng.uniform(*CROP_AREA_RANGE)
+        ratio = math.exp(rng.uniform(math.log(CROP_ASPECT_RANGE[0]), math.log(CROP_ASPECT_RANGE[1])))
         width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < width <= size and 0 < height <= size:
-            return draws.randint(0, size - width), draws.randint(0, size - height), width, height
+            return rng.randint(0, size - width), rng.randint(0, size - height), width, height
     return 0, 0, size, size
 
 
-class PictureCache:
-    """Decodes, and keeps small pictures: datasets ask several questions about one picture.
+class ImageCache:
+    """Decode images and keep small ones: datasets ask several questions about one image.
 
-    Pictures of more than ``largest_bytes`` are never kept (so few of them fit that none is met again in time), and
-    nothing is dropped once ``budget_bytes`` are full. Safe to share between threads.
+    Decoded images of more than ``max_image_bytes`` are never kept (so few of them fit that none is met again in time),
+    and nothing is evicted once ``max_bytes`` are full. Safe to share between threads.
     """
 
-    def __init__(self, size: int, *, budget_bytes: int = 2**27, largest_bytes: int = 2**16) -> None:
+    def __init__(self, size: int, *, max_bytes: int = 2**27, max_image_bytes: int = 2**16) -> None:
         self.size = size
-        one = 3 * size * size
-        self._room = budget_bytes // one if one <= largest_bytes else 0
-        self._kept: dict[Path | str, Picture] = {}
+        image_bytes = 3 * size * size
+        self._max_images = max_bytes // image_bytes if image_bytes <= max_image_bytes else 0
+        self._cached: dict[Path | str, DecodedImage] = {}
 
-    def decode(self, image: Path | bytes, *, key: str, augmentation: int | None = None) -> Picture:
-        """As decode_image, then ``augment`` with the key given, if any. Raises UnreadableImage.
+    def decode(self, image: Path | bytes, *, key: str, augment_seed: int | None = None) -> DecodedImage:
+        """Decode as decode_image does, then ``augment`` where a seed is given. Raises UnreadableImage.
 
-        Encoded bytes are told apart by their sample's key.
+        Encoded bytes are cached under their sample's key.
         """
-        picture = self._plain(image, key)
-        return picture if augmentation is None else augment(picture, augmentation)
+        decoded = self._decode_cached(image, key)
+        return decoded if augment_seed is None else augment(decoded, augment_seed)
 
-    def _plain(self, image: Path | bytes, key: str) -> Picture:
+    def _decode_cached(self, image: Path | bytes, key: str) -> DecodedImage:
         name = image if isinstance(image, Path) else key
-        picture = self._kept.get(name)
-        if picture is None:
-            picture = decode_image(image, self.size, key=key)
-            if len(self._kept) < self._room:
-                self._kept[name] = picture
-        return picture
+        decoded = self._cached.get(name)
+        if decoded is None:
+            decoded = decode_image(image, self.size, key=key)
+            if len(self._cached) < self._max_images:
+                self._cached[name] = decoded
+        return decoded
 
 
-def normalize(pictures: Sequence[Picture], size: int) -> Tensor:
-    """float32 [N, 3, size, size] in [-1, 1]: bytes / 255, mean 0.5, standard deviation 0.5. N may be 0."""
-    if not pictures:
+def normalize(images: Sequence[DecodedImage], size: int) -> Tensor:
+    """Return float32 [N, 3, size, size] in [-1, 1]: bytes / 255, mean 0.5, standard deviation 0.5. N may be 0."""
+    if not images:
         return torch.zeros(0, 3, size, size)
-    assert all(picture.size == size for picture in pictures)
-    # in a background process torch stacks straight into the memory it shares with the process that trains
-    return default_collate([_normalized(picture) for picture in pictures])
+    assert all(image.size == size for image in images)
+    # in a worker process torch stacks straight into the memory it shares with the process that trains
+    return default_collate([_normalized(image) for image in images])
 
 
-def _normalized(picture: Picture) -> Tensor:
-    """One picture, in place, which stays in the processor's cache; numpy starts no threads in the loader's."""
-    rgb = np.frombuffer(picture.rgb, dtype=np.uint8).reshape(picture.size, picture.size, 3)
+def _normalized(image: DecodedImage) -> Tensor:
+    """Normalize one image in place, inside the processor's cache; numpy starts no threads in the worker processes."""
+    rgb = np.frombuffer(image.rgb, dtype=np.uint8).reshape(image.size, image.size, 3)
     pixels = np.ascontiguousarray(rgb.transpose(2, 0, 1)).astype(np.float32)
     pixels /= np.float32(255)
     pixels -= np.float32(0.5)
@@ -143,7 +143,7 @@ def _normalized(picture: Picture) -> Tensor:
 
 
 def load_image(image: Path | bytes, size: int, *, key: str = "") -> Tensor:
-    """One picture as the encoder takes it: float32 [3, size, size]. Raises UnreadableImage."""
+    """Return one image as the encoder takes it: float32 [3, size, size]. Raises UnreadableImage."""
     return _normalized(decode_image(image, size, key=key))
 
 

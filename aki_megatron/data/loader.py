@@ -1,6 +1,6 @@
-"""Batches of one data rank, step by step, decoded ahead: by background processes, or by a thread of this one.
+"""Load the batches of one data rank step by step, decoded ahead by worker processes or by a thread of this process.
 
-What a step holds is decided by steps.py; this decodes it, in order, counts what was bad, and notes what was consumed.
+BatchPlanner decides what a step holds; this module decodes it in order, counts bad samples, and hashes what was loaded.
 """
 
 import os
@@ -18,47 +18,51 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from aki_megatron.data.bad_samples import BadSample, BadSampleBudget
-from aki_megatron.data.batch import collate
-from aki_megatron.data.batch_planner import BatchPlanner, MicroPlan, State, StepPlan
+from aki_megatron.data.batch_planner import BatchPlanner, DataState, MicrobatchPlan, StepPlan
+from aki_megatron.data.collate import collate
 from aki_megatron.data.sample_stream import SampleStream
 from aki_megatron.errors import DataError, UserError
 from aki_megatron.types import Batch, Sample
 
-_PATIENCE_SECONDS = 0.1
-_WORD = 2**64
+_POLL_SECONDS = 0.1
+_MODULUS = 2**64
 
 
 @dataclass(frozen=True)
-class LoadedMicro:
-    """A micro-batch, a number that stands for the samples in it and their places, and the bad elements met."""
+class LoadedMicrobatch:
+    """A micro-batch, the sum of its samples' hashes, its number of samples, and the bad samples met."""
 
     batch: Batch
-    consumed: int
-    samples: int
-    faults: tuple[BadSample, ...]
+    samples_hash: int
+    num_samples: int
+    bad_samples: tuple[BadSample, ...]
 
-    def pin_memory(self) -> "LoadedMicro":
-        """The same with its tensors in page-locked memory; torch's DataLoader calls it."""
-        return LoadedMicro(self.batch.pin_memory(), self.consumed, self.samples, self.faults)
+    def pin_memory(self) -> "LoadedMicrobatch":
+        """Return it with its tensors in page-locked memory; torch's DataLoader calls this."""
+        return LoadedMicrobatch(self.batch.pin_memory(), self.samples_hash, self.num_samples, self.bad_samples)
 
 
 @dataclass(frozen=True)
 class LoadedStep:
     """One optimizer step of one data rank.
 
-    consumed  sum modulo 2^64 over the samples of a hash of (row of the step, place in the row, key): over all data
-              ranks it adds up to the same number however many there are
-    state     from which the next step goes on
+    samples_hash  sum modulo 2^64 over the samples of a hash of (sequence of the step, index in the sequence, key): its
+                  sum over all data ranks does not depend on their number
+    num_samples   samples of this data rank
+    next_state    the state that the next step starts from
     """
 
     batches: Sequence[Batch]
-    consumed: int
-    samples: int
-    state: State
+    samples_hash: int
+    num_samples: int
+    next_state: DataState
 
 
-class MicroBatches(Dataset[LoadedMicro | UserError]):
-    """Plans to micro-batches; what background processes run. ``sequence_length``: fixed width of rows, None: the longest."""
+class MicrobatchDataset(Dataset[LoadedMicrobatch | UserError]):
+    """Turn plans into micro-batches; runs in the worker processes.
+
+    ``sequence_length`` is that of every packed sequence; None pads to the longest of each micro-batch.
+    """
 
     def __init__(
         self, streams: Sequence[SampleStream], *, pad_id: int, image_size: int, sequence_length: int | None
@@ -66,227 +70,241 @@ class MicroBatches(Dataset[LoadedMicro | UserError]):
         self._streams = streams
         self._pad_id = pad_id
         self._image_size = image_size
-        self._row_tokens = sequence_length
+        self._sequence_length = sequence_length
 
-    def __getitem__(self, plan: MicroPlan) -> LoadedMicro | UserError:
-        """Decode. A UserError is handed over: raised in a background process it would lose its words."""
+    def __getitem__(self, plan: MicrobatchPlan) -> LoadedMicrobatch | UserError:
+        """Decode and collate. A UserError is returned: raised in a worker process, torch would rewrite its message."""
         try:
             return self._load(plan)
         except UserError as error:
             return error
 
-    def _load(self, plan: MicroPlan) -> LoadedMicro:
+    def _load(self, plan: MicrobatchPlan) -> LoadedMicrobatch:
         stream = self._streams[plan.phase]
-        rows: list[list[Sample]] = []
-        faults: list[BadSample] = []
-        consumed = samples = 0
-        for row, numbers in plan.rows:
-            rows.append([])
-            for place, number in enumerate(numbers):
-                drawn = stream.sample(number, replace_images=self._row_tokens is None)
-                faults += drawn.faults
-                if drawn.sample is not None:
-                    rows[-1].append(drawn.sample)
-                    consumed += _hash(row, place, drawn.sample.key)
-                    samples += 1
+        sequences: list[list[Sample]] = []
+        bad_samples: list[BadSample] = []
+        samples_hash = num_samples = 0
+        for sequence, numbers in plan.sequences:
+            sequences.append([])
+            for index, number in enumerate(numbers):
+                loaded = stream.sample(number, replace_images=self._sequence_length is None)
+                bad_samples += loaded.bad_samples
+                if loaded.sample is not None:
+                    sequences[-1].append(loaded.sample)
+                    samples_hash += sample_hash(sequence, index, loaded.sample.key)
+                    num_samples += 1
         batch = collate(
-            rows, pad_id=self._pad_id, image_size=self._image_size, sequence_length=self._row_tokens, bad=len(faults)
+            sequences,
+            pad_id=self._pad_id,
+            image_size=self._image_size,
+            sequence_length=self._sequence_length,
+            num_bad_samples=len(bad_samples),
         )
-        return LoadedMicro(batch, consumed % _WORD, samples, tuple(faults))
+        return LoadedMicrobatch(batch, samples_hash % _MODULUS, num_samples, tuple(bad_samples))
 
 
-def _hash(row: int, place: int, key: str) -> int:
-    return int.from_bytes(blake2b(f"{row}\x1f{place}\x1f{key}".encode(), digest_size=8).digest(), "little")
+def sample_hash(sequence: int, index: int, key: str) -> int:
+    """Return a 64-bit hash of a sample's key, its sequence in the step and its index in the sequence."""
+    text = f"{sequence}\x1f{index}\x1f{key}"
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-class Loader:
-    """The steps of one data rank."""
+class StepLoader:
+    """The steps of one data rank.
+
+    num_workers     worker processes that decode; 0: a thread of this process does
+    prefetch_steps  steps prepared ahead
+    """
 
     def __init__(
         self,
         planner: BatchPlanner,
-        micro_batches: MicroBatches,
+        dataset: MicrobatchDataset,
         *,
-        losses: BadSampleBudget,
-        workers: int = 0,
+        bad_sample_budget: BadSampleBudget,
+        num_workers: int = 0,
         prefetch_steps: int = 2,
         pin_memory: bool = False,
     ) -> None:
-        """``workers`` background processes decode; 0: a thread of this process does."""
-        assert prefetch_steps >= 1 and workers >= 0, (prefetch_steps, workers)
+        assert prefetch_steps >= 1 and num_workers >= 0, (prefetch_steps, num_workers)
         self.planner = planner
-        self.micro_batches = micro_batches
-        self.losses = losses
-        self.workers = workers
+        self.dataset = dataset
+        self.bad_sample_budget = bad_sample_budget
+        self.num_workers = num_workers
         self.prefetch_steps = prefetch_steps
         self.pin_memory = pin_memory
         self._last: LoadedStep | None = None
-        self._work: list[_Work] = []
+        self._prefetchers: list[_Prefetcher] = []
 
-    def steps(self, start: int, state: State | None = None) -> Iterator[LoadedStep]:
-        """Steps start, start+1, ... without end; ``state`` is that of step ``start - 1``.
+    def steps(self, start: int, state: DataState | None = None) -> Iterator[LoadedStep]:
+        """Iterate over steps start, start+1, ... without end; ``state`` is that after step ``start - 1``.
 
-        Preparation starts at once. What goes wrong in the background is raised here, at the step it belongs to;
-        BadSampleBudgetExceeded when more was bad than ``losses`` allow.
+        Prefetching starts at once. An error of the background is raised here, at the step it belongs to;
+        BadSampleBudgetExceeded when more samples were bad than the budget allows.
         """
-        self._work = [work for work in self._work if work.thread.is_alive()]
-        self._work.append(_Work(self, start, state))
-        return _Prefetched(self._work[-1], self._hand_out)
+        self._prefetchers = [running for running in self._prefetchers if running.thread.is_alive()]
+        self._prefetchers.append(_Prefetcher(self, start, state))
+        return _PrefetchedSteps(self._prefetchers[-1], self._finish_step)
 
-    def _hand_out(self, plan: StepPlan, micros: Sequence[LoadedMicro]) -> LoadedStep:
-        samples = sum(micro.samples for micro in micros)
-        self.losses.add(samples, (fault for micro in micros for fault in micro.faults))
-        consumed = sum(micro.consumed for micro in micros) % _WORD
-        self._last = LoadedStep([micro.batch for micro in micros], consumed, samples, plan.after)
+    def _finish_step(self, plan: StepPlan, microbatches: Sequence[LoadedMicrobatch]) -> LoadedStep:
+        num_samples = sum(loaded.num_samples for loaded in microbatches)
+        self.bad_sample_budget.record(num_samples, (bad for loaded in microbatches for bad in loaded.bad_samples))
+        samples_hash = sum(loaded.samples_hash for loaded in microbatches) % _MODULUS
+        self._last = LoadedStep([loaded.batch for loaded in microbatches], samples_hash, num_samples, plan.next_state)
         return self._last
 
-    def last(self) -> LoadedStep:
-        """The step that was handed out last."""
-        assert self._last is not None, "no step was handed out yet"
+    def last_step(self) -> LoadedStep:
+        """Return the step that was returned last."""
+        assert self._last is not None, "no step was loaded yet"
         return self._last
 
     def close(self) -> None:
         """Stop all background work and wait for it. The loader can be used again."""
-        for work in self._work:
-            work.cancelled.set()
-        for work in self._work:
-            work.thread.join()
-        self._work = []
+        for prefetcher in self._prefetchers:
+            prefetcher.cancelled.set()
+        for prefetcher in self._prefetchers:
+            prefetcher.thread.join()
+        self._prefetchers = []
 
-    def decoded(self, plans: Iterator[StepPlan]) -> Iterator[tuple[StepPlan, list[LoadedMicro]]]:
-        """Every plan with its micro-batches, in order."""
-        if not self.workers:
+    def load(self, plans: Iterator[StepPlan]) -> Iterator[tuple[StepPlan, list[LoadedMicrobatch]]]:
+        """Yield every plan with its micro-batches, in order."""
+        if not self.num_workers:
             for plan in plans:
-                micros = [_checked(self.micro_batches[micro]) for micro in plan.micros]
-                yield plan, [micro.pin_memory() for micro in micros] if self.pin_memory else micros
+                loaded = [_checked(self.dataset[microbatch]) for microbatch in plan.microbatches]
+                yield plan, [microbatch.pin_memory() for microbatch in loaded] if self.pin_memory else loaded
             return
-        waiting: deque[StepPlan] = deque()
+        pending: deque[StepPlan] = deque()
 
-        def planned() -> Iterator[MicroPlan]:
+        def microbatch_plans() -> Iterator[MicrobatchPlan]:
             for plan in plans:
-                waiting.append(plan)
-                yield from plan.micros
+                pending.append(plan)
+                yield from plan.microbatches
 
-        count = self.planner.micro_batches
+        count = self.planner.num_microbatches
         # torch advises against more processes than cores; how many is the user's choice
         warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")
         ready = iter(
             DataLoader(
-                self.micro_batches,
-                sampler=_Plans(planned()),
+                self.dataset,
+                sampler=_PlanSampler(microbatch_plans()),
                 batch_size=None,
-                num_workers=self.workers,
-                prefetch_factor=max(1, -(-self.prefetch_steps * count // self.workers)),
+                num_workers=self.num_workers,
+                prefetch_factor=max(1, -(-self.prefetch_steps * count // self.num_workers)),
                 pin_memory=self.pin_memory,
-                # rows of the sources are shared with the parent's memory, not copied
+                # records of the sources are shared with the parent's memory, not copied
                 multiprocessing_context="fork",
-                worker_init_fn=_begin_worker,
+                worker_init_fn=init_worker,
             )
         )
         while True:
             try:
-                micros = [_checked(next(ready)) for _ in range(count)]
+                loaded = [_checked(next(ready)) for _ in range(count)]
             except (EOFError, ConnectionError, RuntimeError) as error:
                 raise DataError(
-                    "A background process that decodes pictures ended without a word (killed? out of memory?): "
+                    "A worker process that decodes images ended without an error message (killed? out of memory?): "
                     f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. "
                     "Lower data.num_workers or data.prefetch_steps; data.num_workers 0 decodes in this process."
                 ) from error
-            yield waiting.popleft(), micros
+            yield pending.popleft(), loaded
 
 
-def _checked(micro: LoadedMicro | UserError) -> LoadedMicro:
-    if isinstance(micro, UserError):
-        raise micro
-    return micro
+def _checked(loaded: LoadedMicrobatch | UserError) -> LoadedMicrobatch:
+    if isinstance(loaded, UserError):
+        raise loaded
+    return loaded
 
 
-class _Plans:
-    """A sampler: torch asks it for the next thing to load."""
+class _PlanSampler:
+    """A sampler for torch's DataLoader that yields plans instead of indices."""
 
-    def __init__(self, plans: Iterator[MicroPlan]) -> None:
+    def __init__(self, plans: Iterator[MicrobatchPlan]) -> None:
         self._plans = plans
 
-    def __iter__(self) -> Iterator[MicroPlan]:
+    def __iter__(self) -> Iterator[MicrobatchPlan]:
         return self._plans
 
 
-def _begin_worker(_worker: int) -> None:
-    """Leave signals to the rank: a scheduler may send SIGTERM to all processes of a job, and a rank that saves its
-    state needs batches until it stops. The second one is meant for this process."""
+def init_worker(_worker: int) -> None:
+    """Set up a worker process: one thread, and signals are left to the rank.
+
+    A scheduler may send SIGTERM to all processes of a job, and a rank that saves its state needs batches until it
+    stops: the first SIGTERM is ignored, the second ends this process.
+    """
     torch.set_num_threads(1)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, _end))
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, _exit_on_signal))
 
 
-def _end(number: int, _frame: Any) -> None:
+def _exit_on_signal(number: int, _frame: Any) -> None:
     os._exit(128 + number)
 
 
-class _Work:
-    """One pass of a loader: a thread that fills a queue of steps until it is cancelled."""
+class _Prefetcher:
+    """A thread that fills a queue with the steps from ``start`` on until it is cancelled."""
 
-    def __init__(self, loader: Loader, start: int, state: State | None) -> None:
-        # background processes hold the other prefetched steps
-        self.ready: queue.Queue[Any] = queue.Queue(maxsize=1 if loader.workers else loader.prefetch_steps)
+    def __init__(self, loader: StepLoader, start: int, state: DataState | None) -> None:
+        # worker processes hold the other prefetched steps
+        self.ready: queue.Queue[Any] = queue.Queue(maxsize=1 if loader.num_workers else loader.prefetch_steps)
         self.cancelled = threading.Event()
         self.thread = threading.Thread(target=self._fill, args=(loader, start, state), name="loader", daemon=True)
         self.thread.start()
 
-    def _fill(self, loader: Loader, start: int, state: State | None) -> None:
-        decoded = loader.decoded(loader.planner.walk(start, state))
+    def _fill(self, loader: StepLoader, start: int, state: DataState | None) -> None:
+        loaded = loader.load(loader.planner.plan_steps(start, state))
         try:
             while not self.cancelled.is_set():
-                self._put(next(decoded))
+                self._put(next(loaded))
         except BaseException as error:  # every failure belongs to the consumer, which raises it
             self._put(error)
         finally:
-            decoded.close()  # type: ignore[attr-defined]  # a generator; ends the background processes
+            loaded.close()  # type: ignore[attr-defined]  # a generator; ends the worker processes
 
     def _put(self, item: Any) -> None:
         while not self.cancelled.is_set():
             try:
-                self.ready.put(item, timeout=_PATIENCE_SECONDS)
+                self.ready.put(item, timeout=_POLL_SECONDS)
                 return
             except queue.Full:
                 continue
 
 
-class _Prefetched(Iterator[LoadedStep]):
-    """Empties the queue of one pass. The thread does not hold it: dropping the iterator cancels the work."""
+class _PrefetchedSteps(Iterator[LoadedStep]):
+    """Take steps from a prefetcher's queue. Its thread does not reference this: dropping the iterator cancels it."""
 
-    def __init__(self, work: _Work, hand_out: Callable[[StepPlan, Sequence[LoadedMicro]], LoadedStep]) -> None:
-        self._work = work
-        self._hand_out = hand_out
+    def __init__(
+        self, prefetcher: _Prefetcher, finish_step: Callable[[StepPlan, Sequence[LoadedMicrobatch]], LoadedStep]
+    ) -> None:
+        self._prefetcher = prefetcher
+        self._finish_step = finish_step
         self._finished = False
 
     def __next__(self) -> LoadedStep:
-        while not self._finished and not self._work.cancelled.is_set():
+        while not self._finished and not self._prefetcher.cancelled.is_set():
             try:
-                item = self._work.ready.get(timeout=_PATIENCE_SECONDS)
+                item = self._prefetcher.ready.get(timeout=_POLL_SECONDS)
             except queue.Empty:
                 continue
             if isinstance(item, BaseException):
                 self._finished = True
                 raise item
-            return self._hand_out(*item)
+            return self._finish_step(*item)
         raise StopIteration
 
     def __del__(self) -> None:
-        self._work.cancelled.set()
+        self._prefetcher.cancelled.set()
 
 
-class NoBatches:
-    """The steps of a rank that reads nothing: it is sent what it needs."""
+class EmptyStepLoader:
+    """The steps of a rank that reads no data: other ranks send it what it needs."""
 
-    def steps(self, start: int, state: State | None = None) -> Iterator[LoadedStep]:
-        """Empty steps without end."""
+    def steps(self, start: int, state: DataState | None = None) -> Iterator[LoadedStep]:
+        """Iterate over empty steps without end."""
         while True:
-            yield self.last()
+            yield self.last_step()
 
-    def last(self) -> LoadedStep:
-        """An empty step."""
+    def last_step(self) -> LoadedStep:
+        """Return an empty step."""
         return LoadedStep([], 0, 0, {})
 
     def close(self) -> None:
-        """Nothing was opened."""
+        """Do nothing: there is no background work."""

@@ -1,72 +1,36 @@
-"""Which source and which element the n-th sample of a run is: pure functions of (seed, n), by arithmetic alone.
+"""The source and the item of the n-th sample of a run: pure functions of (seed, n), computed by arithmetic alone.
 
-The samples of a run are numbered 0, 1, 2, ... Numbers fall into blocks; in every block each source gets its
-share of places exactly, and a keyed permutation scatters them. So the k-th visit to a source is known without
-counting, and a second keyed permutation turns visits into elements: everything once, then everything again in
-another order.
+The samples of a run are numbered 0, 1, 2, ... and fall into blocks. In every block each source is drawn a fixed number
+of times, and a seeded permutation interleaves the draws, so the k-th draw of a source is known without counting. A
+second seeded permutation maps draws to items: every item once per epoch, every epoch in another order.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from hashlib import blake2b
 from math import lcm
 
+from aki_megatron.data.permutation import derive_seed, feistel_permute
 from aki_megatron.errors import ConfigError
 
-SMALLEST_BLOCK = 1000
-LARGEST_BLOCK = 100_000
-ROUNDS = 6
-
-_WORD = (1 << 64) - 1
-
-
-def keyed(*parts: int | str) -> int:
-    """A 64-bit key from numbers and strings, the same on every machine and in every process."""
-    text = "\x1f".join(f"{type(part).__name__[0]}{part}" for part in parts)
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def mix(value: int) -> int:
-    """Scatter 64 bits over 64 bits (the finalizer of splitmix64; a bijection)."""
-    value = (value + 0x9E3779B97F4A7C15) & _WORD
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _WORD
-    return value ^ (value >> 31)
-
-
-def permute(index: int, size: int, key: int) -> int:
-    """Where ``index`` of 0 ... size-1 goes: a bijection for every key, in constant time and memory.
-
-    A Feistel network over the next even power of two; a value outside the range walks on until it is inside
-    (at most 4 steps on average, 16 for sizes below 16).
-    """
-    assert 0 <= index < size, (index, size)
-    half = max(2, ((size - 1).bit_length() + 1) // 2)
-    low_bits = (1 << half) - 1
-    while True:
-        left, right = index >> half, index & low_bits
-        for number in range(ROUNDS):
-            left, right = right, left ^ (mix(key ^ (right << 8) ^ number) & low_bits)
-        index = (left << half) | right
-        if index < size:
-            return index
+MIN_BLOCK_SIZE = 1000
+MAX_BLOCK_SIZE = 100_000
 
 
 @dataclass(frozen=True)
-class Draw:
-    """One draw of the mixture: the ``visit``-th visit (from 0) to source number ``source``."""
+class SourceDraw:
+    """Draw number ``draw_index`` (from 0) of source number ``source``."""
 
     source: int
-    visit: int
+    draw_index: int
 
 
 class Mixture:
-    """Shares of the sources. In every block of ``block`` numbers source i is drawn ``places[i]`` times exactly.
+    """Weights of the sources: every block of ``block_size`` samples has ``counts_per_block[i]`` of source i, exactly.
 
-    The block is the smallest one of 1,000 samples or more in which the normalized weights are whole numbers;
-    where that would exceed 100,000 (weights like pi), the shares are rounded to 1/100,000.
-    Raises ConfigError for a weight that is not positive or too small to get a place.
+    The block is the smallest one of 1,000 samples or more in which the normalized weights are whole numbers; where that
+    would exceed 100,000 (weights like pi), the normalized weights are rounded to 1/100,000.
+    Raises ConfigError for no source, and for a weight that is not positive or too small for one sample of a block.
     """
 
     def __init__(self, weights: Mapping[str, float], *, seed: int) -> None:
@@ -78,43 +42,44 @@ class Mixture:
         self.names = tuple(weights)
         self.seed = seed
         exact = [Fraction(str(weight)) for weight in weights.values()]  # 0.103 is meant as 103/1000
-        shares = [share / sum(exact) for share in exact]
-        self.places = _places(shares)
-        self.block = sum(self.places)
-        if 0 in self.places:
-            name = self.names[self.places.index(0)]
+        self.counts_per_block = _counts_per_block([weight / sum(exact) for weight in exact])
+        self.block_size = sum(self.counts_per_block)
+        if 0 in self.counts_per_block:
+            name = self.names[self.counts_per_block.index(0)]
             raise ConfigError(
-                f"The weight {weights[name]} of {name} is below 1/{LARGEST_BLOCK} of the mixture; raise it."
+                f"The weight {weights[name]} of {name} is below 1/{MAX_BLOCK_SIZE} of the mixture; raise it."
             )
 
-    def draw(self, n: int) -> Draw:
-        """Which source sample n of the run comes from, and how often that source was visited before n's place."""
-        block, inside = divmod(n, self.block)
-        place = permute(inside, self.block, keyed("mixture", self.seed, block)) if len(self.names) > 1 else inside
+    def draw(self, n: int) -> SourceDraw:
+        """Return the source of sample n, and how often that source is drawn before it."""
+        block, offset = divmod(n, self.block_size)
+        if len(self.names) > 1:
+            offset = feistel_permute(offset, self.block_size, derive_seed("mixture", self.seed, block))
         source = 0
-        while place >= self.places[source]:
-            place -= self.places[source]
+        while offset >= self.counts_per_block[source]:
+            offset -= self.counts_per_block[source]
             source += 1
-        return Draw(source, block * self.places[source] + place)
+        return SourceDraw(source, block * self.counts_per_block[source] + offset)
 
-    def element(self, source: int, visit: int, size: int) -> int:
-        """Which of ``size`` elements a visit meets: each once per pass, every pass in another order."""
-        round_trip, index = divmod(visit, size)
-        return permute(index, size, keyed("element", self.seed, self.names[source], round_trip))
+    def item_index(self, source: int, draw_index: int, num_items: int) -> int:
+        """Return which of ``num_items`` items a draw takes: each once per epoch, every epoch in another order."""
+        epoch, offset = divmod(draw_index, num_items)
+        # changing a string changes the order of samples of every run
+        return feistel_permute(offset, num_items, derive_seed("element", self.seed, self.names[source], epoch))
 
-    def substitute(self, n: int, attempt: int, size: int) -> int:
-        """The element that stands in for a bad one of sample n, at the given attempt (1, 2, ...)."""
-        return keyed("substitute", self.seed, n, attempt) % size
+    def replacement_index(self, n: int, attempt: int, num_items: int) -> int:
+        """Return the item that replaces a bad one of sample n, at the given attempt (1, 2, ...)."""
+        return derive_seed("substitute", self.seed, n, attempt) % num_items
 
 
-def _places(shares: list[Fraction]) -> list[int]:
-    """Whole places per block for shares that sum to 1."""
-    block = lcm(*(share.denominator for share in shares))
-    if block <= LARGEST_BLOCK:
-        block *= -(-SMALLEST_BLOCK // block)
-        return [int(share * block) for share in shares]
-    places = [int(share * LARGEST_BLOCK) for share in shares]
-    by_remainder = sorted(range(len(shares)), key=lambda i: places[i] - shares[i] * LARGEST_BLOCK)
-    for source in by_remainder[: LARGEST_BLOCK - sum(places)]:
-        places[source] += 1
-    return places
+def _counts_per_block(weights: list[Fraction]) -> tuple[int, ...]:
+    """Return the samples per block of each source, for weights that sum to 1."""
+    size = lcm(*(weight.denominator for weight in weights))
+    if size <= MAX_BLOCK_SIZE:
+        size *= -(-MIN_BLOCK_SIZE // size)
+        return tuple(int(weight * size) for weight in weights)
+    counts = [int(weight * MAX_BLOCK_SIZE) for weight in weights]
+    by_remainder = sorted(range(len(weights)), key=lambda i: counts[i] - weights[i] * MAX_BLOCK_SIZE)
+    for source in by_remainder[: MAX_BLOCK_SIZE - sum(counts)]:
+        counts[source] += 1
+    return tuple(counts)

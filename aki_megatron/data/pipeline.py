@@ -1,4 +1,4 @@
-"""What a run reads: tokenizer, templates, sources, phases, and which sample each row of each step holds."""
+"""Build everything a run reads: tokenizer, templates, sources, phases, and which samples each step holds."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -7,150 +7,184 @@ from typing import Any
 
 from aki_megatron.config.data import CaptionsConfig, DataConfig, PhaseConfig
 from aki_megatron.config.run import RunConfig
+from aki_megatron.data.bad_samples import BadSampleBudget
 from aki_megatron.data.batch_planner import BatchPlanner, Phase
 from aki_megatron.data.captions import TextFormat
-from aki_megatron.data.chat import CHATS
-from aki_megatron.data.fetch import ShardCache
-from aki_megatron.data.loader import MicroBatches
-from aki_megatron.data.mixture import Mixture, keyed
-from aki_megatron.data.packing import Limits, PackedSampler
-from aki_megatron.data.sample_stream import MixedStream, SampleStream, Source
+from aki_megatron.data.loader import MicrobatchDataset, StepLoader
+from aki_megatron.data.mixture import Mixture
+from aki_megatron.data.packing import PackedSampler, PackingLimits
+from aki_megatron.data.permutation import derive_seed
+from aki_megatron.data.sample_stream import MixtureStream, SampleStream, Source
+from aki_megatron.data.shard_cache import ShardCache
 from aki_megatron.data.shard_order import ShardOrder
-from aki_megatron.data.shards import ShardIndex
+from aki_megatron.data.shards import CaptionDataset
 from aki_megatron.data.sources import open_sources
 from aki_megatron.data.template import Template
 from aki_megatron.data.tokenizer import Tokenizer
+from aki_megatron.families.registry import FAMILIES
 
 
 @dataclass(frozen=True)
-class TokenSegments:
-    """The steps of one data rank as numbers, and what turns numbers into batches."""
+class DataPipeline:
+    """The plans of one data rank's steps, and the dataset that turns plans into batches."""
 
     planner: BatchPlanner
-    micro_batches: MicroBatches
+    dataset: MicrobatchDataset
 
 
 def build_tokenizer(config: RunConfig) -> Tokenizer:
-    """The tokenizer of the decoder's family, proven to have exactly the tokens the model's tables have."""
-    tokenizer = Tokenizer(config.data.tokenizer, CHATS[config.model.decoder.family])
+    """Build the tokenizer of the decoder's family. Raises ConfigError unless the model's tables have its tokens."""
+    tokenizer = Tokenizer(config.data.tokenizer, FAMILIES[config.model.decoder.family].chat)
     tokenizer.check_vocabulary(config.model.decoder)
     return tokenizer
 
 
 def build_template(config: RunConfig, tokenizer: Tokenizer, *, text_first: bool = False) -> Template:
-    """How text becomes tokens in this run."""
+    """Build the template that renders this run's samples."""
     return Template(
         tokenizer,
-        image_tokens=config.model.resampler.num_latents,
+        num_image_tokens=config.model.resampler.num_latents,
         max_text_tokens=config.data.max_text_tokens,
         system_message=config.data.system_message,
         text_first=text_first,
     )
 
 
-def phases_of(config: RunConfig) -> tuple[PhaseConfig, ...]:
-    """The phases of a run; without any, one with all sources."""
+def run_phases(config: RunConfig) -> tuple[PhaseConfig, ...]:
+    """Return the phases of a run; without any, one with all sources."""
     return config.data.phases or (PhaseConfig(steps=config.train.steps),)
 
 
 def phase_seed(seed: int, phase: int) -> int:
-    """Decides the order of samples of a phase; the first phase's is the run's own."""
-    return keyed("phase", seed, phase) if phase else seed
+    """Return the seed of a phase's order of samples; the first phase's is the run's own."""
+    return derive_seed("phase", seed, phase) if phase else seed
 
 
-def open_index(config: DataConfig, captions: CaptionsConfig, progress: Callable[[str], None]) -> ShardIndex:
-    """One set of tars."""
-    return ShardIndex(
+def open_captions(config: DataConfig, captions: CaptionsConfig, progress: Callable[[str], None]) -> CaptionDataset:
+    """Open one set of tars; ``progress`` gets a line now and then while tars are indexed."""
+    return CaptionDataset(
         captions.shards,
         config.root,
-        form=TextFormat(captions.format, captions.granularity),
+        text_format=TextFormat(captions.format, captions.granularity),
         cache=ShardCache(config.cache, int(config.cache_gigabytes * 1e9)),
         progress=progress,
     )
 
 
-def open_data(config: DataConfig, progress: Callable[[str], None]) -> dict[str, Source[Any]]:
-    """Every source of a run by name, each read once however many phases use it."""
+def build_sources(config: DataConfig, progress: Callable[[str], None]) -> dict[str, Source[Any]]:
+    """Open every source of a run by name, once however many phases use it."""
     if config.kind == "captions":
-        indices = {captions.name: open_index(config, captions, progress) for captions in config.captions}
-        return {name: Source(index, peek=partial(index.caption, picture=False)) for name, index in indices.items()}
-    whole = [source.name for source in config.sources if not source.split_turns]
+        datasets = {captions.name: open_captions(config, captions, progress) for captions in config.captions}
+        return {
+            name: Source(dataset, read_text=partial(dataset.caption, with_image=False))
+            for name, dataset in datasets.items()
+        }
+    multi_turn = [source.name for source in config.sources if not source.split_turns]
     names = [source.name for source in config.sources]
-    opened = open_sources(config.root, names, "train", whole_dialogues=whole)
+    opened = open_sources(config.root, names, "train", multi_turn=multi_turn)
     return {source.name: Source(opened[source.name], augment=source.augment == "official") for source in config.sources}
 
 
-def shares(config: DataConfig, sources: Mapping[str, Source[Any]]) -> dict[str, float]:
-    """Weight of every source."""
+def source_weights(config: DataConfig, sources: Mapping[str, Source[Any]]) -> dict[str, float]:
+    """Return the weight of every source in the mixture; not normalized."""
     entries = config.captions if config.kind == "captions" else config.sources
     if config.mixing == "proportional":
-        return {entry.name: float(len(sources[entry.name].elements)) for entry in entries}
+        return {entry.name: float(len(sources[entry.name].items)) for entry in entries}
     return {entry.name: entry.weight if config.mixing == "weights" else 1.0 for entry in entries}
 
 
 def build_stream(
     config: RunConfig, tokenizer: Tokenizer, sources: Mapping[str, Source[Any]], phase: int
 ) -> SampleStream:
-    """The numbered samples of one phase."""
-    data, described, seed = config.data, phases_of(config)[phase], phase_seed(config.train.seed, phase)
-    weights = shares(data, sources)
-    names = described.sources or tuple(weights)
-    template = build_template(config, tokenizer, text_first=described.order == "text_first")
+    """Build the stream of numbered samples of one phase."""
+    data, phase_config, seed = config.data, run_phases(config)[phase], phase_seed(config.train.seed, phase)
+    weights = source_weights(data, sources)
+    names = phase_config.sources or tuple(weights)
+    template = build_template(config, tokenizer, text_first=phase_config.order == "text_first")
     chosen = {name: sources[name] for name in names}
     render: Callable[[Any], Any] = template.render_conversation
     if data.kind == "captions":
         render = template.render_caption
         chosen = {
-            name: replace(source, order=_order(source.elements, seed, name, data.shards_per_block))
+            name: replace(source, order=_shard_order(source.items, seed, name, data.shards_per_block))
             for name, source in chosen.items()
         }
     mixture = Mixture({name: weights[name] for name in names}, seed=seed)
-    return MixedStream(chosen, mixture, render, image_size=config.model.vision.image_size)
+    return MixtureStream(chosen, mixture, render, image_size=config.model.vision.image_size)
 
 
-def _order(index: Any, seed: int, name: str, shards_per_block: int) -> ShardOrder:
-    return ShardOrder(index.counts, seed=seed, name=name, shards_per_block=shards_per_block)
+def _shard_order(dataset: Any, seed: int, name: str, shards_per_block: int) -> ShardOrder:
+    return ShardOrder(dataset.counts, seed=seed, name=name, shards_per_block=shards_per_block)
 
 
-def build_packing(config: RunConfig, stream: SampleStream, phase: int) -> PackedSampler | None:
-    """How the samples of one phase fill rows; None where every sample has a row of its own."""
+def build_packed_sampler(config: RunConfig, stream: SampleStream, phase: int) -> PackedSampler | None:
+    """Build the packing of one phase's samples; None where every sample has a sequence of its own."""
     packing = config.data.packing
     if not packing.enabled:
         return None
-    key = keyed("rows", phase_seed(config.train.seed, phase))
-    limits = Limits(packing.sequence_length, packing.max_images)
-    return PackedSampler(stream.measure, limits, buffer_size=packing.buffer_size, key=key)
+    seed = derive_seed("rows", phase_seed(config.train.seed, phase))
+    limits = PackingLimits(packing.sequence_length, packing.max_images)
+    return PackedSampler(stream.length, limits, buffer_size=packing.buffer_size, seed=seed)
 
 
-def build_reading(
+def build_data_pipeline(
     config: RunConfig,
     tokenizer: Tokenizer,
     *,
-    micro_rows: int,
+    micro_batch_size: int,
     data_rank: int = 0,
     data_size: int = 1,
     progress: Callable[[str], None] = lambda line: None,
-) -> TokenSegments:
-    """Everything a data rank reads. ``micro_rows`` at a time; ``progress`` gets a line when indexing tars."""
-    sources = open_data(config.data, progress)
-    streams = [build_stream(config, tokenizer, sources, number) for number in range(len(phases_of(config)))]
+) -> DataPipeline:
+    """Build everything that data rank ``data_rank`` of ``data_size`` reads; ``progress`` as in open_captions."""
+    sources = build_sources(config.data, progress)
+    streams = [build_stream(config, tokenizer, sources, phase) for phase in range(len(run_phases(config)))]
     phases = [
-        Phase(described.steps, stream, build_packing(config, stream, number))
-        for number, (described, stream) in enumerate(zip(phases_of(config), streams, strict=True))
+        Phase(phase_config.steps, stream, build_packed_sampler(config, stream, phase))
+        for phase, (phase_config, stream) in enumerate(zip(run_phases(config), streams, strict=True))
     ]
     packing = config.data.packing
-    return TokenSegments(
+    return DataPipeline(
         planner=BatchPlanner(
             phases,
-            step_rows=config.train.global_batch_size,
-            micro_batch_size=micro_rows,
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=micro_batch_size,
             data_rank=data_rank,
             data_size=data_size,
         ),
-        micro_batches=MicroBatches(
+        dataset=MicrobatchDataset(
             streams,
-            pad_id=tokenizer.pad,
+            pad_id=tokenizer.pad_id,
             image_size=config.model.vision.image_size,
             sequence_length=packing.sequence_length if packing.enabled else None,
         ),
+    )
+
+
+def build_step_loader(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    *,
+    micro_batch_size: int,
+    data_rank: int,
+    data_size: int,
+    pin_memory: bool,
+    progress: Callable[[str], None],
+) -> StepLoader:
+    """Build the loader of one data rank; arguments as in build_data_pipeline and StepLoader."""
+    pipeline = build_data_pipeline(
+        config,
+        tokenizer,
+        micro_batch_size=micro_batch_size,
+        data_rank=data_rank,
+        data_size=data_size,
+        progress=progress,
+    )
+    return StepLoader(
+        pipeline.planner,
+        pipeline.dataset,
+        bad_sample_budget=BadSampleBudget(config.data.max_bad_fraction),
+        num_workers=config.data.num_workers,
+        prefetch_steps=config.data.prefetch_steps,
+        pin_memory=pin_memory,
     )

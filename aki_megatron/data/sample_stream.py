@@ -1,150 +1,155 @@
-"""The samples of a phase, numbered: sample n is a pure function of (seed, n), whoever asks, in any order, any time."""
+"""The numbered samples of a phase: sample n is a pure function of (seed, n), for any caller, in any order."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 from aki_megatron.data.bad_samples import BadSample, BadSampleBudgetExceeded
-from aki_megatron.data.image import PictureCache
-from aki_megatron.data.mixture import Draw, Mixture, keyed
+from aki_megatron.data.image import ImageCache
+from aki_megatron.data.mixture import Mixture, SourceDraw
+from aki_megatron.data.permutation import derive_seed
 from aki_megatron.data.shard_order import ShardOrder
 from aki_megatron.errors import DataError
 from aki_megatron.types import Caption, Conversation, Sample
 
-MOST_ATTEMPTS = 100
-"""Elements tried for one sample before its source is given up."""
+MAX_ATTEMPTS = 100
+"""Items tried for one sample before its source is given up."""
 
-Element = TypeVar("Element", Conversation, Caption)
-ElementRead = TypeVar("ElementRead", Conversation, Caption, covariant=True)
+Item = TypeVar("Item", Conversation, Caption)
+ItemRead = TypeVar("ItemRead", Conversation, Caption, covariant=True)
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A numbered sample with its image decoded, None where it is left out, and the bad elements met on the way."""
+class LoadedSample:
+    """A numbered sample with its image decoded, None where it is left out, and the bad samples met on the way."""
 
     sample: Sample | None
-    faults: tuple[BadSample, ...]
+    bad_samples: tuple[BadSample, ...]
 
 
 class SampleStream(Protocol):
     """Numbered samples."""
 
-    def sample(self, n: int, *, replace_images: bool = True) -> Drawn:
-        """Sample n: a pure function of (seed, n).
+    def sample(self, n: int, *, replace_images: bool = True) -> LoadedSample:
+        """Return sample n, a pure function of (seed, n).
 
-        A bad element is replaced by another of its source. With ``replace_images`` off, one whose image cannot be
-        decoded is left out instead, so that what is drawn has the size that ``measure`` told.
+        A bad item is replaced by another of its source. Without ``replace_images``, one whose image cannot be decoded
+        is left out instead, so that the sample has the size that ``length`` returned.
 
-        Raises BadSampleBudgetExceeded for a source that has nothing to give.
+        Raises BadSampleBudgetExceeded for a source without a readable item.
         """
         ...
 
-    def measure(self, n: int) -> tuple[int, int]:
-        """Places and images of sample n, without decoding anything."""
+    def length(self, n: int) -> tuple[int, int]:
+        """Return the number of positions and of images of sample n, without decoding anything."""
         ...
 
 
-class Elements(Protocol[ElementRead]):
-    """A source: elements by number; reading one may raise DataError."""
+class ItemSequence(Protocol[ItemRead]):
+    """The items of a source by index; reading one may raise DataError."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> ElementRead: ...
+    def __getitem__(self, index: int, /) -> ItemRead: ...
 
 
 @dataclass(frozen=True)
-class Source(Generic[Element]):
+class Source(Generic[Item]):
     """A source of a mixture.
 
-    order    in which elements are visited; None: each once per pass, every pass in another keyed order
-    peek     an element without its picture, where reading that costs; None: reading an element costs little
-    augment  whether pictures are cropped and flipped as the released code does (see image.augment)
+    order      in which items are drawn; None: each once per epoch, every epoch in another seeded order
+    read_text  an item without its image, where reading that costs; None: reading an item costs little
+    augment    whether images are cropped and flipped as in the released code (see image.augment)
     """
 
-    elements: Elements[Element]
+    items: ItemSequence[Item]
     order: ShardOrder | None = None
-    peek: Callable[[int], Element] | None = None
+    read_text: Callable[[int], Item] | None = None
     augment: bool = False
 
 
-class MixedStream(Generic[Element]):
-    """Mixture, rendering, decoding and the replacement of bad elements, for captions or for conversations.
+class MixtureStream(Generic[Item]):
+    """Draw from a mixture, render, decode, and replace bad items, for captions or for conversations.
 
-    A bad element (unreadable image, malformed row, text that is refused, nothing left to learn) is replaced by
-    another of the same source, chosen by (seed, n, attempt), so the shares of the sources stay.
+    A bad item (unreadable image, malformed record, text that is refused, no supervised token) is replaced by another of
+    the same source, chosen by (seed, n, attempt), so the proportions of the sources stay.
     """
 
     def __init__(
         self,
-        sources: Mapping[str, Source[Element]],
+        sources: Mapping[str, Source[Item]],
         mixture: Mixture,
-        render: Callable[[Element], Sample | None],
+        render: Callable[[Item], Sample | None],
         *,
         image_size: int,
     ) -> None:
         assert set(mixture.names) == set(sources), (mixture.names, sorted(sources))
-        self._sources: list[Source[Element]] = [sources[name] for name in mixture.names]
+        self._sources: list[Source[Item]] = [sources[name] for name in mixture.names]
         self._mixture = mixture
-        self._render: Callable[[Element], Sample | None] = render
-        self._pictures = PictureCache(image_size)
+        self._render: Callable[[Item], Sample | None] = render
+        self._images = ImageCache(image_size)
 
-    def sample(self, n: int, *, replace_images: bool = True) -> Drawn:
-        """See SampleStream.sample."""
+    def sample(self, n: int, *, replace_images: bool = True) -> LoadedSample:
         draw = self._mixture.draw(n)
         name, source = self._mixture.names[draw.source], self._sources[draw.source]
-        faults: list[BadSample] = []
-        for element, sample in self._rendered(n, draw, source.elements.__getitem__, faults):
-            if element.image is None:
-                return Drawn(sample, tuple(faults))
+        bad_samples: list[BadSample] = []
+        for item, sample in self._rendered(n, draw, source.items.__getitem__, bad_samples):
+            if item.image is None:
+                return LoadedSample(sample, tuple(bad_samples))
             try:
-                augmentation = keyed("augment", self._mixture.seed, n) if source.augment else None
-                picture = self._pictures.decode(element.image, key=element.key, augmentation=augmentation)
+                augment_seed = derive_seed("augment", self._mixture.seed, n) if source.augment else None
+                image = self._images.decode(item.image, key=item.key, augment_seed=augment_seed)
             except DataError as error:
-                faults.append(BadSample(name, str(error)))
+                bad_samples.append(BadSample(name, str(error)))
                 if not replace_images:
-                    return Drawn(None, tuple(faults))
+                    return LoadedSample(None, tuple(bad_samples))
             else:
-                return Drawn(replace(sample, image=picture), tuple(faults))
-        raise _given_up(name, faults)
+                return LoadedSample(replace(sample, image=image), tuple(bad_samples))
+        raise _no_readable_item(name, bad_samples)
 
-    def measure(self, n: int) -> tuple[int, int]:
-        """See SampleStream.measure."""
+    def length(self, n: int) -> tuple[int, int]:
         draw = self._mixture.draw(n)
         name, source = self._mixture.names[draw.source], self._sources[draw.source]
-        faults: list[BadSample] = []
-        for element, sample in self._rendered(n, draw, source.peek or source.elements.__getitem__, faults):
-            return len(sample.token_ids), int(element.image is not None)
-        raise _given_up(name, faults)
+        bad_samples: list[BadSample] = []
+        for item, sample in self._rendered(n, draw, source.read_text or source.items.__getitem__, bad_samples):
+            return len(sample.token_ids), int(item.image is not None)
+        raise _no_readable_item(name, bad_samples)
 
     def _rendered(
-        self, n: int, draw: Draw, read: Callable[[int], Element], faults: list[BadSample]
-    ) -> Iterator[tuple[Element, Sample]]:
-        """Candidates for sample n whose text is good; what was bad before them goes to ``faults``."""
+        self, n: int, draw: SourceDraw, read: Callable[[int], Item], bad_samples: list[BadSample]
+    ) -> Iterator[tuple[Item, Sample]]:
+        """Yield the candidates for sample n whose text is good; append the bad ones before them to ``bad_samples``."""
         name = self._mixture.names[draw.source]
         for index in self._candidates(n, draw):
             try:
-                element = read(index)
-                sample = self._render(element)
+                item = read(index)
+                sample = self._render(item)
                 if sample is not None:
-                    yield element, sample
+                    yield item, sample
                 else:
-                    reason = f"{element.key}: nothing left to learn (empty, or cut off at the length limit)"
-                    faults.append(BadSample(name, reason))
+                    reason = f"{item.key}: no supervised token (empty, or truncated at the length limit)"
+                    bad_samples.append(BadSample(name, reason))
             except DataError as error:
-                faults.append(BadSample(name, str(error)))
+                bad_samples.append(BadSample(name, str(error)))
 
-    def _candidates(self, n: int, draw: Draw) -> Iterator[int]:
-        """The element of sample n, then those that stand in for it."""
+    def _candidates(self, n: int, draw: SourceDraw) -> Iterator[int]:
+        """Yield the item of sample n, then its replacements."""
         source = self._sources[draw.source]
-        size, order = len(source.elements), source.order
-        yield order.element(draw.visit) if order else self._mixture.element(draw.source, draw.visit, size)
-        for attempt in range(1, MOST_ATTEMPTS):
-            yield order.substitute(draw.visit, attempt) if order else self._mixture.substitute(n, attempt, size)
+        num_items, order = len(source.items), source.order
+        if order:
+            yield order.item_index(draw.draw_index)
+        else:
+            yield self._mixture.item_index(draw.source, draw.draw_index, num_items)
+        for attempt in range(1, MAX_ATTEMPTS):
+            if order:
+                yield order.replacement_index(draw.draw_index, attempt)
+            else:
+                yield self._mixture.replacement_index(n, attempt, num_items)
 
 
-def _given_up(name: str, faults: Sequence[BadSample]) -> BadSampleBudgetExceeded:
-    listing = "\n  ".join(fault.reason for fault in faults[:5])
+def _no_readable_item(name: str, bad_samples: Sequence[BadSample]) -> BadSampleBudgetExceeded:
+    listing = "\n  ".join(bad.reason for bad in bad_samples[:5])
     return BadSampleBudgetExceeded(
-        f"Source {name} gave no readable sample in {MOST_ATTEMPTS} attempts: data.max_bad_fraction is for a few bad "
-        f"ones, here all seem to be. Mend the source, or leave it out. The first:\n  {listing}"
+        f"Source {name} gave no readable sample in {MAX_ATTEMPTS} attempts: data.max_bad_fraction is for a few bad "
+        f"ones, here all seem to be. Repair the source, or leave it out. The first:\n  {listing}"
     )

@@ -1,7 +1,7 @@
-"""Webdataset tars from pictures with captions that lie in a folder or in a table (CSV or parquet).
+"""Write webdataset tars from images with captions in a folder or in a table (CSV or parquet).
 
-Every picture is decoded once before it goes into a tar: what a run could not read is named now, not on the tenth day.
-The bytes of a tar follow from the pictures and captions alone; pictures are copied as they are, never encoded anew.
+Every image is decoded once before it goes into a tar, so that unreadable ones are reported now and not by a run.
+The bytes of a tar depend on the images and captions alone; images are copied as they are, never encoded anew.
 """
 
 import csv
@@ -22,20 +22,20 @@ from aki_megatron.data.tar_index import index_path, write_index
 from aki_megatron.errors import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-TOLERATED = 8
-"""Rows that may be unusable in any case: a share means nothing over the first few hundred."""
+ALWAYS_TOLERATED = 8
+"""Records that may be unusable whatever the fraction is, unless it is 0: a fraction is noisy early on."""
 
-_PARTIAL = ".partial"
+_STAGING = ".partial"
 _TAR = re.compile(r"\d{5,}\.tar")
 _WINDOW = 64
 _CHECK_PIXELS = 8
 _MAGIC = {"jpg": b"\xff\xd8\xff", "png": b"\x89PNG\r\n\x1a\n"}
-"""Suffix of a picture in a tar -> how its bytes begin."""
-_NEED_PYARROW = "TokenSegments parquet needs pyarrow: pip install pyarrow (or: pip install 'aki-megatron[parquet]')."
+"""Suffix of an image in a tar -> its first bytes."""
+_NEED_PYARROW = "Reading parquet needs pyarrow: pip install pyarrow (or: pip install 'aki-megatron[parquet]')."
 
 
-class Pair(NamedTuple):
-    """One row: where it comes from, its picture (a file, its bytes, or why there is none) and its caption."""
+class ImageTextPair(NamedTuple):
+    """One record: where it comes from, its image (a file, its bytes, or why there is none) and its caption."""
 
     name: str
     image: Path | bytes | DataError
@@ -43,42 +43,42 @@ class Pair(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Rows in a fixed order, read as they are asked for, and how many there are."""
+class PairSource:
+    """Image-text pairs in a fixed order, read lazily, and how many there are."""
 
     total: int
-    pairs: Iterator[Pair]
+    pairs: Iterator[ImageTextPair]
 
 
 @dataclass
-class Written:
-    """What write_shards made: the tars in order, how many samples, and every row that was left out, with the reason."""
+class WrittenShards:
+    """What write_shards wrote: the tars in order, the number of samples, and every skipped record with the reason."""
 
     tars: list[Path] = field(default_factory=list)
-    samples: int = 0
-    left_out: list[str] = field(default_factory=list)
+    num_samples: int = 0
+    skipped: list[str] = field(default_factory=list)
 
 
-def pairs_of_folder(folder: Path) -> Origin:
-    """Pictures below ``folder``, sorted by name, each with the text of the same name (``a/7.jpg``, ``a/7.txt``)."""
+def pairs_from_folder(folder: Path) -> PairSource:
+    """Return the images below ``folder`` by name, each with the text of the same name (``a/7.jpg``, ``a/7.txt``)."""
     if not folder.is_dir():
         raise DataError(f"--folder {folder} is no folder.")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if not files:
-        raise DataError(f"{folder} holds no picture; looked for {', '.join(IMAGE_SUFFIXES)} in it and its subfolders.")
+        raise DataError(f"{folder} holds no image; looked for {', '.join(IMAGE_SUFFIXES)} in it and its subfolders.")
 
-    def read(image: Path) -> Pair:
+    def read(image: Path) -> ImageTextPair:
         name, text = image.relative_to(folder).as_posix(), image.with_suffix(".txt")
         try:
-            return Pair(name, image, text.read_text(encoding="utf-8"))
+            return ImageTextPair(name, image, text.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            return Pair(name, DataError(f"its caption {text.name} cannot be read: {error}"), "")
+            return ImageTextPair(name, DataError(f"its caption {text.name} cannot be read: {error}"), "")
 
-    return Origin(len(files), map(read, files))
+    return PairSource(len(files), map(read, files))
 
 
-def pairs_of_table(table: Path, image_column: str, caption_column: str, image_root: Path | None = None) -> Origin:
-    """The rows of a CSV or parquet file. A picture is its bytes (parquet), a struct with ``bytes``, or a path.
+def pairs_from_table(table: Path, image_column: str, caption_column: str, image_root: Path | None = None) -> PairSource:
+    """Return the records of a CSV or parquet file. An image is its bytes (parquet), a struct with ``bytes``, or a path.
 
     Paths start at ``image_root`` (the table's folder where it is None) and may not lead out of it.
     Raises DataError for a table that cannot be read or lacks a column.
@@ -93,34 +93,35 @@ def pairs_of_table(table: Path, image_column: str, caption_column: str, image_ro
         total, rows = _csv_rows(table, columns)
     else:
         raise DataError(f"--table {table}: its name must end in .parquet, .pq or .csv.")
-    return Origin(total, (_pair(f"{table.name} row {n}", row, root) for n, row in enumerate(rows, start=1)))
+    return PairSource(total, (_pair(f"{table.name} row {n}", row, root) for n, row in enumerate(rows, start=1)))
 
 
 def brace_pattern(tars: list[Path]) -> str:
-    """How a run's config names the tars: ``{00000..00041}.tar``."""
+    """Return the pattern that names the tars in a run's configuration: ``{00000..00041}.tar``."""
     first, last = tars[0].stem, tars[-1].stem
     return f"{first}.tar" if first == last else f"{{{first}..{last}}}.tar"
 
 
 def write_shards(
-    origin: Origin,
+    source: PairSource,
     out: Path,
     *,
     per_shard: int,
     max_bad_fraction: float,
     overwrite: bool,
-    workers: int,
+    num_workers: int,
     progress: Callable[[int, str], None],
-) -> Written:
-    """Write ``00000.tar`` ... of ``per_shard`` samples each and their indexes into ``out``.
+) -> WrittenShards:
+    """Write ``00000.tar`` ... of ``per_shard`` samples each and their indices into ``out``.
 
-    ``progress`` is called with the number of rows done and, for one that is left out, the reason. All is written aside
-    and moved into place at the end. Raises DataError when tars are there already (without ``overwrite``), when more
-    rows are unusable than max(TOLERATED, max_bad_fraction x rows) - 0 means none - and when none is usable.
+    ``progress`` is called with the number of records done and, for one that is skipped, the reason. Everything is
+    written to a staging folder and moved into place at the end. Raises DataError when tars are there already (without
+    ``overwrite``), when more records are unusable than max(ALWAYS_TOLERATED, max_bad_fraction x records) - 0 means
+    none - and when none is usable.
     """
-    if per_shard < 1 or not 0 <= max_bad_fraction <= 1 or workers < 1:
+    if per_shard < 1 or not 0 <= max_bad_fraction <= 1 or num_workers < 1:
         raise DataError(
-            f"per_shard={per_shard} and workers={workers} must be at least 1, max_bad_fraction={max_bad_fraction} "
+            f"per_shard={per_shard} and workers={num_workers} must be at least 1, max_bad_fraction={max_bad_fraction} "
             "must lie between 0 and 1."
         )
     old = sorted(path for path in out.glob("*.tar") if _TAR.fullmatch(path.name)) if out.is_dir() else []
@@ -129,18 +130,20 @@ def write_shards(
             f"{out} holds {len(old)} tars already ({old[0].name} ...); choose another --out, or --overwrite."
         )
     try:
-        return _replace(old, out, lambda folder: _fill(origin, folder, per_shard, max_bad_fraction, workers, progress))
+        return _write_and_swap(
+            old, out, lambda folder: _write(source, folder, per_shard, max_bad_fraction, num_workers, progress)
+        )
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error}") from error
 
 
-def _replace(old: list[Path], out: Path, fill: Callable[[Path], Written]) -> Written:
-    """Let ``fill`` write tars and indexes aside, then put them where the old ones are."""
-    partial = out / _PARTIAL
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+def _write_and_swap(old: list[Path], out: Path, write: Callable[[Path], WrittenShards]) -> WrittenShards:
+    """Let ``write`` fill a staging folder with tars and indices, then move them to where the old ones are."""
+    staging = out / _STAGING
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
     try:
-        written = fill(partial)
+        written = write(staging)
         for path in old:
             index_path(path).unlink(missing_ok=True)
             path.unlink()
@@ -148,49 +151,54 @@ def _replace(old: list[Path], out: Path, fill: Callable[[Path], Written]) -> Wri
             path.rename(out / path.name)
             index_path(path).rename(index_path(out / path.name))
     finally:
-        shutil.rmtree(partial)
+        shutil.rmtree(staging)
     written.tars = [out / path.name for path in written.tars]
     return written
 
 
 def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    """Append a file without a date or an owner, so that equal contents make equal tars."""
+    """Append a file without a date or an owner, so that equal contents give equal tars."""
     member = tarfile.TarInfo(name)  # mtime 0, mode 0644, no owner
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))
 
 
-def _fill(
-    origin: Origin, folder: Path, per_shard: int, max_bad_fraction: float, workers: int, progress: Callable[..., None]
-) -> Written:
-    """Write the tars and their indexes into an empty folder."""
-    written = Written()
-    allowed = max(TOLERATED, int(max_bad_fraction * origin.total)) if max_bad_fraction else 0
-    digits = max(5, len(str(origin.total // per_shard)))
+def _write(
+    source: PairSource,
+    folder: Path,
+    per_shard: int,
+    max_bad_fraction: float,
+    num_workers: int,
+    progress: Callable[..., None],
+) -> WrittenShards:
+    """Write the tars and their indices into an empty folder."""
+    written = WrittenShards()
+    allowed = max(ALWAYS_TOLERATED, int(max_bad_fraction * source.total)) if max_bad_fraction else 0
+    digits = max(5, len(str(source.total // per_shard)))
     tar: tarfile.TarFile | None = None
     try:
-        for done, (pair, checked) in enumerate(_checked(origin.pairs, workers), start=1):
+        for done, (pair, checked) in enumerate(_check_images(source.pairs, num_workers), start=1):
             if isinstance(checked, DataError):
-                written.left_out.append(f"{pair.name}: {checked}")
-                progress(done, written.left_out[-1])
-                if len(written.left_out) > allowed:
-                    raise _too_many(written.left_out, done, origin.total, allowed)
+                written.skipped.append(f"{pair.name}: {checked}")
+                progress(done, written.skipped[-1])
+                if len(written.skipped) > allowed:
+                    raise _too_many(written.skipped, done, source.total, allowed)
                 continue
-            if written.samples % per_shard == 0:
+            if written.num_samples % per_shard == 0:
                 _finish(tar)
                 path = folder / f"{len(written.tars):0{digits}}.tar"
                 tar = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 (closed by _finish)
                 written.tars.append(path)
             assert tar is not None
-            key = f"{written.samples:09}"
+            key = f"{written.num_samples:09}"
             add_member(tar, f"{key}.{_suffix(checked)}", checked)
             add_member(tar, f"{key}.txt", pair.caption.encode())
-            written.samples += 1
+            written.num_samples += 1
             progress(done, "")
     finally:
         _finish(tar)
-    if not written.samples:
-        raise DataError(f"None of the {origin.total} rows could be used. The first: {written.left_out[:3]}")
+    if not written.num_samples:
+        raise DataError(f"None of the {source.total} records could be used. The first: {written.skipped[:3]}")
     return written
 
 
@@ -200,22 +208,24 @@ def _finish(tar: tarfile.TarFile | None) -> None:
         write_index(Path(str(tar.name)))
 
 
-def _too_many(left_out: list[str], done: int, total: int, allowed: int) -> DataError:
-    listing = "\n  ".join(left_out[:10])
+def _too_many(skipped: list[str], done: int, total: int, allowed: int) -> DataError:
+    listing = "\n  ".join(skipped[:10])
     return DataError(
-        f"{len(left_out)} of the first {done} rows (of {total}) cannot be used, {allowed} may. Nothing was written. "
-        f"Mend or remove them, or raise --max_bad_fraction. The first:\n  {listing}"
+        f"{len(skipped)} of the first {done} records (of {total}) cannot be used, {allowed} may. Nothing was written. "
+        f"Repair or remove them, or raise --max_bad_fraction. The first:\n  {listing}"
     )
 
 
-def _checked(pairs: Iterator[Pair], workers: int) -> Iterator[tuple[Pair, bytes | DataError]]:
-    """Every row with its picture's bytes or what is wrong, in order; decoded in threads, some rows at a time."""
-    with ThreadPoolExecutor(workers) as pool:
+def _check_images(
+    pairs: Iterator[ImageTextPair], num_workers: int
+) -> Iterator[tuple[ImageTextPair, bytes | DataError]]:
+    """Yield every record with its image's bytes or what is wrong, in order; decoded in threads, a window at a time."""
+    with ThreadPoolExecutor(num_workers) as pool:
         while window := list(islice(pairs, _WINDOW)):
             yield from zip(window, pool.map(_check, window), strict=True)
 
 
-def _check(pair: Pair) -> bytes | DataError:
+def _check(pair: ImageTextPair) -> bytes | DataError:
     if isinstance(pair.image, DataError):
         return pair.image
     if not pair.caption.strip():
@@ -224,46 +234,48 @@ def _check(pair: Pair) -> bytes | DataError:
         data = pair.image.read_bytes() if isinstance(pair.image, Path) else pair.image
         decode_image(data, _CHECK_PIXELS, key="")
     except OSError as error:
-        return DataError(f"the picture cannot be read: {error}")
+        return DataError(f"the image cannot be read: {error}")
     except DataError as error:
         return error
-    return data if _suffix(data) else DataError("the picture is neither a JPEG nor a PNG; convert it")
+    return data if _suffix(data) else DataError("the image is neither a JPEG nor a PNG; convert it")
 
 
 def _suffix(data: bytes) -> str:
     return next((suffix for suffix, magic in _MAGIC.items() if data.startswith(magic)), "")
 
 
-def _pair(name: str, row: tuple[Any, Any], root: Path) -> Pair:
-    image, caption = row
-    if isinstance(image, dict):  # as the datasets library stores pictures
+def _pair(name: str, record: tuple[Any, Any], root: Path) -> ImageTextPair:
+    image, caption = record
+    if isinstance(image, dict):  # as the datasets library stores images
         image = image.get("bytes") or image.get("path")
     if not isinstance(caption, str):
-        return Pair(name, DataError(f"the caption is no text but {type(caption).__name__}"), "")
+        return ImageTextPair(name, DataError(f"the caption is no text but {type(caption).__name__}"), "")
     if isinstance(image, bytes):
-        return Pair(name, image, caption)
+        return ImageTextPair(name, image, caption)
     if not isinstance(image, str) or not image:
-        return Pair(name, DataError(f"the picture is neither a path nor bytes but {type(image).__name__}"), caption)
+        return ImageTextPair(
+            name, DataError(f"the image is neither a path nor bytes but {type(image).__name__}"), caption
+        )
     if "://" in image:
         raise DataError(
-            f"{name}: the picture {image!r} is an address. Pictures are not downloaded here; do it first, "
+            f"{name}: the image {image!r} is an address. Images are not downloaded here; do it first, "
             "for example with img2dataset (its tars can be trained on as they are), and give paths or bytes."
         )
     path = (root / image).resolve()
     if not path.is_relative_to(root.resolve()):
-        return Pair(name, DataError(f"the path {image!r} leads out of {root}; see --image_root"), caption)
-    return Pair(name, path, caption)
+        return ImageTextPair(name, DataError(f"the path {image!r} leads out of {root}; see --image_root"), caption)
+    return ImageTextPair(name, path, caption)
 
 
-def _lacking(table: Path, columns: tuple[str, str], there: list[str]) -> DataError | None:
-    missing = [column for column in columns if column not in there]
+def _missing_columns(table: Path, columns: tuple[str, str], found: list[str]) -> DataError | None:
+    missing = [column for column in columns if column not in found]
     if not missing:
         return None
-    return DataError(f"{table} has no column {missing}; there are {there}. Give --image_column and --caption_column.")
+    return DataError(f"{table} has no column {missing}; there are {found}. Give --image_column and --caption_column.")
 
 
 def _csv_rows(table: Path, columns: tuple[str, str]) -> tuple[int, Iterator[tuple[Any, Any]]]:
-    """Rows of a CSV file with a header line, UTF-8."""
+    """Return the number of records of a UTF-8 CSV file with a header line, and (image, caption) of each."""
     csv.field_size_limit(sys.maxsize)
 
     def rows() -> Iterator[tuple[Any, Any]]:
@@ -274,15 +286,15 @@ def _csv_rows(table: Path, columns: tuple[str, str]) -> tuple[int, Iterator[tupl
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
-            if lacking := _lacking(table, columns, next(reader, [])):
-                raise lacking
+            if missing := _missing_columns(table, columns, next(reader, [])):
+                raise missing
             return sum(bool(row) for row in reader), rows()
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{table} is not a CSV file in UTF-8: {error}") from error
 
 
 def _parquet_rows(table: Path, columns: tuple[str, str]) -> tuple[int, Iterator[tuple[Any, Any]]]:
-    """Rows of a parquet file, a few at a time."""
+    """Return the number of records of a parquet file, and (image, caption) of each, read in windows."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -292,8 +304,8 @@ def _parquet_rows(table: Path, columns: tuple[str, str]) -> tuple[int, Iterator[
         opened = parquet.ParquetFile(table)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{table} is not a readable parquet file: {error}") from error
-    if lacking := _lacking(table, columns, list(opened.schema_arrow.names)):
-        raise lacking
+    if missing := _missing_columns(table, columns, list(opened.schema_arrow.names)):
+        raise missing
 
     def rows() -> Iterator[tuple[Any, Any]]:
         try:

@@ -1,8 +1,8 @@
-"""Text to token ids: the only door to transformers' tokenizers.
+"""Convert text to token ids: the only adapter of transformers' tokenizers.
 
 The release of AKI trains with Phi-3's *slow* tokenizer (transformers 4.41.2, ``legacy=False``), which puts no
-space before text that follows a special token. Phi-3's published ``tokenizer.json`` does put one there, so the
-fast tokenizer is stripped of that rule; then both give the same ids (proved in tests/data/test_data_text.py).
+space before text that follows a special token. Phi-3's published ``tokenizer.json`` does put one there, so that rule is
+removed from the fast tokenizer; then both give the same ids (tests/data/test_tokenizer.py).
 """
 
 import json
@@ -15,8 +15,8 @@ import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from aki_megatron.config.model import DecoderConfig
-from aki_megatron.data.chat import ENDOFCHUNK, IMAGE, PAD, Chat
 from aki_megatron.errors import ConfigError, DataError
+from aki_megatron.families.base import ENDOFCHUNK_TOKEN, IMAGE_TOKEN, PAD_TOKEN, ChatFormat
 
 _SPACE = "\u2581"
 """What sentencepiece writes for a space."""
@@ -25,102 +25,103 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Tokenizer:
-    """A Hugging Face fast tokenizer folder of one family. Every id is looked up by name.
+    """The fast tokenizer in a Hugging Face folder, for one family. Every id is looked up by name.
 
-    chat  how the family writes conversations; the folder must hold its markers
+    chat  how the family writes conversations; the folder must have its special tokens
 
-    AKI's tokens are added where they are missing, as ``grow_tokenizer`` does. Attributes ``eos pad image endofchunk``
-    and ``close final`` (of ``chat``) are token ids; ``stops`` are those that end what is generated; ``size`` is the
-    number of tokens.
-    Errors: DataError where the folder is missing, has no fast tokenizer, or lacks a marker.
+    AKI's tokens are added where they are missing, as ``grow_tokenizer`` does. ``eos_id pad_id image_id endofchunk_id``
+    and ``turn_end_id sample_end_id`` (of ``chat``) are token ids; ``stop_ids`` end generation; ``num_tokens`` is the
+    size of the vocabulary, added tokens included.
+    Raises DataError where the folder is missing, has no fast tokenizer, or lacks a special token.
     """
 
-    def __init__(self, folder: Path, chat: Chat) -> None:
+    def __init__(self, folder: Path, chat: ChatFormat) -> None:
         self.folder, self.chat = folder, chat
         loaded = _open(folder)
         _add_tokens(loaded, folder)
-        rules = _stripped(json.loads(loaded.backend_tokenizer.to_str()))
+        rules = _without_prefix_rules(json.loads(loaded.backend_tokenizer.to_str()))
         self._backend = tokenizers.Tokenizer.from_str(json.dumps(rules))
         special = self._backend.get_added_tokens_decoder()
         self._special = {i: token.content for i, token in special.items()}
-        self._swallowing = {i: token.content for i, token in special.items() if token.rstrip}
-        if missing := [name for name in chat.markers if name not in self._special.values()]:
+        self._strips_right = {i: token.content for i, token in special.items() if token.rstrip}
+        if missing := [name for name in chat.special_tokens if name not in self._special.values()]:
             raise DataError(
                 f"Tokenizer {folder} lacks the special tokens {', '.join(missing)}; it needs "
-                f"{', '.join(chat.markers)}. Point data.tokenizer to a folder of the family model.decoder.family."
+                f"{', '.join(chat.special_tokens)}. Point data.tokenizer to a folder of the family "
+                "model.decoder.family."
             )
-        self.eos, self.pad = int(loaded.eos_token_id), int(loaded.pad_token_id)
-        self.image, self.endofchunk = self.id(IMAGE), self.id(ENDOFCHUNK)
-        self.close, self.final = self.id(chat.close), self.id(chat.final)
-        self.stops = frozenset({self.eos, *map(self.id, chat.stops)})
-        self.size = self._backend.get_vocab_size(with_added_tokens=True)
+        self.eos_id, self.pad_id = int(loaded.eos_token_id), int(loaded.pad_token_id)
+        self.image_id, self.endofchunk_id = self.token_id(IMAGE_TOKEN), self.token_id(ENDOFCHUNK_TOKEN)
+        self.turn_end_id, self.sample_end_id = self.token_id(chat.turn_end), self.token_id(chat.sample_end)
+        self.stop_ids = frozenset({self.eos_id, *map(self.token_id, chat.stop_tokens)})
+        self.num_tokens = self._backend.get_vocab_size(with_added_tokens=True)
         names = sorted(self._special.values(), key=len, reverse=True)
         self._any_special = re.compile("|".join(map(re.escape, names)))
-        self._bytes = _byte_letters() if '"ByteLevel"' in json.dumps(rules["decoder"]) else None
+        self._byte_of_letter = _byte_of_letter() if '"ByteLevel"' in json.dumps(rules["decoder"]) else None
 
-    def id(self, name: str) -> int:
-        """The id of one token by its exact name; DataError if there is none."""
+    def token_id(self, name: str) -> int:
+        """Return the id of a token by its exact name. Raises DataError if there is none."""
         found = self._backend.token_to_id(name)
         if found is None:
             raise DataError(f"Tokenizer {self.folder} has no token {name!r}.")
         return found
 
     def encode(self, text: str, after: int | None = None) -> list[int]:
-        """Token ids of the text as it stands (nothing added), where it follows the token ``after``.
+        """Return the token ids of ``text`` as it stands (nothing added), where it follows the token ``after``.
 
         Special tokens written in the text become their ids. No token begins before the text; but a special token there
-        may swallow the white space at its beginning, as Phi-3's do.
+        may strip the white space at its beginning, as Phi-3's do.
         """
-        before = self._swallowing.get(after, "") if after is not None else ""
+        before = self._strips_right.get(after, "") if after is not None else ""
         ids = self._backend.encode(before + text, add_special_tokens=False).ids
         return ids[1:] if before else ids
 
     def decode(self, ids: list[int]) -> str:
-        """Text of the ids, special tokens left out."""
+        """Return the text of the ids, special tokens left out."""
         return self._backend.decode(ids, skip_special_tokens=True)
 
-    def token(self, token_id: int) -> str:
-        """The name of one id as the vocabulary writes it (sentencepiece writes U+2581 for a space)."""
+    def token_name(self, token_id: int) -> str:
+        """Return a token as the vocabulary writes it (sentencepiece writes U+2581 for a space)."""
         name = self._backend.id_to_token(token_id)
         if name is None:
-            raise DataError(f"Tokenizer {self.folder} has {self.size} tokens; there is no id {token_id}.")
+            raise DataError(f"Tokenizer {self.folder} has {self.num_tokens} tokens; there is no id {token_id}.")
         return name
 
-    def spelling(self, token_id: int) -> bytes:
-        """What one token stands for, in UTF-8; it may be a part of a character. A special token stands for its name."""
-        name = self.token(token_id)
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the UTF-8 bytes of a token, maybe part of a character; those of its name for a special token."""
+        name = self.token_name(token_id)
         if self.is_special(token_id):
             return name.encode()
-        if self._bytes is not None:
-            return bytes(self._bytes[letter] for letter in name)
+        if self._byte_of_letter is not None:
+            return bytes(self._byte_of_letter[letter] for letter in name)
         byte = _BYTE.fullmatch(name)
         return bytes.fromhex(byte[1]) if byte else name.replace(_SPACE, " ").encode()
 
     def is_special(self, token_id: int) -> bool:
-        """Whether it is a token that text is cut at, a marker for example."""
+        """Return whether text is split at this token, as at a chat marker."""
         return token_id in self._special
 
     def find_special(self, text: str) -> str | None:
-        """The first special token that is written out in the text, or None."""
+        """Return the first special token that is written out in the text, or None."""
         found = self._any_special.search(text)
         return found.group() if found else None
 
     def check_vocabulary(self, config: DecoderConfig) -> None:
-        """ConfigError unless the model's tables have exactly this tokenizer's tokens."""
-        cure = f"set vocab_size={self.image} and num_added_tokens={self.size - self.image}."
-        if config.total_vocab_size != self.size:
+        """Raise ConfigError unless the model's embedding tables have exactly this tokenizer's tokens."""
+        cure = f"set vocab_size={self.image_id} and num_added_tokens={self.num_tokens - self.image_id}."
+        if config.total_vocab_size != self.num_tokens:
             raise ConfigError(
                 f"model.decoder.vocab_size + num_added_tokens = {config.vocab_size} + {config.num_added_tokens} = "
-                f"{config.total_vocab_size}, but the tokenizer {self.folder} has {self.size} tokens; {cure}"
+                f"{config.total_vocab_size}, but the tokenizer {self.folder} has {self.num_tokens} tokens; {cure}"
             )
-        if config.num_added_tokens and config.vocab_size != self.image:
+        if config.num_added_tokens and config.vocab_size != self.image_id:
             raise ConfigError(
-                f"model.decoder.vocab_size={config.vocab_size}, but the extra rows start at {IMAGE}, whose id "
-                f"in {self.folder} is {self.image}; {cure}"
+                f"model.decoder.vocab_size={config.vocab_size}, but the added tokens start at {IMAGE_TOKEN}, whose id "
+                f"in {self.folder} is {self.image_id}; {cure}"
             )
         if config.padded_vocab_size < config.vocab_size:
             raise ConfigError(
-                f"model.decoder.padded_vocab_size={config.padded_vocab_size} rows cannot hold "
+                f"model.decoder.padded_vocab_size={config.padded_vocab_size} cannot hold "
                 f"vocab_size={config.vocab_size} tokens; set padded_vocab_size to {config.vocab_size} or more."
             )
 
@@ -130,43 +131,43 @@ class Vocabulary:
     """Token ids of a tokenizer that was grown for AKI, and the sizes that the decoder needs for them."""
 
     vocab_size: int
-    """Ids below it are rows of the language model's tables; ``image`` is the first that is not."""
+    """Ids below it are in the language model's own tables; ``image_id`` is the first that is not."""
     num_added_tokens: int
-    bos: int | None
-    eos: int
-    pad: int
-    image: int
-    endofchunk: int
+    bos_id: int | None
+    eos_id: int
+    pad_id: int
+    image_id: int
+    endofchunk_id: int
 
 
 def grow_tokenizer(source: Path, out: Path) -> Vocabulary:
     """Add AKI's tokens to the tokenizer of a language model's folder and write it to ``out``.
 
     ``<pad>`` is added only where the tokenizer has no padding token or pads with its end-of-text token, as the release
-    does; then ``<image>`` and ``<|endofchunk|>``. What is written gives the ids of Tokenizer, also to those who read it
-    with transformers alone. A tokenizer that was grown before stays as it is.
+    does; then ``<image>`` and ``<|endofchunk|>``. What is written gives the ids of Tokenizer, also with transformers
+    alone. A tokenizer that was grown before stays as it is.
 
-    Errors: DataError where the folder has no fast tokenizer or no end-of-text token, or where the added tokens would
-    not be its last ones.
+    Raises DataError where the folder has no fast tokenizer or no end-of-text token, or where the added tokens would not
+    be its last ones.
     """
     loaded = _open(source)
     _add_tokens(loaded, source)
     size, ids = len(loaded), loaded.get_vocab()
-    image, endofchunk = ids[IMAGE], ids[ENDOFCHUNK]
-    if (image, endofchunk) != (size - 2, size - 1):
+    image_id, endofchunk_id = ids[IMAGE_TOKEN], ids[ENDOFCHUNK_TOKEN]
+    if (image_id, endofchunk_id) != (size - 2, size - 1):
         raise DataError(
-            f"Tokenizer {source} has {size} tokens; {IMAGE} and {ENDOFCHUNK} must be the last two, and are {image} and "
-            f"{endofchunk}. Give the tokenizer of the language model as it was published."
+            f"Tokenizer {source} has {size} tokens; {IMAGE_TOKEN} and {ENDOFCHUNK_TOKEN} must be the last two, and are "
+            f"{image_id} and {endofchunk_id}. Give the tokenizer of the language model as it was published."
         )
-    _ids_of_training(loaded).save_pretrained(str(out))
+    _with_training_ids(loaded).save_pretrained(str(out))
     return Vocabulary(
-        vocab_size=image,
+        vocab_size=image_id,
         num_added_tokens=2,
-        bos=loaded.bos_token_id,
-        eos=loaded.eos_token_id,
-        pad=loaded.pad_token_id,
-        image=image,
-        endofchunk=endofchunk,
+        bos_id=loaded.bos_token_id,
+        eos_id=loaded.eos_token_id,
+        pad_id=loaded.pad_token_id,
+        image_id=image_id,
+        endofchunk_id=endofchunk_id,
     )
 
 
@@ -175,18 +176,18 @@ def _add_tokens(loaded: PreTrainedTokenizerFast, folder: Path) -> None:
     if loaded.eos_token_id is None:
         raise DataError(f"Tokenizer {folder} names no end-of-text token (eos_token in tokenizer_config.json); name it.")
     needs_pad = loaded.pad_token_id in (None, loaded.eos_token_id)
-    names = (PAD, IMAGE, ENDOFCHUNK) if needs_pad else (IMAGE, ENDOFCHUNK)
+    names = (PAD_TOKEN, IMAGE_TOKEN, ENDOFCHUNK_TOKEN) if needs_pad else (IMAGE_TOKEN, ENDOFCHUNK_TOKEN)
     # without strip flags: the newline after <image> stays and is tokenized, as in the release
     added = [tokenizers.AddedToken(name, normalized=False, special=True) for name in names]
     loaded.add_tokens(added, special_tokens=True)
     if needs_pad:
-        loaded.pad_token = PAD
+        loaded.pad_token = PAD_TOKEN
 
 
-def _ids_of_training(loaded: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The same tokenizer without a space before text that follows a special token; itself where it puts none."""
+def _with_training_ids(loaded: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Return the tokenizer without a space before text that follows a special token; itself where it puts none."""
     rules = json.loads(loaded.backend_tokenizer.to_str())
-    stripped = _stripped(rules)
+    stripped = _without_prefix_rules(rules)
     if stripped == rules:
         return loaded
     # classes of families put the rule back whenever they are loaded; this one takes tokenizer.json as it is
@@ -201,7 +202,7 @@ def _ids_of_training(loaded: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast
 
 
 def _open(folder: Path) -> PreTrainedTokenizerFast:
-    """The fast tokenizer of a local folder as transformers gives it."""
+    """Load the fast tokenizer of a local folder with transformers."""
     if not folder.is_dir():
         raise DataError(f"Tokenizer folder {folder} does not exist (data.tokenizer).")
     if not (folder / "tokenizer.json").is_file():
@@ -220,14 +221,14 @@ def _open(folder: Path) -> PreTrainedTokenizerFast:
     return loaded
 
 
-def _stripped(rules: dict[str, Any]) -> dict[str, Any]:
-    """Rules as in tokenizer.json, without a space before text, without truncation and padding."""
+def _without_prefix_rules(rules: dict[str, Any]) -> dict[str, Any]:
+    """Return the rules of a tokenizer.json without a space before text, without truncation and padding."""
     normalizer, pre_tokenizer = _without_prefix(rules["normalizer"]), _without_prefix(rules["pre_tokenizer"])
     return {**rules, "normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "truncation": None, "padding": None}
 
 
 def _without_prefix(rule: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A normalizer or pre-tokenizer as in tokenizer.json, without the part that puts a space before a segment."""
+    """Return a normalizer or pre-tokenizer of tokenizer.json without the part that puts a space before a segment."""
     if rule is None or rule["type"] == "Prepend":
         return None
     if rule["type"] == "Metaspace":
@@ -239,8 +240,8 @@ def _without_prefix(rule: dict[str, Any] | None) -> dict[str, Any] | None:
     return rule
 
 
-def _byte_letters() -> dict[str, int]:
-    """How byte-level vocabularies write bytes: as the letter with that number if it prints, else U+0100 and on."""
+def _byte_of_letter() -> dict[str, int]:
+    """Return how byte-level vocabularies write bytes: the letter of that number if it prints, else U+0100 and on."""
     printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in printed]
     return {chr(byte): byte for byte in printed} | {chr(0x100 + i): byte for i, byte in enumerate(others)}

@@ -1,1 +1,1 @@
-"""One optimizer step, however the model is spread."""
+"""Optimizer steps and training state under any parallel layout."""

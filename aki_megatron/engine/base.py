@@ -1,7 +1,4 @@
-"""What every engine does: one optimizer step over a share of a batch, and its state as logical tensors.
-
-A stage runner is what one pipeline stage needs of whoever holds its optimizer state; the engine drives the runners.
-"""
+"""Interfaces: ShardedStage, one pipeline stage with its optimizer state, and Engine, which runs the stages."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,116 +9,120 @@ from torch import Tensor
 from aki_megatron.attention import AttentionMask
 from aki_megatron.errors import UserError
 from aki_megatron.model.stage import Stage
-from aki_megatron.types import Batch, ControlRequest, StepReport
+from aki_megatron.types import Batch, ControlRequest, StackedIds, StepReport
 
 MAX_SKIPPED_IN_A_ROW = 10
-"""Steps without a finite gradient, one after another, after which training stops."""
+"""Consecutive steps without a finite gradient after which training stops."""
 
 
 class DivergedError(UserError):
-    """The gradient was not finite too often in a row."""
+    """The gradient was not finite in too many consecutive steps."""
 
 
 @dataclass(frozen=True)
 class GradientGroup:
-    """This rank's disjoint pieces of the gradients of one parameter group.
+    """This rank's disjoint part of the gradients of one parameter group.
 
-    split    every tensor rank has a share of these parameters, else all have the same
-    tied     the first and the last stage have the same parameters; the pieces lie alike on both
-    tensors  changed in place, they are what the next update applies
+    tensor_sharded  every tensor rank holds a shard of these parameters; else all tensor ranks hold the same
+    tied            the first and the last stage hold the same parameters, and this part of them on both
+    tensors         the gradients that the next optimizer step applies; changed in place
     """
 
-    split: bool
+    tensor_sharded: bool
     tied: bool
     tensors: list[Tensor]
 
 
 class ShardedStage(Protocol):
-    """One pipeline stage with its optimizer, over the ranks of a data group.
+    """One pipeline stage with its optimizer, whose state may be partitioned over the ranks of its data group.
 
-    Methods marked collective are called by all ranks of the data group, in the same order. ``name`` is a parameter's
-    name in ``stage``; moments are global_state.MOMENTS.
+    All ranks of the data group call the methods marked collective, in the same order. ``name`` is a parameter's name in
+    ``module``; ``moment`` is one of global_state.MOMENTS, or None for the master weight.
     """
 
-    stage: Stage
+    module: Stage
 
     def begin_step(self) -> None:
-        """Have the weights whole for the coming step; collective."""
+        """Gather the parameters for the coming step; collective."""
 
-    def forward(self, inputs: Tensor, ids: Tensor, pixels: Tensor | None, layout: AttentionMask) -> Tensor:
-        """``stage(inputs, ids, pixels, layout=layout)``."""
+    def forward(self, inputs: Tensor, ids: StackedIds, pixels: Tensor | None, mask: AttentionMask) -> Tensor:
+        """Return ``module(inputs, ids, pixels, mask=mask)``."""
         ...
 
-    def backward(self, output: Tensor, gradient: Tensor | None, *, last: bool) -> None:
-        """Accumulate gradients of one forward pass, averaged over data ranks once ``last``; collective.
+    def backward(self, output: Tensor, gradient: Tensor | None, *, is_last: bool) -> None:
+        """Accumulate the gradients of one forward pass; collective when ``is_last``.
 
-        output    what ``forward`` returned, or a scalar made of it
+        output    what ``forward`` returned, or a scalar computed from it
         gradient  of the output; None where the output is a scalar to be minimized
-        last      no further backward pass of this stage in this step
+        is_last   whether this is the stage's last backward pass of the step: average gradients over the data ranks
         """
 
     def gradients(self) -> list[GradientGroup]:
-        """This rank's share of the averaged gradients, float32, after the last backward pass of a step."""
+        """Return this rank's part of the averaged gradients, float32, after the last backward pass of a step."""
         ...
 
     def scale_gradients(self, factor: float) -> None:
-        """Multiply the gradients that the next update applies: clipping; the same factor on all ranks."""
+        """Multiply the gradients that the next optimizer step applies; the same factor on all ranks."""
 
-    def update(self, lr: float) -> None:
-        """One AdamW step with the gradients as they are now; collective."""
+    def optimizer_step(self, lr: float) -> None:
+        """Apply the gradients by one AdamW update; collective."""
 
-    def discard(self) -> None:
-        """Forget the gradients instead: a skipped step; collective."""
+    def skip_step(self) -> None:
+        """Discard the gradients instead; collective."""
 
-    def local(self, name: str, moment: str | None = None) -> Tensor:
-        """Master weight or moment as this tensor rank holds it, float32, gathered over the data ranks; collective."""
+    def get_full_param(self, name: str, moment: str | None = None) -> Tensor:
+        """Return a master weight or moment, float32, gathered over the data ranks; collective.
+
+        A parameter that is sharded over the tensor ranks is returned as this tensor rank holds it.
+        """
         ...
 
-    def put(self, name: str, value: Tensor, moment: str | None = None) -> None:
-        """Overwrite what ``local`` returns; call ``refresh`` when all is put."""
+    def set_full_param(self, name: str, value: Tensor, moment: str | None = None) -> None:
+        """Overwrite what ``get_full_param`` returns; call ``sync_params`` after the last of these."""
 
-    def refresh(self) -> None:
-        """Let forward passes use the master weights that were put; collective."""
+    def sync_params(self) -> None:
+        """Copy the master weights to the parameters that forward passes use; collective."""
 
     @property
-    def updates(self) -> int:
+    def num_updates(self) -> int:
         """Optimizer updates so far, as AdamW's bias correction counts them."""
         ...
 
-    @updates.setter
-    def updates(self, count: int) -> None: ...
+    @num_updates.setter
+    def num_updates(self, count: int) -> None: ...
 
 
 class Engine(Protocol):
-    """One optimizer step, however the model is spread.
+    """Optimizer steps and state of a model under any parallel layout.
 
     Every method is collective: all ranks call it, in the same order.
     """
 
     def train_step(
-        self, microbatches: Sequence[Batch], lr: float, *, wish: ControlRequest = ControlRequest.NONE
+        self, microbatches: Sequence[Batch], lr: float, *, control: ControlRequest = ControlRequest.NONE
     ) -> StepReport:
-        """Forward and backward over the micro-batches, then one optimizer step at learning rate ``lr``.
+        """Run forward and backward passes over the micro-batches, then one optimizer step at learning rate ``lr``.
 
-        Ranks that read data give their share, the same number of micro-batches each, all others none. The report's
-        numbers are global. ``wish`` is what this rank wants done after the step; the report's holds the control_signals of all.
+        Ranks that read data pass their micro-batches, the same number each; all others pass none. The numbers of the
+        report are global. ``control`` is this rank's request; the report holds the requests of all ranks combined.
 
-        Errors: DivergedError when the gradient was not finite in MAX_SKIPPED_IN_A_ROW steps in a row,
-        MaskMismatchError when the ranks of a replica have not built the same attention layout.
+        Raises DivergedError when the gradient was not finite in MAX_SKIPPED_IN_A_ROW consecutive steps, and
+        MaskMismatchError when the ranks of a replica built different attention masks.
         """
         ...
 
-    def state(self) -> dict[str, Tensor]:
-        """Logical tensors of this rank's stages, DTensors sharded over the ranks that hold them.
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the global state: master weights, moments and update count of this rank's stages.
 
-        Names and shapes do not depend on the layout; together the ranks hold the whole model.
+        Names and shapes do not depend on the parallel layout. The tensors are DTensors sharded over the ranks that hold
+        them; all ranks together hold the whole model.
         """
         ...
 
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over tensors of the form ``state`` returns, saved under any layout; at any time between two steps."""
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load tensors of the form ``state_dict`` returns, saved under any layout; at any time between two steps."""
         ...
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight of this rank's stages by logical name, whole, float32, one at a time."""
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every weight of this rank's stages under its global name, full, float32, one at a time."""
         ...

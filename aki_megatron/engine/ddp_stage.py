@@ -1,128 +1,111 @@
-"""One pipeline stage without DeepSpeed: ZeRO 0 in float32, every data rank holds the whole state."""
+"""ShardedStage without DeepSpeed: ZeRO stage 0 in float32, in which every data rank holds the whole optimizer state."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from aki_megatron.attention import AttentionMask
-from aki_megatron.engine import global_state
 from aki_megatron.engine.base import GradientGroup
+from aki_megatron.engine.optimizer import init_moments
 from aki_megatron.model.stage import Stage
 from aki_megatron.parallel.topology import Topology
+from aki_megatron.types import StackedIds
 
 
 class DDPStage:
-    """A stage runner that data ranks hold copies of; see aki_megatron.engine.base.ShardedStage.
+    """A ShardedStage that is replicated over the data ranks.
 
     The gradients of a parameter group lie in one flat buffer, which is averaged over the data ranks by one all-reduce.
-    Then each rank answers for a share of it, so that norm, clipping and exchange count every element once, and the
-    shares are gathered again before the update.
+    Each data rank then owns an equal part of it, so that norm, clipping and exchange of tied gradients count every
+    element once; the parts are gathered again before the update.
     """
 
-    def __init__(self, stage: Stage, topology: Topology, optimizer: torch.optim.AdamW) -> None:
-        """Move ``stage`` (float32, same weights on every data rank) to this rank's device.
+    def __init__(self, module: Stage, topology: Topology, optimizer: torch.optim.AdamW) -> None:
+        """Move ``module`` (float32, same weights on every data rank) to this rank's device.
 
-        optimizer  over the trainable parameters, in the groups that optimizer.parameter_groups makes
+        optimizer  over the trainable parameters, in the groups of optimizer.parameter_groups
         """
-        self.stage = stage.to(topology.device)
+        self.module = module.to(topology.device)
         self._topology = topology
         self._adamw = optimizer
-        self._parameters = dict(stage.named_parameters())
+        self._parameters = dict(module.named_parameters())
         assert all(parameter.dtype == torch.float32 for parameter in self._parameters.values())
         self._buffers = [_flat_gradients(group["params"], topology.data) for group in optimizer.param_groups]
-        self._create_moments()
+        init_moments(optimizer, (parameter for group in optimizer.param_groups for parameter in group["params"]))
 
     def begin_step(self) -> None:
-        """See ShardedStage.begin_step; the weights always are whole."""
+        pass  # parameters are always whole
 
-    def forward(self, inputs: Tensor, ids: Tensor, pixels: Tensor | None, layout: AttentionMask) -> Tensor:
-        """See ShardedStage.forward."""
-        return self.stage(inputs, ids, pixels, layout=layout)
+    def forward(self, inputs: Tensor, ids: StackedIds, pixels: Tensor | None, mask: AttentionMask) -> Tensor:
+        return self.module(inputs, ids, pixels, mask=mask)
 
-    def backward(self, output: Tensor, gradient: Tensor | None, *, last: bool) -> None:
-        """See ShardedStage.backward."""
+    def backward(self, output: Tensor, gradient: Tensor | None, *, is_last: bool) -> None:
         output.backward(gradient)
-        if last and self._topology.data > 1:
+        if is_last and self._topology.data > 1:
             for buffer in self._buffers:
                 dist.all_reduce(buffer, group=self._topology.data_group)
                 buffer /= self._topology.data
 
     def gradients(self) -> list[GradientGroup]:
-        """See ShardedStage.gradients."""
-        shares = [self._shares(buffer)[self._topology.data_rank] for buffer in self._buffers]
-        groups = self._adamw.param_groups
+        groups = zip(self._adamw.param_groups, self._buffers, strict=True)
+        rank = self._topology.data_rank
         return [
-            GradientGroup(group["split"], group["tied"], [share]) for group, share in zip(groups, shares, strict=True)
+            GradientGroup(group["tensor_sharded"], group["tied"], [self._rank_parts(buffer)[rank]])
+            for group, buffer in groups
         ]
 
     def scale_gradients(self, factor: float) -> None:
-        """See ShardedStage.scale_gradients."""
         for group in self.gradients():
             torch._foreach_mul_(group.tensors, factor)
 
-    def update(self, lr: float) -> None:
-        """See ShardedStage.update."""
+    def optimizer_step(self, lr: float) -> None:
         if self._topology.data > 1:
             for buffer in self._buffers:
-                shares = self._shares(buffer)
-                dist.all_gather(shares, shares[self._topology.data_rank].clone(), group=self._topology.data_group)
+                parts = self._rank_parts(buffer)
+                dist.all_gather(parts, parts[self._topology.data_rank].clone(), group=self._topology.data_group)
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._adamw.step()
-        self.discard()
+        self.skip_step()
 
-    def discard(self) -> None:
-        """See ShardedStage.discard."""
+    def skip_step(self) -> None:
         torch._foreach_zero_(self._buffers)
 
-    def local(self, name: str, moment: str | None = None) -> Tensor:
-        """See ShardedStage.local."""
-        return self._held(name, moment).detach().clone()
+    def get_full_param(self, name: str, moment: str | None = None) -> Tensor:
+        return self._tensor(name, moment).detach().clone()
 
-    def put(self, name: str, value: Tensor, moment: str | None = None) -> None:
-        """See ShardedStage.put."""
-        self._held(name, moment).data.copy_(value)
+    def set_full_param(self, name: str, value: Tensor, moment: str | None = None) -> None:
+        self._tensor(name, moment).data.copy_(value)
 
-    def refresh(self) -> None:
-        """See ShardedStage.refresh; what was put is what forward passes use."""
+    def sync_params(self) -> None:
+        pass  # the master weights are the parameters
 
     @property
-    def updates(self) -> int:
-        """See ShardedStage.updates."""
+    def num_updates(self) -> int:
         return int(self._adamw.state[self._adamw.param_groups[0]["params"][0]]["step"])
 
-    @updates.setter
-    def updates(self, count: int) -> None:
+    @num_updates.setter
+    def num_updates(self, count: int) -> None:
         for state in self._adamw.state.values():
             state["step"].fill_(float(count))
 
-    def _held(self, name: str, moment: str | None) -> Tensor:
+    def _tensor(self, name: str, moment: str | None) -> Tensor:
         parameter = self._parameters[name]
         return parameter if moment is None else self._adamw.state[parameter][moment]
 
-    def _shares(self, buffer: Tensor) -> list[Tensor]:
-        """Each data rank's part of a flat buffer."""
+    def _rank_parts(self, buffer: Tensor) -> list[Tensor]:
+        """Return each data rank's part of a flat buffer."""
         return list(buffer.view(self._topology.data, -1))
 
-    def _create_moments(self) -> None:
-        """AdamW creates its state in the first step; a checkpoint may be loaded or saved before that."""
-        fused = bool(self._adamw.defaults["fused"])
-        for group in self._adamw.param_groups:
-            for parameter in group["params"]:
-                state = self._adamw.state[parameter]
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if fused else None)
-                for moment in global_state.MOMENTS:
-                    state[moment] = torch.zeros_like(parameter, requires_grad=False)
 
+def _flat_gradients(parameters: list[nn.Parameter], num_ranks: int) -> Tensor:
+    """Return a zero buffer, divisible by ``num_ranks``; the gradients of ``parameters`` become views of it.
 
-def _flat_gradients(parameters: list[nn.Parameter], ranks: int) -> Tensor:
-    """A zero buffer that divides into ``ranks`` equal shares; the gradients of ``parameters`` become views of it.
-
-    Autograd adds to a gradient that is there in place.
+    Autograd accumulates into an existing gradient in place.
     """
-    elements = sum(parameter.numel() for parameter in parameters)
-    buffer = torch.zeros(-(-elements // ranks) * ranks, device=parameters[0].device)
-    views = buffer[:elements].split([parameter.numel() for parameter in parameters])
+    num_elements = sum(parameter.numel() for parameter in parameters)
+    buffer = torch.zeros(-(-num_elements // num_ranks) * num_ranks, device=parameters[0].device)
+    views = buffer[:num_elements].split([parameter.numel() for parameter in parameters])
     for parameter, view in zip(parameters, views, strict=True):
         parameter.grad = view.view_as(parameter)
     return buffer

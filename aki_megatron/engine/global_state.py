@@ -1,7 +1,7 @@
-"""Logical tensors: what a checkpoint holds, by names and shapes that no layout changes.
+"""Global state: what a checkpoint holds, as tensors whose names and shapes do not depend on the parallel layout.
 
-Each tensor is whole in meaning and sharded by rows over the data ranks in memory (a DTensor), so that any other layout
-can read it.
+In memory each tensor is a DTensor sharded along its first dimension over the ranks that hold it, so that any other
+layout can load it.
 """
 
 import torch
@@ -14,35 +14,38 @@ WEIGHT, MOMENTS, STEP = "weight", ("exp_avg", "exp_avg_sq"), "optimizer.step"
 
 
 def key(kind: str, parameter: str) -> str:
-    """Name of a logical tensor: ``exp_avg.decoder.norm.weight``."""
+    """Return the name of a global tensor, for example ``exp_avg.lm_head.norm.weight``."""
     return f"{kind}.{parameter}"
 
 
-def shard_rows(whole: Tensor, mesh: DeviceMesh) -> Tensor:
-    """This rank's rows of ``whole``, copied so that the rest can be freed, as a DTensor of the whole's shape.
+def shard_first_dim(full: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Return ``full`` as a DTensor of the same shape that holds this rank's rows, copied so that the rest can be freed.
 
-    Rows go to ranks as torch.chunk cuts them; a rank may get none. A scalar is replicated. On one rank it is the whole.
+    Rows are distributed as torch.chunk does; a rank may get none. A scalar is replicated.
     """
-    if whole.dim() == 0:
-        return DTensor.from_local(whole.clone(), mesh, [Replicate()], run_check=False)
-    ranks, rank = mesh.size(), mesh.get_local_rank()
-    rows = -(-whole.shape[0] // ranks)
-    first = min(rank * rows, whole.shape[0])
-    local = whole[first : first + rows].clone()
+    if full.dim() == 0:
+        return DTensor.from_local(full.clone(), mesh, [Replicate()], run_check=False)
+    num_ranks, rank = mesh.size(), mesh.get_local_rank()
+    rows = -(-full.shape[0] // num_ranks)
+    first = min(rank * rows, full.shape[0])
+    local = full[first : first + rows].clone()
     return DTensor.from_local(
-        local, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.contiguous().stride()
+        local, mesh, [Shard(0)], run_check=False, shape=full.shape, stride=full.contiguous().stride()
     )
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """The whole of a logical tensor; collective when it is sharded."""
+    """Return the full tensor; collective when it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def flat_share(whole: Tensor, numel: int, rank: int) -> Tensor:
-    """Elements rank*numel ... (rank+1)*numel of the flattened tensor, zero past its end: a ZeRO-3 partition."""
-    flat = whole.reshape(-1)
-    share = torch.zeros(numel, dtype=whole.dtype, device=whole.device)
-    piece = flat[rank * numel : (rank + 1) * numel]
-    share[: piece.numel()] = piece
-    return share
+def zero_partition(full: Tensor, numel: int, rank: int) -> Tensor:
+    """Return ZeRO-3's partition of ``rank``: elements rank * numel ... (rank + 1) * numel of the flattened tensor.
+
+    Past the end of the tensor it is zero.
+    """
+    flat = full.reshape(-1)
+    partition = torch.zeros(numel, dtype=full.dtype, device=full.device)
+    elements = flat[rank * numel : (rank + 1) * numel]
+    partition[: elements.numel()] = elements
+    return partition

@@ -1,17 +1,16 @@
-"""The engine: one optimizer step of a model that is spread over tensor, pipeline and data ranks.
+"""The engine: optimizer steps of a model that is distributed over tensor, pipeline and data ranks.
 
-Stage runners hold the layers and the optimizer state; this drives them by the schedule, sends what crosses stages, and
-decides for all ranks at once:
+The ShardedStages hold the layers and the optimizer state. The engine runs them by the pipeline schedule and decides
+what concerns all ranks:
 
 - The loss is a sum until the last moment: supervised tokens of the whole step are counted over all data ranks first.
-  Runners average gradients over data ranks, so the loss is multiplied by data ranks / supervised tokens.
-- One all-reduce over the world carries the loss, the square of the gradient norm, and what ranks want done after the
-  step. Each element of the gradient counts once: copies that tensor ranks or the last stage's tied head hold are left
-  out.
-- A gradient that is not finite anywhere makes all ranks skip the step; so does ``accept``, which sees the same numbers
-  on every rank.
-- Ids travel with the hidden states, each stage rebuilds the attention layout from what it got, and layouts are compared
-  over the ranks of a replica in the first step and in every ``mask_check_interval``-th after it.
+  The stages average gradients over data ranks, so the loss is multiplied by data ranks / supervised tokens.
+- One all-reduce over the world carries the loss, the squared gradient norm, and the control requests. Each element of
+  the gradient counts once: copies on other tensor ranks and in the last stage's tied LM head are left out.
+- A gradient that is not finite on any rank makes all ranks skip the step; so does ``should_apply_update``, which sees
+  the same numbers on every rank.
+- Ids are sent with the hidden states, each stage builds the attention mask from what it received, and masks are
+  compared over the ranks of a replica in the first step and every ``mask_check_interval`` steps after it.
 """
 
 import math
@@ -28,285 +27,199 @@ from aki_megatron.engine import global_state
 from aki_megatron.engine.base import MAX_SKIPPED_IN_A_ROW, DivergedError, ShardedStage
 from aki_megatron.engine.mask_consistency import MaskConsistencyChecker
 from aki_megatron.engine.norm import clip_factor, squared_norm
-from aki_megatron.model.split import cut, join, split_of
+from aki_megatron.engine.pipeline_step import PipelineContext, PipelineStep
+from aki_megatron.model.sharding import shard_spec, shard_tensor, unshard_tensor
 from aki_megatron.model.stage import global_names
-from aki_megatron.parallel.batch_broadcast import MicrobatchShape, broadcast_batch, broadcast_shapes
+from aki_megatron.parallel.batch_broadcast import broadcast_shapes
 from aki_megatron.parallel.p2p_communication import P2PCommunicator
-from aki_megatron.parallel.schedule import Message, Work, schedule
+from aki_megatron.parallel.schedule import build_schedule
 from aki_megatron.parallel.topology import Topology
-from aki_megatron.types import Batch, ControlRequest, StageActivations, StepReport
+from aki_megatron.types import Batch, ControlRequest, StepReport
 
-WISHES = (ControlRequest.SAVE, ControlRequest.STOP)
-"""Each has a place in the all-reduce at the end of a step."""
+CONTROL_REQUESTS = (ControlRequest.SAVE, ControlRequest.STOP)
+"""Each has an element in the all-reduce at the end of a step."""
 
 
-def _accept_all(_loss: float, _norm: float) -> bool:
+def _always(_loss: float, _norm: float) -> bool:
     return True
 
 
-def _tell_nobody(_place: str) -> None:
+def _ignore_phase(_phase: str) -> None:
     pass
 
 
 class PipelineEngine:
-    """Engine over tensor, pipeline and data ranks; see aki_megatron.engine.base.Engine."""
+    """Engine (see engine/base.py) over tensor, pipeline and data ranks."""
 
     def __init__(
         self,
-        runners: Sequence[ShardedStage],
+        stages: Sequence[ShardedStage],
         topology: Topology,
         *,
-        micro_batches: int,
+        num_micro_batches: int,
         precision: Literal["bf16", "fp32"],
         max_grad_norm: float,
         mask_check_interval: int,
-        accept: Callable[[float, float], bool] = _accept_all,
-        at: Callable[[str], None] = _tell_nobody,
+        should_apply_update: Callable[[float, float], bool] = _always,
+        set_phase: Callable[[str], None] = _ignore_phase,
     ) -> None:
-        """Drive this rank's ``runners``, one per chunk, in model order; every rank has the same number of them.
+        """Run this rank's ``stages``, one per virtual stage, in model order; every rank has the same number of them.
 
-        micro_batches  per step and data rank
-        max_grad_norm      limit of the global gradient norm
-        mask_check_interval    steps between comparisons of attention layouts
-        accept         asked on every rank, with the same loss and finite gradient norm, before each update; False
-                       discards the update
-        at             told where in the step this rank is, often: it must be cheap
+        num_micro_batches    per step and data rank
+        max_grad_norm        limit of the global gradient norm
+        mask_check_interval  steps between comparisons of attention masks
+        should_apply_update  called on every rank before each update with the same loss and finite gradient norm; False
+                             skips the step
+        set_phase            told what this rank does, several times per micro-batch: it must be cheap
         """
-        self._runners = runners
+        self._stages = stages
         self._topology = topology
-        self._micro_batches = micro_batches
-        self._clip_norm = max_grad_norm
-        self._check_every = mask_check_interval
-        self._accept = accept
-        self._at = at
-        self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self._ticks = schedule(pipeline=topology.pipeline, chunks=len(runners), micro_batches=micro_batches)[
-            topology.pipeline_rank
-        ]
-        self._wire = P2PCommunicator(topology, width=runners[0].stage.config.decoder.hidden_size, dtype=self._dtype)
-        self._mesh = DeviceMesh.from_group(topology.stage_group, topology.device.type)
-        self._names = [global_names(runner.stage) for runner in runners]
+        self._num_micro_batches = num_micro_batches
+        self._max_grad_norm = max_grad_norm
+        self._mask_check_interval = mask_check_interval
+        self._should_apply_update = should_apply_update
+        self._set_phase = set_phase
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        schedules = build_schedule(
+            pipeline=topology.pipeline, virtual_stages=len(stages), num_micro_batches=num_micro_batches
+        )
+        hidden_size = stages[0].module.config.decoder.hidden_size
+        self._context = PipelineContext(
+            stages=stages,
+            topology=topology,
+            communicator=P2PCommunicator(topology, hidden_size=hidden_size, dtype=dtype),
+            schedule=schedules[topology.pipeline_rank],
+            dtype=dtype,
+            set_phase=set_phase,
+        )
+        self._mesh = DeviceMesh.from_group(topology.pipeline_stage_group, topology.device.type)
+        self._global_names = [global_names(stage.module) for stage in stages]
         self._steps_taken = 0
         self._not_finite_in_a_row = 0
-        self.max_in_flight = 0
-        """Most forwards whose backward was still to come; schedule.in_flight is its bound."""
-
-    @property
-    def max_buffered(self) -> int:
-        """Most received messages that waited for their work; schedule.parked is its bound."""
-        return self._wire.max_buffered
 
     def train_step(
-        self, microbatches: Sequence[Batch], lr: float, *, wish: ControlRequest = ControlRequest.NONE
+        self, microbatches: Sequence[Batch], lr: float, *, control: ControlRequest = ControlRequest.NONE
     ) -> StepReport:
-        """See Engine.train_step."""
         started = time.perf_counter()
         topology = self._topology
-        self._at("counts tokens")
-        sizes = broadcast_shapes(microbatches, self._micro_batches, topology)
-        counts = [(size.supervised, size.real, size.rows * size.tokens, size.images, size.bad) for size in sizes]
+        self._set_phase("counting tokens")
+        shapes = broadcast_shapes(microbatches, self._num_micro_batches, topology)
+        counts = [
+            (s.supervised_tokens, s.tokens, s.num_sequences * s.sequence_length, s.num_images, s.num_bad_samples)
+            for s in shapes
+        ]
         supervised, *others = topology.sum_over_data([sum(column) for column in zip(*counts, strict=True)])
-        tokens, places, images, bad = (int(number) for number in others)
-        ledger = MaskConsistencyChecker(topology) if self._steps_taken % self._check_every == 0 else None
-        step = _Step(self, microbatches, sizes, topology.data / max(supervised, 1), ledger)
-        loss = step.run()
-        self.max_in_flight = max(self.max_in_flight, step.max_in_flight)
-        if ledger is not None:
-            ledger.compare()
-        self._at("reduces")
-        loss_sum, norm, control_signals = self._reduce(loss, wish)
+        tokens, positions, images, bad_samples = (int(number) for number in others)
+        checks_masks = self._steps_taken % self._mask_check_interval == 0
+        checker = MaskConsistencyChecker(topology) if checks_masks else None
+        loss = PipelineStep(self._context, microbatches, shapes, topology.data / max(supervised, 1), checker).run()
+        if checker is not None:
+            checker.compare()
+        self._set_phase("reducing gradients")
+        loss_sum, norm, requests = self._reduce(loss, control)
         mean_loss = loss_sum / max(supervised, 1)
-        skipped = not (math.isfinite(norm) and self._accept(mean_loss, norm))
-        self._at("updates")
+        skipped = not (math.isfinite(norm) and self._should_apply_update(mean_loss, norm))
+        self._set_phase("optimizer step")
         self._update(lr, None if skipped else norm)
         self._steps_taken += 1
-        self._count_not_finite(not math.isfinite(norm))
+        self._check_divergence(is_finite=math.isfinite(norm))
         return StepReport(
             loss=mean_loss,
             grad_norm=norm,
             lr=lr,
             supervised_tokens=int(supervised),
             tokens=tokens,
-            places=places,
+            positions=positions,
             images=images,
-            bad_samples=bad,
+            bad_samples=bad_samples,
             seconds=time.perf_counter() - started,
             skipped=skipped,
-            wish=control_signals,
+            control=requests,
         )
 
     def _update(self, lr: float, norm: float | None) -> None:
-        """Apply the gradients, of this global norm; None discards them."""
-        for runner in self._runners:
+        """Apply the gradients, of this global norm; None: skip the step."""
+        for stage in self._stages:
             if norm is None:
-                runner.discard()
+                stage.skip_step()
                 continue
-            if (factor := clip_factor(norm, self._clip_norm)) < 1.0:
-                runner.scale_gradients(factor)
-            runner.update(lr)
+            if (factor := clip_factor(norm, self._max_grad_norm)) < 1.0:
+                stage.scale_gradients(factor)
+            stage.optimizer_step(lr)
 
-    def _reduce(self, loss: Tensor, wish: ControlRequest) -> tuple[float, float, ControlRequest]:
-        """Over the world: summed loss, gradient norm (inf if not finite), control_signals. Exchanges tied gradients before."""
+    def _reduce(self, loss: Tensor, control: ControlRequest) -> tuple[float, float, ControlRequest]:
+        """Sum tied gradients over their two copies; return summed loss, gradient norm and requests of the world.
+
+        The norm is inf where a gradient is not finite.
+        """
         topology = self._topology
         square = torch.zeros((), dtype=torch.float64, device=topology.device)
-        for runner in self._runners:
-            for group in runner.gradients():
-                copied = group.tied and runner.stage.front is None
+        for stage in self._stages:
+            for group in stage.gradients():
+                is_copy = group.tied and stage.module.input_embedder is None
                 if group.tied and topology.pipeline > 1:
                     for tensor in group.tensors:
                         dist.all_reduce(tensor, group=topology.embedding_group)
-                if not copied and (group.split or topology.tensor_rank == 0):
+                if not is_copy and (group.tensor_sharded or topology.tensor_rank == 0):
                     square += squared_norm(group.tensors, topology.device)
-        counted = loss.double() if topology.tensor_rank == 0 else torch.zeros_like(square)
-        wanted = torch.tensor([float(known in wish) for known in WISHES], dtype=torch.float64, device=topology.device)
-        sums = torch.cat([torch.stack([counted, square]), wanted])
+        counted_loss = loss.double() if topology.tensor_rank == 0 else torch.zeros_like(square)
+        requested = torch.tensor(
+            [float(request in control) for request in CONTROL_REQUESTS], dtype=torch.float64, device=topology.device
+        )
+        sums = torch.cat([torch.stack([counted_loss, square]), requested])
         dist.all_reduce(sums)
         loss_sum, square_sum, *counts = sums.tolist()
-        control_signals = ControlRequest(sum(known for known, count in zip(WISHES, counts, strict=True) if count))
-        return loss_sum, math.sqrt(square_sum) if math.isfinite(square_sum) else math.inf, control_signals
+        requests = (request for request, count in zip(CONTROL_REQUESTS, counts, strict=True) if count)
+        norm = math.sqrt(square_sum) if math.isfinite(square_sum) else math.inf
+        return loss_sum, norm, ControlRequest(sum(requests))
 
-    def _count_not_finite(self, not_finite: bool) -> None:
-        self._not_finite_in_a_row = self._not_finite_in_a_row + 1 if not_finite else 0
+    def _check_divergence(self, *, is_finite: bool) -> None:
+        self._not_finite_in_a_row = 0 if is_finite else self._not_finite_in_a_row + 1
         if self._not_finite_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise DivergedError(
                 f"The gradient was not finite in {self._not_finite_in_a_row} steps in a row: training has diverged. "
-                "Lower optimizer.lr, lengthen optimizer.warmup_steps, or look at the data, and go on from a checkpoint."
+                "Lower optimizer.lr, lengthen optimizer.warmup_steps, or check the data, and resume from a checkpoint."
             )
 
-    def state(self) -> dict[str, Tensor]:
-        """Master weights, moments and step; frozen parameters have a weight only. See Engine.state."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the global state (see Engine); frozen parameters have a weight but no moments."""
         tensors: dict[str, Tensor] = {}
-        for runner, name, moment, key in self._tensors():
-            tensors[key] = global_state.shard_rows(self._whole(runner, name, moment), self._mesh)
-        tensors[global_state.STEP] = torch.tensor(float(self._runners[0].updates))
+        for stage, name, moment, key in self._entries():
+            tensors[key] = global_state.shard_first_dim(self._full_tensor(stage, name, moment), self._mesh)
+        tensors[global_state.STEP] = torch.tensor(float(self._stages[0].num_updates))
         return tensors
 
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """See Engine.load_state. The tensors hold exactly the names ``state`` returns."""
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load the global state (see Engine); ``tensors`` has exactly the names that ``state_dict`` returns."""
         topology = self._topology
-        for runner, name, moment, key in self._tensors():
-            split = split_of(name, runner.stage.config.decoder)
-            whole = global_state.gather(tensors[key])
-            runner.put(name, cut(whole, split, topology.tensor_rank, topology.tensor), moment)
-        for runner in self._runners:
-            runner.updates = int(tensors[global_state.STEP])
-            runner.refresh()
+        for stage, name, moment, key in self._entries():
+            spec = shard_spec(name, stage.module.config.decoder)
+            full = global_state.gather(tensors[key])
+            stage.set_full_param(name, shard_tensor(full, spec, topology.tensor_rank, topology.tensor), moment)
+        for stage in self._stages:
+            stage.num_updates = int(tensors[global_state.STEP])
+            stage.sync_params()
         self._not_finite_in_a_row = 0
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See Engine.weights."""
-        for runner, names in zip(self._runners, self._names, strict=True):
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        for stage, names in zip(self._stages, self._global_names, strict=True):
             for name in names:
-                yield names[name], self._whole(runner, name)
+                yield names[name], self._full_tensor(stage, name)
 
-    def _tensors(self) -> Iterator[tuple[ShardedStage, str, str | None, str]]:
-        """Every tensor of the state: its runner, parameter name, moment (None: the weight) and logical key."""
-        for runner, names in zip(self._runners, self._names, strict=True):
-            for name, parameter in runner.stage.named_parameters():
-                yield runner, name, None, global_state.key(global_state.WEIGHT, names[name])
+    def _entries(self) -> Iterator[tuple[ShardedStage, str, str | None, str]]:
+        """Yield stage, parameter name, moment (None: the weight) and global key of every tensor of the state."""
+        for stage, names in zip(self._stages, self._global_names, strict=True):
+            for name, parameter in stage.module.named_parameters():
+                yield stage, name, None, global_state.key(global_state.WEIGHT, names[name])
                 for moment in global_state.MOMENTS if parameter.requires_grad else ():
-                    yield runner, name, moment, global_state.key(moment, names[name])
+                    yield stage, name, moment, global_state.key(moment, names[name])
 
-    def _whole(self, runner: ShardedStage, name: str, moment: str | None = None) -> Tensor:
-        """Master weight or moment of one parameter, whole and float32; collective over the ranks of the stage."""
-        local = runner.local(name, moment)
-        split = split_of(name, runner.stage.config.decoder)
-        if split is None or self._topology.tensor == 1:
+    def _full_tensor(self, stage: ShardedStage, name: str, moment: str | None = None) -> Tensor:
+        """Return a master weight or moment, full and float32; collective over the ranks of the pipeline stage."""
+        local = stage.get_full_param(name, moment)
+        spec = shard_spec(name, stage.module.config.decoder)
+        if spec is None or self._topology.tensor == 1:
             return local
-        shares = [torch.empty_like(local) for _ in range(self._topology.tensor)]
-        dist.all_gather(shares, local.contiguous(), group=self._topology.tensor_group)
-        return join(shares, split)
-
-
-class _Step:
-    """Forward and backward passes of one step on one rank, as the schedule says."""
-
-    def __init__(
-        self,
-        engine: PipelineEngine,
-        microbatches: Sequence[Batch],
-        sizes: Sequence[MicrobatchShape],
-        scale: float,
-        ledger: MaskConsistencyChecker | None,
-    ) -> None:
-        """``scale`` turns summed losses into what is minimized."""
-        self._engine = engine
-        self._runners, self._wire, self._topology = engine._runners, engine._wire, engine._topology
-        self._microbatches = microbatches
-        self._sizes = sizes
-        self._scale = scale
-        self._ledger = ledger
-        self._stages = self._topology.pipeline * len(self._runners)
-        self._loss = torch.zeros((), device=self._topology.device)
-        self._kept: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
-        """(chunk, micro-batch) -> the hidden states that came in, None on the first stage, and what came out."""
-        self._handed: dict[Message, StageActivations | Tensor] = {}
-        """Made by this rank for another stage: to be sent at the end of the tick, or taken by this rank itself."""
-        self.max_in_flight = 0
-
-    def run(self) -> Tensor:
-        """Do everything; returns the summed loss of this rank's micro-batches, 0 where the head is elsewhere."""
-        self._wire.open_step(self._sizes)
-        for runner in self._runners:
-            runner.begin_step()
-        for tick in self._engine._ticks:
-            if tick.work is not None:
-                self._engine._at(f"waits for {tick.work.kind} {tick.work.micro}")
-                (self._forward if tick.work.kind == "forward" else self._backward)(tick.work)
-            self._wire.exchange([(message, self._handed.pop(message)) for message in tick.sends], tick.receives)
-        self._engine._at("sends")
-        self._wire.close_step()
-        assert not self._kept and not self._handed
-        return self._loss
-
-    def _forward(self, work: Work) -> None:
-        runner, stage = self._runners[work.chunk], self._stage(work.chunk)
-        hidden = pixels = None
-        if stage == 0:
-            batch = self._microbatches[work.micro] if self._topology.reads_data else None
-            entering = broadcast_batch(batch, self._sizes[work.micro], self._topology)
-            inputs, ids, pixels = entering.token_ids, entering.ids, entering.pixels.to(self._engine._dtype)
-        else:
-            carry = self._wire.take_carry(self._incoming("forward", stage, work.micro))
-            inputs, ids = carry.hidden.requires_grad_(), carry.ids
-            hidden = inputs
-        self._engine._at(f"forward {work.micro}")
-        layout = runner.stage.layout(ids)
-        if self._ledger is not None:
-            self._ledger.record(stage, work.micro, layout, ids)
-        output = runner.forward(inputs, ids, pixels, layout)
-        self._kept[work.chunk, work.micro] = (hidden, output)
-        self.max_in_flight = max(self.max_in_flight, len(self._kept))
-        if stage == self._stages - 1:
-            self._loss += output.detach()
-        else:
-            self._hand("forward", stage + 1, work.micro, StageActivations(output.detach(), ids))
-
-    def _backward(self, work: Work) -> None:
-        runner, stage = self._runners[work.chunk], self._stage(work.chunk)
-        hidden, output = self._kept.pop((work.chunk, work.micro))
-        last = work.micro == len(self._sizes) - 1
-        gradient = None
-        if stage == self._stages - 1:
-            output = output * self._scale
-        else:
-            gradient = self._wire.take_gradient(self._incoming("backward", stage, work.micro))
-        self._engine._at(f"backward {work.micro}")
-        runner.backward(output, gradient, last=last)
-        if hidden is not None:
-            assert hidden.grad is not None
-            self._hand("backward", stage - 1, work.micro, hidden.grad)
-
-    def _stage(self, chunk: int) -> int:
-        return chunk * self._topology.pipeline + self._topology.pipeline_rank
-
-    def _incoming(self, kind: Literal["forward", "backward"], stage: int, micro: int) -> Message:
-        """The message for one of this rank's stages."""
-        sender = stage - 1 if kind == "forward" else stage + 1
-        return Message(kind, stage, micro, sender % self._topology.pipeline)
-
-    def _hand(
-        self, kind: Literal["forward", "backward"], stage: int, micro: int, content: StageActivations | Tensor
-    ) -> None:
-        """Give another stage, which is on another rank, what this one has made."""
-        self._handed[Message(kind, stage, micro, stage % self._topology.pipeline)] = content
+        shards = [torch.empty_like(local) for _ in range(self._topology.tensor)]
+        dist.all_gather(shards, local.contiguous(), group=self._topology.tensor_group)
+        return unshard_tensor(shards, spec)

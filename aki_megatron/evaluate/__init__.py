@@ -1,1 +1,1 @@
-"""From a model to scores: generation, answers, reports."""
+"""Greedy generation, accuracies, reports, attention masks as images, golden numbers."""

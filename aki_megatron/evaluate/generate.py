@@ -1,77 +1,80 @@
-"""Greedy generation of a batch of prompts with a key/value cache.
+"""Greedy generation of a batch of prompts with a KV cache: one prefill, then one decode step per new token.
 
-B rows, T tokens, C capacity (prompt and new tokens), V columns of the logits.
+B sequences, T positions, V columns of the logits.
 """
 
 from collections.abc import Collection
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from aki_megatron.attention import LayerCache
 from aki_megatron.model.stage import Stage
-from aki_megatron.types import IGNORE, NO_SEGMENT, Batch, Modality, stack_ids
+from aki_megatron.types import IGNORE, NO_SEGMENT, Batch, Modality, StackedIds, stack_ids
 
 
 def generate(stage: Stage, prompts: Batch, *, stop_ids: Collection[int], max_new_tokens: int) -> list[list[int]]:
-    """The most probable continuation of every prompt, token by token.
+    """Continue every prompt greedily.
 
-    prompts         one segment per row, right padded, of any lengths (template's render_prompt, collated)
-    stop_ids        a row ends before the first of these
-    max_new_tokens  or when it has this many
+    prompts         one segment per sequence, right padded, of any lengths (Template.render_prompt, collated)
+    stop_ids        a sequence ends before the first of these tokens
+    max_new_tokens  or at this many new tokens
 
-    Returns the new tokens of each row, without the stop id. Every new token sees all earlier tokens of its row; no
-    prompt token sees a new one. Equal to generating each row by itself, and to doing without the cache.
+    Returns the new tokens of each sequence without the stop id. Every new token attends to all earlier tokens of its
+    sequence; no prompt token attends to a new one. The result equals that of each prompt by itself and without a cache.
     """
-    answers: list[list[int]] = [[] for _ in prompts.token_ids]
-    running = set(range(len(answers)))
+    generated: list[list[int]] = [[] for _ in prompts.token_ids]
+    unfinished = set(range(len(generated)))
     if max_new_tokens < 1:
-        return answers
-    text = Continuation(stage, prompts, max_new_tokens)
-    logits = text.start()
-    for number in range(max_new_tokens):
-        chosen = logits.argmax(dim=-1)
-        for row, token in enumerate(chosen.tolist()):
+        return generated
+    state = GenerationState(stage, prompts, max_new_tokens)
+    logits = state.prefill()
+    for step in range(max_new_tokens):
+        next_tokens = logits.argmax(dim=-1)
+        for index, token in enumerate(next_tokens.tolist()):
             if token in stop_ids:
-                running.discard(row)
-            if row in running:
-                answers[row].append(token)
-        if not running or number == max_new_tokens - 1:
+                unfinished.discard(index)
+            if index in unfinished:
+                generated[index].append(token)
+        if not unfinished or step == max_new_tokens - 1:
             break
-        logits = text.extend(chosen)
-    return answers
+        logits = state.decode_step(next_tokens)
+    return generated
 
 
-class Continuation:
-    """Prompts, the tokens that were put after them, and the cache of both."""
+class GenerationState:
+    """Prompts, the tokens generated after them, and the KV cache of every layer."""
 
     def __init__(self, stage: Stage, prompts: Batch, max_new_tokens: int) -> None:
-        """Raises ValueError where a row holds more than one segment or its padding is not on the right."""
-        if stage.front is None or stage.head is None:
+        """Raises ValueError where a sequence holds more than one segment or is not padded on the right."""
+        if stage.input_embedder is None or stage.lm_head is None:
             raise ValueError("generation needs the whole model in one stage")
         self.stage = stage
-        device = next(stage.parameters()).device
-        prompts = prompts.to(device)
-        self.lengths = _lengths(prompts.segment_ids)
-        self.capacity = prompts.token_ids.shape[1] + max_new_tokens
-        self.rows = torch.arange(len(self.lengths), device=device)
-        self.pixels = prompts.pixels
-        # every place of the longest possible row, so that a new token is written, not appended
-        self.token_ids = _widened(prompts.token_ids, max_new_tokens, 0)
-        empty = torch.tensor([Modality.PAD, NO_SEGMENT, 0, IGNORE], dtype=torch.int32, device=device)
-        self.ids = torch.cat([stack_ids(prompts), empty.expand(len(self.rows), max_new_tokens, 4)], dim=1)
+        prompts = prompts.to(next(stage.parameters()).device)
+        self.lengths = _sequence_lengths(prompts.segment_ids)
+        self.max_length = prompts.token_ids.shape[1] + max_new_tokens
+        # as long as the longest possible sequence, so that a new token is written in place
+        self.batch = replace(
+            prompts,
+            token_ids=_pad_right(prompts.token_ids, max_new_tokens, 0),
+            modality_ids=_pad_right(prompts.modality_ids, max_new_tokens, Modality.PAD),
+            segment_ids=_pad_right(prompts.segment_ids, max_new_tokens, NO_SEGMENT),
+            position_ids=_pad_right(stage.position_ids(stack_ids(prompts)), max_new_tokens, 0),
+            targets=_pad_right(prompts.targets, max_new_tokens, IGNORE),
+        )
         self.caches: list[LayerCache] = []
 
     @torch.no_grad()
-    def start(self) -> Tensor:
-        """Run everything so far in one pass; the logits [B, V] of each row's next token."""
+    def prefill(self) -> Tensor:
+        """Run all tokens so far in one pass and fill the caches; logits [B, V] of the token after each sequence."""
         config = self.stage.config.decoder
-        weight = next(self.stage.blocks.parameters())
+        weight = next(self.stage.layers.parameters())
         self.caches = [
             LayerCache(
-                len(self.rows),
+                len(self.lengths),
                 config.num_kv_heads,
-                self.capacity,
+                self.max_length,
                 config.head_dim,
                 dtype=weight.dtype,
                 device=weight.device,
@@ -80,45 +83,53 @@ class Continuation:
         ]
         longest = int(self.lengths.max())
         return self.stage.logits(
-            self.token_ids[:, :longest], self.ids[:, :longest], self.pixels, self.caches, places=self.lengths - 1
+            self.batch.token_ids[:, :longest],
+            stack_ids(self.batch).prefix(longest),
+            self.batch.pixels,
+            self.caches,
+            positions=self.lengths - 1,
         )
 
     @torch.no_grad()
-    def extend(self, tokens: Tensor) -> Tensor:
-        """Put one token [B] after each row; the logits [B, V] of the token after it."""
-        places = self.lengths
-        self.token_ids[self.rows, places] = tokens
-        ids = self.ids[self.rows, places - 1].clone()
-        ids[:, 0] = Modality.RESPONSE
-        ids[:, 2] += 1
-        ids[:, 3] = IGNORE
-        self.ids[self.rows, places] = ids
-        self.lengths = places + 1
-        if self._turns_long():
-            return self.start()
-        return self.stage.logits(tokens[:, None], ids[:, None], None, self.caches)[:, 0]
+    def decode_step(self, tokens: Tensor) -> Tensor:
+        """Append one token [B] to each sequence; logits [B, V] of the token after it."""
+        batch = self.batch
+        sequences = torch.arange(len(self.lengths), device=self.lengths.device)
+        last, new = (sequences, self.lengths - 1), (sequences, self.lengths)
+        batch.token_ids[new] = tokens
+        batch.modality_ids[new] = int(Modality.RESPONSE)
+        batch.segment_ids[new] = batch.segment_ids[last]
+        # the largest so far plus one: under rule cca an image's last latent is not the one with its largest position
+        batch.position_ids[new] = batch.position_ids.amax(dim=1) + 1
+        self.lengths = self.lengths + 1
+        if self._passes_longrope_threshold():
+            return self.prefill()
+        columns = (batch.modality_ids, batch.segment_ids, batch.position_ids, batch.targets)
+        ids = StackedIds.stack(*(column[new][:, None] for column in columns))
+        return self.stage.logits(tokens[:, None], ids, None, self.caches)[:, 0]
 
-    def _turns_long(self) -> bool:
-        """Whether a row just outgrew longrope's short factors: then its kept keys were turned by other angles."""
+    def _passes_longrope_threshold(self) -> bool:
+        """Return whether a sequence now needs longrope's long factors: its cached keys were rotated by the short."""
         rope = self.stage.config.decoder.rope
-        if rope.rope_type != "longrope" or self.capacity <= rope.original_max_position_embeddings:
+        if rope.rope_type != "longrope" or self.max_length <= rope.original_max_position_embeddings:
             return False
-        return bool((self.lengths == rope.original_max_position_embeddings + 1).any())
+        return bool((self.batch.position_ids.amax(dim=1) == rope.original_max_position_embeddings).any())
 
 
-def _widened(values: Tensor, columns: int, filler: int) -> Tensor:
-    return torch.cat([values, values.new_full((len(values), columns), filler)], dim=1)
+def _pad_right(values: Tensor, columns: int, value: int) -> Tensor:
+    return torch.cat([values, values.new_full((len(values), columns), int(value))], dim=1)
 
 
-def _lengths(segment_ids: Tensor) -> Tensor:
-    """Tokens [B] of each row; ValueError unless they are one segment that starts the row."""
-    inside = segment_ids != NO_SEGMENT
-    lengths = inside.sum(dim=1)
-    places = torch.arange(segment_ids.shape[1], device=segment_ids.device)
-    packed = (inside & (segment_ids != segment_ids[:, :1])) | (inside != (places < lengths[:, None]))
-    if bool(packed.any()) or bool((lengths == 0).any()):
+def _sequence_lengths(segment_ids: Tensor) -> Tensor:
+    """Tokens [B] of each sequence; raises ValueError unless they are one segment, followed by padding only."""
+    valid = segment_ids != NO_SEGMENT
+    lengths = valid.sum(dim=1)
+    positions = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+    packed = (valid & (segment_ids != segment_ids[:, :1])) | (valid != (positions < lengths[:, None]))
+    invalid = packed.any(dim=1) | (lengths == 0)
+    if bool(invalid.any()):
         raise ValueError(
-            "prompts to continue must be one segment per row, padded on the right; "
-            f"row {int((packed.any(dim=1) | (lengths == 0)).nonzero()[0])} is not."
+            "prompts must be one segment per sequence, padded on the right; "
+            f"sequence {int(invalid.nonzero()[0])} is not."
         )
     return lengths

@@ -1,4 +1,4 @@
-"""Answers and their accuracy per task, beside the answer a model without eyes would give."""
+"""Predictions and their accuracy per task, beside the majority-class baseline."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -6,21 +6,21 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A held-out question with its gold and its generated answer."""
+class Prediction:
+    """A val question with its reference answer and the generated one."""
 
     key: str
     task: str
     question: str
-    gold: str
-    given: str
+    reference_answer: str
+    generated_answer: str
     image: str | None
-    """Path of the picture."""
+    """Path of the image file."""
 
     @property
     def correct(self) -> bool:
-        """Exact match, letter case and outer white space aside."""
-        return self.given.strip().lower() == self.gold.strip().lower()
+        """Exact match, ignoring case and surrounding white space."""
+        return self.generated_answer.strip().lower() == self.reference_answer.strip().lower()
 
 
 @dataclass(frozen=True)
@@ -28,28 +28,28 @@ class TaskScore:
     """Accuracy of one task, in percent."""
 
     task: str
-    questions: int
+    num_questions: int
     accuracy: float
-    majority: float
-    """Accuracy of always giving the most frequent gold answer of the task."""
+    majority_baseline: float
+    """Accuracy of always answering with the most frequent reference answer of the task."""
     majority_answer: str
 
     @property
-    def half_width(self) -> float:
-        """Half of the 95 % confidence interval of the accuracy (normal approximation), in points."""
-        share = self.accuracy / 100
-        return 196 * (share * (1 - share) / self.questions) ** 0.5
+    def margin(self) -> float:
+        """Half the width of the 95 % confidence interval of the accuracy (normal approximation), in points."""
+        fraction = self.accuracy / 100
+        return 196 * (fraction * (1 - fraction) / self.num_questions) ** 0.5
 
 
-def score(answers: Sequence[Answer]) -> list[TaskScore]:
-    """One score per task, in the order in which tasks first appear."""
-    by_task: dict[str, list[Answer]] = defaultdict(list)
-    for answer in answers:
-        by_task[answer.task].append(answer)
+def score_by_task(predictions: Sequence[Prediction]) -> list[TaskScore]:
+    """Return one score per task, in the order in which tasks first appear."""
+    by_task: dict[str, list[Prediction]] = defaultdict(list)
+    for prediction in predictions:
+        by_task[prediction.task].append(prediction)
     scores = []
     for task, group in by_task.items():
-        majority_answer, count = Counter(answer.gold for answer in group).most_common(1)[0]
-        correct = sum(answer.correct for answer in group)
+        majority_answer, count = Counter(prediction.reference_answer for prediction in group).most_common(1)[0]
+        correct = sum(prediction.correct for prediction in group)
         scores.append(
             TaskScore(task, len(group), 100 * correct / len(group), 100 * count / len(group), majority_answer)
         )

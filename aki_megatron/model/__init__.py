@@ -1,1 +1,1 @@
-"""From a batch to a loss or logits: vision encoder, resampler, decoder, the stage that joins them. Knows no rank."""
+"""Model of one pipeline stage: vision encoder, resampler, decoder layers, LM head. Independent of ranks and groups."""

@@ -1,4 +1,4 @@
-"""Layers asked for by how they may be split; who splits them, and whether at all, the model never knows."""
+"""Linear layers and embeddings, requested by how they may be split; whether they are is not the model's concern."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -10,84 +10,88 @@ from aki_megatron.model.loss import token_loss_sum
 
 
 class LinearFactory(Protocol):
-    """Makes the layers of the decoder. Each maps [..., inputs] to [..., its share of outputs].
+    """Build the parameterized layers of the decoder, whole or tensor-parallel.
 
-    A column layer may hold only some rows of its weight (outputs), a row layer only the matching columns (inputs),
-    so column -> row composes to the whole map. ``std`` is the standard deviation of the normal initialization;
-    biases start at zero. Whatever share a factory keeps, it draws the whole: weights do not depend on the split.
+    A column layer may hold a part of the output features, a row layer the matching part of the input features, so that
+    column -> row is the whole map (Megatron-LM, Shoeybi et al., 2019). ``std`` is the standard deviation of the normal
+    initialization; biases start at zero. A factory that splits initializes the whole weight before it keeps its shard,
+    so weights do not depend on the number of tensor ranks.
     """
 
-    def column(self, inputs: int, outputs: int, *, bias: bool, std: float, parts: Sequence[int] = ()) -> nn.Module:
-        """Linear layer whose outputs may be split; each of its fused ``parts`` (their sizes) by itself."""
+    def column(
+        self, in_features: int, out_features: int, *, bias: bool, std: float, part_sizes: Sequence[int] = ()
+    ) -> nn.Module:
+        """[..., in_features] -> [..., local out_features].
 
-    def row(self, inputs: int, outputs: int, *, bias: bool, std: float) -> nn.Module:
-        """Linear layer whose inputs may be split; its output is whole."""
+        part_sizes  of the maps that the layer fuses, each of which is split by itself; empty: one map
+        """
 
-    def embedding(self, words: int, width: int, *, std: float) -> nn.Module:
-        """Table [words, width] that may be split by words; ids [...] -> whole vectors [..., width]."""
+    def row(self, in_features: int, out_features: int, *, bias: bool, std: float) -> nn.Module:
+        """[..., local in_features] -> [..., out_features]."""
 
-    def head(self, width: int, words: int, *, bias: bool, std: float) -> nn.Module:
-        """Logits of ``words(words)``, for an input that went through ``shared``."""
+    def embedding(self, vocab_size: int, hidden_size: int, *, std: float) -> nn.Module:
+        """Ids [...] -> embeddings [..., hidden_size]; the table may be split by vocabulary."""
 
-    def words(self, words: int) -> range:
-        """The words of a split vocabulary that this process holds."""
+    def lm_head(self, hidden_size: int, vocab_size: int, *, bias: bool, std: float) -> nn.Module:
+        """[..., hidden_size] -> logits of ``vocab_range``.
 
-    def shared(self, x: Tensor) -> Tensor:
-        """``x``, which every process has alike, about to be used for a share of the work: its gradient is summed."""
+        The input must come from ``copy_to_tensor_parallel_region``.
+        """
+
+    def vocab_range(self, vocab_size: int) -> range:
+        """Return the token ids whose logits this process computes."""
+
+    def copy_to_tensor_parallel_region(self, x: Tensor) -> Tensor:
+        """Return ``x``, equal on all tensor ranks, for use in split layers; its gradient is summed over the ranks."""
 
     def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Summed cross entropy, fp32 scalar, of logits [R, len(words)] of this process's words for targets [R]."""
+        """Summed cross entropy (fp32 scalar) of logits [S, len(vocab_range)] for targets [S], none of them IGNORE."""
 
 
 class LocalLinears:
-    """One process holds everything."""
+    """Whole layers, for one process."""
 
-    def column(self, inputs: int, outputs: int, *, bias: bool, std: float, parts: Sequence[int] = ()) -> nn.Module:
-        """Linear layer [..., inputs] -> [..., outputs]."""
-        return _linear(inputs, outputs, bias, std)
+    def column(
+        self, in_features: int, out_features: int, *, bias: bool, std: float, part_sizes: Sequence[int] = ()
+    ) -> nn.Module:
+        return _linear(in_features, out_features, bias, std)
 
-    def row(self, inputs: int, outputs: int, *, bias: bool, std: float) -> nn.Module:
-        """Linear layer [..., inputs] -> [..., outputs]."""
-        return _linear(inputs, outputs, bias, std)
+    def row(self, in_features: int, out_features: int, *, bias: bool, std: float) -> nn.Module:
+        return _linear(in_features, out_features, bias, std)
 
-    def embedding(self, words: int, width: int, *, std: float) -> nn.Module:
-        """Ids [...] -> vectors [..., width]."""
-        table = _SilentEmbedding(words, width)
+    def embedding(self, vocab_size: int, hidden_size: int, *, std: float) -> nn.Module:
+        table = _UninitializedEmbedding(vocab_size, hidden_size)
         nn.init.normal_(table.weight, std=std)
         return table
 
-    def head(self, width: int, words: int, *, bias: bool, std: float) -> nn.Linear:
-        """Hidden [..., width] -> logits [..., words]."""
-        return _linear(width, words, bias, std)
+    def lm_head(self, hidden_size: int, vocab_size: int, *, bias: bool, std: float) -> nn.Linear:
+        return _linear(hidden_size, vocab_size, bias, std)
 
-    def words(self, words: int) -> range:
-        """All of them."""
-        return range(words)
+    def vocab_range(self, vocab_size: int) -> range:
+        return range(vocab_size)
 
-    def shared(self, x: Tensor) -> Tensor:
-        """``x`` itself."""
+    def copy_to_tensor_parallel_region(self, x: Tensor) -> Tensor:
         return x
 
     def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """See token_loss_sum."""
         return token_loss_sum(logits, targets)
 
 
-# torch's own initialization is left out: it would only be overwritten, and costs half a minute at four billion weights
+# torch's own initialization would only be overwritten, and takes half a minute at four billion parameters
 
 
-class _SilentLinear(nn.Linear):
+class _UninitializedLinear(nn.Linear):
     def reset_parameters(self) -> None:
-        """Leave the memory as it is; _linear fills it."""
+        """Leave the memory uninitialized; ``_linear`` fills it."""
 
 
-class _SilentEmbedding(nn.Embedding):
+class _UninitializedEmbedding(nn.Embedding):
     def reset_parameters(self) -> None:
-        """Leave the memory as it is; LocalLinears.embedding fills it."""
+        """Leave the memory uninitialized; ``LocalLinears.embedding`` fills it."""
 
 
-def _linear(inputs: int, outputs: int, bias: bool, std: float) -> nn.Linear:
-    layer = _SilentLinear(inputs, outputs, bias=bias)
+def _linear(in_features: int, out_features: int, bias: bool, std: float) -> nn.Linear:
+    layer = _UninitializedLinear(in_features, out_features, bias=bias)
     with torch.no_grad():
         layer.weight.normal_(std=std)
         if bias:

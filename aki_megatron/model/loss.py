@@ -1,4 +1,4 @@
-"""The training loss. A sum, not a mean: who divides knows how many tokens the whole step supervises."""
+"""Training loss: a sum, not a mean, because only the engine knows the number of supervised tokens of the whole step."""
 
 import torch
 import torch.nn.functional as F
@@ -8,9 +8,9 @@ from aki_megatron.types import IGNORE
 
 
 def token_loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross entropy, a scalar, of logits [..., V] for targets [...]; IGNORE counts nothing.
+    """Summed cross entropy (scalar) of logits [..., V] for targets [...], without those that are IGNORE.
 
-    Computed in fp32 (fp64 logits stay fp64). Without a supervised target it is 0 with zero gradients.
+    Computed in fp32 (fp64 for fp64 logits). Without a supervised target it is 0 with zero gradients.
     """
     if logits.dtype != torch.float64:
         logits = logits.float()

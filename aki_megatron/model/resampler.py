@@ -1,6 +1,6 @@
-"""Perceiver resampler: a fixed number of latents reads an image's patch features.
+"""Perceiver resampler (Flamingo, Alayrac et al., 2022): a fixed number of latents attends to an image's patch features.
 
-N images, P patches, Q latents, W width of features and latents, D width of the decoder, H heads, d head width.
+N images, P patches, Q latents, W vision hidden size, D hidden size of the decoder, H heads, d head dim.
 """
 
 import torch
@@ -8,74 +8,74 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aki_megatron.config.model import ResamplerConfig
-from aki_megatron.model.full_attention import attend_all
+from aki_megatron.model.full_attention import full_attention
 
 
 class ResamplerAttention(nn.Module):
-    """Latents attend to the image and to themselves; no biases.
+    """Attention of the latents to patch features and latents; no biases.
 
-    Image and latents have LayerNorms of their own; keys and values come from both, image first.
+    Features and latents have separate LayerNorms; keys and values come from both, features first.
     """
 
-    def __init__(self, width: int, heads: int, head_dim: int, eps: float) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, eps: float) -> None:
         super().__init__()
-        inner = heads * head_dim
-        self.heads = heads
-        self.norm_media = nn.LayerNorm(width, eps=eps)
-        self.norm_latents = nn.LayerNorm(width, eps=eps)
-        self.query = nn.Linear(width, inner, bias=False)
-        self.key_value = nn.Linear(width, 2 * inner, bias=False)
-        self.out = nn.Linear(inner, width, bias=False)
+        inner = num_heads * head_dim
+        self.num_heads = num_heads
+        self.norm_media = nn.LayerNorm(hidden_size, eps=eps)
+        self.norm_latents = nn.LayerNorm(hidden_size, eps=eps)
+        self.q_proj = nn.Linear(hidden_size, inner, bias=False)
+        self.kv_proj = nn.Linear(hidden_size, 2 * inner, bias=False)
+        self.out_proj = nn.Linear(inner, hidden_size, bias=False)
 
     def forward(self, media: Tensor, latents: Tensor) -> Tensor:
         """Media [N, P, W], latents [N, Q, W] -> [N, Q, W]"""
         latents = self.norm_latents(latents)
-        keys, values = self.key_value(torch.cat([self.norm_media(media), latents], dim=1)).chunk(2, dim=-1)
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.query(latents), keys, values))
-        return self.out(attend_all(q, k, v).transpose(1, 2).flatten(2))
+        keys, values = self.kv_proj(torch.cat([self.norm_media(media), latents], dim=1)).chunk(2, dim=-1)
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (self.q_proj(latents), keys, values))
+        return self.out_proj(full_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class ResamplerFeedForward(nn.Module):
-    """LayerNorm, then two layers without biases and the exact GELU between them."""
+class ResamplerMLP(nn.Module):
+    """LayerNorm, then two linear layers without biases and the exact GELU between them."""
 
-    def __init__(self, width: int, ratio: int, eps: float) -> None:
+    def __init__(self, hidden_size: int, ratio: int, eps: float) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width, eps=eps)
-        self.up = nn.Linear(width, ratio * width, bias=False)
-        self.down = nn.Linear(ratio * width, width, bias=False)
+        self.norm = nn.LayerNorm(hidden_size, eps=eps)
+        self.up_proj = nn.Linear(hidden_size, ratio * hidden_size, bias=False)
+        self.down_proj = nn.Linear(ratio * hidden_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., W] -> [..., W]"""
-        return self.down(F.gelu(self.up(self.norm(x))))
+        return self.down_proj(F.gelu(self.up_proj(self.norm(x))))
 
 
-class ResamplerBlock(nn.Module):
-    """Cross-attention and feed-forward, both added to the latents."""
+class ResamplerLayer(nn.Module):
+    """Attention and MLP, both added to the latents."""
 
-    def __init__(self, config: ResamplerConfig, width: int) -> None:
+    def __init__(self, config: ResamplerConfig, hidden_size: int) -> None:
         super().__init__()
-        self.attention = ResamplerAttention(width, config.num_heads, config.head_dim, config.norm_eps)
-        self.feed_forward = ResamplerFeedForward(width, config.mlp_ratio, config.norm_eps)
+        self.attention = ResamplerAttention(hidden_size, config.num_heads, config.head_dim, config.norm_eps)
+        self.mlp = ResamplerMLP(hidden_size, config.mlp_ratio, config.norm_eps)
 
     def forward(self, media: Tensor, latents: Tensor) -> Tensor:
         """Media [N, P, W], latents [N, Q, W] -> [N, Q, W]"""
         latents = latents + self.attention(media, latents)
-        return latents + self.feed_forward(latents)
+        return latents + self.mlp(latents)
 
 
 class PerceiverResampler(nn.Module):
-    """Patch features to Q vectors of the decoder's width. Latents carry no position: their order means nothing."""
+    """Patch features to Q vectors of the decoder's hidden size. The latents have no position embedding."""
 
-    def __init__(self, config: ResamplerConfig, inputs: int, outputs: int) -> None:
+    def __init__(self, config: ResamplerConfig, vision_hidden_size: int, decoder_hidden_size: int) -> None:
         super().__init__()
-        self.latents = nn.Parameter(torch.randn(config.num_latents, inputs))
-        self.blocks = nn.ModuleList(ResamplerBlock(config, inputs) for _ in range(config.num_layers))
-        self.norm = nn.LayerNorm(inputs, eps=config.norm_eps)
-        self.projection = nn.Linear(inputs, outputs)
+        self.latents = nn.Parameter(torch.randn(config.num_latents, vision_hidden_size))
+        self.layers = nn.ModuleList(ResamplerLayer(config, vision_hidden_size) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(vision_hidden_size, eps=config.norm_eps)
+        self.projection = nn.Linear(vision_hidden_size, decoder_hidden_size)
 
     def forward(self, media: Tensor) -> Tensor:
-        """[N, P, inputs] -> [N, Q, outputs]; N may be 0."""
+        """[N, P, W] -> [N, Q, D]; N may be 0."""
         latents = self.latents.expand(media.shape[0], -1, -1)
-        for block in self.blocks:
-            latents = block(media, latents)
+        for layer in self.layers:
+            latents = layer(media, latents)
         return self.projection(self.norm(latents))

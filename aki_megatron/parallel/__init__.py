@@ -1,1 +1,1 @@
-"""How the model is spread over ranks: discovery of the launcher, process groups, topology."""
+"""Parallel layout: launcher discovery, process groups, tensor-parallel layers, pipeline partition, schedule and messages."""

@@ -1,6 +1,7 @@
-"""One rank of a replica reads; the others are told the sizes of the step, and the first stage its batches.
+"""Broadcast of micro-batch shapes to all ranks of a replica, and of the batches to the first pipeline stage.
 
-B rows, T tokens, N images. Later stages get everything else from the stage before them (wire.py).
+One rank of each replica reads data. Later pipeline stages get everything but the shapes from the stage before them
+(p2p_communication.py). B sequences, T positions, N images.
 """
 
 from collections.abc import Sequence
@@ -11,70 +12,82 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aki_megatron.parallel.topology import Topology
-from aki_megatron.types import Batch, Modality, stack_ids
+from aki_megatron.types import Batch, Modality, StackedIds, stack_ids
 
 
 @dataclass(frozen=True)
 class MicrobatchShape:
-    """Sizes of one micro-batch: shapes [rows, tokens] and [images, 3, height, width], and how many tokens count."""
+    """Shapes of one micro-batch, [B, T] and [N, 3, height, width], and counts for loss and report."""
 
-    rows: int
-    tokens: int
-    images: int
+    num_sequences: int
+    sequence_length: int
+    num_images: int
     height: int
     width: int
-    supervised: int
-    real: int
-    """Tokens that are not padding."""
-    bad: int
-    """Elements that could not be used."""
+    supervised_tokens: int
+    tokens: int
+    """Positions that are not padding."""
+    num_bad_samples: int
+    """Elements of the data sources that could not be used."""
 
 
 @dataclass(frozen=True)
-class StageInput:
-    """What enters the first stage, on its device: token ids [B, T] int64, ids [B, T, 4] int32, pixels [N, 3, H, W]."""
+class FirstStageInput:
+    """What enters the first pipeline stage: token ids [B, T] int64, ids, pixels [N, 3, H, W], on the stage's device."""
 
     token_ids: Tensor
-    ids: Tensor
+    ids: StackedIds
     pixels: Tensor
 
 
-def broadcast_shapes(microbatches: Sequence[Batch], count: int, topology: Topology) -> list[MicrobatchShape]:
-    """Sizes of this replica's ``count`` micro-batches, on all its ranks, by one broadcast.
+def broadcast_shapes(
+    microbatches: Sequence[Batch], num_micro_batches: int, topology: Topology
+) -> list[MicrobatchShape]:
+    """Return the shapes of this replica's micro-batches on all its ranks, by one broadcast.
 
-    It replaces a handshake before every message between stages. Only the rank that reads data gives micro-batches.
+    They replace a handshake before every message between stages. Only the rank that reads data passes micro-batches.
     """
-    sizes = torch.zeros(count, len(MicrobatchShape.__dataclass_fields__), dtype=torch.int64)
+    shapes = torch.zeros(num_micro_batches, len(MicrobatchShape.__dataclass_fields__), dtype=torch.int64)
     if topology.reads_data:
-        assert len(microbatches) == count, f"{len(microbatches)} micro-batches, the engine was built for {count}"
-        sizes = torch.tensor([astuple(_size(batch)) for batch in microbatches], dtype=torch.int64)
+        assert len(microbatches) == num_micro_batches, (len(microbatches), num_micro_batches)
+        shapes = torch.tensor([astuple(_shape(batch)) for batch in microbatches], dtype=torch.int64)
     if topology.tensor * topology.pipeline > 1:
-        sizes = sizes.to(topology.device)
-        dist.broadcast(sizes, topology.replica_source, group=topology.replica_group)
-    return [MicrobatchShape(*row) for row in sizes.tolist()]
+        shapes = shapes.to(topology.device)
+        dist.broadcast(shapes, topology.replica_source_rank, group=topology.replica_group)
+    return [MicrobatchShape(*numbers) for numbers in shapes.tolist()]
 
 
-def _size(batch: Batch) -> MicrobatchShape:
-    rows, tokens = batch.token_ids.shape
-    images, _, height, width = batch.pixels.shape
-    real = int((batch.modality_ids != Modality.PAD).sum())
-    return MicrobatchShape(rows, tokens, images, height, width, batch.supervised_tokens, real, batch.bad)
+def _shape(batch: Batch) -> MicrobatchShape:
+    num_sequences, sequence_length = batch.token_ids.shape
+    num_images, _, height, width = batch.pixels.shape
+    tokens = int((batch.modality_ids != Modality.PAD).sum())
+    return MicrobatchShape(
+        num_sequences,
+        sequence_length,
+        num_images,
+        height,
+        width,
+        batch.supervised_tokens,
+        tokens,
+        batch.num_bad_samples,
+    )
 
 
-def broadcast_batch(batch: Batch | None, size: MicrobatchShape, topology: Topology) -> StageInput:
-    """One micro-batch on every tensor rank of the first stage; only the rank that reads data gives it."""
+def broadcast_batch(batch: Batch | None, shape: MicrobatchShape, topology: Topology) -> FirstStageInput:
+    """Return a micro-batch on all tensor ranks of the first pipeline rank; only the rank that reads data passes it."""
     device = topology.device
     if topology.reads_data:
         assert batch is not None
         batch = batch.to(device)
         if topology.tensor == 1:
-            return StageInput(batch.token_ids, stack_ids(batch), batch.pixels)
-        packed = torch.cat([batch.token_ids.to(torch.int32).unsqueeze(-1), stack_ids(batch)], dim=-1)
+            return FirstStageInput(batch.token_ids, stack_ids(batch), batch.pixels)
+        packed = torch.cat([batch.token_ids.to(torch.int32).unsqueeze(-1), stack_ids(batch).stacked], dim=-1)
         pixels = batch.pixels.contiguous()
     else:
-        packed = torch.empty(size.rows, size.tokens, 5, dtype=torch.int32, device=device)
-        pixels = torch.empty(size.images, 3, size.height, size.width, device=device)
-    dist.broadcast(packed, topology.replica_source, group=topology.tensor_group)
-    if size.images:
-        dist.broadcast(pixels, topology.replica_source, group=topology.tensor_group)
-    return StageInput(packed[..., 0].long(), packed[..., 1:].contiguous(), pixels)
+        columns = 1 + StackedIds.NUM_COLUMNS
+        packed = torch.empty(shape.num_sequences, shape.sequence_length, columns, dtype=torch.int32, device=device)
+        pixels = torch.empty(shape.num_images, 3, shape.height, shape.width, device=device)
+    dist.broadcast(packed, topology.replica_source_rank, group=topology.tensor_group)
+    if shape.num_images:
+        dist.broadcast(pixels, topology.replica_source_rank, group=topology.tensor_group)
+    return FirstStageInput(packed[..., 0].long(), StackedIds(packed[..., 1:].contiguous()), pixels)

@@ -1,10 +1,10 @@
-"""Which process of which world this is, by the variables a launcher sets: takes the environment, returns facts.
+"""Rank, world size and master address of this process, from the environment variables that launchers set.
 
-Pure but for one case: under ``mpirun`` on several machines without MASTER_ADDR, ranks agree on a master over MPI.
+Under ``mpirun`` on several machines without MASTER_ADDR, ranks agree on a master over MPI.
 
 Launchers nest: a batch script's ``srun`` may start ``torchrun``, and ``mpirun`` starts its daemons through ``srun``. So
-torchrun and deepspeed, which start their own processes, always win; ``mpirun`` wins over ``srun``; plain RANK,
-WORLD_SIZE, ... set by hand must agree with the launcher that started the process.
+the variables of torchrun and deepspeed take precedence over all others, those of ``mpirun`` over those of ``srun``;
+RANK, WORLD_SIZE, ... set by hand must agree with the launcher that started the process.
 """
 
 import os
@@ -27,7 +27,7 @@ GENERIC = {
     "local_rank": "LOCAL_RANK",
     "local_world_size": "LOCAL_WORLD_SIZE",
 }
-"""Variables of torchrun and deepspeed; users set them by hand as well."""
+"""Variables of torchrun and deepspeed, which users also set by hand."""
 
 MPIRUN = {
     "rank": "OMPI_COMM_WORLD_RANK",
@@ -39,18 +39,18 @@ MPIRUN = {
 SRUN = {"rank": "SLURM_PROCID", "world_size": "SLURM_STEP_NUM_TASKS", "local_rank": "SLURM_LOCALID"}
 """SLURM_STEP_NUM_TASKS exists only inside ``srun``; the batch script itself has SLURM_PROCID and SLURM_NTASKS too."""
 
-Agree = Callable[[int], tuple[str, int]]
-"""World size -> address and port of a master; every rank calls it."""
+FindMaster = Callable[[int], tuple[str, int]]
+"""World size -> address and port of rank 0; every rank calls it."""
 
 FIRST_PORT, NUM_PORTS = 20000, 12000
-"""Rendezvous ports derived from a job's name lie here, below the range of Linux's ephemeral ports."""
+"""Range of rendezvous ports derived from a job's id, below Linux's ephemeral ports."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher says about this process.
+    """How this process was launched.
 
-    ``local_world_size`` is 0 where the launcher does not tell it. The master is where rank 0 listens during start-up.
+    ``local_world_size`` is 0 where the launcher does not set it. The master is where rank 0 listens during start-up.
     """
 
     rank: int
@@ -61,7 +61,7 @@ class Launch:
     master_address: str = "127.0.0.1"
     master_port: int = 0
     attempt: str = field(default="", compare=False)
-    """Names this start of the run: job and number of its restart under Slurm, whatever starts the processes there."""
+    """Id of this attempt of the run: under Slurm the job id and its restart count, for all ranks the same."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -72,40 +72,42 @@ class Launch:
             raise ConfigError(f"{self.launcher}: local rank {self.local_rank} must not be negative.")
 
 
-def discover_launch(environ: Mapping[str, str], *, agree: Agree = master_over_mpi) -> Launch:
-    """The launch this process belongs to.
+def discover_launch(environ: Mapping[str, str], *, find_master: FindMaster = master_over_mpi) -> Launch:
+    """Return how this process was launched.
 
-    Works under torchrun, deepspeed, mpirun (Open MPI) and srun, with RANK and friends set by hand, and with none of
-    them (a world of one). ``agree`` finds a master for mpirun's ranks where only they can.
+    Supports torchrun, deepspeed, mpirun (Open MPI) and srun, RANK, WORLD_SIZE, ... set by hand, and none of them (a
+    world of one). ``find_master`` is called under mpirun where no variable tells the master.
 
-    Errors: ConfigError that lists the variables when they are incomplete, not numbers, or contradict each other.
+    Raises ConfigError that lists the variables when they are incomplete, not numbers, or contradict each other.
     """
     if "TORCHELASTIC_RUN_ID" in environ:
-        return _launch("torchrun", environ, GENERIC, agree)
+        return _launch("torchrun", environ, GENERIC, find_master)
     if "CROSS_RANK" in environ and "RANK" in environ:
-        return _launch("deepspeed", environ, GENERIC | {"local_world_size": "LOCAL_SIZE"}, agree)
+        return _launch("deepspeed", environ, GENERIC | {"local_world_size": "LOCAL_SIZE"}, find_master)
     for name, variables in (("mpirun", MPIRUN), ("srun", SRUN)):
         if variables["rank"] in environ and variables["world_size"] in environ:
-            return _launch(name, environ, variables, agree)  # type: ignore[arg-type]
+            return _launch(name, environ, variables, find_master)  # type: ignore[arg-type]
     if "RANK" in environ or "WORLD_SIZE" in environ:
-        return _launch("environment", environ, GENERIC, agree)
+        return _launch("environment", environ, GENERIC, find_master)
     return Launch(rank=0, local_rank=0, world_size=1, local_world_size=1, launcher="single", attempt=_attempt(environ))
 
 
-def _launch(name: LauncherName, environ: Mapping[str, str], variables: Mapping[str, str], agree: Agree) -> Launch:
-    facts = {fact: _number(environ, variable) for fact, variable in variables.items() if variable in environ}
-    if missing := [variables[fact] for fact in ("rank", "world_size") if fact not in facts]:
+def _launch(
+    name: LauncherName, environ: Mapping[str, str], variables: Mapping[str, str], find_master: FindMaster
+) -> Launch:
+    values = {key: _number(environ, variable) for key, variable in variables.items() if variable in environ}
+    if missing := [variables[key] for key in ("rank", "world_size") if key not in values]:
         raise ConfigError(
             f"{_listed(environ)} set without {', '.join(missing)}: set RANK and WORLD_SIZE (and LOCAL_RANK, "
             "MASTER_ADDR, MASTER_PORT), or none of them for a single process."
         )
-    _refuse_contradiction(name, facts, environ)
-    address, port = _master(name, facts, environ, agree)
+    _refuse_contradiction(name, values, environ)
+    address, port = _master(name, values, environ, find_master)
     return Launch(
-        rank=facts["rank"],
-        local_rank=facts.get("local_rank", facts["rank"] if name == "environment" else 0),
-        world_size=facts["world_size"],
-        local_world_size=facts.get("local_world_size", 0),
+        rank=values["rank"],
+        local_rank=values.get("local_rank", values["rank"] if name == "environment" else 0),
+        world_size=values["world_size"],
+        local_world_size=values.get("local_world_size", 0),
         launcher=name,
         master_address=address,
         master_port=port,
@@ -114,42 +116,44 @@ def _launch(name: LauncherName, environ: Mapping[str, str], variables: Mapping[s
 
 
 def _attempt(environ: Mapping[str, str]) -> str:
-    """What a batch script knows as well as its ranks; elsewhere a name of its own for each process."""
+    """Under Slurm an id that the batch script can compute too; elsewhere one per process."""
     if job := environ.get("SLURM_JOB_ID"):
         return f"{job}.{environ.get('SLURM_RESTART_COUNT', '0')}"
     return f"{platform.node()}-{os.getpid()}-{time.time():.0f}"
 
 
-def _refuse_contradiction(name: LauncherName, facts: Mapping[str, int], environ: Mapping[str, str]) -> None:
-    """RANK and friends set by hand must say what mpirun or srun says."""
+def _refuse_contradiction(name: LauncherName, values: Mapping[str, int], environ: Mapping[str, str]) -> None:
+    """Raise ConfigError where RANK, WORLD_SIZE, ... set by hand differ from what mpirun or srun sets."""
     if name not in ("mpirun", "srun"):
         return
-    for fact, variable in GENERIC.items():
-        if variable in environ and fact in facts and _number(environ, variable) != facts[fact]:
+    for key, variable in GENERIC.items():
+        if variable in environ and key in values and _number(environ, variable) != values[key]:
             raise ConfigError(
                 f"The variables of {name} contradict {variable}={environ[variable]}: {_listed(environ)}. "
                 f"Unset {variable}, or start the processes with the launcher that {variable} belongs to."
             )
 
 
-def _master(name: LauncherName, facts: Mapping[str, int], environ: Mapping[str, str], agree: Agree) -> tuple[str, int]:
-    """Address and port at which rank 0 listens; derived from the job where the launcher does not tell."""
+def _master(
+    name: LauncherName, values: Mapping[str, int], environ: Mapping[str, str], find_master: FindMaster
+) -> tuple[str, int]:
+    """Return the address and port at which rank 0 listens, derived from the job where no variable tells them."""
     address = environ.get("MASTER_ADDR", "")
     if not address and name == "srun":
         address = first_host(environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST", "")))
-    if not address and facts["world_size"] == facts.get("local_world_size", 1 if name != "environment" else 0):
+    if not address and values["world_size"] == values.get("local_world_size", 1 if name != "environment" else 0):
         address = "127.0.0.1"
     if not address and name == "mpirun":
-        address, port = agree(facts["world_size"])
+        address, port = find_master(values["world_size"])
         return address, _number(environ, "MASTER_PORT") if "MASTER_PORT" in environ else port
     if not address:
         raise ConfigError(
-            f"{name} starts {facts['world_size']} processes on several machines but MASTER_ADDR is not set "
+            f"{name} starts {values['world_size']} processes on several machines but MASTER_ADDR is not set "
             f"({_listed(environ)}): export MASTER_ADDR=<host of rank 0>."
         )
     if "MASTER_PORT" in environ:
         return address, _number(environ, "MASTER_PORT")
-    # every process of a job must find the same port, a neighbour job or a requeue another one
+    # all processes of a job must derive the same port, other jobs and requeues another one
     job = "-".join(
         environ.get(variable, "") for variable in ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "SLURM_JOB_ID")
     )
@@ -158,7 +162,7 @@ def _master(name: LauncherName, facts: Mapping[str, int], environ: Mapping[str, 
 
 
 def first_host(hosts: str) -> str:
-    """First name of a Slurm host list: ``gpu[03-07,9],login`` gives ``gpu03``."""
+    """Return the first name of a Slurm host list: ``gpu[03-07,9],login`` gives ``gpu03``."""
     match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", hosts)
     return "".join(part or "" for part in match.groups()) if match else ""
 

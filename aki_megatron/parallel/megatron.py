@@ -1,10 +1,11 @@
-"""Layers cut over the tensor ranks, made by megatron-core. The only door to it, opened when a layer is really cut.
+"""Tensor-parallel layers of megatron-core behind LinearFactory. The only module that imports megatron-core.
 
-R rows, D width, V words of the whole vocabulary.
+S supervised positions, D hidden size, V vocabulary size.
 
-Every layer answers with one tensor, keeps only ``weight`` and ``bias`` in its state dict, and starts with the very
-numbers that LocalLinears draws, cut by model/split. What is exchanged: sums of [.., D] after row layers and embedding,
-their gradients before column layers and head, a few numbers per row in the loss; never anything V wide.
+Every layer returns one tensor, has only ``weight`` and ``bias`` in its state dict, and starts with the weights that
+LocalLinears initializes, sharded by model/sharding.py. Communicated are sums of [..., D] after row layers and
+embedding, their gradients before column layers and LM head, and a few numbers per supervised position in the loss;
+never a tensor of size V.
 """
 
 import warnings
@@ -21,87 +22,88 @@ from torch.distributed import ProcessGroup
 
 from aki_megatron.errors import ConfigError
 from aki_megatron.model.linears import LinearFactory, LocalLinears
-from aki_megatron.model.split import Split, cut
+from aki_megatron.model.sharding import ShardSpec, shard_tensor
 from aki_megatron.parallel.topology import Topology
 
-PROVEN_VERSIONS = ("0.16.1",)
-"""Versions of megatron-core whose layers are known to equal the plain ones (tests/distributed/test_tensor.py)."""
+TESTED_VERSIONS = ("0.16.1",)
+"""Versions of megatron-core whose layers are tested to equal the local ones (tests/distributed/test_tensor.py)."""
 
 
 def build_linears(topology: Topology) -> LinearFactory:
-    """The layers for this topology: plain ones for one tensor rank, which need no megatron-core, else cut ones.
+    """Return the layers for this topology: local ones, which need no megatron-core, with one tensor rank.
 
-    Errors: ConfigError when layers are to be cut and megatron-core is missing or not of a proven version.
+    Raises ConfigError when layers are to be split and megatron-core is missing or not of a tested version.
     """
     return LocalLinears() if topology.tensor == 1 else TensorParallelLinears(topology)
 
 
 class TensorParallelLinears:
-    """Each tensor rank holds one cut of every layer; see LinearFactory.
+    """LinearFactory that keeps one shard of every layer on each tensor rank.
 
-    All tensor ranks must ask for the same layers in the same order, and use them in the same order. Sizes that are
-    cut must be multiples of the number of tensor ranks (the configuration is checked for it).
+    All tensor ranks must request the same layers in the same order, and run them in the same order. Sizes that are
+    split must be multiples of the number of tensor ranks (the configuration is checked for it).
     """
 
     def __init__(self, topology: Topology) -> None:
         self._megatron = _load()
         self._group = topology.tensor_group
-        self._rank, self._ranks = topology.tensor_rank, topology.tensor
-        self._plain = LocalLinears()
+        self._rank, self._num_ranks = topology.tensor_rank, topology.tensor
+        self._local = LocalLinears()
         if topology.device.type == "cpu":
-            # how CUDA is to queue kernels is of no concern here; Megatron warns about it all the same, once
+            # Megatron would warn once about a setting that orders kernels on CUDA
             self._megatron.linear.warned = True
 
-    def column(self, inputs: int, outputs: int, *, bias: bool, std: float, parts: Sequence[int] = ()) -> nn.Module:
-        """[..., inputs] -> [..., outputs / tensor ranks]: this rank's share of each part, part after part."""
-        whole = self._plain.column(inputs, outputs, bias=bias, std=std, parts=parts)
-        layer = self._megatron.Column(inputs, outputs, bias=bias, gather_output=False, **self._settings())
-        return self._fill(layer, whole, Split(0, tuple(parts) or (outputs,)))
+    def column(
+        self, in_features: int, out_features: int, *, bias: bool, std: float, part_sizes: Sequence[int] = ()
+    ) -> nn.Module:
+        """[..., in_features] -> [..., out_features / tensor ranks]: this rank's shard of each part, part after part."""
+        full = self._local.column(in_features, out_features, bias=bias, std=std, part_sizes=part_sizes)
+        layer = self._megatron.Column(in_features, out_features, bias=bias, gather_output=False, **self._settings())
+        return self._initialize(layer, full, ShardSpec(0, tuple(part_sizes) or (out_features,)))
 
-    def row(self, inputs: int, outputs: int, *, bias: bool, std: float) -> nn.Module:
-        """[..., inputs / tensor ranks] -> [..., outputs], summed over the tensor ranks; the bias is not cut."""
-        whole = self._plain.row(inputs, outputs, bias=bias, std=std)
+    def row(self, in_features: int, out_features: int, *, bias: bool, std: float) -> nn.Module:
+        """[..., in_features / tensor ranks] -> [..., out_features], summed over the tensor ranks; replicated bias."""
+        full = self._local.row(in_features, out_features, bias=bias, std=std)
         layer = self._megatron.Row(
-            inputs, outputs, bias=bias, input_is_parallel=True, skip_bias_add=False, **self._settings()
+            in_features, out_features, bias=bias, input_is_parallel=True, skip_bias_add=False, **self._settings()
         )
-        return self._fill(layer, whole, Split(1, (inputs,)))
+        return self._initialize(layer, full, ShardSpec(1, (in_features,)))
 
-    def embedding(self, words: int, width: int, *, std: float) -> nn.Module:
-        """Ids [...] -> vectors [..., width], each from the rank that holds its word."""
-        whole = self._plain.embedding(words, width, std=std)
-        return self._fill(self._megatron.Embedding(words, width, **self._settings()), whole, Split(0, (words,)))
+    def embedding(self, vocab_size: int, hidden_size: int, *, std: float) -> nn.Module:
+        """Ids [...] -> embeddings [..., hidden_size], each from the rank that holds its row, summed over the ranks."""
+        full = self._local.embedding(vocab_size, hidden_size, std=std)
+        layer = self._megatron.Embedding(vocab_size, hidden_size, **self._settings())
+        return self._initialize(layer, full, ShardSpec(0, (vocab_size,)))
 
-    def head(self, width: int, words: int, *, bias: bool, std: float) -> nn.Module:
-        """[..., width] -> logits of this rank's words; the input's gradient is summed by ``shared``, not here."""
-        whole = self._plain.head(width, words, bias=bias, std=std)
+    def lm_head(self, hidden_size: int, vocab_size: int, *, bias: bool, std: float) -> nn.Module:
+        """[..., hidden_size] -> logits of ``vocab_range``, without a reduction of the input's gradient."""
+        full = self._local.lm_head(hidden_size, vocab_size, bias=bias, std=std)
         layer = self._megatron.Column(
-            width, words, bias=bias, gather_output=False, disable_grad_reduce=True, **self._settings()
+            hidden_size, vocab_size, bias=bias, gather_output=False, disable_grad_reduce=True, **self._settings()
         )
-        return self._fill(layer, whole, Split(0, (words,)))
+        return self._initialize(layer, full, ShardSpec(0, (vocab_size,)))
 
-    def words(self, words: int) -> range:
-        """This rank's equal run of the vocabulary."""
-        assert words % self._ranks == 0
-        share = words // self._ranks
-        return range(self._rank * share, (self._rank + 1) * share)
+    def vocab_range(self, vocab_size: int) -> range:
+        assert vocab_size % self._num_ranks == 0
+        local_size = vocab_size // self._num_ranks
+        return range(self._rank * local_size, (self._rank + 1) * local_size)
 
-    def shared(self, x: Tensor) -> Tensor:
-        """``x``; its gradient is the sum of the tensor ranks' gradients."""
-        return _Shared.apply(x, self._group)
+    def copy_to_tensor_parallel_region(self, x: Tensor) -> Tensor:
+        return _CopyToTensorParallelRegion.apply(x, self._group)
 
     def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Summed cross entropy, fp32 scalar (fp64 for fp64 logits), alike on all tensor ranks.
+        """Summed cross entropy (fp32 scalar, fp64 for fp64 logits), equal on all tensor ranks.
 
-        logits   [R, V / tensor ranks] of this rank's words; they are left as they are
-        targets  [R] int64, alike on all tensor ranks, all of them words: no IGNORE
+        logits   [S, V / tensor ranks] of this rank's ``vocab_range``; not changed
+        targets  [S] int64, equal on all tensor ranks, none of them IGNORE
         """
-        return _LossSum.apply(logits, targets, self._group, self._megatron.entropy)
+        return _VocabParallelLossSum.apply(logits, targets, self._group, self._megatron.entropy)
 
     def _settings(self) -> dict[str, Any]:
         config = self._megatron.Config(
-            tensor_model_parallel_size=self._ranks,
+            tensor_model_parallel_size=self._num_ranks,
             params_dtype=torch.get_default_dtype(),
-            # weights are made on torch's default device, with the numbers copied into them below
+            # parameters are created on torch's default device; their values are copied in below
             use_cpu_initialization=True,
             perform_initialization=False,
             sequence_parallel=False,
@@ -109,50 +111,50 @@ class TensorParallelLinears:
         )
         return {"config": config, "init_method": _no_init, "tp_group": self._group}
 
-    def _fill(self, layer: nn.Module, whole: nn.Module, split: Split) -> nn.Module:
-        """Copy this rank's cut of a plain layer into one of Megatron's."""
-        # it would add an empty entry for a state that the layers here do not have to what is loaded
+    def _initialize(self, layer: nn.Module, full: nn.Module, spec: ShardSpec) -> nn.Module:
+        """Copy this rank's shard of a full layer into Megatron's layer."""
+        # the hook would demand an extra state that these layers do not have
         layer._load_state_dict_pre_hooks.clear()
         with torch.no_grad():
-            for name, parameter in whole.named_parameters():
-                is_cut = name == "weight" or split.axis == 0
-                share = cut(parameter, split if is_cut else None, self._rank, self._ranks)
-                layer.get_parameter(name).copy_(share)
+            for name, parameter in full.named_parameters():
+                is_sharded = name == "weight" or spec.dim == 0
+                shard = shard_tensor(parameter, spec if is_sharded else None, self._rank, self._num_ranks)
+                layer.get_parameter(name).copy_(shard)
         return layer
 
 
 def _no_init(weight: Tensor) -> None:
-    """Never called: ``_fill`` copies the numbers."""
+    """Never called: ``_initialize`` copies the weights."""
 
 
-class _OneTensor(nn.Module):
-    """Before a layer of Megatron's in a class's bases: no bias beside the output, no extra state beside the weights."""
+class _SingleOutput(nn.Module):
+    """Mixin before a Megatron layer: return no bias beside the output, and keep no extra state beside the weights."""
 
     get_extra_state = nn.Module.get_extra_state
     set_extra_state = nn.Module.set_extra_state
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the layer says, without the bias it would have left to its caller."""
+        """Return the layer's output without the bias that Megatron returns beside it."""
         return super().forward(x)[0]
 
 
 @cache
 def _load() -> SimpleNamespace:
-    """What is used of megatron-core. Importing it takes seconds.
+    """Import what is used of megatron-core, which takes seconds.
 
-    Errors: ConfigError when it is missing or not of a proven version.
+    Raises ConfigError when it is missing or not of a tested version.
     """
     _check_version()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it misses Transformer Engine and Apex, which the layers here do not use
+        warnings.simplefilter("ignore")  # about Transformer Engine and Apex, which these layers do not use
         from megatron.core import ModelParallelConfig
         from megatron.core.tensor_parallel import layers
         from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
 
     return SimpleNamespace(
         Config=ModelParallelConfig,
-        Column=type("ColumnParallel", (_OneTensor, layers.ColumnParallelLinear), {}),
-        Row=type("RowParallel", (_OneTensor, layers.RowParallelLinear), {}),
+        Column=type("ColumnParallel", (_SingleOutput, layers.ColumnParallelLinear), {}),
+        Row=type("RowParallel", (_SingleOutput, layers.RowParallelLinear), {}),
         Embedding=layers.VocabParallelEmbedding,
         linear=layers.linear_with_grad_accumulation_and_async_allreduce,
         entropy=VocabParallelCrossEntropy,
@@ -160,23 +162,21 @@ def _load() -> SimpleNamespace:
 
 
 def _check_version() -> None:
-    proven = ", ".join(PROVEN_VERSIONS)
-    mend = f"Run: pip install megatron-core=={PROVEN_VERSIONS[-1]}, or set parallel.tensor=1."
+    tested = ", ".join(TESTED_VERSIONS)
+    fix = f"Run: pip install megatron-core=={TESTED_VERSIONS[-1]}, or set parallel.tensor=1."
     try:
         installed = version("megatron-core")
     except PackageNotFoundError:
-        raise ConfigError(f"parallel.tensor > 1 needs megatron-core {proven}, which is not installed. {mend}") from None
-    if installed not in PROVEN_VERSIONS:
-        raise ConfigError(
-            f"megatron-core {installed} is installed; parallel.tensor > 1 is proven with {proven}. {mend}"
-        )
+        raise ConfigError(f"parallel.tensor > 1 needs megatron-core {tested}, which is not installed. {fix}") from None
+    if installed not in TESTED_VERSIONS:
+        raise ConfigError(f"megatron-core {installed} is installed; parallel.tensor > 1 is tested with {tested}. {fix}")
 
 
-class _Shared(torch.autograd.Function):
-    """Identity; its gradient is summed over a group.
+class _CopyToTensorParallelRegion(torch.autograd.Function):
+    """Identity forward, sum over the group backward.
 
-    Megatron's copy_to_tensor_model_parallel_region, but for any gradient: that one sums in place, which changes a
-    gradient that others may hold too, and loses the sum where the gradient is not contiguous.
+    Megatron's copy_to_tensor_model_parallel_region for any gradient: Megatron's sums in place, which changes a gradient
+    that others may hold too, and loses the sum where the gradient is not contiguous.
     """
 
     @staticmethod
@@ -191,31 +191,33 @@ class _Shared(torch.autograd.Function):
         return total, None
 
 
-class _LossSum(torch.autograd.Function):
+class _VocabParallelLossSum(torch.autograd.Function):
     """Megatron's vocab-parallel cross entropy, summed, over a given group instead of the one in its global state."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, group: ProcessGroup, entropy: Any) -> Tensor:
-        # a copy also where nothing is cast: what follows works in place
+        # copy even without a cast: Megatron works in place
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-        highest = logits.amax(-1)
-        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
-        share = logits.shape[-1]
-        first = group.rank() * share
-        elsewhere, places, predicted, sums, exponentials = entropy.calculate_predicted_logits(
-            logits, targets, highest, first, first + share
+        logits_max = logits.amax(-1)
+        dist.all_reduce(logits_max, dist.ReduceOp.MAX, group=group)
+        local_size = logits.shape[-1]
+        first = group.rank() * local_size
+        target_mask, local_targets, predicted, sum_exp, exp_logits = entropy.calculate_predicted_logits(
+            logits, targets, logits_max, first, first + local_size
         )
-        numbers = torch.stack([predicted, sums])
-        dist.all_reduce(numbers, group=group)
-        softmax, losses = entropy.calculate_cross_entropy_loss(exponentials, *numbers)
-        ctx.save_for_backward(softmax, elsewhere, places)
+        reduced = torch.stack([predicted, sum_exp])
+        dist.all_reduce(reduced, group=group)
+        softmax, losses = entropy.calculate_cross_entropy_loss(exp_logits, *reduced)
+        ctx.save_for_backward(softmax, target_mask, local_targets)
         ctx.entropy = entropy
         return losses.sum()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        softmax, elsewhere, places = ctx.saved_tensors
-        operands = ctx.entropy.prepare_gradient_calculation_operands(softmax, elsewhere)
-        table, rows, update, of_input = operands
-        of_input = ctx.entropy.calculate_gradients(table, rows, places, update, of_input, gradient.expand(len(softmax)))
-        return of_input, None, None, None
+        softmax, target_mask, local_targets = ctx.saved_tensors
+        operands = ctx.entropy.prepare_gradient_calculation_operands(softmax, target_mask)
+        grad_2d, positions, softmax_update, grad_input = operands
+        grad_input = ctx.entropy.calculate_gradients(
+            grad_2d, positions, local_targets, softmax_update, grad_input, gradient.expand(len(softmax))
+        )
+        return grad_input, None, None, None

@@ -1,8 +1,8 @@
-"""What crosses a stage boundary: hidden states with their ids forward, gradients of hidden states backward.
+"""Point-to-point communication between pipeline stages: activations with their ids forward, gradients backward.
 
-B rows, T tokens, D width. Messages travel in the batches that schedule.py plans: every rank's batch number t is matched
-by its peers' batches number t, so no order of sending and receiving can deadlock. Nothing waits before it must: a
-receive is awaited when its micro-batch is taken, a send when the step ends.
+B sequences, T positions, D hidden size. Sends and receives are issued in the batches that schedule.py plans: batch t of
+every rank matches batch t of its peers, so no order of sends and receives can deadlock. A receive is waited for when
+its micro-batch is needed, a send when the step ends.
 """
 
 from collections.abc import Sequence
@@ -15,95 +15,96 @@ from torch import Tensor
 from aki_megatron.parallel.batch_broadcast import MicrobatchShape
 from aki_megatron.parallel.schedule import Message
 from aki_megatron.parallel.topology import Topology
-from aki_megatron.types import StageActivations
+from aki_megatron.types import StackedIds, StageActivations
 
 
 @dataclass
 class _PendingReceive:
-    """Tensors under way to this rank."""
+    """Buffers that are being received into, and the handles of their receives."""
 
-    tensors: list[Tensor]
-    works: list[dist.Work] = field(default_factory=list)
+    buffers: list[Tensor]
+    handles: list[dist.Work] = field(default_factory=list)
 
 
 class P2PCommunicator:
-    """Messages between this rank and the ranks of the neighbouring stages with its tensor and data rank.
+    """Messages between this rank and the ranks of neighbouring pipeline stages with its tensor and data rank.
 
     dtype  of hidden states and their gradients
     """
 
-    def __init__(self, topology: Topology, *, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, topology: Topology, *, hidden_size: int, dtype: torch.dtype) -> None:
         self._topology = topology
-        self._width = width
+        self._hidden_size = hidden_size
         self._dtype = dtype
-        self._parked: dict[Message, _PendingReceive] = {}
-        self._sizes: Sequence[MicrobatchShape] = ()
-        self._sending: list[tuple[dist.Work, Sequence[Tensor]]] = []
-        self.max_buffered = 0
-        """Most messages that were here, or under way to here, between two works; schedule.parked is its bound."""
+        self._pending_receives: dict[Message, _PendingReceive] = {}
+        self._pending_sends: list[tuple[dist.Work, Sequence[Tensor]]] = []
+        self._shapes: Sequence[MicrobatchShape] = ()
         if topology.pipeline > 1:
-            # NCCL builds the group's communicator in its first call, in which all of its ranks must take part
+            # NCCL creates the group's communicator in its first call, in which all of its ranks must take part
             dist.all_reduce(torch.zeros(1, device=topology.device), group=topology.pipeline_group)
 
-    def open_step(self, sizes: Sequence[MicrobatchShape]) -> None:
-        """``sizes`` of the step's micro-batches: messages need no header of their own."""
-        self._sizes = sizes
+    def begin_step(self, shapes: Sequence[MicrobatchShape]) -> None:
+        """Set the shapes of the step's micro-batches; messages carry no header."""
+        self._shapes = shapes
 
     def exchange(self, sends: Sequence[tuple[Message, StageActivations | Tensor]], receives: Sequence[Message]) -> None:
-        """Start one batch of sends (each with what it carries) and receives; returns at once."""
+        """Start one batch of sends (each with its content) and receives, and return without waiting."""
         operations: list[dist.P2POp] = []
         owners: list[_PendingReceive | Sequence[Tensor]] = []
         group = self._topology.pipeline_group
         for message, content in sends:
-            tensors = [content.hidden, content.ids] if isinstance(content, StageActivations) else [content]
+            tensors = [content.hidden, content.ids.stacked] if isinstance(content, StageActivations) else [content]
             tensors = [tensor.contiguous() for tensor in tensors]
             for tensor in tensors:
                 operations.append(dist.P2POp(dist.isend, tensor, self._topology.peer(message.peer), group))
                 owners.append(tensors)
         for message in receives:
-            parcel = self._parked[message] = _PendingReceive(self._buffers(message))
-            for tensor in parcel.tensors:
+            receive = self._pending_receives[message] = _PendingReceive(self._buffers(message))
+            for tensor in receive.buffers:
                 operations.append(dist.P2POp(dist.irecv, tensor, self._topology.peer(message.peer), group))
-                owners.append(parcel)
-        self.max_buffered = max(self.max_buffered, len(self._parked))
+                owners.append(receive)
         if not operations:
             return
-        works = dist.batch_isend_irecv(operations)
-        # NCCL answers a whole batch with one handle, gloo with one for each operation
-        works = works * len(operations) if len(works) == 1 else works
-        for owner, work in zip(owners, works, strict=True):
+        handles = dist.batch_isend_irecv(operations)
+        # NCCL returns one handle for the batch, gloo one for each operation
+        handles = handles * len(operations) if len(handles) == 1 else handles
+        for owner, handle in zip(owners, handles, strict=True):
             if isinstance(owner, _PendingReceive):
-                owner.works.append(work)
+                owner.handles.append(handle)
             else:
-                self._sending.append((work, owner))
+                self._pending_sends.append((handle, owner))
 
-    def take_carry(self, message: Message) -> StageActivations:
-        """Hidden states and ids of a forward message of an earlier batch."""
-        hidden, ids = self._take(message)
-        return StageActivations(hidden, ids)
+    def wait_activations(self, message: Message) -> StageActivations:
+        """Return what a forward message of an earlier batch holds."""
+        hidden, ids = self._wait(message)
+        return StageActivations(hidden, StackedIds(ids))
 
-    def take_gradient(self, message: Message) -> Tensor:
-        """Gradient [B, T, D] of a backward message of an earlier batch."""
-        (gradient,) = self._take(message)
+    def wait_gradient(self, message: Message) -> Tensor:
+        """Return the gradient [B, T, D] that a backward message of an earlier batch holds."""
+        (gradient,) = self._wait(message)
         return gradient
 
-    def close_step(self) -> None:
-        """Wait until everything sent has left."""
-        assert not self._parked, f"messages that no work has taken: {sorted(map(str, self._parked))}"
-        for work, _ in self._sending:
-            work.wait()
-        self._sending.clear()
+    def end_step(self) -> None:
+        """Wait until everything has been sent."""
+        assert not self._pending_receives, f"unused messages: {sorted(map(str, self._pending_receives))}"
+        for handle, _ in self._pending_sends:
+            handle.wait()
+        self._pending_sends.clear()
 
-    def _take(self, message: Message) -> list[Tensor]:
-        parcel = self._parked.pop(message)
-        for work in parcel.works:
-            work.wait()
-        self._sending = [(work, tensors) for work, tensors in self._sending if not work.is_completed()]
-        return parcel.tensors
+    def _wait(self, message: Message) -> list[Tensor]:
+        receive = self._pending_receives.pop(message)
+        for handle in receive.handles:
+            handle.wait()
+        # tensors being sent must stay alive until then
+        self._pending_sends = [
+            (handle, tensors) for handle, tensors in self._pending_sends if not handle.is_completed()
+        ]
+        return receive.buffers
 
     def _buffers(self, message: Message) -> list[Tensor]:
-        size, device = self._sizes[message.micro], self._topology.device
-        hidden = torch.empty(size.rows, size.tokens, self._width, dtype=self._dtype, device=device)
+        shape, device = self._shapes[message.micro_batch], self._topology.device
+        size = (shape.num_sequences, shape.sequence_length)
+        hidden = torch.empty(*size, self._hidden_size, dtype=self._dtype, device=device)
         if message.kind == "backward":
             return [hidden]
-        return [hidden, torch.empty(size.rows, size.tokens, 4, dtype=torch.int32, device=device)]
+        return [hidden, torch.empty(*size, StackedIds.NUM_COLUMNS, dtype=torch.int32, device=device)]

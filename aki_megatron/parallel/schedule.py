@@ -1,16 +1,17 @@
-"""Who does what when: the pipeline's schedule, a list of actions decided before anything is sent. Pure.
+"""Pipeline schedules: which rank runs which pass and sends which message when, decided before a step. No torch.
 
-The layers are cut into S = pipeline x virtual_stages stages; chunk c of pipeline rank p is stage c * pipeline + p, so that a
-micro-batch visits every rank once per chunk.
+The decoder layers are partitioned into pipeline x virtual_stages stages; virtual stage v of pipeline rank p is stage
+v * pipeline + p of the model, so a micro-batch visits every rank once per virtual stage.
 
-- chunks = 1 is 1F1B (PipeDream-Flush: Narayanan et al., "Memory-Efficient Pipeline-Parallel DNN Training", 2021). GPipe
-  (Huang et al., 2019) runs all forwards first and so holds every micro-batch; 1F1B has the same bubble and holds at
-  most pipeline - p of them on rank p.
-- chunks > 1 is interleaved 1F1B (Narayanan et al., "Efficient Large-Scale Language Model Training on GPU Clusters Using
-  Megatron-LM", 2021, section 2.2): micro-batches in groups of ``pipeline``, each group through one chunk after another.
-  The bubble shrinks by the number of chunks, the traffic grows by it. In Megatron's fixed order ranks can wait for one
-  another when the micro-batches are no multiple of the pipeline, and it refuses those; here a rank that would wait does
-  what is ready, so that any number completes; a last group that is smaller costs some idle ticks.
+- virtual_stages = 1 is 1F1B (PipeDream-Flush: Narayanan et al., "Memory-Efficient Pipeline-Parallel DNN Training",
+  2021). It has the bubble of GPipe (Huang et al., 2019), but rank p holds the activations of at most pipeline - p
+  micro-batches instead of all.
+- virtual_stages > 1 is interleaved 1F1B (Narayanan et al., "Efficient Large-Scale Language Model Training on GPU
+  Clusters Using Megatron-LM", 2021, section 2.2): micro-batches in groups of ``pipeline``, each group through one
+  virtual stage after another. The bubble shrinks by the number of virtual stages, the traffic grows by it. Megatron
+  requires the number of micro-batches to be a multiple of the pipeline size, because its fixed order could deadlock
+  otherwise; here a rank runs whatever is ready, so any number of micro-batches completes, and a smaller last group
+  costs a few idle steps.
 """
 
 from collections import deque
@@ -22,12 +23,12 @@ Kind = Literal["forward", "backward"]
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """One pass of one micro-batch through one chunk of a pipeline rank."""
+class Action:
+    """One pass of one micro-batch through one virtual stage of a pipeline rank."""
 
     kind: Kind
-    chunk: int
-    micro: int
+    virtual_stage: int
+    micro_batch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,164 +37,145 @@ class Message:
 
     kind: Kind
     stage: int
-    """The stage that receives."""
-    micro: int
+    """Index in the whole model of the stage that receives."""
+    micro_batch: int
     peer: int
     """Pipeline rank at the other end: the receiver of what is sent, the sender of what is received."""
 
 
 @dataclass(frozen=True, slots=True)
-class Tick:
-    """What one pipeline rank does in one tick: work first, then one batch of sends and receives.
+class ScheduleStep:
+    """What one pipeline rank does in one step of the schedule: an action, then one batch of sends and receives.
 
-    A message is in ``sends`` of its sender and in ``receives`` of its receiver in the same tick, and two ranks exchange
-    at most one message each way, so that batches of all ranks match and no order of arrival can deadlock.
+    A message is among ``sends`` of its sender and ``receives`` of its receiver in the same step, and two ranks exchange
+    at most one message each way, so the batches of all ranks match and no order of arrival can deadlock.
     """
 
-    work: Work | None
+    action: Action | None
     sends: tuple[Message, ...]
     receives: tuple[Message, ...]
 
 
-def order(pipeline_rank: int, *, pipeline: int, chunks: int, micro_batches: int) -> list[Work]:
-    """The works of one pipeline rank in the order in which it does them."""
-    ticks = schedule(pipeline=pipeline, chunks=chunks, micro_batches=micro_batches)[pipeline_rank]
-    return [tick.work for tick in ticks if tick.work is not None]
+RankSchedule = list[ScheduleStep]
 
 
-def _visits(chunks: Sequence[int], pipeline: int, micro_batches: int) -> list[tuple[int, int]]:
-    """(chunk, micro-batch) in order: groups of ``pipeline`` micro-batches, each group through one chunk after another.
+def in_flight_limit(pipeline_rank: int, *, pipeline: int, virtual_stages: int, num_micro_batches: int) -> int:
+    """Return the most forward passes of a rank, over all its virtual stages, whose backward pass is still to come.
 
-    While a rank does one group's chunk, the group's first micro-batch comes round to it for the next chunk.
+    This bounds the activations a rank holds. 1F1B: min(pipeline - p, micro-batches). With virtual stages, the first
+    group must have passed all of them but the last before any backward pass, and its first gradient returns to this
+    rank as many steps after the last rank as its activations took from here to there: hence the factor 2.
     """
-    if len(chunks) == 1:
-        return [(0, micro) for micro in range(micro_batches)]
+    ranks_after = pipeline - 1 - pipeline_rank
+    if virtual_stages > 1:
+        ranks_after = 2 * ranks_after + (virtual_stages - 1) * min(pipeline, num_micro_batches)
+    return min(ranks_after + 1, virtual_stages * num_micro_batches)
+
+
+def _pass_order(virtual_stages: Sequence[int], pipeline: int, num_micro_batches: int) -> list[tuple[int, int]]:
+    """Return (virtual stage, micro-batch) in order: groups of ``pipeline`` micro-batches, stage after stage.
+
+    While a rank runs a group through one virtual stage, the group's first micro-batch returns to it for the next.
+    """
+    if len(virtual_stages) == 1:
+        return [(0, micro_batch) for micro_batch in range(num_micro_batches)]
     return [
-        (chunk, micro)
-        for first in range(0, micro_batches, pipeline)
-        for chunk in chunks
-        for micro in range(first, min(first + pipeline, micro_batches))
+        (virtual_stage, micro_batch)
+        for first in range(0, num_micro_batches, pipeline)
+        for virtual_stage in virtual_stages
+        for micro_batch in range(first, min(first + pipeline, num_micro_batches))
     ]
 
 
-def in_flight_limit(pipeline_rank: int, *, pipeline: int, chunks: int, micro_batches: int) -> int:
-    """Most forwards of a rank (all its chunks together) whose backward is still to come: what its memory must hold.
+class _SimulatedRank:
+    """A pipeline rank in the simulation: the actions it has still to run, and those whose input has arrived."""
 
-    1F1B: min(pipeline - p, micro-batches). With chunks, the first group must have passed all but the last of them
-    before anything runs backward, and the first gradient comes back to this rank as many ticks after the last rank as
-    the activations went there before it: hence twice.
-    """
-    behind = pipeline - 1 - pipeline_rank
-    if chunks > 1:
-        behind = 2 * behind + (chunks - 1) * min(pipeline, micro_batches)
-    return min(behind + 1, chunks * micro_batches)
-
-
-def in_flight(works: Sequence[Work]) -> int:
-    """Most forwards not yet run backward at any time, all chunks together."""
-    held = most = 0
-    for work in works:
-        held += 1 if work.kind == "forward" else -1
-        most = max(most, held)
-    return most
-
-
-class _Rank:
-    """A pipeline rank at play: what it has still to do, and what has its input."""
-
-    def __init__(self, pipeline_rank: int, pipeline: int, chunks: int, micro_batches: int) -> None:
-        self.forwards = deque(Work("forward", *visit) for visit in _visits(range(chunks), pipeline, micro_batches))
+    def __init__(self, pipeline_rank: int, pipeline: int, virtual_stages: int, num_micro_batches: int) -> None:
+        stages = range(virtual_stages)
+        self.forwards = deque(Action("forward", *key) for key in _pass_order(stages, pipeline, num_micro_batches))
         self.backwards = deque(
-            Work("backward", *visit) for visit in _visits(range(chunks)[::-1], pipeline, micro_batches)
+            Action("backward", *key) for key in _pass_order(stages[::-1], pipeline, num_micro_batches)
         )
-        self.ready: set[Work] = set()
-        self.room = in_flight_limit(pipeline_rank, pipeline=pipeline, chunks=chunks, micro_batches=micro_batches)
+        self.ready: set[Action] = set()
+        self.may_start = in_flight_limit(
+            pipeline_rank, pipeline=pipeline, virtual_stages=virtual_stages, num_micro_batches=num_micro_batches
+        )
 
-    def take(self) -> Work | None:
-        """The next work: forward while there is room, else backward (so by turns once there is none); what is not ready
-        gives way to what is."""
-        if self.room and self.forwards and self.forwards[0] in self.ready:
-            self.room -= 1
+    def next_action(self) -> Action | None:
+        """Return the next ready action, a forward while under the in-flight limit, else a backward; None: idle."""
+        if self.may_start and self.forwards and self.forwards[0] in self.ready:
+            self.may_start -= 1
             return self.forwards.popleft()
         if self.backwards and self.backwards[0] in self.ready:
-            self.room += 1
+            self.may_start += 1
             return self.backwards.popleft()
         return None
 
 
-def schedule(*, pipeline: int, chunks: int, micro_batches: int) -> list[list[Tick]]:
-    """The ticks of every pipeline rank, by playing all of them in step.
+def build_schedule(*, pipeline: int, virtual_stages: int, num_micro_batches: int) -> list[RankSchedule]:
+    """Return the schedule of every pipeline rank, by simulating all of them in lockstep.
 
-    In a tick every rank does at most one work; what is made in a tick is delivered at its end. A stage hands to a stage
-    of the same rank without a message. Ticks in which a rank has nothing to do are kept, except at its end.
-    Ranks need not run in step. Whoever acts on this waits for a batch only before the work that needs a message of it:
-    to end every batch before the next work would make each tick last as long as a backward pass, and chunks > 1 slower
-    than chunks = 1.
+    In each step every rank runs at most one action, whose output is delivered at the end of the step. A stage hands to
+    another stage of the same rank without a message. Idle steps are kept, except at the end of a rank's schedule.
+    Execution need not be in lockstep: a rank waits for a message only before the action that needs it. (To end every
+    batch of messages before the next action would make each step last as long as a backward pass, and interleaving
+    slower than 1F1B.)
 
-    It always completes. Of the ranks that are least far with their backwards take the last one: the gradient it needs
-    next has been made. If the forward of that micro-batch is missing, it stands within every rank's limit, so nothing
-    but its own input keeps any rank from it, and the input of the first stage is always there.
+    The simulation always completes. Among the ranks with the fewest finished backward passes take the last: the
+    gradient of its next backward pass exists. If the forward pass of that micro-batch is missing, it is within every
+    rank's in-flight limit, so nothing but its own input delays it, and the input of the first stage is always
+    available.
     """
-    assert min(pipeline, chunks, micro_batches) >= 1
-    ranks = [_Rank(rank, pipeline, chunks, micro_batches) for rank in range(pipeline)]
-    ranks[0].ready.update(Work("forward", 0, micro) for micro in range(micro_batches))
-    ticks: list[list[Tick]] = [[] for _ in ranks]
-    while any(own.backwards for own in ranks):
-        works = [own.take() for own in ranks]
-        assert any(works), "the pipeline ranks wait for one another"
+    assert min(pipeline, virtual_stages, num_micro_batches) >= 1
+    ranks = [_SimulatedRank(rank, pipeline, virtual_stages, num_micro_batches) for rank in range(pipeline)]
+    ranks[0].ready.update(Action("forward", 0, micro_batch) for micro_batch in range(num_micro_batches))
+    schedules: list[RankSchedule] = [[] for _ in ranks]
+    while any(rank.backwards for rank in ranks):
+        actions = [rank.next_action() for rank in ranks]
+        assert any(actions), "deadlock: every pipeline rank waits for another"
         sends: list[list[Message]] = [[] for _ in ranks]
         receives: list[list[Message]] = [[] for _ in ranks]
-        for rank, work in enumerate(works):
-            target = _target(work, rank, pipeline, chunks)
-            if work is None or target is None:
+        for rank, action in enumerate(actions):
+            enabled = _enabled_pass(action, rank, pipeline, virtual_stages)
+            if action is None or enabled is None:
                 continue
-            kind, stage = target
+            kind, stage = enabled
             peer = stage % pipeline
-            ranks[peer].ready.add(Work(kind, stage // pipeline, work.micro))
+            ranks[peer].ready.add(Action(kind, stage // pipeline, action.micro_batch))
             if peer != rank:
-                sends[rank].append(Message(kind, stage, work.micro, peer))
-                receives[peer].append(Message(kind, stage, work.micro, rank))
-        for own, work, sent, received in zip(ticks, works, sends, receives, strict=True):
-            own.append(Tick(work, tuple(sent), tuple(received)))
-    return [_without_idle_end(own) for own in ticks]
+                sends[rank].append(Message(kind, stage, action.micro_batch, peer))
+                receives[peer].append(Message(kind, stage, action.micro_batch, rank))
+        for schedule, action, sent, received in zip(schedules, actions, sends, receives, strict=True):
+            schedule.append(ScheduleStep(action, tuple(sent), tuple(received)))
+    return [_without_idle_end(schedule) for schedule in schedules]
 
 
-def _target(work: Work | None, rank: int, pipeline: int, chunks: int) -> tuple[Kind, int] | None:
-    """What becomes possible by a work: the next stage forward, the previous one backward, and the last stage, which
-    computes the loss, goes back by itself."""
-    if work is None:
-        return None
-    stage = work.chunk * pipeline + rank
-    if work.kind == "backward":
-        return ("backward", stage - 1) if stage else None
-    return ("forward", stage + 1) if stage + 1 < pipeline * chunks else ("backward", stage)
+def _enabled_pass(action: Action | None, rank: int, pipeline: int, virtual_stages: int) -> tuple[Kind, int] | None:
+    """Return the pass and the stage that can run once ``action`` of ``rank`` is done; None where nothing can.
 
-
-def _without_idle_end(ticks: list[Tick]) -> list[Tick]:
-    last = len(ticks)
-    while last and ticks[last - 1] == Tick(None, (), ()):
-        last -= 1
-    return ticks[:last]
-
-
-def parked(ticks: Sequence[Tick]) -> int:
-    """Most inputs that a rank has received and not yet begun to work on, at the end of any tick."""
-    waiting: set[tuple[Kind, int]] = set()
-    most = 0
-    for tick in ticks:
-        if tick.work is not None:
-            # a micro-batch comes round for its next chunk only after this one, so there is no other it could be
-            waiting.discard((tick.work.kind, tick.work.micro))
-        waiting.update((message.kind, message.micro) for message in tick.receives)
-        most = max(most, len(waiting))
-    return most
-
-
-def bubble(ticks: Sequence[Sequence[Tick]]) -> float:
-    """Fraction of the ticks in which a rank has nothing to do, the same for every rank: 0 without a pipeline.
-
-    1F1B: (pipeline - 1) / (micro-batches + pipeline - 1). ``ticks`` is what ``schedule`` returns.
+    That is the next stage's forward or the previous stage's backward. The last stage computes the loss, so its forward
+    enables its own backward.
     """
-    longest = max(len(own) for own in ticks)
-    works = sum(tick.work is not None for own in ticks for tick in own)
-    return 1 - works / (longest * len(ticks))
+    if action is None:
+        return None
+    stage = action.virtual_stage * pipeline + rank
+    if action.kind == "backward":
+        return ("backward", stage - 1) if stage else None
+    return ("forward", stage + 1) if stage + 1 < pipeline * virtual_stages else ("backward", stage)
+
+
+def _without_idle_end(schedule: RankSchedule) -> RankSchedule:
+    length = len(schedule)
+    while length and schedule[length - 1] == ScheduleStep(None, (), ()):
+        length -= 1
+    return schedule[:length]
+
+
+def bubble_fraction(schedules: Sequence[RankSchedule]) -> float:
+    """Return the fraction of steps in which a rank is idle, which is the same for every rank: 0 without a pipeline.
+
+    1F1B: (pipeline - 1) / (micro-batches + pipeline - 1). ``schedules`` is what ``build_schedule`` returns.
+    """
+    longest = max(len(schedule) for schedule in schedules)
+    num_actions = sum(step.action is not None for schedule in schedules for step in schedule)
+    return 1 - num_actions / (longest * len(schedules))

@@ -1,4 +1,4 @@
-"""Where this process stands among the others: sizes, ranks and process groups. The only owner of groups.
+"""Sizes, ranks and process groups of tensor, data and pipeline parallelism. The only place that creates groups.
 
 Rank order: tensor fastest, then data, then pipeline: rank = tensor_rank + tensor * (data_rank + data * pipeline_rank).
 """
@@ -12,20 +12,24 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from aki_megatron.config.batch_sizes import num_replicas
 from aki_megatron.errors import ConfigError
 from aki_megatron.parallel.launch import Launch, discover_launch
 
-__all__ = ["Launch", "Topology", "discover_launch", "start"]
+__all__ = ["Launch", "Topology", "discover_launch", "init_distributed"]
 
 TIMEOUT_SECONDS = 600.0
-"""Longest wait in a collective: past it the process ends with an error instead of hanging behind a rank that died."""
+"""Timeout of collectives: past it the process ends with an error instead of waiting for a rank that died."""
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Sizes and ranks of the three ways of splitting, every process group, and the device of this process.
+    """Parallel sizes and ranks, every process group, and the device of this process.
 
-    A replica is a whole copy of the model: all tensor and pipeline ranks that share one data rank.
+    tensor, pipeline, data  number of tensor, pipeline and data ranks
+    groups                  the groups this rank is in, by the names of GROUPS
+
+    A replica is one copy of the model: all tensor and pipeline ranks with the same data rank.
     """
 
     rank: int
@@ -36,79 +40,78 @@ class Topology:
     data: int
     device: torch.device
     groups: dict[str, ProcessGroup]
-    """The groups this rank is in, by the names of GROUPS."""
 
     @property
     def tensor_rank(self) -> int:
-        """Which slice of each layer."""
+        """Which shard of each layer this rank holds."""
         return self.rank % self.tensor
 
     @property
     def data_rank(self) -> int:
-        """Which share of the batch."""
+        """Which part of the global batch this rank trains on."""
         return self.rank // self.tensor % self.data
 
     @property
     def pipeline_rank(self) -> int:
-        """Which runs of layers."""
+        """Which pipeline stages this rank holds."""
         return self.rank // (self.tensor * self.data)
 
     @property
     def data_group(self) -> ProcessGroup:
-        """Ranks that hold the same weights and see different samples."""
+        """Ranks that hold the same parameters and train on different samples."""
         return self.groups["data"]
 
     @property
     def tensor_group(self) -> ProcessGroup:
-        """Ranks that hold slices of the same layers and see the same samples."""
+        """Ranks that hold shards of the same layers and train on the same samples."""
         return self.groups["tensor"]
 
     @property
     def pipeline_group(self) -> ProcessGroup:
-        """Ranks that hold other layers and see the same samples."""
+        """Ranks that hold other layers and train on the same samples."""
         return self.groups["pipeline"]
 
     @property
     def replica_group(self) -> ProcessGroup:
-        """All ranks that see the same samples."""
+        """All ranks of this replica: they train on the same samples."""
         return self.groups["replica"]
 
     @property
-    def stage_group(self) -> ProcessGroup:
-        """All ranks that hold the same layers, whole or in slices."""
-        return self.groups["stage"]
+    def pipeline_stage_group(self) -> ProcessGroup:
+        """All ranks that hold the same layers or shards of them: tensor x data."""
+        return self.groups["pipeline_stage"]
 
     @property
     def embedding_group(self) -> ProcessGroup:
         """The first and the last pipeline rank with this tensor and data rank; this rank must be one of them."""
-        return self.groups["edge"]
+        return self.groups["embedding"]
 
     @property
     def self_group(self) -> ProcessGroup:
-        """This rank alone, for libraries that insist on a group."""
-        return self.groups["alone"]
+        """This rank alone, for libraries that require a group."""
+        return self.groups["self"]
 
     @property
-    def is_first_stage(self) -> bool:
-        """Whether batches enter the model here."""
+    def is_first_pipeline_rank(self) -> bool:
+        """Whether batches enter the model on this rank."""
         return self.pipeline_rank == 0
 
     @property
     def reads_data(self) -> bool:
-        """Whether this rank loads batches: one tensor rank of the first stage; the others are sent what they need."""
-        return self.is_first_stage and self.tensor_rank == 0
+        """Whether this rank loads batches: tensor rank 0 of the first pipeline rank, which sends them to the others."""
+        return self.is_first_pipeline_rank and self.tensor_rank == 0
 
     def peer(self, pipeline_rank: int) -> int:
-        """Global rank of another pipeline rank with this tensor and data rank."""
+        """Return the global rank of another pipeline rank with this tensor and data rank."""
         return self.tensor_rank + self.tensor * (self.data_rank + self.data * pipeline_rank)
 
     @property
-    def replica_source(self) -> int:
-        """Global rank of the rank of this replica that reads data."""
+    def replica_source_rank(self) -> int:
+        """Global rank of the one rank of this replica that reads data."""
         return self.tensor * self.data_rank
 
     def sum_over_data(self, numbers: Sequence[float]) -> list[float]:
-        """Sums of each number over the data ranks, in float64, by one all-reduce."""
+        """Sum each number over the data ranks, in float64, by one all-reduce."""
         if self.data == 1:
             return [float(number) for number in numbers]
         total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
@@ -123,11 +126,11 @@ class Topology:
             dist.barrier()
 
     def new_gloo_group(self, timeout_seconds: float) -> ProcessGroup:
-        """A group of all ranks on the CPU for a thread whose collectives must not mix with training's; collective."""
+        """Create a gloo group of all ranks, for a thread whose collectives must not mix with training's; collective."""
         return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
 
     def shutdown(self) -> None:
-        """Leave the world. Without it gloo ranks sometimes abort at exit."""
+        """Destroy the process groups. Without it gloo ranks sometimes abort at exit."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -137,15 +140,18 @@ GROUPS: dict[str, Callable[[Topology, int, int, int], bool]] = {
     "data": lambda own, t, d, p: (t, p) == (own.tensor_rank, own.pipeline_rank),
     "pipeline": lambda own, t, d, p: (t, d) == (own.tensor_rank, own.data_rank),
     "replica": lambda own, t, d, p: d == own.data_rank,
-    "stage": lambda own, t, d, p: p == own.pipeline_rank,
-    "edge": lambda own, t, d, p: (t, d) == (own.tensor_rank, own.data_rank) and p in (0, own.pipeline - 1),
-    "alone": lambda own, t, d, p: (t, d, p) == (own.tensor_rank, own.data_rank, own.pipeline_rank),
+    "pipeline_stage": lambda own, t, d, p: p == own.pipeline_rank,
+    "embedding": lambda own, t, d, p: (t, d) == (own.tensor_rank, own.data_rank) and p in (0, own.pipeline - 1),
+    "self": lambda own, t, d, p: (t, d, p) == (own.tensor_rank, own.data_rank, own.pipeline_rank),
 }
-"""Group -> whether the rank at (tensor rank, data rank, pipeline rank) shares it with a rank."""
+"""Group -> whether the rank at (tensor rank, data rank, pipeline rank) is in the group of rank ``own``."""
 
 
-def members(own: Topology, group: str) -> list[int]:
-    """Global ranks of a group of ``own``, in order; ``edge`` is without a ``own`` that is neither end."""
+def group_ranks(own: Topology, group: str) -> list[int]:
+    """Return the global ranks of a group of ``own``, in order.
+
+    ``embedding`` does not contain ``own`` when that is neither the first nor the last pipeline rank.
+    """
     ranks = []
     for rank in range(own.world_size):
         other = replace(own, rank=rank)
@@ -154,33 +160,33 @@ def members(own: Topology, group: str) -> list[int]:
     return ranks
 
 
-def _join_groups(own: Topology, timeout: timedelta) -> dict[str, ProcessGroup]:
-    """Each rank makes only the groups it is in, all ranks in the same order; equal groups are made once."""
-    made: dict[tuple[int, ...], ProcessGroup] = {}
-    found: dict[str, ProcessGroup] = {}
+def _create_groups(own: Topology, timeout: timedelta) -> dict[str, ProcessGroup]:
+    """Create the groups this rank is in, on all ranks in the same order; groups of the same ranks are created once."""
     world = dist.group.WORLD
     assert world is not None
-    made[tuple(range(own.world_size))] = world
+    created: dict[tuple[int, ...], ProcessGroup] = {tuple(range(own.world_size)): world}
+    groups: dict[str, ProcessGroup] = {}
     for name in GROUPS:
-        ranks = members(own, name)
+        ranks = tuple(group_ranks(own, name))
         if own.rank not in ranks:
             continue
-        key = tuple(ranks)
-        if key not in made:
-            made[key] = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
-        found[name] = made[key]
-    return found
+        if ranks not in created:
+            created[ranks] = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
+        groups[name] = created[ranks]
+    return groups
 
 
-def start(launch: Launch, *, tensor: int, pipeline: int, timeout_seconds: float = TIMEOUT_SECONDS) -> Topology:
-    """Join the world of ``launch`` and build the groups: NCCL and one GPU per process with CUDA, else gloo on the CPU.
+def init_distributed(
+    launch: Launch, *, tensor: int, pipeline: int, timeout_seconds: float = TIMEOUT_SECONDS
+) -> Topology:
+    """Initialize torch.distributed and create the groups: NCCL with one GPU per process, or gloo without CUDA.
 
-    Errors: ConfigError for sizes that do not fit the number of processes, or more processes on a machine than GPUs.
+    Raises ConfigError when the sizes do not divide the number of processes, or a machine has more processes than GPUs.
     """
-    data = data_size(launch.world_size, tensor=tensor, pipeline=pipeline)
+    data = num_replicas(launch.world_size, tensor=tensor, pipeline=pipeline)
     device = _device(launch)
     timeout = timedelta(seconds=timeout_seconds)
-    # DeepSpeed insists on the first variable; without the second it starts a program in every step to count CPU nodes
+    # DeepSpeed requires the first variable; without the second it starts a program in every step to count CPU nodes
     os.environ["LOCAL_RANK"] = str(launch.local_rank)
     os.environ.setdefault("LOCAL_SIZE", str(max(launch.local_world_size, 1)))
     if launch.world_size == 1:
@@ -196,25 +202,12 @@ def start(launch: Launch, *, tensor: int, pipeline: int, timeout_seconds: float 
         )
     sizes = {"tensor": tensor, "pipeline": pipeline, "data": data}
     own = Topology(launch.rank, launch.world_size, launch.local_rank, **sizes, device=device, groups={})
-    return replace(own, groups=_join_groups(own, timeout))
-
-
-def data_size(world_size: int, *, tensor: int, pipeline: int) -> int:
-    """Number of data ranks.
-
-    Errors: ConfigError when tensor x pipeline does not divide the world.
-    """
-    if world_size % (tensor * pipeline):
-        raise ConfigError(
-            f"{world_size} processes cannot be split into parallel.tensor={tensor} x parallel.pipeline={pipeline} "
-            f"x data; start a multiple of {tensor * pipeline} processes."
-        )
-    return world_size // (tensor * pipeline)
+    return replace(own, groups=_create_groups(own, timeout))
 
 
 def _device(launch: Launch) -> torch.device:
     if not torch.cuda.is_available():
-        # DeepSpeed picks its accelerator once, at first use; told so, it neither probes nor warns
+        # DeepSpeed chooses its accelerator once, at first use; with this variable it neither probes nor warns
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         return torch.device("cpu")
     if launch.local_rank >= torch.cuda.device_count():

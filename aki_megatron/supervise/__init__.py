@@ -1,1 +1,1 @@
-"""What keeps a long job alive: failure reports, watchdog, heartbeats, attempts, status, pre-flight."""
+"""Supervision of a long run: failure reports, watchdog, heartbeats, attempts, loss spikes, status, pre-flight check."""

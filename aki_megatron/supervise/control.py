@@ -1,4 +1,4 @@
-"""What is wanted of a run from outside: signals to any rank, files that a person makes in the run folder."""
+"""Requests to a run from outside: signals to any rank, and files that the user creates in the run folder."""
 
 import time
 
@@ -6,33 +6,33 @@ from aki_megatron.supervise.run_paths import RunPaths
 from aki_megatron.supervise.signals import StopSignals
 from aki_megatron.types import ControlRequest
 
-LOOK_SECONDS = 1.0
-"""The files are looked for at most this often: the folder may lie on a slow network file system."""
+POLL_SECONDS = 1.0
+"""Shortest time between two checks for the files: the run folder may be on a slow network file system."""
 
 
 class ControlSignals:
-    """What this rank wants done after the step that begins; asked at every step.
+    """Requests that this rank knows of.
 
-    looks  whether this is the rank that looks for the files
+    checks_files  whether this rank checks for the files SAVE and STOP; one rank does
     """
 
-    def __init__(self, folder: RunPaths, stop_signals: StopSignals, *, looks: bool) -> None:
-        self.folder = folder
+    def __init__(self, paths: RunPaths, stop_signals: StopSignals, *, checks_files: bool) -> None:
+        self.paths = paths
         self.stop_signals = stop_signals
-        self.looks = looks
-        self._next_look = 0.0
+        self.checks_files = checks_files
+        self._next_poll = 0.0
 
-    def __call__(self) -> ControlRequest:
-        """The control_signals of this rank."""
-        wish = ControlRequest.STOP if self.stop_signals.reason else ControlRequest.NONE
-        if self.looks and time.monotonic() >= self._next_look:
-            self._next_look = time.monotonic() + LOOK_SECONDS
-            wish |= ControlRequest.SAVE if self.folder.save.exists() else ControlRequest.NONE
-            wish |= ControlRequest.STOP if self.folder.stop.exists() else ControlRequest.NONE
-        return wish
+    def poll(self) -> ControlRequest:
+        """Return what this rank wants done after the step that begins; called at every step."""
+        request = ControlRequest.STOP if self.stop_signals.reason else ControlRequest.NONE
+        if self.checks_files and time.monotonic() >= self._next_poll:
+            self._next_poll = time.monotonic() + POLL_SECONDS
+            request |= ControlRequest.SAVE if self.paths.save.exists() else ControlRequest.NONE
+            request |= ControlRequest.STOP if self.paths.stop.exists() else ControlRequest.NONE
+        return request
 
-    def why_stop(self) -> str:
-        """What asked for the stop, as far as this rank knows."""
-        if self.folder.stop.exists():
-            return f"{self.folder.stop.name} exists"
+    def stop_reason(self) -> str:
+        """Return what asked for the stop, as far as this rank knows."""
+        if self.paths.stop.exists():
+            return f"{self.paths.stop.name} exists"
         return self.stop_signals.reason or "another rank was asked to stop"

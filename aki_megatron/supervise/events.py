@@ -1,26 +1,35 @@
-"""What happened to a run besides steps: events.jsonl, an object per line, in the order in which things happened.
+"""events.jsonl: what happened to a run besides steps, one object per line, in order.
 
-    {"time": 1735689600.0, "step": 1200, "kind": "spike", "text": "loss 9.1 is 4.6 times the median ..."}
+    {"time": 1735689600.0, "step": 1200, "kind": "loss_spike", "text": "loss 9.1 is 4.6 times the median ..."}
 
-A history: lines stay when a run goes back to a checkpoint and does steps again. No torch here: tools read it.
+Events are a history: lines stay when a run rolls back and repeats steps. No torch here: tools read it.
 """
 
 import time
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
-from aki_megatron.supervise.run_paths import RunPaths, append_line, read_lines
+from aki_megatron.supervise.jsonl import append_line, read_lines
+from aki_megatron.supervise.run_paths import RunPaths
 
-Kind = Literal["spike", "non_finite", "rollback", "hang", "save_failed", "save", "stop"]
+EventKind = Literal["loss_spike", "non_finite", "rollback", "hang", "save_failed", "save", "stop"]
 
-KINDS: tuple[Kind, ...] = get_args(Kind)
+EVENT_KINDS: tuple[EventKind, ...] = get_args(EventKind)
 
-
-def record(folder: RunPaths, step: int, kind: Kind, text: str) -> None:
-    """Append an event after ``step``; one rank calls this, the one that knows."""
-    assert kind in KINDS, kind
-    append_line(folder.events, {"time": time.time(), "step": step, "kind": kind, "text": text})
+EventRecorder = Callable[[int, EventKind, str], None]
+"""Takes the step after which something happened, the kind of event, and a text."""
 
 
-def read_events(folder: RunPaths) -> list[dict[str, Any]]:
-    """All events, oldest first."""
-    return read_lines(folder.events)
+def record_event(paths: RunPaths, step: int, kind: EventKind, text: str) -> None:
+    """Append an event after ``step``. Call it on the one rank that knows of the event."""
+    assert kind in EVENT_KINDS, kind
+    append_line(paths.events, {"time": time.time(), "step": step, "kind": kind, "text": text})
+
+
+def ignore_event(_step: int, _kind: EventKind, _text: str) -> None:
+    """Do nothing: the EventRecorder of ranks that do not write events."""
+
+
+def read_events(paths: RunPaths) -> list[dict[str, Any]]:
+    """Return all events, oldest first."""
+    return read_lines(paths.events)

@@ -1,6 +1,6 @@
-"""Heartbeats: a small file per rank that says where it stands, and which rank the others wait for.
+"""Heartbeats: a small file per rank with its step and phase, and the choice of the straggler.
 
-No torch here: tools look at runs, also at those of other machines.
+No torch here: tools read heartbeats, also those of other machines.
 """
 
 import json
@@ -16,64 +16,65 @@ from aki_megatron.supervise.run_paths import RunPaths
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Where a rank stands."""
+    """Progress of one rank."""
 
     rank: int
     step: int
-    """Optimizer steps that are done."""
-    place: str
-    """What it does now."""
+    """Optimizer steps done."""
+    phase: str
+    """What the rank is doing."""
     since: float
-    """Seconds since the epoch when it came there."""
-    moves: int = 0
-    """Places in which it has been since the last step."""
-    waits: str = ""
-    """The collective in which it waits for other ranks; known only once a hang was noticed."""
+    """Start of the phase, seconds since the epoch."""
+    num_phases: int = 0
+    """Phases entered since the last step."""
+    collective: str = ""
+    """Function in which the rank waits for other ranks; filled in only once a hang was detected."""
     step_seconds: float = 0.0
-    """Median duration of the last steps with all that comes between them; 0 before there is one."""
-    hang_noticed: bool = False
-    """It knows of a hang and has written its stacks."""
+    """Median duration of recent steps, data and callbacks included; 0 before the second step."""
+    hang_detected: bool = False
+    """The rank knows of a hang and has written its stack traces."""
     time: float = field(default_factory=time.time)
     host: str = field(default_factory=platform.node)
     pid: int = field(default_factory=os.getpid)
 
     def write(self, path: Path) -> None:
-        """Write the file, in place: network filesystems show that at once."""
+        """Write the file in place: network file systems show that at once."""
         path.write_text(json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "Heartbeat | None":
-        """What the file says; None where there is none, where it is just being written, or cannot be read."""
+        """Read a heartbeat; None where the file is missing, unreadable, or in the middle of being written."""
         try:
             return cls(**json.loads(path.read_text()))
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):
             return None
 
-    def is_where(self, other: "Heartbeat") -> bool:
-        """Whether two ranks are at the same point of the run."""
-        return (self.step, self.place, self.waits) == (other.step, other.place, other.waits)
+    def same_phase(self, other: "Heartbeat") -> bool:
+        """Return whether two ranks are at the same point of the run."""
+        return (self.step, self.phase, self.collective) == (other.step, other.phase, other.collective)
 
     def describe(self) -> str:
-        """Where the rank stands, for a person."""
-        where = f"in {self.place!r} for {max(0.0, self.time - self.since):.0f} s after step {self.step}"
-        return where + (f", waiting for others in {self.waits}" if self.waits else "")
+        """Describe the phase in words."""
+        text = f"in {self.phase!r} for {max(0.0, self.time - self.since):.0f} s after step {self.step}"
+        return text + (f", waiting for other ranks in {self.collective}" if self.collective else "")
 
 
-def read_heartbeats(folder: RunPaths, world_size: int) -> dict[int, Heartbeat]:
-    """Heartbeats of all ranks that have one."""
-    found = {rank: Heartbeat.read(folder.heartbeat(rank)) for rank in range(world_size)}
-    return {rank: beat for rank, beat in found.items() if beat is not None}
+def read_heartbeats(paths: RunPaths, world_size: int) -> dict[int, Heartbeat]:
+    """Return the heartbeats by rank, for the ranks that have one."""
+    found = {rank: Heartbeat.read(paths.heartbeat(rank)) for rank in range(world_size)}
+    return {rank: heartbeat for rank, heartbeat in found.items() if heartbeat is not None}
 
 
-def lagging(beats: Iterable[Heartbeat]) -> Heartbeat:
-    """The rank for which the others wait, as far as one can tell; ``beats`` are those of living ranks, at least one.
+def straggler(heartbeats: Iterable[Heartbeat]) -> Heartbeat:
+    """Return the rank for which the others most likely wait; ``heartbeats`` are of live ranks, at least one.
 
-    It has done the fewest steps; among equals it is one that waits for nobody, has come least far within the step, and
-    came there first (clocks of machines differ a little, so that comes last).
+    It has done the fewest steps. Ties are broken in favour of a rank that waits in no collective, then of the one that
+    entered the fewest phases since the step, then of the one that entered its phase first (last, because the clocks of
+    machines differ a little).
     """
-    return min(beats, key=lambda beat: (beat.step, beat.waits != "", beat.moves, beat.since, beat.rank))
+    return min(heartbeats, key=lambda beat: (beat.step, beat.collective != "", beat.num_phases, beat.since, beat.rank))
 
 
-def describe_ranks(ranks: Collection[int]) -> str:
-    """``rank 3``, ``ranks 3, 4, 5``."""
+def format_ranks(ranks: Collection[int]) -> str:
+    """Return ``rank 3`` or ``ranks 3, 4, 5``."""
     return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, sorted(ranks)))

@@ -1,4 +1,4 @@
-"""Who a rank is, in a file that other ranks read when it may be dead."""
+"""Identify the process of a rank in a file, so that other ranks can tell whether it is alive."""
 
 import json
 import os
@@ -8,64 +8,64 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-_STATE, _STARTED = 0, 19
-"""Places in /proc/PID/stat, counted after the name of the program (man 5 proc)."""
+_STATE, _START_TICKS = 0, 19
+"""Fields of /proc/PID/stat, counted after the name of the program (man 5 proc)."""
 
 
 @dataclass(frozen=True)
-class Process:
-    """A process, as others can find it."""
+class RankProcess:
+    """A process, as other ranks can find it."""
 
     host: str
     machine: str
-    """Boot and process-id namespace: where two are equal, each can look for the other by ``pid``; empty if unknown."""
+    """Boot id and process-id namespace: where they are equal, a ``pid`` means the same. Empty if unknown."""
     pid: int
-    started: int
-    """Clock ticks since boot: tells a process from a later one with the same number."""
+    start_ticks: int
+    """Clock ticks since boot: distinguishes the process from a later one with the same ``pid``."""
     ending: bool = False
-    """It has met an error and looks for the cause."""
+    """The process has failed and is looking for the cause."""
 
     def write(self, path: Path) -> None:
-        """Write the file, in place: network filesystems show that at once."""
+        """Write the file in place: network file systems show that at once."""
         path.write_text(json.dumps(asdict(self)) + "\n")
 
     @classmethod
-    def read(cls, path: Path) -> "Process | None":
-        """What the file says; None where there is none, or where it is just being written."""
+    def read(cls, path: Path) -> "RankProcess | None":
+        """Read the file; None where it is missing or in the middle of being written."""
         try:
-            facts: dict[str, Any] = json.loads(path.read_text())
+            fields: dict[str, Any] = json.loads(path.read_text())
         except (FileNotFoundError, ValueError):
             return None
-        return cls(**facts)
+        return cls(**fields)
 
 
-def this_process() -> Process:
-    """This one."""
+def this_process() -> RankProcess:
+    """Describe the calling process."""
     return _process(os.getpid())
 
 
 @cache
-def _process(pid: int) -> Process:
+def _process(pid: int) -> RankProcess:
     host = platform.node()
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         machine = f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # not Linux
-        return Process(host, "", pid, 0)
-    return Process(host, machine, pid, int(_stat(pid)[_STARTED]))
+        return RankProcess(host, "", pid, 0)
+    return RankProcess(host, machine, pid, int(_stat(pid)[_START_TICKS]))
 
 
-def is_alive(process: Process) -> bool:
-    """Whether a process runs; True where this one cannot know, as on another machine."""
+def is_alive(process: RankProcess) -> bool:
+    """Return whether a process runs; True where this process cannot know, as on another machine."""
     if not process.machine or process.machine != this_process().machine:
         return True
     try:
         stat = _stat(process.pid)
     except (FileNotFoundError, ProcessLookupError):
         return False
-    return stat[_STATE] not in "ZX" and int(stat[_STARTED]) == process.started
+    return stat[_STATE] not in "ZX" and int(stat[_START_TICKS]) == process.start_ticks
 
 
 def _stat(pid: int) -> list[str]:
-    # the name, in brackets, may hold anything
+    # the name of the program, in parentheses, may contain anything
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -1,7 +1,7 @@
-"""Signals that ask a run to stop, held until it can.
+"""Signals that ask a run to stop, held until the run can.
 
-Launchers import this first of all: the imports that follow take seconds, in which a signal that nobody handles would
-end the process. Only the standard library is needed here.
+Launchers import this before anything else: the imports that follow take seconds, in which an unhandled signal would
+end the process. Standard library only.
 """
 
 import os
@@ -10,63 +10,62 @@ import time
 from typing import Any
 
 DUPLICATE_SECONDS = 2.0
-"""A scheduler and a launcher may both pass one SIGTERM on: what comes within this time is the same one."""
+"""A scheduler and a launcher may both forward one SIGTERM: those that arrive within this time count as one."""
 
-LOOK_SECONDS = 0.05
+POLL_SECONDS = 0.05
 
 
 class StopSignals:
-    """What this process was told.
+    """Stop requests of this process.
 
     SIGUSR1 asks for a stop: a checkpoint after the next step, then the end. So does SIGTERM; a second one ends the
-    process at once. Where there are several ranks, supervise/failure.py takes SIGTERM over: another rank's failure may be
-    behind it.
+    process at once. With several ranks supervise/failure.py takes SIGTERM over, because a failure of another rank may
+    have caused it.
     """
 
     def __init__(self) -> None:
         self.reason = ""
-        """Name of the signal that asks for a stop; empty while none does."""
-        self.terminated = False
-        """Whether SIGTERM has come."""
-        self._first_termination = 0.0
+        """Name of the signal that asked for a stop; empty without a request."""
+        self.sigterm_received = False
+        self._first_sigterm = 0.0
 
     def listen(self) -> None:
-        """Take over both signals, in the main thread."""
-        signal.signal(signal.SIGUSR1, self._asked)
-        # a process that was started to outlive its terminal goes on ignoring it
+        """Install the handlers of both signals; call it in the main thread."""
+        signal.signal(signal.SIGUSR1, self._on_sigusr1)
+        # a process that was started to outlive its terminal keeps ignoring SIGTERM
         if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
-            signal.signal(signal.SIGTERM, self._told)
-        os.register_at_fork(after_in_child=forget)
+            signal.signal(signal.SIGTERM, self._on_sigterm)
+        os.register_at_fork(after_in_child=reset_handlers_in_child)
 
-    def stop(self, reason: str) -> None:
-        """Ask for a stop; what asked first is the reason."""
+    def request_stop(self, reason: str) -> None:
+        """Ask for a stop; the first request is the reason."""
         self.reason = self.reason or reason
 
-    def again(self) -> bool:
-        """Whether a SIGTERM that has just come is one more than the first."""
+    def is_repeated_sigterm(self) -> bool:
+        """Register a SIGTERM that has just arrived; return whether it is more than a duplicate of the first one."""
         now = time.monotonic()
-        if not self.terminated:
-            self.terminated, self._first_termination = True, now
-        return now - self._first_termination > DUPLICATE_SECONDS
+        if not self.sigterm_received:
+            self.sigterm_received, self._first_sigterm = True, now
+        return now - self._first_sigterm > DUPLICATE_SECONDS
 
     def wait(self, seconds: float) -> bool:
-        """Wait, but no longer than until SIGTERM comes; whether it came."""
+        """Wait until SIGTERM arrives, at most ``seconds``; return whether it arrived."""
         end = time.monotonic() + seconds
-        while not self.terminated and time.monotonic() < end:
-            time.sleep(LOOK_SECONDS)
-        return self.terminated
+        while not self.sigterm_received and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
+        return self.sigterm_received
 
-    def _asked(self, number: int, _frame: Any) -> None:
-        self.stop(signal.Signals(number).name)
+    def _on_sigusr1(self, number: int, _frame: Any) -> None:
+        self.request_stop(signal.Signals(number).name)
 
-    def _told(self, number: int, _frame: Any) -> None:
-        if self.again():
+    def _on_sigterm(self, number: int, _frame: Any) -> None:
+        if self.is_repeated_sigterm():
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.stop(signal.Signals(number).name)
+        self.request_stop(signal.Signals(number).name)
 
 
-def forget() -> None:
-    """In a forked child: it is ended by its parent, and a SIGUSR1 for the whole group is not for it."""
+def reset_handlers_in_child() -> None:
+    """In a forked child: let SIGTERM from the parent end it, and ignore a SIGUSR1 sent to the whole process group."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,11 +1,11 @@
-"""The data set's own tokenizer: a sentencepiece model, and the same as a Hugging Face folder of Phi-3.5's kind.
+"""The demo's tokenizer: a sentencepiece model, and the same as a Hugging Face folder like Phi-3.5's.
 
-Llama's conventions (<unk> 0, <s> 1, </s> 2, bytes as fallback, a space before the text, no normalization), then the
-added tokens of Phi-3.5 in its order behind the base vocabulary.
+Llama's conventions (<unk> 0, <s> 1, </s> 2, byte fallback, a space before the text, no normalization), then Phi-3.5's
+added tokens in its order after the base vocabulary.
 
-Byte-pair merges may cross words here, so that what never varies (the system message, the instructions, the frames of
-the questions) is one token each, while every colour, kind, place, number and corner of a box is a token of its own:
-samples are about twenty tokens long, images apart, which is what makes training on two cores a matter of minutes.
+Byte-pair merges may cross words, so that each constant text (the system message, the instructions, the phrasing of the
+questions) is one token, while every colour, kind, cell, number and corner of a box is a token of its own: samples have
+about twenty text tokens, so that training on two cores takes minutes.
 """
 
 import io
@@ -21,11 +21,26 @@ import tokenizers
 from tokenizers import decoders, models, normalizers
 
 from aki_megatron.config.data import SYSTEM_MESSAGE
-from aki_megatron.synthetic import questions as ask
-from aki_megatron.synthetic.scenes import COLORS, GRID, IMAGE_PIXELS, PLACES, SHAPES, Scene, draw_scene, scene_rng
+from aki_megatron.synthetic.questions import (
+    TASKS,
+    sample_multiple_choice,
+    sample_objects,
+    sample_statement,
+    scene_caption,
+)
+from aki_megatron.synthetic.scenes import (
+    CELL_NAMES,
+    COLORS,
+    GRID_SIZE,
+    IMAGE_PIXELS,
+    SHAPES,
+    Scene,
+    sample_scene,
+    scene_rng,
+)
 
-BASE_TOKENS = 754
-"""MaskBlocks of the sentencepiece model, 256 bytes and three control pieces included. Fixed, since configs depend on it:
+VOCAB_SIZE = 754
+"""Pieces of the sentencepiece model, 256 bytes and three control pieces included. Fixed, since configs depend on it:
 with Phi-3.5's eleven added tokens and AKI's three (<pad>, <image>, <|endofchunk|>) there are 768 tokens."""
 
 ADDED_TOKENS = (
@@ -41,18 +56,18 @@ ADDED_TOKENS = (
     "<|placeholder6|>",
     "<|user|>",
 )
-"""Phi-3.5's added tokens in the order of their ids. All but the first swallow white space that follows them."""
+"""Phi-3.5's added tokens in the order of their ids. All but the first absorb the white space after them."""
 
 SPACE = "\u2581"
-"""What sentencepiece writes for a space."""
+"""sentencepiece's character for a space."""
 
-_CUT = "\x1f"
-"""Marks where no piece may cross; never part of a text."""
-_SCENES = 1000
-"""Scenes whose text trains the model: a draw of their own, so that the tokenizer does not depend on the data's seed."""
-_CONSTANTS_EVERY = 10
-_LONGEST_PIECE = 256
-_CONTEXT = 4096
+_DELIMITER = "\x1f"
+"""Separates the pieces of a training line, so that no merge crosses; never part of a text."""
+_NUM_SCENES = 1000
+"""Scenes whose texts train the model, from a random stream of their own: the tokenizer does not depend on the seed."""
+_KEEP_CONSTANT_EVERY = 10
+_MAX_PIECE_LENGTH = 256
+_MODEL_MAX_LENGTH = 4096
 
 _WORD = "Answer the question using a single word or phrase."
 _LETTER = "Answer with the option's letter from the given choices directly."
@@ -64,11 +79,11 @@ def _any(words: tuple[str, ...]) -> str:
     return "|".join(sorted(words, key=len, reverse=True))
 
 
-_UNIT = re.compile(
-    # what never varies, before what would match inside it
+_PIECE = re.compile(
+    # constant texts first: they contain words that would match below
     rf"{re.escape(SYSTEM_MESSAGE)}|\n(?:{_WORD}|{re.escape(_LETTER)})|\n{_REGION} <bbox>|\? {_YES_OR_NO}| Is there a"
-    # what does
-    rf"|( (?:left of|right of|above|below) the|\[[^\]]*\]|</bbox>| ?(?:{_any(PLACES)})(?: \()?"
+    # texts that vary from scene to scene
+    rf"|( (?:left of|right of|above|below) the|\[[^\]]*\]|</bbox>| ?(?:{_any(CELL_NAMES)})(?: \()?"
     rf"| ?(?:{_any(COLORS)})| (?:{_any(SHAPES)})|\b ?[abcd]\b|\)[,.]|\b\d\b)"
 )
 
@@ -85,7 +100,7 @@ def write_tokenizer(folder: Path) -> None:
         "add_eos_token": False,
         **special,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": _CONTEXT,
+        "model_max_length": _MODEL_MAX_LENGTH,
         "padding_side": "right",
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
@@ -94,13 +109,13 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def train_sentencepiece() -> bytes:
-    """Train the byte-pair model; the same bytes every time."""
+    """Train the byte-pair model; return its file, the same bytes every time."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=_training_lines(),
         model_writer=model,
         model_type="bpe",
-        vocab_size=BASE_TOKENS,
+        vocab_size=VOCAB_SIZE,
         unk_id=0,
         bos_id=1,
         eos_id=2,
@@ -113,65 +128,66 @@ def train_sentencepiece() -> bytes:
         split_by_whitespace=False,
         split_by_number=False,
         split_by_unicode_script=False,
-        max_sentencepiece_length=_LONGEST_PIECE,
-        pretokenization_delimiter=_CUT,
+        max_sentencepiece_length=_MAX_PIECE_LENGTH,
+        pretokenization_delimiter=_DELIMITER,
         num_threads=1,
         minloglevel=2,
     )
     return model.getvalue()
 
 
-def units(text: str) -> list[tuple[str, bool]]:
-    """A text in the pieces that are to be one token each, and whether the piece is one of the words that vary."""
+def intended_pieces(text: str) -> list[tuple[str, bool]]:
+    """Split a text into the pieces that are to be one token each; True for those that vary from scene to scene."""
     found, end = [], 0
-    for match in _UNIT.finditer(text):
+    for match in _PIECE.finditer(text):
         found += [(text[end : match.start()], False), (match.group(), match.group(1) is not None)]
         end = match.end()
     return [(piece, varies) for piece, varies in [*found, (text[end:], False)] if piece]
 
 
 def _training_lines() -> Iterator[str]:
-    """The texts, cut. Of what never varies only every tenth occurrence stays.
+    """Yield the texts, split into pieces; of each constant piece only every tenth occurrence.
 
-    Merges go by frequency, and those of the words must come first: "e a" of "Please answer" would otherwise tear
-    "blue a" apart.
+    Merges go by frequency, and those of the varying words must come first: "e a" of "Please answer" would otherwise
+    tear "blue a" apart.
     """
     seen: Counter[str] = Counter()
     for text in training_texts():
-        kept = [piece for piece, varies in units(text) if varies or seen[piece] % _CONSTANTS_EVERY == 0]
-        seen.update(piece for piece, _ in units(text))
+        pieces = intended_pieces(text)
+        kept = [piece for piece, varies in pieces if varies or seen[piece] % _KEEP_CONSTANT_EVERY == 0]
+        seen.update(piece for piece, _ in pieces)
         if kept:
-            yield _CUT + _CUT.join(kept)
+            yield _DELIMITER + _DELIMITER.join(kept)
 
 
 def training_texts() -> Iterator[str]:
-    """Texts as the templates put them between special tokens: captions, prompts and answers of a thousand scenes."""
-    for index in range(_SCENES):
-        scene = draw_scene(scene_rng(0, "tokenizer", index))
+    """Yield captions, prompts and answers of a thousand scenes, as the templates put them between special tokens."""
+    for index in range(_NUM_SCENES):
+        scene = sample_scene(scene_rng(0, "tokenizer", index))
         rng = random.Random(f"tokenizer/{index}")
         yield SYSTEM_MESSAGE
-        yield ask.caption(scene)
-        for question in filter(None, (task(scene, rng) for task in ask.TASKS.values())):
+        yield scene_caption(scene)
+        for question in filter(None, (task(scene, rng) for task in TASKS.values())):
             yield f"\n{_WORD} {question.text}"
             yield question.answer
         yield from _other_prompts(scene, rng)
 
 
 def _other_prompts(scene: Scene, rng: random.Random) -> Iterator[str]:
-    """Prompts in the words of VSR, A-OKVQA and RefCOCO."""
-    question = ask.statement(scene, rng).text.removeprefix("The ").removesuffix(".").replace(" is ", " ", 1)
+    """Yield prompts as VSR's, A-OKVQA's and RefCOCO's readers phrase them."""
+    question = sample_statement(scene, rng).text.removeprefix("The ").removesuffix(".").replace(" is ", " ", 1)
     yield f"\n{_WORD} Is the {question}? {_YES_OR_NO}"
-    choice = ask.choice(scene, rng)
+    choice = sample_multiple_choice(scene, rng)
     options = "\n".join(f"{letter}. {option}" for letter, option in zip("ABCD", choice.options, strict=True))
     yield f"\n{_LETTER} {choice.text}\nOptions:\n{options}\n"
     yield "ABCD"[choice.correct]
-    for thing in ask.regions(scene, rng, most=GRID):
-        x, y, width, height = (side / IMAGE_PIXELS for side in thing.cell_box)
+    for item in sample_objects(scene, rng, max_objects=GRID_SIZE):
+        x, y, width, height = (side / IMAGE_PIXELS for side in item.cell_box)
         yield f"\n{_REGION} <bbox>[{x:.3f}, {y:.3f}][{x + width:.3f}, {y + height:.3f}]</bbox>"
 
 
 def fast_tokenizer(model: bytes) -> tokenizers.Tokenizer:
-    """The sentencepiece model as a tokenizer of the tokenizers library, with Phi-3.5's added tokens."""
+    """Convert the sentencepiece model to the tokenizers library and add Phi-3.5's added tokens."""
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
     vocabulary = {pieces.id_to_piece(number): number for number in range(pieces.get_piece_size())}
     fast = tokenizers.Tokenizer(
@@ -192,10 +208,10 @@ def fast_tokenizer(model: bytes) -> tokenizers.Tokenizer:
 
 
 def _merges(vocabulary: dict[str, int], pieces: sentencepiece.SentencePieceProcessor) -> list[tuple[str, str]]:
-    """Pairs in the order in which byte-pair encoding joins them.
+    """Return the pairs in the order in which byte-pair encoding merges them.
 
-    sentencepiece joins whichever neighbours form the piece of the best score; the other library goes through a list of
-    pairs. So every way to part a piece in two becomes a pair, in the order of the pieces' scores.
+    sentencepiece merges whichever neighbours form the piece of the best score; the tokenizers library goes through a
+    list of pairs. So every split of a piece into two pieces becomes a pair, in the order of the pieces' scores.
     """
     ordinary = [
         (-pieces.get_score(number), number, piece)
@@ -203,8 +219,8 @@ def _merges(vocabulary: dict[str, int], pieces: sentencepiece.SentencePieceProce
         if not (pieces.is_byte(number) or pieces.is_control(number) or pieces.is_unknown(number))
     ]
     return [
-        (piece[:at], piece[at:])
+        (piece[:end], piece[end:])
         for _, _, piece in sorted(ordinary)
-        for at in range(1, len(piece))
-        if piece[:at] in vocabulary and piece[at:] in vocabulary
+        for end in range(1, len(piece))
+        if piece[:end] in vocabulary and piece[end:] in vocabulary
     ]

@@ -1,10 +1,10 @@
-"""Stage 0 of the embedded data: a small SigLIP encoder, taught to say what stands in each cell of a scene, then frozen.
+"""Train the demo's vision encoder: a small SigLIP encoder that recognises the object in each cell, then frozen.
 
-A public run starts from SigLIP's published weights; the embedded scenes have no such encoder, so one is trained here.
-One learned query per cell reads the patch features; its answers (kind, colour) are supervised by the captions. The
-pictures are the decoded files of the caption shards, JPEG artefacts included, not the pixels as drawn.
+A published run starts from SigLIP's published weights; there are none for the synthetic scenes, so they are trained
+here. One learned query per cell attends to the patch features and classifies the cell's kind and colour; the labels
+come from the captions. The images are the decoded files of the caption shards, JPEG artefacts included.
 
-N pictures, P patches, W width, C cells of a scene.
+N images, P patches, D hidden size, C cells of a scene.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,28 +17,28 @@ from torch import Tensor, nn
 
 from aki_megatron.config.model import VisionConfig
 from aki_megatron.data.image import decode_image, normalize
-from aki_megatron.data.shards import ShardIndex
+from aki_megatron.data.shards import CaptionDataset
 from aki_megatron.engine.optimizer import learning_rate
 from aki_megatron.model.vision import VisionEncoder
-from aki_megatron.synthetic.questions import read_caption
-from aki_megatron.synthetic.scenes import COLORS, GRID, IMAGE_PIXELS, KINDS
-from aki_megatron.types import Picture
+from aki_megatron.synthetic.questions import parse_caption
+from aki_megatron.synthetic.scenes import COLORS, GRID_SIZE, IMAGE_PIXELS, KINDS
+from aki_megatron.types import DecodedImage
 
-CELLS = GRID * GRID
+NUM_CELLS = GRID_SIZE * GRID_SIZE
 DEMO_ENCODER = VisionConfig(
     image_size=IMAGE_PIXELS, patch_size=6, hidden_size=64, num_layers=2, num_heads=4, intermediate_size=256
 )
 """Four patches per cell: the sizes that configs/demo gives to model.vision."""
 
-_EVALUATION_BATCH = 500
+_EVALUATION_BATCH_SIZE = 500
 
 
 @dataclass(frozen=True)
 class EncoderRecipe:
-    """Length and rates of the training; AdamW, linear warm-up and cosine to a hundredth of the rate."""
+    """Length and rates of the training; AdamW, linear warm-up and cosine decay to a hundredth of the rate."""
 
     steps: int = 600
-    batch: int = 128
+    batch_size: int = 128
     lr: float = 3e-3
     warmup_steps: int = 50
     weight_decay: float = 0.01
@@ -47,110 +47,111 @@ class EncoderRecipe:
 
 
 @dataclass(frozen=True)
-class Cells:
-    """Pictures and what stands in their cells.
+class LabeledImages:
+    """Images and the objects in their cells.
 
     labels  [N, C, 2] int64: kind and colour, 0 for an empty cell, else 1 + the index in KINDS and COLORS
     """
 
-    pictures: list[Picture]
+    images: list[DecodedImage]
     labels: Tensor
 
-    def pixels(self, numbers: list[int]) -> Tensor:
-        """float32 [n, 3, H, W] as the encoder takes them."""
-        return normalize([self.pictures[number] for number in numbers], IMAGE_PIXELS)
+    def pixels(self, indices: list[int]) -> Tensor:
+        """Return the images float32 [n, 3, H, W] as the encoder takes them."""
+        return normalize([self.images[index] for index in indices], IMAGE_PIXELS)
 
 
 @dataclass(frozen=True)
 class CellAccuracy:
-    """Share of right answers: kind and colour over the occupied cells, whole cells over all, empty ones included."""
+    """Fraction of correct predictions: kind and colour over occupied cells, both together over all cells."""
 
     kind: float
     color: float
     cell: float
 
 
-class CellHead(nn.Module):
-    """One query per cell attends to the patches; two linear layers name kind and colour. Used in stage 0 only."""
+class CellClassifier(nn.Module):
+    """One query per cell attends to the patches; two linear layers classify kind and colour. For training only."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
-        self.queries = nn.Parameter(0.1 * torch.randn(CELLS, width))
-        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.kind = nn.Linear(width, len(KINDS) + 1)
-        self.color = nn.Linear(width, len(COLORS) + 1)
+        self.queries = nn.Parameter(0.1 * torch.randn(NUM_CELLS, hidden_size))
+        self.attention = nn.MultiheadAttention(hidden_size, num_heads, batch_first=True)
+        self.kind = nn.Linear(hidden_size, len(KINDS) + 1)
+        self.color = nn.Linear(hidden_size, len(COLORS) + 1)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, P, W] -> logits of kinds [N, C, 9] and of colours [N, C, 6]"""
+        """Classify features [N, P, D]; logits of kinds [N, C, 9] and of colours [N, C, 6]."""
         queries = self.queries.expand(len(features), -1, -1)
-        read, _ = self.attention(queries, features, features, need_weights=False)
-        return self.kind(read), self.color(read)
+        attended, _ = self.attention(queries, features, features, need_weights=False)
+        return self.kind(attended), self.color(attended)
 
 
-def load_cells(root: Path, folder: str) -> Cells:
-    """Pictures and captions of every tar in ``root/folder``. Raises DataError for what cannot be read."""
-    index = ShardIndex([f"{folder}/{tar.name}" for tar in sorted((root / folder).glob("*.tar"))], root)
-    pictures, labels = [], torch.zeros(len(index), CELLS, 2, dtype=torch.int64)
-    for number in range(len(index)):
-        caption = index.caption(number)
-        pictures.append(decode_image(caption.image, IMAGE_PIXELS, key=caption.key))
-        for thing in read_caption(caption.text).objects:
-            cell = labels[number, thing.row * GRID + thing.column]
-            cell[0], cell[1] = 1 + KINDS.index(thing.kind), 1 + COLORS.index(thing.color)
-    index.close()
-    return Cells(pictures, labels)
+def load_labeled_images(root: Path, folder: str) -> LabeledImages:
+    """Read images and captions of every tar in ``root/folder``. Raises DataError for what cannot be read."""
+    captions = CaptionDataset([f"{folder}/{tar.name}" for tar in sorted((root / folder).glob("*.tar"))], root)
+    images, labels = [], torch.zeros(len(captions), NUM_CELLS, 2, dtype=torch.int64)
+    for index in range(len(captions)):
+        caption = captions.caption(index)
+        images.append(decode_image(caption.image, IMAGE_PIXELS, key=caption.key))
+        for item in parse_caption(caption.text).objects:
+            labels[index, item.cell, 0] = 1 + KINDS.index(item.kind)
+            labels[index, item.cell, 1] = 1 + COLORS.index(item.color)
+    captions.close()
+    return LabeledImages(images, labels)
 
 
 def train_encoder(
-    cells: Cells, config: VisionConfig, recipe: EncoderRecipe, report: Callable[[int, float], None]
-) -> tuple[VisionEncoder, CellHead]:
-    """Train an encoder from random weights; ``report`` gets the number of steps done and the loss of the last.
+    data: LabeledImages, config: VisionConfig, recipe: EncoderRecipe, progress: Callable[[int, float], None]
+) -> tuple[VisionEncoder, CellClassifier]:
+    """Train an encoder from random weights; ``progress`` gets the number of steps done and the loss of the last.
 
-    The global random state is left as it was.
+    The global random state is left unchanged.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        encoder, head = VisionEncoder(config), CellHead(config.hidden_size, config.num_heads)
-    trained = [*encoder.parameters(), *head.parameters()]
+        encoder, classifier = VisionEncoder(config), CellClassifier(config.hidden_size, config.num_heads)
+    parameters = [*encoder.parameters(), *classifier.parameters()]
     optimizer = torch.optim.AdamW(
-        trained, lr=0.0, betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay, fused=True
+        parameters, lr=0.0, betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay, fused=True
     )
-    for step, chosen in enumerate(_batches(len(cells.pictures), recipe)):
+    for step, indices in enumerate(_batches(len(data.images), recipe)):
         rate = learning_rate(
             step, lr=recipe.lr, min_lr=recipe.lr / 100, warmup_steps=recipe.warmup_steps, steps=recipe.steps
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
-        kinds, colors = head(encoder(cells.pixels(chosen)))
-        labels = cells.labels[chosen]
+        kinds, colors = classifier(encoder(data.pixels(indices)))
+        labels = data.labels[indices]
         loss = F.cross_entropy(kinds.flatten(0, 1), labels[..., 0].flatten())
         loss = loss + F.cross_entropy(colors.flatten(0, 1), labels[..., 1].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        report(step + 1, loss.item())
-    return encoder, head
+        progress(step + 1, loss.item())
+    return encoder, classifier
 
 
-def _batches(number: int, recipe: EncoderRecipe) -> Iterator[list[int]]:
-    """``recipe.steps`` batches of picture numbers, every picture once before any comes again."""
+def _batches(num_images: int, recipe: EncoderRecipe) -> Iterator[list[int]]:
+    """Yield ``recipe.steps`` batches of image indices, in shuffled epochs; a batch may cross an epoch's end."""
     generator = torch.Generator().manual_seed(recipe.seed)
-    waiting: list[int] = []
+    pending: list[int] = []
     for _ in range(recipe.steps):
-        while len(waiting) < recipe.batch:
-            waiting += torch.randperm(number, generator=generator).tolist()
-        yield waiting[: recipe.batch]
-        del waiting[: recipe.batch]
+        while len(pending) < recipe.batch_size:
+            pending += torch.randperm(num_images, generator=generator).tolist()
+        yield pending[: recipe.batch_size]
+        del pending[: recipe.batch_size]
 
 
 @torch.no_grad()
-def cell_accuracy(encoder: VisionEncoder, head: CellHead, cells: Cells) -> CellAccuracy:
-    """How many cells of ``cells`` are named right."""
-    found = []
-    for start in range(0, len(cells.pictures), _EVALUATION_BATCH):
-        numbers = list(range(start, min(start + _EVALUATION_BATCH, len(cells.pictures))))
-        found.append(torch.stack([logits.argmax(-1) for logits in head(encoder(cells.pixels(numbers)))], dim=-1))
-    right = torch.cat(found) == cells.labels
-    occupied = cells.labels[..., 0] > 0
-    kind, color = right[occupied].double().mean(0).tolist()
-    return CellAccuracy(kind, color, right.all(-1).double().mean().item())
+def cell_accuracy(encoder: VisionEncoder, classifier: CellClassifier, data: LabeledImages) -> CellAccuracy:
+    """Compute the accuracy over all cells of ``data``."""
+    predicted = []
+    for start in range(0, len(data.images), _EVALUATION_BATCH_SIZE):
+        indices = list(range(start, min(start + _EVALUATION_BATCH_SIZE, len(data.images))))
+        logits = classifier(encoder(data.pixels(indices)))
+        predicted.append(torch.stack([of_attribute.argmax(-1) for of_attribute in logits], dim=-1))
+    correct = torch.cat(predicted) == data.labels
+    occupied = data.labels[..., 0] > 0
+    kind, color = correct[occupied].double().mean(0).tolist()
+    return CellAccuracy(kind, color, correct.all(-1).double().mean().item())

@@ -1,84 +1,93 @@
-"""The sets beside the captions and the first four: which scenes each asks about, and who writes it.
+"""The datasets beside the captions and the first four: which scenes each is about, and which format it is written in.
 
-They draw from streams of their own or show pictures that are there already, and come after the first sets, so that a
-change here leaves the captions, the first four sets and the tokenizer as they are, to the byte.
+They use random streams of their own or show images that exist already, and are written after the first four, so that a
+change here leaves the captions, the first four datasets and the tokenizer as they are, to the byte.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from aki_megatron.synthetic import book_covers, dialogues, gqa, ocr_captions, referring, science
-from aki_megatron.synthetic.scene_pools import Drawn, own_scenes, pool_size, serves_2017, shared_scenes
-
-PICTURES = (
-    *(gqa.IMAGES, book_covers.IMAGES, referring.IMAGES),
-    *(f"ScienceQA/images/{split}" for split in science.SPLITS),
+from aki_megatron.synthetic.book_covers import sample_cover, sample_page
+from aki_megatron.synthetic.formats import blip3_ocr, gqa, llava150k, ocrvqa, refcoco, scienceqa, visualgenome
+from aki_megatron.synthetic.scene_pools import (
+    SyntheticExample,
+    is_in_coco_2017,
+    own_scenes,
+    pool_size,
+    shared_scenes,
 )
-"""Folders with pictures of the added sets."""
+
+IMAGE_FOLDERS = (gqa.IMAGES, ocrvqa.IMAGES, visualgenome.IMAGES, *scienceqa.IMAGES)
+"""Folders with images of the extra datasets."""
 
 
 @dataclass(frozen=True)
-class _Set:
-    """A set: its splits, whose scenes it takes, and its writer, which returns counts by ``split/name``."""
+class ExtraDataset:
+    """Splits, whose scenes it takes (seed, name, split, count), and its writer, which returns counts by split/name."""
 
     splits: tuple[str, ...]
-    scenes: Callable[[int, str, str, int], Iterator[Drawn]]
-    write: Callable[[Path, Iterable[Drawn]], dict[str, int]]
+    scenes: Callable[[int, str, str, int], Iterator[SyntheticExample]]
+    write: Callable[[Path, Iterable[SyntheticExample]], dict[str, int]]
 
 
-def _covers(seed: int, name: str, split: str, count: int) -> Iterator[Drawn]:
-    return own_scenes(seed, name, split, count, book_covers.draw_cover)
+def _covers(seed: int, name: str, split: str, count: int) -> Iterator[SyntheticExample]:
+    return own_scenes(seed, name, split, count, sample_cover)
 
 
-def _pages(seed: int, name: str, split: str, count: int) -> Iterator[Drawn]:
-    return own_scenes(seed, name, split, count, ocr_captions.draw_page)
+def _pages(seed: int, name: str, split: str, count: int) -> Iterator[SyntheticExample]:
+    return own_scenes(seed, name, split, count, sample_page)
 
 
-def _of_2017(seed: int, name: str, split: str, count: int) -> Iterator[Drawn]:
-    return shared_scenes(seed, name, split, count, serves_2017)
+def _coco_2017(seed: int, name: str, split: str, count: int) -> Iterator[SyntheticExample]:
+    return shared_scenes(seed, name, split, count, is_in_coco_2017)
 
 
-SETS = {
-    "gqa": _Set(("train", "val"), own_scenes, gqa.write),
-    "ocrvqa": _Set(("train", "val", "test"), _covers, book_covers.write),
-    "scienceqa": _Set(("train", "val", "test"), own_scenes, science.write),
-    "refcoco+": _Set(("train", "val"), shared_scenes, referring.write_refcoco_plus),
-    "refcocog": _Set(("train", "val"), shared_scenes, referring.write_refcocog),
-    "vg": _Set(("train",), own_scenes, referring.write_genome),
-    "llava": _Set(("train",), _of_2017, dialogues.write),
-    "ocr": _Set(("train", "val"), _pages, ocr_captions.write),
+EXTRA_DATASETS = {
+    "gqa": ExtraDataset(("train", "val"), own_scenes, gqa.write),
+    "ocrvqa": ExtraDataset(("train", "val", "test"), _covers, ocrvqa.write),
+    "scienceqa": ExtraDataset(("train", "val", "test"), own_scenes, scienceqa.write),
+    "refcoco+": ExtraDataset(("train", "val"), shared_scenes, refcoco.write_refcoco_plus),
+    "refcocog": ExtraDataset(("train", "val"), shared_scenes, refcoco.write_refcocog),
+    "vg": ExtraDataset(("train",), own_scenes, visualgenome.write),
+    "llava": ExtraDataset(("train",), _coco_2017, llava150k.write),
+    "ocr": ExtraDataset(("train", "val"), _pages, blip3_ocr.write),
 }
-"""Name, also of the random streams -> how a set is made. Visual Genome and LLaVA have no split, as in the originals."""
+"""Datasets by name, also that of their random streams. Visual Genome and LLaVA have no split, as in the originals."""
 
 
-def scenes_of_additions(scenes: int, held_out: int) -> int:
-    """How many scenes the added sets ask about, all together; LLaVA passes over those without a picture of its own."""
-    return sum(pool_size(split, scenes, held_out) for one in SETS.values() for split in one.splits)
+def num_extra_scenes(train_scenes: int, val_scenes: int) -> int:
+    """Return how many scenes the extra datasets are about in total, those that LLaVA skips included."""
+    return sum(
+        pool_size(split, train_scenes, val_scenes) for dataset in EXTRA_DATASETS.values() for split in dataset.splits
+    )
 
 
-def write_additions(
-    root: Path, seed: int, scenes: int, held_out: int, progress: Callable[[int], None]
+def write_extra_datasets(
+    root: Path, seed: int, train_scenes: int, val_scenes: int, progress: Callable[[int], None]
 ) -> dict[str, int]:
-    """Draw and write every added set under ``root``; returns the number of samples per ``split/name``.
+    """Write every extra dataset under ``root``; return the number of samples by ``split/name``.
 
-    ``progress`` is called with the number of scenes done so far, at last with scenes_of_additions.
+    ``progress`` is called with the number of scenes done so far, in the end num_extra_scenes.
     """
-    for folder in PICTURES:
+    for folder in IMAGE_FOLDERS:
         (root / folder).mkdir(parents=True)
     counts: dict[str, int] = {}
     done = 0
-    for name, one in SETS.items():
-
-        def drawn(name: str = name, one: _Set = one, before: int = done) -> Iterator[Drawn]:
-            for split in one.splits:
-                size = pool_size(split, scenes, held_out)
-                for scene in one.scenes(seed, name, split, size):
-                    yield scene
-                    progress(before + scene.number + 1)
-                before += size
-
-        counts |= one.write(root, drawn())
-        done += sum(pool_size(split, scenes, held_out) for split in one.splits)
+    for name, dataset in EXTRA_DATASETS.items():
+        sizes = {split: pool_size(split, train_scenes, val_scenes) for split in dataset.splits}
+        counts |= dataset.write(root, _examples(dataset, seed, name, sizes, done, progress))
+        done += sum(sizes.values())
         progress(done)
     return counts
+
+
+def _examples(
+    dataset: ExtraDataset, seed: int, name: str, sizes: dict[str, int], done: int, progress: Callable[[int], None]
+) -> Iterator[SyntheticExample]:
+    """Yield the scenes of all splits and report ``done`` + the number of scenes after each."""
+    for split, size in sizes.items():
+        for example in dataset.scenes(seed, name, split, size):
+            yield example
+            progress(done + example.index + 1)
+        done += size

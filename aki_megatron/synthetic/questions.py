@@ -1,6 +1,6 @@
-"""What is said and asked about a scene: captions, questions with answers, relations, choices.
+"""Captions, questions with answers, relations and multiple-choice questions about a scene.
 
-Every function is pure: a scene and a random stream in, text out; None where the scene does not carry such a question.
+Every function is pure: a scene and a random generator in, text out; None where the scene has no such question.
 The tasks follow a small study of attention masks: counting, colour, existence, reading a letter, two-step search.
 """
 
@@ -10,26 +10,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from aki_megatron.errors import DataError
-from aki_megatron.synthetic.scenes import COLORS, GRID, KINDS, LETTERS, PLACES, SHAPES, Scene, SceneObject
+from aki_megatron.synthetic.scenes import CELL_NAMES, COLORS, GRID_SIZE, KINDS, LETTERS, SHAPES, Scene, SceneObject
 
-CHOICES = 4
+NUM_OPTIONS = 4
 """Options of a multiple-choice question."""
 
-_COUNT_KEPT = (0.35, 0.55, 0.9, 1.0, 1.0)
-"""Share of counting questions kept per answer: most counts are 0 or 1, which would make guessing easy."""
+_COUNT_KEEP_PROBABILITY = (0.35, 0.55, 0.9, 1.0, 1.0)
+"""Probability of keeping a counting question, by its answer: most counts are 0 or 1, which would be easy to guess."""
 
-_STEPS = (("left of", 0, -1), ("right of", 0, 1), ("above", -1, 0), ("below", 1, 0))
-"""Relation, and where its first object stands seen from the second: rows down, columns right."""
+_OFFSETS = (("left of", 0, -1), ("right of", 0, 1), ("above", -1, 0), ("below", 1, 0))
+"""Relation, and the offset of its first object from the second: rows down, columns right."""
 
-RELATIONS = tuple(relation for relation, _, _ in _STEPS)
-"""Relations of two objects that statements and phrases speak of; ``holds`` decides them."""
+RELATIONS = tuple(relation for relation, _, _ in _OFFSETS)
+"""Relations of two objects; ``holds`` decides them."""
 
-_NAMED = re.compile(r"(?P<place>\S+) \((?P<color>\w+) (?P<kind>\w+)\)")
+_CAPTION_OBJECT = re.compile(r"(?P<cell>\S+) \((?P<color>\w+) (?P<kind>\w+)\)")
 
 
 @dataclass(frozen=True)
 class Question:
-    """An open question with its one right answer; answer_type is VQAv2's: yes/no, number or other."""
+    """An open question with its one answer; answer_type is VQAv2's: yes/no, number or other."""
 
     task: str
     text: str
@@ -47,119 +47,117 @@ class Statement:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A question with CHOICES different options."""
+class MultipleChoice:
+    """A question with NUM_OPTIONS different options; ``correct`` is the index of the answer."""
 
     text: str
     options: tuple[str, ...]
     correct: int
 
 
-def caption(scene: Scene) -> str:
-    """Every object with its place, in raster order: ``top-left (red circle), center (blue a).``
+def scene_caption(scene: Scene) -> str:
+    """Return every object with its cell, in raster order: ``top-left (red circle), center (blue a).``
 
-    The name follows a bracket, not a space, so that its first token is the one with which an answer begins.
+    The object follows a bracket, not a space, so that its first token is the one with which an answer begins.
     """
-    return ", ".join(f"{thing.place} ({thing.name})" for thing in scene.objects) + "."
+    return ", ".join(f"{item.cell_name} ({item.name})" for item in scene.objects) + "."
 
 
-def read_caption(text: str) -> Scene:
-    """The scene that a caption names; the inverse of ``caption``. Raises DataError for any other text."""
-    parts = [_NAMED.fullmatch(part) for part in text.removesuffix(".").split(", ")]
+def parse_caption(text: str) -> Scene:
+    """Return the scene of a caption; the inverse of ``scene_caption``. Raises DataError for any other text."""
+    parts = [_CAPTION_OBJECT.fullmatch(part) for part in text.removesuffix(".").split(", ")]
     objects = []
     for part in parts:
-        if part is None or part["place"] not in PLACES or part["color"] not in COLORS or part["kind"] not in KINDS:
+        if part is None or part["cell"] not in CELL_NAMES or part["color"] not in COLORS or part["kind"] not in KINDS:
             raise DataError(
-                f"Not the caption of a drawn scene: {text[:200]!r}; draw the data anew (tools/make_data.py)."
+                f"Not the caption of a synthetic scene: {text[:200]!r}; write the data again (tools/make_data.py)."
             )
-        cell = PLACES.index(part["place"])
-        objects.append(SceneObject(part["kind"], part["color"], cell // GRID, cell % GRID))
+        cell = CELL_NAMES.index(part["cell"])
+        objects.append(SceneObject(part["kind"], part["color"], cell // GRID_SIZE, cell % GRID_SIZE))
     return Scene(tuple(objects))
 
 
-def count(scene: Scene, rng: random.Random) -> Question | None:
-    """How many objects have a colour or a shape."""
+def count_question(scene: Scene, rng: random.Random) -> Question | None:
+    """Ask how many objects have a colour or a shape."""
     if rng.random() < 0.5:
         word = rng.choice(COLORS)
-        number = sum(thing.color == word for thing in scene.objects)
+        number = sum(item.color == word for item in scene.objects)
     else:
         word = rng.choice(SHAPES)
-        number = sum(thing.kind == word for thing in scene.objects)
-    if number >= len(_COUNT_KEPT) or rng.random() > _COUNT_KEPT[number]:
+        number = sum(item.kind == word for item in scene.objects)
+    if number >= len(_COUNT_KEEP_PROBABILITY) or rng.random() > _COUNT_KEEP_PROBABILITY[number]:
         return None
     return Question("count", f"How many {word} objects are there?", str(number), "number")
 
 
-def color(scene: Scene, rng: random.Random) -> Question | None:
-    """The colour of an object whose kind occurs once."""
-    kinds = [thing.kind for thing in scene.objects]
-    alone = [thing for thing in scene.objects if kinds.count(thing.kind) == 1]
-    if not alone:
+def color_question(scene: Scene, rng: random.Random) -> Question | None:
+    """Ask for the colour of an object whose kind occurs once."""
+    if not (unique := scene.objects_of_unique_kind):
         return None
-    thing = rng.choice(alone)
-    return Question("color", f"What color is the {thing.kind}?", thing.color, "other")
+    item = rng.choice(unique)
+    return Question("color", f"What color is the {item.kind}?", item.color, "other")
 
 
-def exist(scene: Scene, rng: random.Random) -> Question | None:
-    """Whether an object is there, half of the time it is.
+def existence_question(scene: Scene, rng: random.Random) -> Question | None:
+    """Ask whether an object is there; half of the time it is.
 
-    An absent one is drawn as in two splits of POPE, half each: at random, or adversarially, its colour and its kind
-    both there but on different objects. The random half is what a small model starts to learn from.
+    An absent one is sampled as in two splits of POPE (arXiv 2305.10355), half each: at random, or adversarially, its
+    colour and its kind both there but on different objects. The random half is what a small model learns first.
     """
-    names = {(thing.color, thing.kind) for thing in scene.objects}
+    names = {(item.color, item.kind) for item in scene.objects}
     if rng.random() < 0.5:
-        thing = rng.choice(scene.objects)
-        return Question("exist", f"Is there a {thing.name}?", "yes", "yes/no")
+        item = rng.choice(scene.objects)
+        return Question("exist", f"Is there a {item.name}?", "yes", "yes/no")
     colors, kinds = sorted({name[0] for name in names}), sorted({name[1] for name in names})
     if rng.random() < 0.5:
         colors, kinds = list(COLORS), list(KINDS)
-    absent = [f"{hue} {kind}" for hue in colors for kind in kinds if (hue, kind) not in names]
+    absent = [f"{color} {kind}" for color in colors for kind in kinds if (color, kind) not in names]
     if not absent:
         return None
     return Question("exist", f"Is there a {rng.choice(absent)}?", "no", "yes/no")
 
 
-def ocr(scene: Scene, rng: random.Random) -> Question | None:
-    """Which letter has a colour that no other letter of the scene has."""
-    letters = [thing for thing in scene.objects if thing.kind in LETTERS]
-    colors = [thing.color for thing in letters]
-    alone = [thing for thing in letters if colors.count(thing.color) == 1]
-    if not alone:
+def letter_question(scene: Scene, rng: random.Random) -> Question | None:
+    """Ask which letter has a colour that no other letter of the scene has."""
+    letters = [item for item in scene.objects if item.kind in LETTERS]
+    colors = [item.color for item in letters]
+    unique = [item for item in letters if colors.count(item.color) == 1]
+    if not unique:
         return None
-    thing = rng.choice(alone)
-    return Question("ocr", f"What letter is {thing.color}?", thing.kind, "other")
+    item = rng.choice(unique)
+    return Question("ocr", f"What letter is {item.color}?", item.kind, "other")
 
 
-def hop(scene: Scene, rng: random.Random) -> Question | None:
-    """Two steps: find an object, then name its neighbour in one direction."""
-    at = {(thing.row, thing.column): thing for thing in scene.objects}
+def neighbor_question(scene: Scene, rng: random.Random) -> Question | None:
+    """Ask for the neighbour of an object in one direction: find the object, then its neighbour."""
+    by_cell = {(item.row, item.column): item for item in scene.objects}
     pairs = [
-        (relation, thing, at[place])
-        for thing in scene.objects
-        for relation, down, right in _STEPS
-        if (place := (thing.row + down, thing.column + right)) in at
+        (relation, item, by_cell[cell])
+        for item in scene.objects
+        for relation, down, right in _OFFSETS
+        if (cell := (item.row + down, item.column + right)) in by_cell
     ]
     if not pairs:
         return None
-    relation, thing, neighbour = rng.choice(pairs)
-    return Question("hop", f"What is directly {relation} the {thing.name}?", neighbour.name, "other")
+    relation, item, neighbor = rng.choice(pairs)
+    return Question("hop", f"What is directly {relation} the {item.name}?", neighbor.name, "other")
 
 
 TASKS: dict[str, Callable[[Scene, random.Random], Question | None]] = {
-    "count": count,
-    "color": color,
-    "exist": exist,
-    "ocr": ocr,
-    "hop": hop,
+    "count": count_question,
+    "color": color_question,
+    "exist": existence_question,
+    "ocr": letter_question,
+    "hop": neighbor_question,
 }
-"""The open questions by the name their question_type carries."""
+"""The open questions by the name that VQAv2's question_type holds."""
 
-SHARES = {"count": 6, "color": 4, "exist": 8, "ocr": 1, "hop": 1}
-"""How often each is asked, relative to the others: most often what a small model learns late and still in minutes."""
+TASK_WEIGHTS = {"count": 6, "color": 4, "exist": 8, "ocr": 1, "hop": 1}
+"""Relative frequency of each task: most often what a small model learns late, yet within minutes."""
 
 
 def holds(relation: str, first: SceneObject, second: SceneObject) -> bool:
-    """Whether ``first`` stands in that relation to ``second``; distance does not matter."""
+    """Return whether ``first`` stands in ``relation`` to ``second``, at any distance."""
     return {
         "left of": first.column < second.column,
         "right of": first.column > second.column,
@@ -168,8 +166,8 @@ def holds(relation: str, first: SceneObject, second: SceneObject) -> bool:
     }[relation]
 
 
-def statement(scene: Scene, rng: random.Random) -> Statement:
-    """A relation between two objects that differ along its axis, so that either it or its opposite holds."""
+def sample_statement(scene: Scene, rng: random.Random) -> Statement:
+    """Relate two objects that differ along the relation's axis, so that either it or its opposite holds."""
     first, second = rng.sample(scene.objects, 2)
     relations = [("left of", "right of")] if first.column != second.column else []
     relations += [("above", "below")] if first.row != second.row else []
@@ -178,20 +176,20 @@ def statement(scene: Scene, rng: random.Random) -> Statement:
     return Statement(text, relation, holds(relation, first, second))
 
 
-def choice(scene: Scene, rng: random.Random) -> Choice:
-    """Which object is in a place. Wrong options stand elsewhere in the scene; absent ones fill up short scenes."""
-    right = rng.choice(scene.objects)
-    wrong = [thing.name for thing in scene.objects if thing is not right]
+def sample_multiple_choice(scene: Scene, rng: random.Random) -> MultipleChoice:
+    """Ask which object is in a cell. Wrong options are in other cells; absent objects fill up short scenes."""
+    answer = rng.choice(scene.objects)
+    wrong = [item.name for item in scene.objects if item is not answer]
     rng.shuffle(wrong)
-    while len(wrong) < CHOICES - 1:
+    while len(wrong) < NUM_OPTIONS - 1:
         name = f"{rng.choice(COLORS)} {rng.choice(KINDS)}"
-        if name not in wrong and name != right.name:
+        if name not in wrong and name != answer.name:
             wrong.append(name)
-    options = [right.name, *wrong[: CHOICES - 1]]
+    options = [answer.name, *wrong[: NUM_OPTIONS - 1]]
     rng.shuffle(options)
-    return Choice(f"Which object is {right.place}?", tuple(options), options.index(right.name))
+    return MultipleChoice(f"Which object is {answer.cell_name}?", tuple(options), options.index(answer.name))
 
 
-def regions(scene: Scene, rng: random.Random, *, most: int) -> list[SceneObject]:
-    """Up to ``most`` different objects whose cells are to be described."""
-    return rng.sample(scene.objects, min(most, len(scene.objects)))
+def sample_objects(scene: Scene, rng: random.Random, *, max_objects: int) -> list[SceneObject]:
+    """Sample up to ``max_objects`` different objects, whose cells are to be described."""
+    return rng.sample(scene.objects, min(max_objects, len(scene.objects)))

@@ -1,6 +1,7 @@
-"""Which scenes a set asks about: scenes of its own, or those that the first sets have drawn already.
+"""Which scenes a dataset is about: scenes of its own, or those of the captions.
 
-A set of its own draws from streams of its own (``gqa/train``), so that adding one changes no byte of the others.
+A dataset with scenes of its own uses random streams of its own (``gqa/train``), so that adding one changes no byte of
+the others.
 """
 
 import random
@@ -9,89 +10,72 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aki_megatron.synthetic.scenes import LETTERS, Scene, SceneObject, draw_scene, paint, scene_rng
-from aki_megatron.synthetic.writers import encode_jpeg, encode_png
+from aki_megatron.synthetic.files import encode_image
+from aki_megatron.synthetic.scenes import Scene, render_scene, sample_scene, scene_rng
 
-FIRST_HELD_OUT_ID = 500_001
-_FEWEST = 20
-_TRAIN_SHARE, _HELD_OUT_SHARE = 20, 10
+FIRST_VAL_ID = 500_001
+_MIN_SCENES = 20
+_TRAIN_DIVISOR, _VAL_DIVISOR = 20, 10
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """One scene that a set asks about.
+class SyntheticExample:
+    """One scene of a dataset and the random generators of its image and its texts.
 
-    ``number`` counts from 0 within ``split``; ``words`` is the stream from which the set's texts are drawn.
+    index  position within ``split``, from 0
     """
 
     split: str
-    number: int
+    index: int
     scene: Scene
-    words: random.Random
-    _pixels: np.random.Generator
+    text_rng: random.Random
+    image_rng: np.random.Generator
 
     @property
     def extension(self) -> str:
-        """Ending of the picture's file name."""
-        return "png" if is_png(self.number) else "jpg"
+        """Extension of the image file, without a dot."""
+        return image_extension(self.index)
 
-    def picture(self, extension: str) -> bytes:
-        """The encoded picture; paint it once, for it draws from a stream."""
-        pixels = paint(self.scene, self._pixels)
-        return encode_png(pixels) if extension == "png" else encode_jpeg(pixels)
-
-
-def image_id(split: str, number: int) -> int:
-    """COCO-like id of a scene of the first sets: held-out ones begin at FIRST_HELD_OUT_ID."""
-    return number + (1 if split == "train" else FIRST_HELD_OUT_ID)
+    def encode_image(self, extension: str) -> bytes:
+        """Render and encode the image. Call once: rendering advances ``image_rng``."""
+        return encode_image(render_scene(self.scene, self.image_rng), extension)
 
 
-def is_png(number: int) -> bool:
-    """Whether a scene is stored as a PNG; such ones cannot serve datasets whose file names end in .jpg."""
-    return number % 5 == 4
+def image_id(split: str, index: int) -> int:
+    """Return the COCO-like id of a scene of the captions; those of val begin at FIRST_VAL_ID."""
+    return index + (1 if split == "train" else FIRST_VAL_ID)
 
 
-def serves_2017(number: int) -> bool:
-    """Whether a scene of the first sets lies in A-OKVQA's train2017 or val2017 as well."""
-    return number % 5 < 2
+def image_extension(index: int) -> str:
+    """Return png for every fifth scene, which formats whose file names end in .jpg cannot show, else jpg."""
+    return "png" if index % 5 == 4 else "jpg"
 
 
-def pool_size(split: str, scenes: int, held_out: int) -> int:
-    """Scenes of a split of each added set: a twentieth of the training scenes, a tenth of the held-out ones."""
+def is_in_coco_2017(index: int) -> bool:
+    """Return whether the image of a scene of the captions is in A-OKVQA's train2017 or val2017 as well."""
+    return index % 5 < 2
+
+
+def pool_size(split: str, train_scenes: int, val_scenes: int) -> int:
+    """Return the scenes of a split of each extra dataset: a twentieth of the training scenes, a tenth of val's."""
     if split == "train":
-        return min(scenes, max(_FEWEST, scenes // _TRAIN_SHARE))
-    return min(held_out, max(_FEWEST, held_out // _HELD_OUT_SHARE))
+        return min(train_scenes, max(_MIN_SCENES, train_scenes // _TRAIN_DIVISOR))
+    return min(val_scenes, max(_MIN_SCENES, val_scenes // _VAL_DIVISOR))
 
 
 def own_scenes(
-    seed: int, name: str, split: str, count: int, draw: Callable[[np.random.Generator], Scene] = draw_scene
-) -> Iterator[Drawn]:
-    """``count`` scenes of a set's own."""
-    for number in range(count):
-        rng = scene_rng(seed, f"{name}/{split}", number)
-        yield Drawn(split, number, draw(rng), random.Random(f"{seed}/{name}/{split}/{number}"), rng)
+    seed: int, name: str, split: str, count: int, sample: Callable[[np.random.Generator], Scene] = sample_scene
+) -> Iterator[SyntheticExample]:
+    """Yield ``count`` scenes from the dataset's own random streams."""
+    for index in range(count):
+        rng = scene_rng(seed, f"{name}/{split}", index)
+        yield SyntheticExample(split, index, sample(rng), random.Random(f"{seed}/{name}/{split}/{index}"), rng)
 
 
 def shared_scenes(
-    seed: int, name: str, split: str, count: int, serves: Callable[[int], bool] = lambda number: True
-) -> Iterator[Drawn]:
-    """The scenes among the first ``count`` of the captions' pool that ``serves`` lets pass; their pictures exist."""
-    for number in filter(serves, range(count)):
-        rng = scene_rng(seed, split, number)
-        yield Drawn(split, number, draw_scene(rng), random.Random(f"{seed}/{name}/{split}/{number}"), rng)
-
-
-def noun(thing: SceneObject) -> str:
-    """What a thing is, in words that cannot be mistaken for an article: ``circle``, ``letter a``."""
-    return f"letter {thing.kind}" if thing.kind in LETTERS else thing.kind
-
-
-def described(thing: SceneObject) -> str:
-    """``red circle``, ``blue letter a``: names an object of a scene without ambiguity."""
-    return f"{thing.color} {noun(thing)}"
-
-
-def alone(scene: Scene) -> list[SceneObject]:
-    """The objects whose kind occurs once."""
-    kinds = [thing.kind for thing in scene.objects]
-    return [thing for thing in scene.objects if kinds.count(thing.kind) == 1]
+    seed: int, name: str, split: str, count: int, accept: Callable[[int], bool] = lambda index: True
+) -> Iterator[SyntheticExample]:
+    """Yield those of the captions' first ``count`` scenes whose index ``accept`` accepts; their image files exist."""
+    for index in filter(accept, range(count)):
+        rng = scene_rng(seed, split, index)
+        yield SyntheticExample(split, index, sample_scene(rng), random.Random(f"{seed}/{name}/{split}/{index}"), rng)

@@ -1,8 +1,8 @@
-"""Scenes of coloured shapes and letters on a 3x3 grid, and how they are painted.
+"""Scenes of coloured shapes and letters on a 3x3 grid, and their images.
 
-A scene is a pure function of (seed, split, index): drawing scene 7 does not need scenes 0 to 6, and a larger pool
-begins with the same scenes as a smaller one. Rules: three to six objects; a kind is one of four shapes or, with
-probability 0.3, one of four letters; no two objects of one scene share kind and colour.
+A scene is a pure function of (seed, stream, index): scene 7 does not need scenes 0 to 6, and a larger pool begins with
+the same scenes as a smaller one. Rules: three to six objects; a kind is one of four shapes or, with probability 0.3,
+one of four letters; no two objects of a scene have the same kind and colour.
 """
 
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-GRID = 3
+GRID_SIZE = 3
 """Rows and columns of a scene."""
 CELL_PIXELS = 12
-IMAGE_PIXELS = GRID * CELL_PIXELS
+IMAGE_PIXELS = GRID_SIZE * CELL_PIXELS
 
 COLORS = ("red", "green", "blue", "yellow", "cyan")
 SHAPES = ("circle", "square", "triangle", "cross")
 LETTERS = ("a", "b", "c", "d")
 KINDS = SHAPES + LETTERS
-PLACES = ("top-left", "top", "top-right", "left", "center", "right", "bottom-left", "bottom", "bottom-right")
+CELL_NAMES = ("top-left", "top", "top-right", "left", "center", "right", "bottom-left", "bottom", "bottom-right")
 """Names of the cells in raster order."""
 
 LETTER_PROBABILITY = 0.3
@@ -45,15 +45,15 @@ _STREAMS = (
     "tokenizer",
     *(f"{name}/{split}" for name in ("gqa", "ocrvqa", "scienceqa", "vg", "ocr") for split in ("train", "val", "test")),
 )
-"""Names of the random streams. Only ever append: the place in the row is part of the seed."""
+"""Names of the random streams. Only ever append: the index of a name is part of the seed."""
 
 Pixels = NDArray[np.uint8]
-"""A picture, uint8 [IMAGE_PIXELS, IMAGE_PIXELS, 3], red, green, blue."""
+"""An image, uint8 [IMAGE_PIXELS, IMAGE_PIXELS, 3], RGB."""
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One thing in a scene: what it is and in which cell it stands."""
+    """A coloured shape or letter in a cell."""
 
     kind: str
     color: str
@@ -62,13 +62,28 @@ class SceneObject:
 
     @property
     def name(self) -> str:
-        """Colour and kind: names an object of a scene without ambiguity."""
+        """Colour and kind, unique in a scene: ``red circle``, ``blue a``."""
         return f"{self.color} {self.kind}"
 
     @property
-    def place(self) -> str:
-        """Name of the cell, one of PLACES."""
-        return PLACES[self.row * GRID + self.column]
+    def kind_phrase(self) -> str:
+        """The kind in words that cannot be mistaken for an article: ``circle``, ``letter a``."""
+        return f"letter {self.kind}" if self.kind in LETTERS else self.kind
+
+    @property
+    def phrase(self) -> str:
+        """Colour and kind, unique in a scene, without a word that could be an article: ``blue letter a``."""
+        return f"{self.color} {self.kind_phrase}"
+
+    @property
+    def cell(self) -> int:
+        """Index of the cell in raster order."""
+        return self.row * GRID_SIZE + self.column
+
+    @property
+    def cell_name(self) -> str:
+        """One of CELL_NAMES."""
+        return CELL_NAMES[self.cell]
 
     @property
     def cell_box(self) -> tuple[int, int, int, int]:
@@ -82,46 +97,52 @@ class Scene:
 
     objects: tuple[SceneObject, ...]
 
+    @property
+    def objects_of_unique_kind(self) -> list[SceneObject]:
+        """The objects whose kind occurs once."""
+        kinds = [item.kind for item in self.objects]
+        return [item for item in self.objects if kinds.count(item.kind) == 1]
 
-def scene_rng(seed: int, split: str, index: int) -> np.random.Generator:
-    """The random stream of one scene; split is train, val (held out), tokenizer, or ``set/split`` as in ``gqa/val``."""
-    return np.random.default_rng([seed, _STREAMS.index(split), index])
+
+def scene_rng(seed: int, stream: str, index: int) -> np.random.Generator:
+    """Return the generator of one scene; ``stream`` is train, val, tokenizer, or dataset/split as in ``gqa/val``."""
+    return np.random.default_rng([seed, _STREAMS.index(stream), index])
 
 
-def draw_scene(rng: np.random.Generator) -> Scene:
-    """Draw the objects of a scene and their cells."""
+def sample_scene(rng: np.random.Generator) -> Scene:
+    """Sample the objects of a scene and their cells."""
     count = int(rng.integers(MIN_OBJECTS, MAX_OBJECTS + 1))
-    cells = sorted(rng.permutation(GRID * GRID)[:count].tolist())
-    taken: set[tuple[str, str]] = set()
-    while len(taken) < count:
+    cells = sorted(rng.permutation(GRID_SIZE * GRID_SIZE)[:count].tolist())
+    chosen: set[tuple[str, str]] = set()
+    while len(chosen) < count:
         kinds = LETTERS if rng.random() < LETTER_PROBABILITY else SHAPES
-        taken.add((kinds[int(rng.integers(len(kinds)))], COLORS[int(rng.integers(len(COLORS)))]))
-    names = sorted(taken)
-    order = rng.permutation(count).tolist()  # sorted first: a set has no order of its own
+        chosen.add((kinds[int(rng.integers(len(kinds)))], COLORS[int(rng.integers(len(COLORS)))]))
+    names = sorted(chosen)  # a set has no order of its own
+    order = rng.permutation(count).tolist()
     return Scene(
         tuple(
-            SceneObject(names[which][0], names[which][1], cell // GRID, cell % GRID)
-            for which, cell in zip(order, cells, strict=True)
+            SceneObject(names[index][0], names[index][1], cell // GRID_SIZE, cell % GRID_SIZE)
+            for index, cell in zip(order, cells, strict=True)
         )
     )
 
 
-def paint(scene: Scene, rng: np.random.Generator) -> Pixels:
-    """Paint a scene: grey background, each object displaced by 0 to 2 pixels and dimmed by up to a quarter, noise."""
+def render_scene(scene: Scene, rng: np.random.Generator) -> Pixels:
+    """Render a scene: grey background, each object displaced by 0 to 2 pixels and dimmed by up to a quarter, noise."""
     size = (IMAGE_PIXELS, IMAGE_PIXELS, 3)
     canvas = np.full(size, rng.integers(0, 70), dtype=np.float32)
     slack = CELL_PIXELS - _GLYPH_PIXELS
-    for thing in scene.objects:
+    for item in scene.objects:
         down, right = rng.integers(0, slack + 1, size=2).tolist()
-        top, left = thing.row * CELL_PIXELS + down, thing.column * CELL_PIXELS + right
-        color = np.asarray(_RGB[thing.color], dtype=np.float32) * rng.uniform(0.75, 1.0)
-        canvas[top : top + _GLYPH_PIXELS, left : left + _GLYPH_PIXELS][_GLYPHS[thing.kind]] = color
+        top, left = item.row * CELL_PIXELS + down, item.column * CELL_PIXELS + right
+        color = np.asarray(_RGB[item.color], dtype=np.float32) * rng.uniform(0.75, 1.0)
+        canvas[top : top + _GLYPH_PIXELS, left : left + _GLYPH_PIXELS][_GLYPHS[item.kind]] = color
     noise = 8 * rng.standard_normal(size, dtype=np.float32)
     return np.clip(canvas + noise, 0, 255).astype(np.uint8)
 
 
 def _glyphs() -> dict[str, NDArray[np.bool_]]:
-    """Which pixels of a 10x10 field each kind covers."""
+    """Return for each kind which pixels of a 10x10 square it covers."""
     y, x = np.mgrid[0:_GLYPH_PIXELS, 0:_GLYPH_PIXELS]
     middle = (_GLYPH_PIXELS - 1) / 2
     across, down = abs(x - middle), abs(y - middle)
@@ -133,7 +154,7 @@ def _glyphs() -> dict[str, NDArray[np.bool_]]:
     }
     for letter, font in _FONT.items():
         rows = [[bit == "1" for bit in row] for row in font.split()]
-        rows.append(rows[-1])  # the foot is two pixels high
+        rows.append(rows[-1])  # the lowest line is two pixels high
         glyphs[letter] = np.zeros((_GLYPH_PIXELS, _GLYPH_PIXELS), dtype=bool)
         glyphs[letter][1:9, 2:7] = rows
     return glyphs

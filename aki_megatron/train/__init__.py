@@ -1,1 +1,1 @@
-"""The loop, the callbacks around it, and the only place where a run is constructed."""
+"""Training: the command line, the construction of a run, the loop, and its callbacks."""

@@ -1,116 +1,117 @@
-"""The training loop. Everything else is a part it is given (train/build.py) or a hook (train/callbacks.py)."""
+"""The training loop. Everything else is a part it is given (train/build.py) or a callback (train/callbacks.py)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from aki_megatron.data.batch_planner import State
+from aki_megatron.data.batch_planner import DataState
 from aki_megatron.data.loader import LoadedStep
 from aki_megatron.engine.base import Engine
-from aki_megatron.supervise.loss_spikes import LossSpikeGuard, Verdict
+from aki_megatron.supervise.loss_spikes import LossSpikeAction, LossSpikeGuard
+from aki_megatron.supervise.progress import FINISHING, ROLLING_BACK
 from aki_megatron.types import ControlRequest, StepReport
 
 
 class Callback:
-    """Something that happens around steps. Called on every rank; a hook that writes does so on one."""
+    """Base of what happens around steps. Methods are called on every rank; a callback that writes exists on one."""
 
     def on_start(self, step: int) -> None:
-        """Before the first step; ``step`` optimizer steps are already done."""
+        """Before the first step of an attempt, when ``step`` optimizer steps are done."""
 
-    def after_step(self, step: int, report: StepReport) -> None:
-        """After optimizer step number ``step`` (counted from 1)."""
+    def on_step(self, step: int, report: StepReport) -> None:
+        """After optimizer step number ``step``, counted from 1."""
 
     def on_rollback(self, step: int) -> None:
-        """The steps after ``step`` never were: the run is back at a checkpoint, and does them with other data."""
+        """Training was rolled back to ``step``; discard later records. The steps are repeated with other data."""
 
     def on_stop(self, step: int) -> None:
-        """After the last step of an attempt that was asked to stop; the run goes on from there another time."""
+        """After the last step of an attempt that was asked to stop, to be resumed later."""
         self.on_end(step)
 
     def on_end(self, step: int) -> None:
-        """After the last step; not called when the run fails."""
+        """After the last step of the run; not called when the run fails."""
 
 
 class StepSource(Protocol):
-    """This rank's endless stream of steps (data/loader.py)."""
+    """This rank's endless stream of batches (data/loader.py)."""
 
-    def steps(self, start: int, state: State | None) -> Iterator[LoadedStep]:
-        """Each step of the data from number ``start`` (from 0); ``state`` is that of the step before it."""
+    def steps(self, start: int, state: DataState | None) -> Iterator[LoadedStep]:
+        """Yield the data steps from number ``start`` (from 0); ``state`` is that of the step before it."""
 
     def close(self) -> None:
         """Stop background work."""
 
 
 @dataclass
-class Progress:
-    """Where a run stands: the loop moves it on, a checkpoint keeps it."""
+class TrainState:
+    """How far a run is: the loop advances it, checkpoints hold it."""
 
     step: int = 0
-    """Optimizer steps that the engine's state has seen."""
+    """Optimizer steps done."""
     data_step: int = 0
-    """Steps of the data that are used up: more than ``step`` once a rollback has left some out."""
-    data: State = field(default_factory=dict)
-    """Where the data stand after those."""
+    """Data steps used: more than ``step`` once a rollback has skipped some."""
+    data: DataState = field(default_factory=dict)
+    """DataState of the data after those."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run, built."""
+class Trainer:
+    """All parts of a run, and the loop over them."""
 
     engine: Engine
     loader: StepSource
     callbacks: Sequence[Callback]
-    judge: LossSpikeGuard
+    loss_spike_guard: LossSpikeGuard
     steps: int
+    """Optimizer steps of the whole run."""
     learning_rate: Callable[[int], float]
-    """Rate of the optimizer step with this number, counted from 0."""
-    progress: Progress
-    control_signals: Callable[[], ControlRequest]
-    """What this rank wants done after the step that begins."""
-    rollback: Callable[[], Mapping[str, Any]]
-    """Load the newest checkpoint into the engine; what was saved with it. Collective."""
-    at: Callable[[str], None]
-    """Told what this rank does; cheap."""
+    """Learning rate of the optimizer step with this number, counted from 0."""
+    state: TrainState
+    poll_control: Callable[[], ControlRequest]
+    """Returns what this rank wants done after the step that begins."""
+    load_latest: Callable[[], Mapping[str, Any]]
+    """Loads the newest checkpoint into the engine; returns what was saved with it. Collective."""
+    set_phase: Callable[[str], None]
+    """Told what this rank does (supervise/progress.py)."""
 
+    def train(self) -> bool:
+        """Train until ``steps`` optimizer steps are done, or a rank asks to stop; return whether the run is done."""
+        state, control = self.state, ControlRequest.NONE
+        for callback in self.callbacks:
+            callback.on_start(state.step)
+        try:
+            steps = self.loader.steps(state.data_step, state.data)
+            while state.step < self.steps and ControlRequest.STOP not in control:
+                self.set_phase("waiting for data")
+                loaded = next(steps)
+                rate, request = self.learning_rate(state.step), self.poll_control()
+                report = self.engine.train_step(loaded.batches, rate, control=request)
+                state.data_step += 1
+                state.data = loaded.next_state
+                if self.loss_spike_guard.on_step(state.step + 1, report) is LossSpikeAction.ROLLBACK:
+                    self._roll_back()
+                    continue
+                state.step += 1
+                self.set_phase("callbacks")
+                for callback in self.callbacks:
+                    callback.on_step(state.step, report)
+                control = report.control
+        finally:
+            self.loader.close()
+        done = state.step >= self.steps
+        self.set_phase(FINISHING)
+        for callback in self.callbacks:
+            if done:
+                callback.on_end(state.step)
+            else:
+                callback.on_stop(state.step)
+        return done
 
-def train(run: Run) -> bool:
-    """Train until ``run.steps`` optimizer steps are done, or until a rank wants to stop; whether the run is done."""
-    progress, control_signals = run.progress, ControlRequest.NONE
-    for hook in run.callbacks:
-        hook.on_start(progress.step)
-    try:
-        steps = run.loader.steps(progress.data_step, progress.data)
-        while progress.step < run.steps and ControlRequest.STOP not in control_signals:
-            run.at("waits for data")
-            loaded = next(steps)
-            report = run.engine.train_step(loaded.batches, run.learning_rate(progress.step), wish=run.control_signals())
-            progress.data_step += 1
-            progress.data = loaded.state
-            if run.judge.after(progress.step + 1, report) is Verdict.ROLL_BACK:
-                roll_back(run)
-                continue
-            progress.step += 1
-            run.at("callbacks")
-            for hook in run.callbacks:
-                hook.after_step(progress.step, report)
-            control_signals = report.wish
-    finally:
-        run.loader.close()
-    done = progress.step >= run.steps
-    run.at("ends")
-    for hook in run.callbacks:
-        if done:
-            hook.on_end(progress.step)
-        else:
-            hook.on_stop(progress.step)
-    return done
-
-
-def roll_back(run: Run) -> None:
-    """Go back to the newest checkpoint, but not in the data: those of the steps since are left out."""
-    run.at("goes back to a checkpoint")
-    saved = run.rollback()
-    run.progress.step = saved["step"]
-    run.judge.rewind(saved["step"], saved["judge"])
-    for hook in run.callbacks:
-        hook.on_rollback(saved["step"])
+    def _roll_back(self) -> None:
+        """Load the newest checkpoint, but keep the position in the data: the data of the steps since are skipped."""
+        self.set_phase(ROLLING_BACK)
+        saved = self.load_latest()
+        self.state.step = saved["step"]
+        self.loss_spike_guard.on_rollback(saved["step"], saved["loss_spike_guard"])
+        for callback in self.callbacks:
+            callback.on_rollback(saved["step"])

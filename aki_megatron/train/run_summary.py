@@ -1,80 +1,88 @@
-"""What rank 0 says of a run before it starts: the model's size, its cut, what a step is made of, and the bubble."""
+"""The lines rank 0 prints before a run starts: model size, step, pipeline stages, pipeline bubble."""
 
 from collections.abc import Iterator, Sequence
 
-from aki_megatron.checkpoint.initial_weights import whole_parameters
-from aki_megatron.config.cross_checks import data_size, divisors, micro_batch_size
+from aki_megatron.checkpoint.shapes import meta_parameters
+from aki_megatron.config.batch_sizes import (
+    data_parallel_size,
+    divisors,
+    micro_batch_size,
+    num_micro_batches,
+    rank_batch_size,
+)
 from aki_megatron.config.run import RunConfig
-from aki_megatron.parallel.pipeline_partition import costs_of
-from aki_megatron.parallel.schedule import bubble, schedule
+from aki_megatron.parallel.pipeline_partition import estimate_costs
+from aki_megatron.parallel.schedule import bubble_fraction, build_schedule
 
 
-def describe(config: RunConfig, stages: Sequence[range], *, world_size: int) -> Iterator[str]:
-    """Lines for a person. ``stages``: the decoder layers of each of the pipeline x virtual_stages stages."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in whole_parameters(config.model).values()]
-    trained = sum(size for size, learns in sizes if learns)
+def summary_lines(config: RunConfig, stages: Sequence[range], *, world_size: int) -> Iterator[str]:
+    """Yield the summary of a run.
+
+    stages  decoder layers of each of the pipeline x virtual_stages stages, in model order
+    """
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in meta_parameters(config.model).values()]
+    trained = sum(size for size, requires_grad in sizes if requires_grad)
     yield f"model: {sum(size for size, _ in sizes):,} parameters, {trained:,} of them trained"
     yield step_line(config, world_size)
     if len(stages) > 1:
-        yield cut_line(config, stages)
+        yield stages_line(config, stages)
     if config.parallel.pipeline > 1:
         yield from bubble_lines(config, world_size)
 
 
 def step_line(config: RunConfig, world_size: int) -> str:
-    """What a step is made of: samples over data ranks, ranks over the model, precision."""
-    parallel, ranks, at_once = config.parallel, data_size(config, world_size), micro_batch_size(config, world_size)
-    packing = config.data.packing
-    rows = f"rows of {packing.sequence_length} places" if packing.enabled else "samples"
-    spread = f"tensor {parallel.tensor} x pipeline {parallel.pipeline}"
+    """Return how a step is split over data ranks and micro-batches, and the model over ranks."""
+    parallel, packing = config.parallel, config.data.packing
+    samples = f"sequences of {packing.sequence_length} tokens" if packing.enabled else "samples"
+    layout = f"tensor {parallel.tensor} x pipeline {parallel.pipeline}"
     if parallel.virtual_stages > 1:
-        spread += f" (x {parallel.virtual_stages} chunks)"
+        layout += f" (x {parallel.virtual_stages} virtual stages)"
     return (
-        f"step: {config.train.global_batch_size} {rows} = {counted(ranks, 'data rank')} x "
-        f"{counted(micro_batches(config, world_size), 'micro-batch', 'micro-batches')} x {at_once}; {spread}, "
+        f"step: {config.train.global_batch_size} {samples} = "
+        f"{plural(data_parallel_size(config, world_size), 'data rank', 'data ranks')} x "
+        f"{plural(num_micro_batches(config, world_size), 'micro-batch', 'micro-batches')} x "
+        f"{micro_batch_size(config, world_size)}; {layout}, "
         f"ZeRO-{parallel.zero_stage}, {config.train.precision}, rule {config.attention.rule}"
     )
 
 
-def cut_line(config: RunConfig, stages: Sequence[range]) -> str:
-    """Layers of each stage in model order, and each stage's share of the cost of a sample."""
-    costs = costs_of(config.model, text_tokens=config.data.max_text_tokens, recompute=recomputes(config)).of(stages)
+def stages_line(config: RunConfig, stages: Sequence[range]) -> str:
+    """Return the layers of each stage in model order, and each stage's fraction of the FLOPs of a sample."""
+    recompute = uses_recompute(config)
+    costs = estimate_costs(config.model, text_tokens=config.data.max_text_tokens, recompute=recompute).per_stage(stages)
     parts = [f"{len(stage)}" for stage in stages]
-    parts[0] = f"front + {parts[0]}"
-    parts[-1] = f"{parts[-1]} + head"
-    shares = [f"{part} ({cost / sum(costs):.0%})" for part, cost in zip(parts, costs, strict=True)]
-    return f"cut: {' | '.join(shares)} layers; in brackets the share of the arithmetic"
+    parts[0] = f"input embedder + {parts[0]}"
+    parts[-1] = f"{parts[-1]} + LM head"
+    fractions = [f"{part} ({cost / sum(costs):.0%})" for part, cost in zip(parts, costs, strict=True)]
+    return f"stages: {' | '.join(fractions)} layers; in parentheses the fraction of the FLOPs"
 
 
 def bubble_lines(config: RunConfig, world_size: int) -> Iterator[str]:
-    """How long each pipeline rank waits if all stages take equally long, and how to shorten it where that is easy."""
-    pipeline, count = config.parallel.pipeline, micro_batches(config, world_size)
-    idle = bubble(schedule(pipeline=pipeline, chunks=config.parallel.virtual_stages, micro_batches=count))
-    batches = counted(count, "micro-batch", "micro-batches")
+    """Yield how long pipeline ranks are idle if all stages take equally long, and a hint to reduce it."""
+    pipeline, count = config.parallel.pipeline, num_micro_batches(config, world_size)
+    virtual_stages = config.parallel.virtual_stages
+    schedules = build_schedule(pipeline=pipeline, virtual_stages=virtual_stages, num_micro_batches=count)
+    batches = plural(count, "micro-batch", "micro-batches")
+    idle = bubble_fraction(schedules)
     yield f"pipeline: {batches} through {pipeline} ranks; each is idle {idle:.0%} of the time (the bubble)"
     if count >= pipeline:
         return
-    share = config.train.global_batch_size // data_size(config, world_size)
-    smaller = max(n for n in divisors(share) if share // n >= pipeline or n == 1)
-    if share // smaller > count:
+    samples = rank_batch_size(config, world_size)
+    smaller = max(n for n in divisors(samples) if samples // n >= pipeline or n == 1)
+    if samples // smaller > count:
         yield (
-            f"hint: --train.micro_batch_size {smaller} gives {share // smaller} micro-batches, and the ranks are idle less "
-            "of the time"
+            f"hint: --train.micro_batch_size {smaller} gives {samples // smaller} micro-batches, which reduces "
+            "the idle time"
         )
     else:
-        yield "hint: a larger train.global_batch_size gives more micro-batches, and the ranks are idle less of the time"
+        yield "hint: a larger train.global_batch_size gives more micro-batches, which reduces the idle time"
 
 
-def counted(number: int, one: str, many: str = "") -> str:
-    """1 data rank, 2 data ranks."""
-    return f"{number} {one if number == 1 else many or one + 's'}"
+def plural(number: int, one: str, many: str) -> str:
+    """Return ``1 data rank`` or ``2 data ranks``."""
+    return f"{number} {one if number == 1 else many}"
 
 
-def micro_batches(config: RunConfig, world_size: int) -> int:
-    """Micro-batches of each data rank in a step."""
-    return config.train.global_batch_size // data_size(config, world_size) // micro_batch_size(config, world_size)
-
-
-def recomputes(config: RunConfig) -> bool:
-    """Whether layers run forward twice."""
+def uses_recompute(config: RunConfig) -> bool:
+    """Return whether decoder layers run forward a second time in the backward pass."""
     return config.parallel.recompute == "full"

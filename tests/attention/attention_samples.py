@@ -1,6 +1,6 @@
-"""Material for the attention tests: ids drawn at random, the rules as nested loops, a reference varlen kernel.
+"""Material for the attention tests: random ids, the rules as nested loops, reference attention and varlen kernels.
 
-Letters: B rows, T tokens, H heads, d head width.
+Letters: B sequences, T positions, H heads, d head_dim.
 """
 
 import random
@@ -9,43 +9,64 @@ from functools import cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
+from aki_megatron.attention import AttentionMask
 from aki_megatron.attention.varlen_plan import VarlenCall
+from aki_megatron.config.attention import ATTENTION_RULES, AttentionConfig
 from aki_megatron.types import Modality
 
 PAD, TEXT, RESPONSE, IMAGE, AUDIO = Modality.PAD, Modality.TEXT, Modality.RESPONSE, Modality.IMAGE, Modality.AUDIO
-RULES = ("causal", "mma", "mma_general", "mixed", "cca")
+RULES = tuple(ATTENTION_RULES)
+CONFIGS = {name: AttentionConfig(rule=name) for name in RULES}
+CAUSAL, MMA, MMA_GENERAL = CONFIGS["causal"], CONFIGS["mma"], CONFIGS["mma_general"]
+MIXED, CCA = CONFIGS["mixed"], CONFIGS["cca"]
+LOOK_AHEAD = [name for name, rule in ATTENTION_RULES.items() if rule.look_ahead != "none"]
 
 
-def row_of(*runs: tuple[int, int]) -> list[int]:
-    """A row of modality ids from (modality, count) runs."""
+def ids_of(*runs: tuple[int, int]) -> list[int]:
+    """Modality ids from (modality, count) runs."""
     return [modality for modality, count in runs for _ in range(count)]
 
 
-def rectangle(*rows: list[list[int]], width: int | None = None) -> tuple[Tensor, Tensor]:
-    """Modality and segment ids of rows, each a list of segments, right padded."""
-    width = width or max(sum(map(len, segments)) for segments in rows)
-    modality = torch.zeros(len(rows), width, dtype=torch.int8)
-    segment = torch.full((len(rows), width), -1, dtype=torch.int32)
-    for b, segments in enumerate(rows):
-        at = 0
+def batch_of(*sequences: list[list[int]], length: int | None = None) -> tuple[Tensor, Tensor]:
+    """Modality and segment ids [B, T] of sequences, each a list of segments, right padded."""
+    length = length or max(sum(map(len, segments)) for segments in sequences)
+    modality = torch.zeros(len(sequences), length, dtype=torch.int8)
+    segment = torch.full((len(sequences), length), -1, dtype=torch.int32)
+    for b, segments in enumerate(sequences):
+        start = 0
         for number, ids in enumerate(segments):
-            modality[b, at : at + len(ids)] = torch.tensor(ids, dtype=torch.int8)
-            segment[b, at : at + len(ids)] = number
-            at += len(ids)
+            modality[b, start : start + len(ids)] = torch.tensor(ids, dtype=torch.int8)
+            segment[b, start : start + len(ids)] = number
+            start += len(ids)
     return modality, segment
 
 
-def nobody(modality_ids: Tensor) -> Tensor:
-    """No scored row."""
+def unsupervised(modality_ids: Tensor) -> Tensor:
+    """No supervised position."""
     return torch.zeros(modality_ids.shape, dtype=torch.bool)
+
+
+def build_mask(ids: tuple[Tensor, Tensor], attention: AttentionConfig, image_tokens: int = 0) -> AttentionMask:
+    """The mask of modality and segment ids in which nothing is supervised."""
+    return AttentionMask.build(*ids, attention, supervised=unsupervised(ids[0]), image_tokens=image_tokens)
+
+
+def attend_by_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """PyTorch's attention under any bool mask [B, T, T], leaking or not; queries that see nothing give 0."""
+    empty = ~mask.any(-1, keepdim=True)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=(mask | empty)[:, None], enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.masked_fill(empty[:, None], 0.0)
 
 
 @st.composite
 def segments(draw: st.DrawFn, holes: bool) -> list[int]:
-    """One segment: turns of prompt blocks and a response; images of 1, 4 or 9 places; PAD holes if asked for."""
+    """One segment: turns of prompt blocks and a response; images of 1, 4 or 9 tokens; PAD inside if ``holes``."""
     ids: list[int] = []
     for _ in range(draw(st.integers(1, 3))):
         blocks = [TEXT, IMAGE, AUDIO, TEXT, IMAGE] + ([PAD] if holes else [])
@@ -58,28 +79,28 @@ def segments(draw: st.DrawFn, holes: bool) -> list[int]:
 
 
 @st.composite
-def ids_of_rows(draw: st.DrawFn, holes: bool = False, most_rows: int = 3) -> tuple[Tensor, Tensor]:
-    """Modality and segment ids of a small rectangle: packed or not, ragged, with empty rows; gaps with ``holes``."""
-    rows = []
-    for _ in range(draw(st.integers(1, most_rows))):
-        row: list[tuple[int, int]] = []
+def random_ids(draw: st.DrawFn, holes: bool = False, max_sequences: int = 3) -> tuple[Tensor, Tensor]:
+    """Modality and segment ids of a small batch: packed or not, ragged, with empty sequences; gaps with ``holes``."""
+    sequences = []
+    for _ in range(draw(st.integers(1, max_sequences))):
+        sequence: list[tuple[int, int]] = []
         for number in range(draw(st.integers(0, 3))):
-            row += [(modality, number) for modality in draw(segments(holes))]
+            sequence += [(modality, number) for modality in draw(segments(holes))]
             if holes:
-                row += [(PAD, -1)] * draw(st.integers(0, 2))
-        rows.append(row)
-    width = max(1, *(len(row) for row in rows)) + draw(st.integers(0, 2))
-    filled = [row + [(int(PAD), -1)] * (width - len(row)) for row in rows]
+                sequence += [(PAD, -1)] * draw(st.integers(0, 2))
+        sequences.append(sequence)
+    length = max(1, *(len(sequence) for sequence in sequences)) + draw(st.integers(0, 2))
+    filled = [sequence + [(int(PAD), -1)] * (length - len(sequence)) for sequence in sequences]
     table = torch.tensor(filled, dtype=torch.int32)
     return table[..., 0].to(torch.int8), table[..., 1].contiguous()
 
 
 def square_images(modality_ids: Tensor, segment_ids: Tensor) -> bool:
-    """Whether every run of image tokens, over holes, has a square number of places, as rule cca wants."""
+    """Whether every run of image tokens, across holes, has a square number of tokens, as rule cca requires."""
     for modality, segment in zip(modality_ids.tolist(), segment_ids.tolist(), strict=True):
-        live = [(m, s) for m, s in zip(modality, segment, strict=True) if m != PAD and s >= 0]
+        valid = [(m, s) for m, s in zip(modality, segment, strict=True) if m != PAD and s >= 0]
         run, before = 0, (-1, -1)
-        for m, s in [*live, (-1, -1)]:
+        for m, s in [*valid, (-1, -1)]:
             if (m, s) == before:
                 run += 1
                 continue
@@ -89,81 +110,83 @@ def square_images(modality_ids: Tensor, segment_ids: Tensor) -> bool:
     return True
 
 
-def statement(modality: list[int], segment: list[int], rule: str, kept: Callable[[int], range]) -> list[list[bool]]:
-    """A rule for one row as nested loops, written from its definition and from nothing else in the project.
+def mask_by_loops(modality: list[int], segment: list[int], rule: str, kept: Callable[[int], range]) -> list[list[bool]]:
+    """The mask of one sequence as nested loops, written from the rule's definition and nothing else in the project.
 
-    ``kept(n)`` says which of the n question columns of a turn an image sees under ``mma``.
+    ``kept(n)`` says which of the n text tokens of a prompt an image sees under ``mma``.
     """
     size = len(modality)
-    live = [m != PAD and s >= 0 for m, s in zip(modality, segment, strict=True)]
-    turn, image, place_in_image = [-1] * size, [-1] * size, [-1] * size
+    valid = [m != PAD and s >= 0 for m, s in zip(modality, segment, strict=True)]
+    turn, image, cell = [-1] * size, [-1] * size, [-1] * size
     last: dict[int, int] = {}
     for i in range(size):
-        if not live[i]:
+        if not valid[i]:
             continue
         p = last.get(segment[i])
-        fresh = p is None
-        turn[i] = 0 if fresh else turn[p] + (modality[p] == RESPONSE and modality[i] != RESPONSE)
+        first = p is None
+        turn[i] = 0 if first else turn[p] + (modality[p] == RESPONSE and modality[i] != RESPONSE)
         if modality[i] == IMAGE:
-            goes_on = not fresh and modality[p] == IMAGE and turn[p] == turn[i]
-            image[i] = image[p] if goes_on else i
-            place_in_image[i] = place_in_image[p] + 1 if goes_on else 0
+            continues = not first and modality[p] == IMAGE and turn[p] == turn[i]
+            image[i] = image[p] if continues else i
+            cell[i] = cell[p] + 1 if continues else 0
         last[segment[i]] = i
 
     def same_turn(i: int, j: int) -> bool:
-        return live[i] and live[j] and segment[i] == segment[j] and turn[i] == turn[j]
+        return valid[i] and valid[j] and segment[i] == segment[j] and turn[i] == turn[j]
 
     @cache
-    def question(turn_of: tuple[int, int]) -> list[int]:
-        i, seen_image, columns = next(p for p in range(size) if live[p] and (segment[p], turn[p]) == turn_of), False, []
+    def prompt_text(turn_of: tuple[int, int]) -> list[int]:
+        i, image_before, text = next(p for p in range(size) if valid[p] and (segment[p], turn[p]) == turn_of), False, []
         for j in range(size):
             if same_turn(i, j):
-                seen_image = seen_image or modality[j] == IMAGE
-                if seen_image and modality[j] == TEXT:
-                    columns.append(j)
-        return columns
+                image_before = image_before or modality[j] == IMAGE
+                if image_before and modality[j] == TEXT:
+                    text.append(j)
+        return text
 
     @cache
     def ring(i: int) -> int:
         side = round(sum(image[j] == image[i] for j in range(size)) ** 0.5)
-        r, c = divmod(place_in_image[i], side)
+        r, c = divmod(cell[i], side)
         return min(r, c, side - 1 - r, side - 1 - c)
 
     def allowed(i: int, j: int) -> bool:
-        if segment[i] < 0 or segment[i] != segment[j] or not live[j]:
+        if segment[i] < 0 or segment[i] != segment[j] or not valid[j]:
             return False
         if rule == "mma" and modality[i] == IMAGE and modality[j] == TEXT and j > i:
-            columns = question((segment[i], turn[i]))
-            return same_turn(i, j) and columns.index(j) in kept(len(columns))
+            text = prompt_text((segment[i], turn[i]))
+            return same_turn(i, j) and text.index(j) in kept(len(text))
         if rule == "mma_general" and same_turn(i, j) and modality[i] != modality[j]:
             return j <= i or RESPONSE not in (modality[i], modality[j])
-        if rule in ("mixed", "cca") and live[i] and image[i] >= 0 and image[i] == image[j]:
+        if rule in ("mixed", "cca") and valid[i] and image[i] >= 0 and image[i] == image[j]:
             return rule == "mixed" or ring(j) <= ring(i)
         return j <= i
 
     return [[allowed(i, j) for j in range(size)] for i in range(size)]
 
 
-def loops(modality_ids: Tensor, segment_ids: Tensor, rule: str, kept: Callable[[int], range] = range) -> Tensor:
-    """The mask [B, T, T] by ``statement``."""
-    rows = zip(modality_ids.tolist(), segment_ids.tolist(), strict=True)
-    return torch.tensor([statement(modality, segment, rule, kept) for modality, segment in rows])
+def masks_by_loops(
+    modality_ids: Tensor, segment_ids: Tensor, rule: str, kept: Callable[[int], range] = range
+) -> Tensor:
+    """The mask [B, T, T] by ``mask_by_loops``."""
+    sequences = zip(modality_ids.tolist(), segment_ids.tolist(), strict=True)
+    return torch.tensor([mask_by_loops(modality, segment, rule, kept) for modality, segment in sequences])
 
 
 def conversation(rng: random.Random, turns: int, image: int, longest: int) -> list[int]:
     """A segment shaped like real samples: system text, image, question, answer, and more turns of text."""
-    ids = row_of((TEXT, rng.randint(2, 6)), (IMAGE, image))
+    ids = ids_of((TEXT, rng.randint(2, 6)), (IMAGE, image))
     for _ in range(turns):
-        ids += row_of((TEXT, rng.randint(2, longest)), (RESPONSE, rng.randint(1, longest)))
+        ids += ids_of((TEXT, rng.randint(2, longest)), (RESPONSE, rng.randint(1, longest)))
     return ids
 
 
 def tensors(batch: int, tokens: int, heads: tuple[int, int, int], dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
-    """q, k, v and a gradient, token-major, for heads = (query heads, key heads, head width)."""
+    """q, k, v and a gradient, token-major, for heads = (query heads, key heads, head_dim)."""
     generator = torch.Generator().manual_seed(seed)
-    query, key, width = heads
+    query, key, head_dim = heads
     return [
-        torch.randn(batch, tokens, count, width, generator=generator, dtype=torch.float64).to(dtype).transpose(1, 2)
+        torch.randn(batch, tokens, count, head_dim, generator=generator, dtype=torch.float64).to(dtype).transpose(1, 2)
         for count in (query, key, key, query)
     ]
 
@@ -181,28 +204,30 @@ def error(got: Tensor, wanted: Tensor, scale: float = 0.0) -> float:
 
 
 class ReferenceVarlen:
-    """Variable-length attention from matrix products, bottom-right causal: what the CUDA kernel promises to do."""
+    """Variable-length attention from matrix products, bottom-right causal: the specification of the CUDA kernel."""
 
-    def _pieces(self, call: VarlenCall) -> list[tuple[slice, slice]]:
-        rows, columns = call.cu_rows.tolist(), call.cu_columns.tolist()
-        assert max(np.diff(rows)) == call.max_rows
-        assert max(np.diff(columns)) == call.max_columns
-        spans = zip(rows[:-1], rows[1:], columns[:-1], columns[1:], strict=True)
+    def _blocks(self, call: VarlenCall) -> list[tuple[slice, slice]]:
+        queries, keys = call.cu_queries.tolist(), call.cu_keys.tolist()
+        assert max(np.diff(queries)) == call.max_queries
+        assert max(np.diff(keys)) == call.max_keys
+        spans = zip(queries[:-1], queries[1:], keys[:-1], keys[1:], strict=True)
         return [(slice(a, b), slice(c, d)) for a, b, c, d in spans]
 
     def _scores(self, q: Tensor, k: Tensor, call: VarlenCall) -> Tensor:
         scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)) * q.shape[-1] ** -0.5
-        rows, columns = scores.shape[1:]
+        num_queries, num_keys = scores.shape[1:]
         if call.causal:
-            scores = scores.masked_fill(~torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows), -torch.inf)
+            scores = scores.masked_fill(
+                ~torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries), -torch.inf
+            )
         return scores
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: VarlenCall) -> tuple[Tensor, Tensor]:
         parts, lse = [], []
-        for rows, columns in self._pieces(call):
-            scores = self._scores(q[rows], k[columns], call)
+        for queries, keys in self._blocks(call):
+            scores = self._scores(q[queries], k[keys], call)
             lse.append(scores.logsumexp(-1))
-            values = v[columns].repeat_interleave(q.shape[1] // v.shape[1], 1)
+            values = v[keys].repeat_interleave(q.shape[1] // v.shape[1], 1)
             parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values))
         return torch.cat(parts), torch.cat(lse, 1)
 
@@ -214,12 +239,12 @@ class ReferenceVarlen:
     ) -> tuple[Tensor, Tensor, Tensor]:
         group, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for rows, columns in self._pieces(call):
-            weights = (self._scores(q[rows], k[columns], call) - lse[:, rows, None]).exp()
-            wide_k, wide_v = (x[columns].repeat_interleave(group, 1) for x in (k, v))
-            dp = torch.einsum("qhd,khd->hqk", grad[rows], wide_v)
-            ds = weights * (dp - (grad[rows] * out[rows]).sum(-1).t()[..., None]) * scale
-            dq[rows] += torch.einsum("hqk,khd->qhd", ds, wide_k)
-            dk[columns] += torch.einsum("hqk,qhd->khd", ds, q[rows]).unflatten(1, (-1, group)).sum(2)
-            dv[columns] += torch.einsum("hqk,qhd->khd", weights, grad[rows]).unflatten(1, (-1, group)).sum(2)
+        for queries, keys in self._blocks(call):
+            weights = (self._scores(q[queries], k[keys], call) - lse[:, queries, None]).exp()
+            wide_k, wide_v = (x[keys].repeat_interleave(group, 1) for x in (k, v))
+            dp = torch.einsum("qhd,khd->hqk", grad[queries], wide_v)
+            ds = weights * (dp - (grad[queries] * out[queries]).sum(-1).t()[..., None]) * scale
+            dq[queries] += torch.einsum("hqk,khd->qhd", ds, wide_k)
+            dk[keys] += torch.einsum("hqk,qhd->khd", ds, q[queries]).unflatten(1, (-1, group)).sum(2)
+            dv[keys] += torch.einsum("hqk,qhd->khd", weights, grad[queries]).unflatten(1, (-1, group)).sum(2)
         return dq, dk, dv

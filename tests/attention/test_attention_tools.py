@@ -32,7 +32,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> object:
 def test_show_mask_draws_every_rule(load: object, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     tool, out = load("show_mask.py"), tmp_path / "mask.png"
     text = "<image> Why ? <|assistant|> => So ."
-    assert tool.tokens_of(text, 1)[1] == [3, 1, 1, 1, 2, 2]
+    assert tool.parse_text(text, 1)[1] == [3, 1, 1, 1, 2, 2]
     assert tool.main(["--text", text, "--latents", "1", "--out", str(out)]) == 0
     assert out.read_bytes().startswith(b"\x89PNG")
     assert "6 tokens, rules causal, mma, mma_general, mixed, cca" in capsys.readouterr().out
@@ -49,8 +49,8 @@ def test_the_benchmark_writes_what_it_measured(
     out = tmp_path / "rows.json"
     assert tool.main(["--repeats", "1", "--dtypes", "float32", "--device", "cpu", "--json", str(out)]) == 0
     rows = json.loads(out.read_text())
-    assert [row["backend"] for row in rows] == ["causal", "mma", "dense bool"]
-    assert all({"case", "backend", "dtype", "ratio_to_causal", "peak_mib"} <= row.keys() for row in rows)
+    assert [row["variant"] for row in rows] == ["causal", "mma", "dense bool"]
+    assert all({"case", "variant", "dtype", "ratio_to_causal", "peak_mib"} <= row.keys() for row in rows)
     assert rows[0]["ratio_to_causal"] == 1.0
     assert 0 < rows[1]["outside_kernels"] < 1
     assert "small" in capsys.readouterr().out

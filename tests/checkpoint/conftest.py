@@ -12,16 +12,16 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def convert(capsys: pytest.CaptureFixture[str]) -> Run:
-    """``convert(word, ...)``: exit code, what the tool printed, and its errors."""
+    """``convert(argument, ...)`` returns the exit code, stdout and stderr."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
     try:
         import convert as tool
     finally:
         sys.path.pop(0)
 
-    def call(*words: object) -> tuple[int, str, str]:
+    def call(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
-        code = tool.main([str(word) for word in words])
+        code = tool.main([str(argument) for argument in arguments])
         printed = capsys.readouterr()
         return code, printed.out, printed.err
 

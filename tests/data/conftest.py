@@ -1,4 +1,4 @@
-"""What the tests of the data path share: the tokenizer, templates, and a folder of sources."""
+"""Fixtures of the data tests: the tokenizer, templates, and a folder of sources."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,22 +8,22 @@ from chat_folders import PHI3_LIKE
 from data_files import write_sources
 
 from aki_megatron.config.data import SYSTEM_MESSAGE
-from aki_megatron.data.chat import CHATS
 from aki_megatron.data.template import Template
 from aki_megatron.data.tokenizer import Tokenizer
+from aki_megatron.families.registry import FAMILIES
 
-IMAGE_TOKENS = 3
+NUM_IMAGE_TOKENS = 3
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    return Tokenizer(PHI3_LIKE, CHATS["phi3"])
+    return Tokenizer(PHI3_LIKE, FAMILIES["phi3"].chat)
 
 
 @pytest.fixture
 def make_template(tokenizer: Tokenizer) -> Callable[..., Template]:
     def make(max_text_tokens: int = 512, system_message: str = SYSTEM_MESSAGE, *, text_first: bool = False) -> Template:
-        return Template(tokenizer, IMAGE_TOKENS, max_text_tokens, system_message, text_first)
+        return Template(tokenizer, NUM_IMAGE_TOKENS, max_text_tokens, system_message, text_first)
 
     return make
 
@@ -37,4 +37,4 @@ def source_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_session_template(tokenizer: Tokenizer) -> Template:
-    return Template(tokenizer, IMAGE_TOKENS, 512, SYSTEM_MESSAGE)
+    return Template(tokenizer, NUM_IMAGE_TOKENS, 512, SYSTEM_MESSAGE)

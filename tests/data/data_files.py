@@ -1,4 +1,4 @@
-"""Small real files in the public formats, written for tests."""
+"""Small files in the public formats, written for tests."""
 
 import io
 import json
@@ -9,10 +9,10 @@ from typing import Any
 
 from PIL import Image
 
-PICTURE_SIZE = 24
+IMAGE_SIZE = 24
 
 
-def picture_bytes(shade: int = 0, *, form: str = "JPEG", size: tuple[int, int] = (PICTURE_SIZE, PICTURE_SIZE)) -> bytes:
+def image_bytes(shade: int = 0, *, form: str = "JPEG", size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE)) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", size, (shade % 256, (7 * shade) % 256, 128)).save(buffer, format=form)
     return buffer.getvalue()
@@ -29,12 +29,12 @@ def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> Path:
 
 
 def pairs(count: int, *, first: int = 0) -> list[tuple[str, bytes]]:
-    """Members of complete caption samples."""
+    """Return the members of complete caption samples."""
     return [
         member
         for number in range(first, first + count)
         for member in (
-            (f"{number:06}.jpg", picture_bytes(number)),
+            (f"{number:06}.jpg", image_bytes(number)),
             (f"{number:06}.txt", f"The red cat {number}.\n".encode()),
         )
     ]
@@ -50,11 +50,11 @@ def _put(root: Path, name: str, content: Any) -> None:
 
 
 def write_sources(root: Path, *, count: int = 12) -> None:
-    """``count`` samples of each of the four fine-tuning sources, training split, in their original layout."""
+    """Write ``count`` samples of four fine-tuning sources, training split, in their original layout."""
     for image_id in range(1, count + 1):
-        _put(root, f"VQA/train2014/COCO_train2014_{image_id:012d}.jpg", picture_bytes(image_id))
-        _put(root, f"A-OKVQA/train2017/{image_id:012d}.jpg", picture_bytes(image_id))
-        _put(root, f"vsr/val2017/{image_id:012d}.jpg", picture_bytes(image_id))
+        _put(root, f"VQA/train2014/COCO_train2014_{image_id:012d}.jpg", image_bytes(image_id))
+        _put(root, f"A-OKVQA/train2017/{image_id:012d}.jpg", image_bytes(image_id))
+        _put(root, f"vsr/val2017/{image_id:012d}.jpg", image_bytes(image_id))
     ids = range(1, count + 1)
     kinds = ("how many", "what color is the")
     questions = [{"image_id": i, "question_id": 10 * i, "question": f"How many cats {i}?"} for i in ids]

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_files import picture_bytes
+from data_files import image_bytes
 
 ISBNS = ("0761183272", "1400031354", "0486404536")
 
@@ -36,7 +36,7 @@ def write_gqa(root: Path) -> None:
     put(root, "GQA/train_balanced_questions.json", {"02930152": question, "07333408": {**other, "types": {}}})
     put(root, "GQA/val_balanced_questions.json", {"05451384": other})
     for image_id in ("2354786", "n161313"):
-        put(root, f"GQA/images/{image_id}.jpg", picture_bytes(3))
+        put(root, f"GQA/images/{image_id}.jpg", image_bytes(3))
 
 
 def write_ocrvqa(root: Path) -> None:
@@ -53,12 +53,12 @@ def write_ocrvqa(root: Path) -> None:
 
     covers = dict(zip(ISBNS, (cover(1, "jpg"), cover(2, "gif"), cover(3, "jpg")), strict=True))
     put(root, "OCRVQA/dataset.json", covers)
-    put(root, f"OCRVQA/images/{ISBNS[0]}.jpg", picture_bytes(4))
-    put(root, f"OCRVQA/images/{ISBNS[1]}.gif", picture_bytes(5, form="GIF"))
+    put(root, f"OCRVQA/images/{ISBNS[0]}.jpg", image_bytes(4))
+    put(root, f"OCRVQA/images/{ISBNS[1]}.gif", image_bytes(5, form="GIF"))
 
 
 def write_scienceqa(root: Path) -> None:
-    seen = {
+    with_image = {
         "question": "Which of these states is farthest north?",
         "choices": ["West Virginia", "Louisiana", "Arizona", "Oklahoma"],
         "answer": 0,
@@ -74,33 +74,38 @@ def write_scienceqa(root: Path) -> None:
         "solution": "To find the answer, look at the compass rose.",
         "split": "train",
     }
-    read = {
-        **seen,
+    text_only = {
+        **with_image,
         "question": "Which word does not rhyme?",
         "choices": ["peg", "keg", "hot"],
         "answer": 2,
         "hint": "Two of the words rhyme.",
         "image": None,
     }
-    problems = {"1": seen, "2": read, "3": {**seen, "split": "val"}, "4": {**read, "split": "test"}}
+    problems = {
+        "1": with_image,
+        "2": text_only,
+        "3": {**with_image, "split": "val"},
+        "4": {**text_only, "split": "test"},
+    }
     put(root, "ScienceQA/problems.json", problems)
-    put(root, "ScienceQA/images/train/1/image.png", picture_bytes(6, form="PNG"))
-    put(root, "ScienceQA/images/val/3/image.png", picture_bytes(7, form="PNG"))
+    put(root, "ScienceQA/images/train/1/image.png", image_bytes(6, form="PNG"))
+    put(root, "ScienceQA/images/val/3/image.png", image_bytes(7, form="PNG"))
 
 
 def write_refer(root: Path, variant: str, split: str = "train") -> None:
     """RefCOCO, RefCOCO+ or RefCOCOg in MDETR's format."""
     entries = [
         {
-            "file_name": f"COCO_train2014_{picture:012d}.jpg",
+            "file_name": f"COCO_train2014_{image_id:012d}.jpg",
             "height": 480,
             "width": 640,
             "id": number,
-            "original_id": picture,
+            "original_id": image_id,
             "caption": phrase,
             "dataset_name": variant,
         }
-        for number, (picture, phrase) in enumerate([(1, "the lady in blue"), (2, "man on the right")])
+        for number, (image_id, phrase) in enumerate([(1, "the lady in blue"), (2, "man on the right")])
     ]
     annotations = [
         {"area": 1.0, "iscrowd": 0, "image_id": number, "category_id": 1, "id": number, "bbox": box}
@@ -108,8 +113,8 @@ def write_refer(root: Path, variant: str, split: str = "train") -> None:
     ]
     content = {"info": {}, "licenses": [], "images": entries, "annotations": annotations, "categories": []}
     put(root, f"ref/annotations/finetune_{variant}_{split}.json", content)
-    for picture in (1, 2):
-        put(root, f"VQA/train2014/COCO_train2014_{picture:012d}.jpg", picture_bytes(picture))
+    for image_id in (1, 2):
+        put(root, f"VQA/train2014/COCO_train2014_{image_id:012d}.jpg", image_bytes(image_id))
 
 
 def write_visualgenome(root: Path) -> None:
@@ -125,19 +130,19 @@ def write_visualgenome(root: Path) -> None:
         [{"id": 1, "regions": regions}, {"id": 2, "regions": other}, {"id": 3, "regions": []}],
     )
     sizes = [
-        {"image_id": image_id, "width": 800, "height": 600, "url": f"https://pictures.invalid/{image_id}.jpg",
+        {"image_id": image_id, "width": 800, "height": 600, "url": f"https://images.invalid/{image_id}.jpg",
          "coco_id": None, "flickr_id": None}
         for image_id in (1, 2, 3)
     ]  # fmt: skip
     put(root, "VisualGenome/image_data.json", sizes)
     for image_id in (1, 2):
-        put(root, f"VisualGenome/images/{image_id}.jpg", picture_bytes(image_id))
+        put(root, f"VisualGenome/images/{image_id}.jpg", image_bytes(image_id))
 
 
 def write_llava(root: Path) -> None:
-    def dialogue(*said: str) -> dict[str, Any]:
+    def dialogue(*texts: str) -> dict[str, Any]:
         speakers = ("human", "gpt")
-        turns = [{"from": speakers[number % 2], "value": value} for number, value in enumerate(said)]
+        turns = [{"from": speakers[number % 2], "value": value} for number, value in enumerate(texts)]
         return {"id": "000000033471", "image": "000000033471.jpg", "conversations": turns}
 
     talk = dialogue(
@@ -147,11 +152,11 @@ def write_llava(root: Path) -> None:
         "The bus is driving down the street.",
     )
     put(root, "llava/llava_instruct_150k.json", [talk, dialogue("Describe the picture.\n<image>", "A bus.")])
-    put(root, "A-OKVQA/train2017/000000033471.jpg", picture_bytes(8))
+    put(root, "A-OKVQA/train2017/000000033471.jpg", image_bytes(8))
 
 
 def write_more_sources(root: Path) -> None:
-    """The sources beyond vqav2, vsr, aokvqa and refcoco, all their splits."""
+    """Write the sources beyond vqav2, vsr, aokvqa and refcoco, all their splits."""
     write_gqa(root)
     write_ocrvqa(root)
     write_scienceqa(root)

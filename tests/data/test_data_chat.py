@@ -1,6 +1,6 @@
-"""Every family's conversations, captions and prompts: their strings, their tokens, and what of them is learnt.
+"""Conversations, captions and prompts of every family: their text, their tokens, and which tokens are supervised.
 
-The strings were written out by hand: the published chat templates' markers, with the papers' content between them.
+The texts are written out here: the special tokens of the published chat templates, the papers' content between them.
 """
 
 import json
@@ -13,13 +13,13 @@ import tokenizers
 from chat_folders import RULES, SENTENCES, byte_level, chat_folder
 
 from aki_megatron.config.model import DecoderConfig
-from aki_megatron.data.chat import CHATS
 from aki_megatron.data.template import Template
 from aki_megatron.data.tokenizer import Tokenizer, grow_tokenizer
 from aki_megatron.errors import DataError
+from aki_megatron.families.registry import FAMILIES
 from aki_megatron.types import IGNORE, Caption, Conversation, Modality, Sample, Turn
 
-PLACES = 3
+NUM_LATENTS = 3
 TEXT, RESPONSE, IMAGE = Modality.TEXT, Modality.RESPONSE, Modality.IMAGE
 SYSTEM = "The assistant gives polite answers."
 DIALOGUE = Conversation("key", (Turn("What is in the picture?", "A red box."), Turn("How many?", "12")), b"x")
@@ -62,53 +62,60 @@ CAPTIONS = {
     "qwen2": ("", "The red cat.", "<|endofchunk|><|im_end|>"),
     "qwen3": ("", "The red cat.", "<|endofchunk|><|im_end|>"),
 }
-FAMILIES = pytest.mark.parametrize("family", CHATS)
+EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("tokenizers")
-    return {family: chat_folder(root / family, family) for family in CHATS}
+    return {family: chat_folder(root / family, family) for family in FAMILIES}
 
 
 @pytest.fixture(scope="module")
 def templates(folders: dict[str, Path]) -> dict[str, Template]:
-    return {family: Template(Tokenizer(folders[family], CHATS[family]), PLACES, 512, SYSTEM) for family in CHATS}
+    return {
+        family: Template(Tokenizer(folders[family], FAMILIES[family].chat), NUM_LATENTS, 512, SYSTEM)
+        for family in FAMILIES
+    }
 
 
-def placed(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
-    """The image at all its places."""
-    at = ids.index(tokenizer.image)
-    return [*ids[:at], *[tokenizer.image] * PLACES, *ids[at + 1 :]]
+def expanded(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """Ids with the image token repeated for every image position."""
+    at = ids.index(tokenizer.image_id)
+    return [*ids[:at], *[tokenizer.image_id] * NUM_LATENTS, *ids[at + 1 :]]
 
 
-def learnt(sample: Sample) -> list[int]:
+def supervised(sample: Sample) -> list[int]:
     return [target for target in sample.targets if target != IGNORE]
 
 
-@FAMILIES
-def test_a_dialogue_is_what_the_published_template_writes(family: str, templates: dict[str, Template]) -> None:
+@EACH_FAMILY
+def test_a_dialogue_equals_the_published_template(family: str, templates: dict[str, Template]) -> None:
     template, expected = templates[family], DIALOGUES[family]
     tokenizer = template.tokenizer
     assert template.conversation_parts(DIALOGUE) == expected
     sample = template.render_conversation(DIALOGUE)
     assert sample is not None
     whole = "".join(text for text, _ in expected)
-    assert sample.token_ids == placed(tokenizer, tokenizer.encode(whole)), "as if it were tokenized at once"
-    # independently of parts: a token belongs to where it ends, by the number of tokens of ever longer strings
+    assert sample.token_ids == expanded(tokenizer, tokenizer.encode(whole)), (
+        "equal to tokenizing the whole text at once"
+    )
+    # the expected modalities do not depend on parts: they come from the number of tokens of ever longer prefixes
     prefix, modalities = "", []
     for text, modality in expected:
         prefix += text
-        tokens = len(tokenizer.encode(prefix)) + (PLACES - 1 if tokenizer.image in tokenizer.encode(prefix) else 0)
+        tokens = len(tokenizer.encode(prefix)) + (
+            NUM_LATENTS - 1 if tokenizer.image_id in tokenizer.encode(prefix) else 0
+        )
         modalities += [int(modality)] * (tokens - len(modalities))
     assert sample.modality_ids == modalities
     answers = [text for text, modality in expected if modality == RESPONSE]
-    assert learnt(sample) == [token for answer in answers for token in tokenizer.encode(answer)]
+    assert supervised(sample) == [token for answer in answers for token in tokenizer.encode(answer)]
     following = zip(sample.token_ids[1:], sample.modality_ids[1:], strict=True)
-    assert sample.targets == [token if kind == RESPONSE else IGNORE for token, kind in following] + [IGNORE]
+    assert sample.targets == [token if modality == RESPONSE else IGNORE for token, modality in following] + [IGNORE]
 
 
-@FAMILIES
+@EACH_FAMILY
 def test_a_prompt_ends_with_the_whole_header_and_all_of_it_is_prompt(
     family: str, templates: dict[str, Template]
 ) -> None:
@@ -117,46 +124,44 @@ def test_a_prompt_ends_with_the_whole_header_and_all_of_it_is_prompt(
     first = replace(DIALOGUE, turns=DIALOGUE.turns[:1])
     prompt = template.render_prompt(first)
     text = "".join(text for text, _ in DIALOGUES[family][:3])
-    assert prompt.token_ids == placed(tokenizer, tokenizer.encode(text))
-    assert {kind for kind in prompt.modality_ids if kind != IMAGE} == {TEXT}
+    assert prompt.token_ids == expanded(tokenizer, tokenizer.encode(text))
+    assert {modality for modality in prompt.modality_ids if modality != IMAGE} == {TEXT}
     header = {
-        "phi3": ["<|assistant|>"],  # which swallows the newline
+        "phi3": ["<|assistant|>"],  # strips the newline
         "llama": ["<|start_header_id|>", "assistant", "<|end_header_id|>", "\u010a\u010a"],
         "qwen2": ["<|im_start|>", "assistant", "\u010a"],
     }
     expected = header.get(family, header["qwen2"])
-    assert [tokenizer.token(token) for token in prompt.token_ids[-len(expected) :]] == expected
+    assert [tokenizer.token_name(token) for token in prompt.token_ids[-len(expected) :]] == expected
     sample = template.render_conversation(first)
     assert sample is not None
-    # the last token of the header predicts the first of the answer
+    # the last token of the header predicts the first of the response
     assert sample.targets[len(prompt.token_ids) - 1] == tokenizer.encode("A red box.")[0]
     assert sample.token_ids[: len(prompt.token_ids)] == prompt.token_ids
     assert set(sample.modality_ids[len(prompt.token_ids) :]) == {RESPONSE}
 
 
-@FAMILIES
+@EACH_FAMILY
 def test_a_caption(family: str, templates: dict[str, Template]) -> None:
     start, text, ending = CAPTIONS[family]
     template = templates[family]
     tokenizer = template.tokenizer
-    first, words, last = (tokenizer.encode(part) for part in (start, text, ending))
+    first, caption, last = (tokenizer.encode(part) for part in (start, text, ending))
     sample = template.render_caption(CAPTION)
     assert sample is not None
-    assert sample.token_ids == [*first, *[tokenizer.image] * PLACES, *words, *last]
-    assert sample.modality_ids == [TEXT] * len(first) + [IMAGE] * PLACES + [RESPONSE] * (len(words) + 2)
-    assert learnt(sample) == [*words, *last] and len(last) == 2
-    mirrored = replace(template, text_first=True).render_caption(CAPTION)
-    assert mirrored is not None
-    assert mirrored.token_ids == [*first, *words, *[tokenizer.image] * PLACES, *last]
-    # the first token of a text is nobody's target: where nothing begins a text, it is the caption's
-    assert learnt(mirrored) == [*words, *last][0 if first else 1 :]
+    assert sample.token_ids == [*first, *[tokenizer.image_id] * NUM_LATENTS, *caption, *last]
+    assert sample.modality_ids == [TEXT] * len(first) + [IMAGE] * NUM_LATENTS + [RESPONSE] * (len(caption) + 2)
+    assert supervised(sample) == [*caption, *last] and len(last) == 2
+    text_first = replace(template, text_first=True).render_caption(CAPTION)
+    assert text_first is not None
+    assert text_first.token_ids == [*first, *caption, *[tokenizer.image_id] * NUM_LATENTS, *last]
+    # the first token of a sequence is no target: without a start token it is the caption's first
+    assert supervised(text_first) == [*caption, *last][0 if first else 1 :]
 
 
-@FAMILIES
+@EACH_FAMILY
 @pytest.mark.parametrize("response", ["red", " red", "\n\nred", " \n red", "\tred", "\r\n\n\n12", "e\u0301", "\u0301"])
-def test_no_token_crosses_from_the_prompt_into_the_answer(
-    family: str, response: str, templates: dict[str, Template]
-) -> None:
+def test_no_token_spans_prompt_and_response(family: str, response: str, templates: dict[str, Template]) -> None:
     template = templates[family]
     asked = Conversation("key", (Turn(" \n?\n", response), Turn("\n\nWhy?", response)), b"x")
     prompt, sample = template.render_prompt(replace(asked, turns=asked.turns[:1])), template.render_conversation(asked)
@@ -167,30 +172,30 @@ def test_no_token_crosses_from_the_prompt_into_the_answer(
     assert template.render_prompt(asked).token_ids == sample.token_ids[: len(template.render_prompt(asked).token_ids)]
 
 
-def test_tokenized_at_once_newlines_would_cross(templates: dict[str, Template]) -> None:
-    """What the parts prevent: the end of LLaMA's header and the beginning of an answer as one token."""
+def test_tokenizing_the_whole_text_would_merge_newlines(templates: dict[str, Template]) -> None:
+    """Parts prevent that the end of LLaMA's header and the start of a response become one token."""
     tokenizer = templates["llama"].tokenizer
-    at_once = tokenizer.encode(CHATS["llama"].answer_start + "\n\nred")
-    assert tokenizer.token(at_once[3]) == "\u010a" * 4
-    header = tokenizer.encode(CHATS["llama"].answer_start)
+    at_once = tokenizer.encode(FAMILIES["llama"].chat.response_start + "\n\nred")
+    assert tokenizer.token_name(at_once[3]) == "\u010a" * 4
+    header = tokenizer.encode(FAMILIES["llama"].chat.response_start)
     assert at_once[: len(header)] != header
 
 
-@FAMILIES
+@EACH_FAMILY
 def test_truncation_keeps_the_end_of_the_family(family: str, templates: dict[str, Template]) -> None:
     whole = templates[family].render_conversation(DIALOGUE)
     assert whole is not None
-    for cut in range(1, len(learnt(whole)) + 20):
-        short = replace(templates[family], max_text_tokens=len(whole.token_ids) - (PLACES - 1) - cut)
+    for cut in range(1, len(supervised(whole)) + 20):
+        short = replace(templates[family], max_text_tokens=len(whole.token_ids) - (NUM_LATENTS - 1) - cut)
         sample = short.render_conversation(DIALOGUE)
         if sample is None:
             break
-        assert sample.token_ids[-1] == templates[family].tokenizer.final and sample.modality_ids[-1] == RESPONSE
-        assert sample.token_ids[-2] != templates[family].tokenizer.close
+        assert sample.token_ids[-1] == templates[family].tokenizer.sample_end_id and sample.modality_ids[-1] == RESPONSE
+        assert sample.token_ids[-2] != templates[family].tokenizer.turn_end_id
         assert sample.token_ids[:-1] == whole.token_ids[: len(sample.token_ids) - 1]
 
 
-@FAMILIES
+@EACH_FAMILY
 def test_a_grown_folder_and_a_model_folder_give_the_ids_of_the_published_one(
     family: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -198,21 +203,21 @@ def test_a_grown_folder_and_a_model_folder_give_the_ids_of_the_published_one(
     model = shutil.copytree(folders[family], tmp_path / "model")
     (model / "config.json").write_text(json.dumps({"model_type": family}))
     texts = ["".join(text for text, _ in DIALOGUES[family]), *SENTENCES, "<image>\n\n x e\u0301 123<|endofchunk|>\n"]
-    expected = Tokenizer(folders[family], CHATS[family])
+    expected = Tokenizer(folders[family], FAMILIES[family].chat)
     if family != "phi3":  # whose published rules put a space before text
         as_written = tokenizers.Tokenizer.from_file(str(tmp_path / "grown/tokenizer.json"))
         assert [as_written.encode(text, add_special_tokens=False).ids for text in texts] == [
             expected.encode(text) for text in texts
         ]
     for folder in (tmp_path / "grown", model):
-        other = Tokenizer(folder, CHATS[family])
+        other = Tokenizer(folder, FAMILIES[family].chat)
         assert [other.encode(text) for text in texts] == [expected.encode(text) for text in texts]
         for own in (other, expected):
-            found = (own.eos, own.pad, own.image, own.endofchunk, own.size)
+            found = (own.eos_id, own.pad_id, own.image_id, own.endofchunk_id, own.num_tokens)
             v = vocabulary
-            assert found == (v.eos, v.pad, v.image, v.endofchunk, v.vocab_size + v.num_added_tokens)
-    # Qwen pads with a token of its own; Phi-3 would pad with the end of text, and LLaMA with nothing
-    assert expected.token(expected.pad) == ("<|endoftext|>" if family.startswith("qwen") else "<pad>")
+            assert found == (v.eos_id, v.pad_id, v.image_id, v.endofchunk_id, v.vocab_size + v.num_added_tokens)
+    # Qwen has a padding token; Phi-3 pads with the end of text, and LLaMA has none
+    assert expected.token_name(expected.pad_id) == ("<|endoftext|>" if family.startswith("qwen") else "<pad>")
     sizes = {
         "padded_vocab_size": 640,
         "vocab_size": vocabulary.vocab_size,
@@ -221,30 +226,30 @@ def test_a_grown_folder_and_a_model_folder_give_the_ids_of_the_published_one(
     expected.check_vocabulary(DecoderConfig(family=family, **sizes))
 
 
-def test_a_base_models_tokenizer_is_trained_and_stopped_like_an_instruction_models(tmp_path: Path) -> None:
-    """It has all markers, but another end of text, with which Qwen's also pads."""
+def test_a_base_models_tokenizer_has_the_chat_format_of_an_instruction_models(tmp_path: Path) -> None:
+    """It has all special tokens, but another end of text, which is also Qwen's padding token."""
     for family, end in (("qwen2", "<|endoftext|>"), ("llama", "<|end_of_text|>")):
         base = replace(RULES[family], named={**RULES[family].named, "eos_token": end})
-        tokenizer = Tokenizer(byte_level(tmp_path / family, base, SENTENCES), CHATS[family])
-        assert tokenizer.token(tokenizer.eos) == end and tokenizer.token(tokenizer.pad) == "<pad>"
-        assert tokenizer.token(tokenizer.final) == CHATS[family].close
-        assert tokenizer.stops == {tokenizer.eos, tokenizer.close}
+        tokenizer = Tokenizer(byte_level(tmp_path / family, base, SENTENCES), FAMILIES[family].chat)
+        assert tokenizer.token_name(tokenizer.eos_id) == end and tokenizer.token_name(tokenizer.pad_id) == "<pad>"
+        assert tokenizer.token_name(tokenizer.sample_end_id) == FAMILIES[family].chat.turn_end
+        assert tokenizer.stop_ids == {tokenizer.eos_id, tokenizer.turn_end_id}
 
 
 def test_a_tokenizer_of_another_family_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"lacks the special tokens <\|begin_of_text\|>, .*of the family model.decoder"):
-        Tokenizer(folders["qwen2"], CHATS["llama"])
+        Tokenizer(folders["qwen2"], FAMILIES["llama"].chat)
     with pytest.raises(DataError, match=r"lacks the special tokens <s>, <\|system\|>, <\|user\|>, <\|assistant\|>"):
-        Tokenizer(folders["qwen3"], CHATS["phi3"])
+        Tokenizer(folders["qwen3"], FAMILIES["phi3"].chat)
     endless = replace(RULES["qwen2"], named={"tokenizer_class": "Qwen2Tokenizer", "eos_token": None})
     with pytest.raises(DataError, match="names no end-of-text token"):
-        Tokenizer(byte_level(tmp_path / "endless", endless), CHATS["qwen2"])
+        Tokenizer(byte_level(tmp_path / "endless", endless), FAMILIES["qwen2"].chat)
 
 
-@FAMILIES
-def test_a_token_is_spelt_in_bytes(family: str, templates: dict[str, Template]) -> None:
+@EACH_FAMILY
+def test_token_bytes(family: str, templates: dict[str, Template]) -> None:
     tokenizer = templates[family].tokenizer
     text = " The red cat,\n\tcaf\u00e9 \u4e16 12<|endofchunk|>"
     ids = tokenizer.encode(text)
-    assert b"".join(map(tokenizer.spelling, ids)).decode() == text
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode() == text
     assert [tokenizer.is_special(token) for token in ids] == [False] * (len(ids) - 1) + [True]

@@ -1,4 +1,4 @@
-"""Families with other markers than Phi-3's train and answer: tokenizer, data, model, optimizer, greedy answers."""
+"""Families with other chat formats than Phi-3's, and one that the project does not have, train and generate."""
 
 from itertools import islice
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 from chat_folders import chat_folder
 from data_files import write_sources
 from rich.console import Console
+from toy_family import NAME, registered, tokenizer_folder
 
 from aki_megatron.config.load import load_run
 from aki_megatron.config.run import RunConfig
@@ -15,20 +16,22 @@ from aki_megatron.data.pipeline import build_template, build_tokenizer
 from aki_megatron.data.sources import open_sources
 from aki_megatron.data.tokenizer import grow_tokenizer
 from aki_megatron.evaluate.generate import generate
-from aki_megatron.evaluate.runner import answer_all, prompt_batch
+from aki_megatron.evaluate.runner import collate_prompts, predict
 from aki_megatron.model.stage import build_model
 from aki_megatron.parallel.topology import Topology
-from aki_megatron.train.build import build_engine, build_steps, cut_model
+from aki_megatron.train.build import build_engine, build_loader, partition_layers
 
 pytestmark = pytest.mark.distributed
 SFT = Path(__file__).resolve().parents[2] / "configs/demo/sft.yaml"
-STEPS, LONGEST_ANSWER = 12, 8
+STEPS, MAX_NEW_TOKENS = 12, 8
 
 
 def demo(root: Path, family: str) -> RunConfig:
-    """The demo's model, smaller, over one question that is asked again and again."""
+    """The demo's model, smaller, with a data set of one question."""
     write_sources(root, count=1)
-    vocabulary = grow_tokenizer(chat_folder(root / "published", family), root / "tokenizer")
+    published = root / "published"
+    source = tokenizer_folder(published) if family == NAME else chat_folder(published, family)
+    vocabulary = grow_tokenizer(source, root / "tokenizer")
     decoder = {
         "family": family, "num_layers": 2, "hidden_size": 64, "intermediate_size": 96, "padded_vocab_size": 512,
         "vocab_size": vocabulary.vocab_size, "num_added_tokens": vocabulary.num_added_tokens,
@@ -47,28 +50,37 @@ def demo(root: Path, family: str) -> RunConfig:
 
 
 def train_and_answer(topology: Topology, config: RunConfig) -> tuple[list[float], list[str], list[str]]:
-    """The losses of some steps, what the trained model answers to what it was asked, and its first two tokens."""
+    """Losses of STEPS steps, the trained model's response to the question, and the first two tokens of it."""
     tokenizer = build_tokenizer(config)
-    loader = build_steps(config, tokenizer, topology, Console(quiet=True))
-    engine = build_engine(config, cut_model(config), topology, fill=lambda stage: None)
+    loader = build_loader(config, tokenizer, topology, Console(quiet=True))
+    engine = build_engine(config, partition_layers(config), topology, init_weights=lambda stage: None)
     try:
         losses = [engine.train_step(step.batches, lr=3e-3).loss for step in islice(loader.steps(0), STEPS)]
     finally:
         loader.close()
-    model = build_model(config.model, rule=config.attention.rule).eval()
+    model = build_model(config.model, attention=config.attention).eval()
     with torch.no_grad():
-        for name, weight in engine.weights():
+        for name, weight in engine.named_weights():
             model.get_parameter(name).copy_(weight)
     questions = list(open_sources(config.data.root, ["vqav2"], "train")["vqav2"])
     template = build_template(config, tokenizer)
-    given = [answer.given for answer in answer_all(model, template, questions, max_new_tokens=LONGEST_ANSWER)]
-    prompts = prompt_batch(questions, template, config.model.vision.image_size)
+    predictions = predict(model, template, questions, max_new_tokens=MAX_NEW_TOKENS)
+    answers = [prediction.generated_answer for prediction in predictions]
+    prompts = collate_prompts(questions, template, config.model.vision.image_size)
     (first,) = generate(model, prompts, stop_ids=(), max_new_tokens=2)
-    return losses, given, [tokenizer.token(token) for token in first]
+    return losses, answers, [tokenizer.token_name(token) for token in first]
 
 
-@pytest.mark.parametrize(("family", "end"), [("llama", "<|eot_id|>"), ("qwen2", "<|im_end|>")])
+def train_with_the_toy_family(topology: Topology, config: RunConfig) -> tuple[list[float], list[str], list[str]]:
+    with registered():
+        return train_and_answer(topology, config)
+
+
+@pytest.mark.parametrize(("family", "end"), [("llama", "<|eot_id|>"), ("qwen2", "<|im_end|>"), (NAME, "<|end|>")])
 def test_a_family_learns_an_answer_and_where_it_ends(run_on, family: str, end: str, tmp_path: Path) -> None:
-    ((losses, answers, tokens),) = run_on(1, train_and_answer, demo(tmp_path, family))
+    with registered():
+        config = demo(tmp_path, family)
+    train = train_with_the_toy_family if family == NAME else train_and_answer
+    ((losses, answers, tokens),) = run_on(1, train, config)
     assert losses[-1] < 0.1 * losses[0]
     assert (answers, tokens) == (["1"], ["1", end])

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from data_files import picture_bytes
+from data_files import image_bytes
 
-from aki_megatron.data.shard_writer import pairs_of_folder, write_shards
-from aki_megatron.data.shards import ShardIndex
+from aki_megatron.data.shard_writer import pairs_from_folder, write_shards
+from aki_megatron.data.shards import CaptionDataset
 from aki_megatron.data.tar_index import index_path, read_header
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_data.py"
@@ -41,13 +41,13 @@ def folder(tmp_path: Path) -> Path:
         form, ending = ("PNG", "png") if number == 3 else ("JPEG", "jpg")
         image = root / (f"deep/{number}.JPEG" if number == 5 else f"{number}.{ending}")
         image.parent.mkdir(parents=True, exist_ok=True)
-        image.write_bytes(picture_bytes(number, form=form))
+        image.write_bytes(image_bytes(number, form=form))
         image.with_suffix(".txt").write_text(f"Picture {number}, \u00e9t\u00e9.\n", encoding="utf-8")
     return root
 
 
 def samples(out: Path, pattern: str) -> list[tuple[str, str, bytes]]:
-    index = ShardIndex([pattern], out)
+    index = CaptionDataset([pattern], out)
     return [(one.key, one.text, one.image) for one in (index.caption(number) for number in range(len(index)))]
 
 
@@ -65,7 +65,7 @@ def test_a_folder_becomes_tars_that_are_read_back(run: Run, folder: Path, tmp_pa
     assert [key for key, _, _ in found] == [f"{at // 3:05}/{at:09}" for at in range(7)]
     assert [text for _, text, _ in found] == [f"Picture {number}, \u00e9t\u00e9.\n" for number in order]
     assert [image for _, _, image in found] == [
-        picture_bytes(number, form="PNG" if number == 3 else "JPEG") for number in order
+        image_bytes(number, form="PNG" if number == 3 else "JPEG") for number in order
     ]
     tars = [out / f"0000{number}.tar" for number in range(3)]
     assert sorted(out.glob("*.tar*")) == sorted([*tars, *map(index_path, tars)])
@@ -103,10 +103,10 @@ def test_nothing_is_overwritten_unless_asked(run: Run, folder: Path, tmp_path: P
 
 
 def test_unusable_pictures_are_named_counted_and_left_out(run: Run, folder: Path, tmp_path: Path) -> None:
-    (folder / "1.jpg").write_bytes(picture_bytes(1)[:300])
+    (folder / "1.jpg").write_bytes(image_bytes(1)[:300])
     (folder / "2.txt").unlink()
     (folder / "4.txt").write_text(" \n")
-    (folder / "6.jpg").write_bytes(picture_bytes(6, form="GIF"))
+    (folder / "6.jpg").write_bytes(image_bytes(6, form="GIF"))
     code, printed, _ = run("shards", "--out", tmp_path / "out", "--folder", folder)
     assert code == 0 and "3 samples in 1 tars" in printed and "4 left out" in printed
     said = " ".join(printed.split())
@@ -140,7 +140,7 @@ def test_too_many_unusable_pictures_stop_and_leave_nothing(run: Run, folder: Pat
 
 def test_an_interrupted_packing_leaves_the_old_tars(folder: Path, tmp_path: Path) -> None:
     options = {"per_shard": 2, "max_bad_fraction": 0.0, "workers": 1}
-    write_shards(pairs_of_folder(folder), tmp_path, overwrite=False, progress=lambda done, trouble: None, **options)
+    write_shards(pairs_from_folder(folder), tmp_path, overwrite=False, progress=lambda done, trouble: None, **options)
     before = contents(tmp_path)
 
     def interrupt(done: int, trouble: str) -> None:
@@ -148,7 +148,7 @@ def test_an_interrupted_packing_leaves_the_old_tars(folder: Path, tmp_path: Path
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_shards(pairs_of_folder(folder), tmp_path, overwrite=True, progress=interrupt, **options)
+        write_shards(pairs_from_folder(folder), tmp_path, overwrite=True, progress=interrupt, **options)
     assert contents(tmp_path) == before and not (tmp_path / ".partial").exists()
 
 
@@ -160,7 +160,7 @@ def write_csv(path: Path, rows: list[tuple[str, str]], header: tuple[str, str] =
 
 def test_a_csv_of_paths_becomes_tars(run: Run, folder: Path, tmp_path: Path) -> None:
     rows = [("3.png", 'three,\n"quoted"'), ("deep/5.JPEG", "five"), ("../secret.jpg", "out"), ("gone.jpg", "gone")]
-    (tmp_path / "secret.jpg").write_bytes(picture_bytes(9))
+    (tmp_path / "secret.jpg").write_bytes(image_bytes(9))
     table = write_csv(folder / "list.csv", rows)
     out, columns = tmp_path / "out", ("--image-column", "file", "--caption-column", "text")
     code, printed, _ = run("shards", "--out", out, "--table", table, *columns)
@@ -245,7 +245,7 @@ def test_index_writes_what_is_missing_or_stale(run: Run, folder: Path, tmp_path:
 
 
 def test_the_call_without_a_command_draws_as_ever(run: Run, tmp_path: Path) -> None:
-    words = ("--out", tmp_path / "data", "--scenes", "10", "--held_out", "5")
+    words = ("--out", tmp_path / "data", "--train_scenes", "10", "--val_scenes", "5")
     code, printed, _ = run(*words)
     assert code == 0 and "train/captions" in printed and "train/llava" in printed
     assert "complete, nothing to do" in run(*words)[1]
@@ -254,7 +254,7 @@ def test_the_call_without_a_command_draws_as_ever(run: Run, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        ((), ("shards --out", "index '", "--scenes", "13 public datasets")),
+        ((), ("shards --out", "index '", "--train_scenes", "13 public datasets")),
         (("shards",), ("BLIP3-OCR-200M", "--caption-column", "byte for byte")),
         (("index",), ("brace patterns", "--workers")),
     ],

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import Setting, Trained, difference, take_steps, tiny_engine, together, train_plainly
+from tiny import Setting, Trained, difference, reference_training, take_steps, tiny_engine, together
 from torch import Tensor
 
 from aki_megatron.checkpoint.checkpointer import Checkpointer
@@ -22,22 +22,27 @@ LIMIT = 1e-5
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ranks, and how they share the work; the test's name of it is in ``LAYOUTS``."""
+    """A parallel layout; LAYOUTS names them."""
 
     ranks: int
     tensor: int = 1
     pipeline: int = 1
     zero_stage: int = 3
-    chunks: int = 1
-    cut: tuple[int, ...] = ()
+    virtual_stages: int = 1
+    layers_per_stage: tuple[int, ...] = ()
 
     def setting(self, **more) -> Setting:
-        return Setting(zero_stage=self.zero_stage, chunks=self.chunks, layers_per_stage=self.cut, **more)
+        return Setting(
+            zero_stage=self.zero_stage,
+            virtual_stages=self.virtual_stages,
+            layers_per_stage=self.layers_per_stage,
+            **more,
+        )
 
     def train(self, pool, function, *args, **more) -> "Trained":
         """What the ranks together hold after ``function``."""
-        spread = {"tensor": self.tensor, "pipeline": self.pipeline}
-        return together(pool.run(self.ranks, function, self.setting(**more), *args, **spread))
+        sizes = {"tensor": self.tensor, "pipeline": self.pipeline}
+        return together(pool.run(self.ranks, function, self.setting(**more), *args, **sizes))
 
 
 LAYOUTS = {
@@ -48,19 +53,19 @@ LAYOUTS = {
     "DP8, ZeRO-1": Layout(8, zero_stage=1),
     "TP4, no ZeRO": Layout(4, tensor=4, zero_stage=0),
     "TP2 x DP2, ZeRO-1": Layout(4, tensor=2, zero_stage=1),
-    "PP2, cut 1 + 3, ZeRO-3": Layout(2, pipeline=2, cut=(1, 3)),
-    "PP2 x 2 chunks x DP2, ZeRO-2": Layout(4, pipeline=2, chunks=2, zero_stage=2),
+    "PP2, layers 1 + 3, ZeRO-3": Layout(2, pipeline=2, layers_per_stage=(1, 3)),
+    "PP2 x 2 virtual stages x DP2, ZeRO-2": Layout(4, pipeline=2, virtual_stages=2, zero_stage=2),
     "PP4, ZeRO-1": Layout(4, pipeline=4, zero_stage=1),
     "TP2 x PP2, ZeRO-3": Layout(4, tensor=2, pipeline=2),
     "TP2 x PP2 x DP2, ZeRO-3": Layout(8, tensor=2, pipeline=2),
-    "TP2 x PP2 x DP2, cut 1 + 3, ZeRO-3": Layout(8, tensor=2, pipeline=2, cut=(1, 3)),
+    "TP2 x PP2 x DP2, layers 1 + 3, ZeRO-3": Layout(8, tensor=2, pipeline=2, layers_per_stage=(1, 3)),
 }
 EVERYTHING = "TP2 x PP2 x DP2, ZeRO-3"
 
 
 def whole_state(engine: PipelineEngine) -> dict[str, Tensor]:
     """Weights, moments and the number of updates that a rank has a part in."""
-    return {name: global_state.gather(tensor).clone() for name, tensor in engine.state().items()}
+    return {name: global_state.gather(tensor).clone() for name, tensor in engine.state_dict().items()}
 
 
 def result(engine: PipelineEngine, reports: Sequence[StepReport]) -> Trained:
@@ -68,17 +73,17 @@ def result(engine: PipelineEngine, reports: Sequence[StepReport]) -> Trained:
 
 
 def train_and_save(topology, setting: Setting, folder: Path) -> Trained:
-    """All steps; saved in the middle, in the background of the others."""
+    """Run all steps; save asynchronously in the middle."""
     engine = tiny_engine(topology, setting)
     take_steps(engine, topology, range(SAVED_AFTER))
-    saver = Checkpointer(folder, keep_last=1, async_save=True, group=topology.new_gloo_group(60))
-    state = engine.state()
+    saver = Checkpointer(folder, keep_is_last=1, async_save=True, group=topology.new_gloo_group(60))
+    state = engine.state_dict()
     copies = {name: global_state.gather(tensor).clone() for name, tensor in state.items()}
     saver.save(SAVED_AFTER, state, {"step": SAVED_AFTER})
     reports = take_steps(engine, topology, range(SAVED_AFTER, LAST))
     saver.wait()
     assert all(torch.equal(global_state.gather(tensor), copies[name]) for name, tensor in state.items()), (
-        "none changes it"
+        "later steps must not change it"
     )
     return result(engine, reports)
 
@@ -87,10 +92,10 @@ def load_and_train(topology, setting: Setting, folder: Path) -> Trained:
     engine = tiny_engine(topology, setting)
     # away from the initial weights and moments, so that whatever is not loaded shows
     take_steps(engine, topology, [LAST])
-    saver = Checkpointer(folder, keep_last=1)
-    tensors = engine.state()
+    saver = Checkpointer(folder, keep_is_last=1)
+    tensors = engine.state_dict()
     assert saver.load(saver.latest(), tensors) == {"step": SAVED_AFTER}
-    engine.load_state(tensors)
+    engine.load_state_dict(tensors)
     loaded = {name: global_state.gather(tensor) for name, tensor in tensors.items()}
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in whole_state(engine).items())
     return result(engine, take_steps(engine, topology, range(SAVED_AFTER, LAST)))
@@ -98,7 +103,7 @@ def load_and_train(topology, setting: Setting, folder: Path) -> Trained:
 
 def read_state(topology, folder: Path, setting: Setting) -> dict[str, Tensor]:
     """A checkpoint's tensors, read by one process."""
-    saver, tensors = Checkpointer(folder, keep_last=1), tiny_engine(topology, setting).state()
+    saver, tensors = Checkpointer(folder, keep_is_last=1), tiny_engine(topology, setting).state_dict()
     saver.load(saver.latest(), tensors)
     return {name: global_state.gather(tensor).clone() for name, tensor in tensors.items()}
 
@@ -120,10 +125,10 @@ def test_saved_with_everything_resumed_under_another_layout(pool, saved, name):
     ("before", "after"),
     [
         ("1 process, no ZeRO", EVERYTHING),
-        ("DP2, ZeRO-2", "PP2 x 2 chunks x DP2, ZeRO-2"),
+        ("DP2, ZeRO-2", "PP2 x 2 virtual stages x DP2, ZeRO-2"),
         ("TP4, no ZeRO", "PP4, ZeRO-1"),
-        ("PP2 x 2 chunks x DP2, ZeRO-2", "TP2 x PP2, ZeRO-3"),
-        ("PP4, ZeRO-1", "PP2, cut 1 + 3, ZeRO-3"),
+        ("PP2 x 2 virtual stages x DP2, ZeRO-2", "TP2 x PP2, ZeRO-3"),
+        ("PP4, ZeRO-1", "PP2, layers 1 + 3, ZeRO-3"),
     ],
 )
 def test_saved_in_other_ways(pool, tmp_path, before, after):
@@ -135,14 +140,14 @@ def test_saved_in_other_ways(pool, tmp_path, before, after):
     ("before", "after"), [(EVERYTHING, "DP2, ZeRO-2"), ("1 process, ZeRO-1", EVERYTHING), ("PP4, ZeRO-1", EVERYTHING)]
 )
 def test_tied_tables_on_two_stages(pool, tmp_path, before, after):
-    """Both stages bring the table under one name; both take it back."""
+    """Both stages save the table under one name, and both load it."""
     undisturbed = LAYOUTS[before].train(pool, train_and_save, tmp_path, tied=True)
-    assert "weight.head.output.weight" not in undisturbed.weights
+    assert "weight.lm_head.base.weight" not in undisturbed.weights
     assert difference(LAYOUTS[after].train(pool, load_and_train, tmp_path, tied=True), undisturbed) <= LIMIT
 
 
 def test_the_same_numbers_whatever_the_layout_that_saved(pool, tmp_path):
-    """What lies in a checkpoint, tensor by tensor."""
+    """Compare checkpoints tensor by tensor."""
     states = []
     for name in ("1 process, ZeRO-1", "PP4, ZeRO-1", EVERYTHING):
         LAYOUTS[name].train(pool, train_and_save, tmp_path / name)
@@ -155,7 +160,7 @@ def test_the_same_numbers_whatever_the_layout_that_saved(pool, tmp_path):
 @pytest.mark.parametrize("zero_stage", [1, 2])
 def test_save_by_other_zero_stages(pool, tmp_path, zero_stage):
     undisturbed = Layout(2, zero_stage=zero_stage).train(pool, train_and_save, tmp_path)
-    # many small sub-groups: the optimizer's state lies in many flat tensors
+    # many small sub-groups: the optimizer state is distributed over many flat tensors
     again = Layout(2).train(pool, load_and_train, tmp_path, zero_settings={"sub_group_size": 300})
     assert difference(again, undisturbed) <= LIMIT
 
@@ -172,30 +177,30 @@ def test_resume_in_bf16_keeps_master_weights(pool, tmp_path, layout):
 
 def test_the_saved_run_is_the_plain_run(saved):
     folder, undisturbed = saved
-    plain = train_plainly(range(LAST))
+    plain = reference_training(range(LAST))
     assert max(abs(a - b) for a, b in zip(undisturbed.losses, plain.losses[SAVED_AFTER:], strict=True)) <= LIMIT
     source = CheckpointSource(folder)
-    weights = {name: source.get(name) for name in source.facts}
-    expected = train_plainly(range(SAVED_AFTER)).weights
+    weights = {name: source.get(name) for name in source.specs}
+    expected = reference_training(range(SAVED_AFTER)).weights
     assert weights.keys() == expected.keys()
     assert max(float((weights[name] - expected[name]).abs().max()) for name in weights) <= LIMIT
 
 
 def elements_of_state(topology, setting: Setting) -> dict[str, tuple[int, int]]:
-    """Name -> elements of this rank's rows, of the whole."""
-    state = tiny_engine(topology, setting).state()
+    """Name -> elements of this rank's shard, of the full tensor."""
+    state = tiny_engine(topology, setting).state_dict()
     return {name: (getattr(t, "_local_tensor", t).numel(), t.numel()) for name, t in state.items()}
 
 
-def test_state_is_logical_and_sharded(run_on):
+def test_state_is_global_and_sharded(run_on):
     one = run_on(1, elements_of_state, Setting())[0]
-    shares = run_on(8, elements_of_state, Setting(), tensor=2, pipeline=2)
+    states = run_on(8, elements_of_state, Setting(), tensor=2, pipeline=2)
     for name, (_, whole) in one.items():
-        found = [share[name] for share in shares if name in share]
+        found = [state[name] for state in states if name in state]
         assert {size for _, size in found} == {whole}
         holders = 8 if name == global_state.STEP else 1
         assert sum(rows for rows, _ in found) == whole * holders, "each row on one rank, the step counter on all"
-    assert {name for share in shares for name in share} == set(one)
-    assert [name for name in shares[0] if name in shares[-1]] == [global_state.STEP]
-    assert "weight.front.vision.norm.weight" in one
-    assert "exp_avg.front.vision.norm.weight" not in one, "frozen: it has no moments"
+    assert {name for state in states for name in state} == set(one)
+    assert [name for name in states[0] if name in states[-1]] == [global_state.STEP]
+    assert "weight.input_embedder.vision_encoder.norm.weight" in one
+    assert "exp_avg.input_embedder.vision_encoder.norm.weight" not in one, "frozen: it has no moments"

@@ -1,4 +1,4 @@
-"""Layers cut over tensor ranks against the plain ones: same weights, same loss, same gradients, no whole vocabulary."""
+"""Tensor-parallel layers against local ones: same weights, same loss, same gradients, no tensor of vocabulary size."""
 
 import dataclasses
 import math
@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
 from aki_megatron.model.linears import LinearFactory
-from aki_megatron.model.split import Split, cut, join, split_of
+from aki_megatron.model.sharding import ShardSpec, shard_spec, shard_tensor, unshard_tensor
 from aki_megatron.model.stage import Stage, build_model
 from aki_megatron.parallel.megatron import TensorParallelLinears, build_linears
 from aki_megatron.parallel.topology import Topology
@@ -22,28 +23,28 @@ from aki_megatron.types import IGNORE, NO_SEGMENT, Batch, Modality, stack_ids
 
 pytestmark = pytest.mark.distributed
 
-LAYERS, QUERIES, IMAGE_SIZE, TOKENS = 2, 3, 8, 21
-BASE_TOKENS, EXTRA_TOKENS, VOCAB_ROWS = 19, 2, 40
-"""Words 0-19 | 20-39 on two ranks, 0-9 | 10-19 | 20-29 | 30-39 on four: the extra ones are 19 and 20, so they lie on
-two ranks, and no word of the last of four ranks is a token."""
-SPLIT = pytest.mark.parametrize("tensor", [2, 4])
+LAYERS, NUM_LATENTS, IMAGE_SIZE, TOKENS = 2, 3, 8, 21
+VOCAB_SIZE, NUM_ADDED_TOKENS, PADDED_VOCAB_SIZE = 19, 2, 40
+"""Vocabulary ranges 0-19 | 20-39 on two ranks, 0-9 | 10-19 | 20-29 | 30-39 on four: the added tokens 19 and 20 are on
+two of them, and the last of four ranks holds padding only."""
+TENSOR_RANKS = pytest.mark.parametrize("tensor", [2, 4])
 
 
-def config_of(*, tied: bool = False, bias: bool = True, extra: int = EXTRA_TOKENS) -> ModelConfig:
+def config_of(*, tied: bool = False, bias: bool = True, extra: int = NUM_ADDED_TOKENS) -> ModelConfig:
     """Eight query heads share four keys."""
     return ModelConfig(
         vision=VisionConfig(
             image_size=IMAGE_SIZE, patch_size=4, hidden_size=12, num_layers=1, num_heads=2, intermediate_size=18
         ),
-        resampler=ResamplerConfig(num_latents=QUERIES, num_layers=1, num_heads=2, head_dim=6, mlp_ratio=2),
+        resampler=ResamplerConfig(num_latents=NUM_LATENTS, num_layers=1, num_heads=2, head_dim=6, mlp_ratio=2),
         decoder=DecoderConfig(
             hidden_size=48,
             num_layers=LAYERS,
             num_heads=8,
             num_kv_heads=4,
             intermediate_size=28,
-            padded_vocab_size=VOCAB_ROWS,
-            vocab_size=BASE_TOKENS,
+            padded_vocab_size=PADDED_VOCAB_SIZE,
+            vocab_size=VOCAB_SIZE,
             num_added_tokens=extra,
             lm_head_bias=bias,
             tie_word_embeddings=tied,
@@ -55,8 +56,8 @@ def config_of(*, tied: bool = False, bias: bool = True, extra: int = EXTRA_TOKEN
 def draw_batch(*, seed: int = 0, images: bool = True, supervised: bool = True) -> Batch:
     """Two rows: two segments packed, the second without an image; one segment and padding."""
     draw = torch.Generator().manual_seed(seed)
-    words = torch.arange(BASE_TOKENS + EXTRA_TOKENS).repeat(2)
-    token_ids = words[torch.randperm(len(words), generator=draw)[: 2 * TOKENS]].view(2, TOKENS)
+    tokens = torch.arange(VOCAB_SIZE + NUM_ADDED_TOKENS).repeat(2)
+    token_ids = tokens[torch.randperm(len(tokens), generator=draw)[: 2 * TOKENS]].view(2, TOKENS)
     modality_ids = torch.full((2, TOKENS), Modality.PAD, dtype=torch.int8)
     segment_ids = torch.full((2, TOKENS), NO_SEGMENT, dtype=torch.int32)
     position_ids = torch.zeros(2, TOKENS, dtype=torch.int32)
@@ -69,7 +70,7 @@ def draw_batch(*, seed: int = 0, images: bool = True, supervised: bool = True) -
         modality_ids[row, first:response] = Modality.TEXT
         modality_ids[row, response:last] = Modality.RESPONSE
         if image and images:
-            modality_ids[row, first + 1 : first + 1 + QUERIES] = Modality.IMAGE
+            modality_ids[row, first + 1 : first + 1 + NUM_LATENTS] = Modality.IMAGE
         segment_ids[row, first:last] = segment
         position_ids[row, first:last] = torch.arange(last - first, dtype=torch.int32)
         if supervised:
@@ -89,7 +90,7 @@ Gradients = dict[str, dict[str, Tensor]]
 
 
 def build(config: ModelConfig, linears: LinearFactory | None = None) -> Stage:
-    return build_model(config, rule="mma", seed=3, linears=linears)
+    return build_model(config, attention=AttentionConfig(rule="mma"), seed=3, linears=linears)
 
 
 def gradients(model: Stage, batches: dict[str, Batch] = BATCHES) -> Gradients:
@@ -135,16 +136,16 @@ class Gap:
     all: float = 0.0
 
 
-def compare(shares: list[Gradients], plain: Gradients, config: ModelConfig) -> Gap:
-    """What tensor ranks found against the cuts of the plain result; zeros must be zeros."""
+def compare(shards: list[Gradients], plain: Gradients, config: ModelConfig) -> Gap:
+    """Compare the results of tensor ranks with the shards of the local result; zeros must be zeros."""
     gap = Gap()
     for batch, wanted in plain.items():
-        for rank, share in enumerate(shares):
-            assert share[batch].keys() == wanted.keys()
+        for rank, shard in enumerate(shards):
+            assert shard[batch].keys() == wanted.keys()
             errors, sizes = [], []
             for name, whole in wanted.items():
-                want = cut(whole, split_of(name, config.decoder), rank, len(shares))
-                error, size = float((share[batch][name] - want).norm()), float(want.norm())
+                want = shard_tensor(whole, shard_spec(name, config.decoder), rank, len(shards))
+                error, size = float((shard[batch][name] - want).norm()), float(want.norm())
                 assert math.isfinite(error), f"{name} of {batch} is not finite"
                 assert size or not error, f"{name} of {batch} must be 0"
                 relative = error / size if size else 0.0
@@ -171,18 +172,20 @@ def weights_of(topology: Topology, config: ModelConfig) -> tuple[dict[str, Tenso
     return weights, state, loaded
 
 
-@SPLIT
+@TENSOR_RANKS
 @pytest.mark.parametrize("tied", [False, True])
-def test_weights_are_the_cuts_of_the_plain_ones_bit_for_bit(run_on, tensor, tied):
+def test_weights_are_the_shards_of_the_local_ones_bit_for_bit(run_on, tensor, tied):
     config = config_of(tied=tied)
     plain = build(config)
     found = run_on(tensor, weights_of, config, tensor=tensor)
     for name, whole in plain.named_parameters():
-        split = split_of(name, config.decoder)
-        shares = [weights[name] for weights, _, _ in found]
-        assert all(torch.equal(cut(whole, split, rank, tensor), share) for rank, share in enumerate(shares)), name
-        assert torch.equal(join(shares, split), whole), name
-        assert (split is None) == (shares[0].shape == whole.shape), name
+        spec = shard_spec(name, config.decoder)
+        shards = [weights[name] for weights, _, _ in found]
+        assert all(torch.equal(shard_tensor(whole, spec, rank, tensor), shard) for rank, shard in enumerate(shards)), (
+            name
+        )
+        assert torch.equal(unshard_tensor(shards, spec), whole), name
+        assert (spec is None) == (shards[0].shape == whole.shape), name
     for weights, state, loaded in found:
         assert list(weights) == [name for name, _ in plain.named_parameters()]
         assert list(state) == list(plain.state_dict()), "no entry of Megatron's own"
@@ -192,7 +195,7 @@ def test_weights_are_the_cuts_of_the_plain_ones_bit_for_bit(run_on, tensor, tied
 # the same loss and gradients
 
 
-@SPLIT
+@TENSOR_RANKS
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
@@ -202,33 +205,33 @@ def test_loss_and_every_gradient_equal_the_plain_ones(run_on, record_property, t
     plain = plain_gradients(config)
     assert plain["whole"]["loss"] > 1
     assert all(not value.any() for value in plain["without supervised token"].values())
-    assert not plain["without image"]["front.resampler.latents"].any()
+    assert not plain["without image"]["input_embedder.resampler.latents"].any()
     gap = compare(run_on(tensor, tensor_gradients, config, torch.float64, recompute, tensor=tensor), plain, config)
     record_property("largest_relative_error", gap.each)
     assert gap.each <= 1e-12
 
 
-@SPLIT
+@TENSOR_RANKS
 @pytest.mark.parametrize("tied", [False, True])
 def test_fp32(run_on, record_property, tensor, tied):
     """Single parameters lose digits where large terms cancel, with plain layers as well."""
     config = config_of(tied=tied)
-    shares = run_on(tensor, tensor_gradients, config, torch.float32, tensor=tensor)
-    gap = compare(shares, plain_gradients(config, torch.float32), config)
+    shards = run_on(tensor, tensor_gradients, config, torch.float32, tensor=tensor)
+    gap = compare(shards, plain_gradients(config, torch.float32), config)
     record_property("largest_relative_errors", vars(gap))
     assert gap.loss <= 1e-6
     assert gap.all <= 2e-6  # as far as the plain ones are from fp64
     assert gap.each <= 1e-5
 
 
-@SPLIT
+@TENSOR_RANKS
 def test_bf16_errs_at_most_twice_as_much_as_the_plain_layers_in_bf16(run_on, tensor):
     config = config_of()
     exact, plain = plain_gradients(config), plain_gradients(config, torch.bfloat16)
-    shares = run_on(tensor, tensor_gradients, config, torch.bfloat16, tensor=tensor)
+    shards = run_on(tensor, tensor_gradients, config, torch.bfloat16, tensor=tensor)
     joined = {
         batch: {
-            name: join([share[batch][name] for share in shares], split_of(name, config.decoder))
+            name: unshard_tensor([shard[batch][name] for shard in shards], shard_spec(name, config.decoder))
             for name in exact[batch]
         }
         for batch in exact
@@ -242,44 +245,44 @@ def test_bf16_errs_at_most_twice_as_much_as_the_plain_layers_in_bf16(run_on, ten
     assert 0 < error(joined) <= 2 * error(plain)
 
 
-def test_without_extra_rows(run_on):
+def test_without_added_tokens(run_on):
     config, batch = config_of(extra=0), draw_batch()
-    words = {name: getattr(batch, name).clamp(max=BASE_TOKENS - 1) for name in ("token_ids", "targets")}
-    batches = {"without extra rows": dataclasses.replace(batch, **words)}
-    shares = run_on(2, tensor_gradients, config, torch.float64, False, build_linears, batches, tensor=2)
-    assert compare(shares, plain_gradients(config, batches=batches), config).each <= 1e-12
+    clamped = {name: getattr(batch, name).clamp(max=VOCAB_SIZE - 1) for name in ("token_ids", "targets")}
+    batches = {"without added tokens": dataclasses.replace(batch, **clamped)}
+    shards = run_on(2, tensor_gradients, config, torch.float64, False, build_linears, batches, tensor=2)
+    assert compare(shards, plain_gradients(config, batches=batches), config).each <= 1e-12
 
 
 def test_two_replicas_of_two_tensor_ranks_do_not_mix(run_on):
     config = config_of()
     plain = plain_gradients(config)
-    shares = run_on(4, tensor_gradients, config, tensor=2)
-    assert compare(shares[:2], plain, config).each <= 1e-12
-    assert compare(shares[2:], plain, config).each <= 1e-12
+    shards = run_on(4, tensor_gradients, config, tensor=2)
+    assert compare(shards[:2], plain, config).each <= 1e-12
+    assert compare(shards[2:], plain, config).each <= 1e-12
 
 
 class ChunkedLinears(TensorParallelLinears):
-    """The mistake of cutting a fused tensor by plain chunk."""
+    """The mistake of sharding a fused tensor by plain chunks."""
 
-    def column(self, inputs, outputs, *, bias, std, parts=()):
-        return super().column(inputs, outputs, bias=bias, std=std)
+    def column(self, in_features, out_features, *, bias, std, part_sizes=()):
+        return super().column(in_features, out_features, bias=bias, std=std)
 
 
-class UnsharedLinears(TensorParallelLinears):
-    """The mistake of keeping the gradient of one's own words for the whole."""
+class UnsummedLinears(TensorParallelLinears):
+    """The mistake of taking the gradient of the rank's own vocabulary range for the whole."""
 
-    def shared(self, x):
+    def copy_to_tensor_parallel_region(self, x):
         return x
 
 
-@pytest.mark.parametrize("mistake", [ChunkedLinears, UnsharedLinears])
+@pytest.mark.parametrize("mistake", [ChunkedLinears, UnsummedLinears])
 def test_the_comparison_sees_a_mistake(run_on, mistake):
     config = config_of()
-    shares = run_on(2, tensor_gradients, config, torch.float32, False, mistake, tensor=2)
-    assert compare(shares, plain_gradients(config, torch.float32), config).all > 1e-2
+    shards = run_on(2, tensor_gradients, config, torch.float32, False, mistake, tensor=2)
+    assert compare(shards, plain_gradients(config, torch.float32), config).all > 1e-2
 
 
-# the vocabulary stays cut
+# no rank holds the whole vocabulary
 
 
 class Shapes(TorchDispatchMode):
@@ -313,19 +316,19 @@ def watch(topology: Topology, config: ModelConfig) -> list[tuple[list[tuple[str,
     return [(shapes.collectives, shapes.last_dimensions) for shapes in (seen, gathering)]
 
 
-@SPLIT
+@TENSOR_RANKS
 def test_no_collective_and_no_tensor_has_the_whole_vocabulary(run_on, tensor):
     for (collectives, last_dimensions), (gathered, whole) in run_on(tensor, watch, config_of(), tensor=tensor):
         forward = 1 + 2 * LAYERS + 2  # embedding, two row layers in each layer, loss
-        backward = 2 * LAYERS + 3  # two column layers in each layer; head: input, extra rows, extra bias
+        backward = 2 * LAYERS + 3  # two column layers in each layer; head: input, added tokens, their bias
         assert [name for name, _ in collectives] == ["allreduce_"] * (forward + backward)
         lasts = {shape[-1] for _, shapes in collectives for shape in shapes}
-        assert not lasts & {VOCAB_ROWS, VOCAB_ROWS // tensor}
-        assert VOCAB_ROWS not in last_dimensions
-        assert VOCAB_ROWS // tensor in last_dimensions
+        assert not lasts & {PADDED_VOCAB_SIZE, PADDED_VOCAB_SIZE // tensor}
+        assert PADDED_VOCAB_SIZE not in last_dimensions
+        assert PADDED_VOCAB_SIZE // tensor in last_dimensions
         # and this would be seen
-        assert VOCAB_ROWS // tensor in {shape[-1] for _, shapes in gathered for shape in shapes}
-        assert VOCAB_ROWS in whole
+        assert PADDED_VOCAB_SIZE // tensor in {shape[-1] for _, shapes in gathered for shape in shapes}
+        assert PADDED_VOCAB_SIZE in whole
 
 
 def logits_of(topology: Topology, config: ModelConfig) -> Tensor:
@@ -335,14 +338,14 @@ def logits_of(topology: Topology, config: ModelConfig) -> Tensor:
         return model.logits(batch.token_ids, stack_ids(batch), batch.pixels).cpu()
 
 
-@SPLIT
-def test_logits_are_those_of_the_words_of_a_rank(run_on, tensor):
+@TENSOR_RANKS
+def test_logits_are_those_of_the_vocabulary_range_of_a_rank(run_on, tensor):
     config, batch = config_of(), draw_batch()
     with torch.no_grad():
         whole = build(config).logits(batch.token_ids, stack_ids(batch), batch.pixels)
-    joined = join(run_on(tensor, logits_of, config, tensor=tensor), Split(2, (VOCAB_ROWS,)))
+    joined = unshard_tensor(run_on(tensor, logits_of, config, tensor=tensor), ShardSpec(2, (PADDED_VOCAB_SIZE,)))
     torch.testing.assert_close(joined, whole, rtol=1e-5, atol=1e-6)
-    assert joined[..., BASE_TOKENS + EXTRA_TOKENS :].eq(-torch.inf).all()
+    assert joined[..., VOCAB_SIZE + NUM_ADDED_TOKENS :].eq(-torch.inf).all()
 
 
 # and quietly

@@ -6,27 +6,27 @@ from functools import cache
 import pytest
 import torch
 from tiny import (
-    MICROBATCHES,
+    MICRO_BATCHES,
     STEPS,
     Setting,
     Trained,
     difference,
     draw_batch,
     outcome,
+    rank_batches,
     rate,
-    share,
     take_steps,
     tiny_engine,
     together,
 )
-from tiny import train_plainly as _train_plainly
+from tiny import reference_training as _reference_training
 
 from aki_megatron.engine.base import MAX_SKIPPED_IN_A_ROW, DivergedError
 from aki_megatron.parallel.topology import Topology
 from aki_megatron.types import Batch
 
 pytestmark = pytest.mark.distributed
-train_plainly = cache(_train_plainly)
+reference_training = cache(_reference_training)
 
 
 def train(topology: Topology, zero_stage: int, precision: str) -> Trained:
@@ -36,32 +36,36 @@ def train(topology: Topology, zero_stage: int, precision: str) -> Trained:
 
 def test_the_steps_compared_are_uneven():
     supervised = [
-        [draw_batch(step, number).supervised_tokens for number in range(MICROBATCHES)] for step in range(STEPS)
+        [draw_batch(step, number).supervised_tokens for number in range(MICRO_BATCHES)] for step in range(STEPS)
     ]
     assert all(len(set(counts)) > 1 for counts in supervised) and any(0 in counts for counts in supervised)
     for setting in (Setting(), Setting(tied=True)):
-        norms = train_plainly(setting=setting).norms
+        norms = reference_training(setting=setting).norms
         assert max(norms) > setting.max_grad_norm > min(norms), norms
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_zero_equals_the_plain_loop(run_on, record_property, zero_stage, ranks):
-    apart = difference(together(run_on(ranks, train, zero_stage, "fp32")), train_plainly())
+    apart = difference(together(run_on(ranks, train, zero_stage, "fp32")), reference_training())
     record_property("largest_difference", apart)
     assert apart <= 1e-5
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_bf16_errs_at_most_twice_as_much_as_the_plain_loop_in_bf16(run_on, zero_stage):
-    want, plain = train_plainly(), train_plainly(setting=Setting(precision="bf16"))
+    want, plain = reference_training(), reference_training(setting=Setting(precision="bf16"))
     for got in run_on(2, train, zero_stage, "bf16"):
         for part in (lambda trained: trained.losses, lambda trained: trained.norms):
             ours = max(abs(one - other) for one, other in zip(part(got), part(want), strict=True))
             theirs = max(abs(one - other) for one, other in zip(part(plain), part(want), strict=True))
             assert ours <= 2 * theirs
-        taught = [name for name, weight in want.weights.items() if not torch.equal(weight, weight.bfloat16().float())]
-        rounded = [name for name in taught if torch.equal(got.weights[name], got.weights[name].bfloat16().float())]
+        trained_weights = [
+            name for name, weight in want.weights.items() if not torch.equal(weight, weight.bfloat16().float())
+        ]
+        rounded = [
+            name for name in trained_weights if torch.equal(got.weights[name], got.weights[name].bfloat16().float())
+        ]
         assert not [name for name in rounded if "vision" not in name], "master weights were rounded to bf16"
 
 
@@ -75,7 +79,7 @@ def train_with_one_bad_step(topology: Topology, zero_stage: int, precision: str)
     """Step 2 has a gradient that is not finite, on rank 0 alone."""
     engine = tiny_engine(topology, Setting(zero_stage=zero_stage, precision=precision))
     reports = take_steps(engine, topology, [0, 1])
-    batches = share(2, topology.data_rank, topology.data)
+    batches = rank_batches(2, topology.data_rank, topology.data)
     reports.append(engine.train_step(poisoned(batches) if topology.rank == 0 else batches, rate(2)))
     reports += take_steps(engine, topology, [3, 4])
     good = [report for report in reports if not report.skipped]
@@ -84,7 +88,7 @@ def train_with_one_bad_step(topology: Topology, zero_stage: int, precision: str)
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_all_ranks_skip_a_gradient_that_is_not_finite(run_on, zero_stage):
-    without = train_plainly((0, 1, 3, 4))
+    without = reference_training((0, 1, 3, 4))
     for got, skipped in run_on(2, train_with_one_bad_step, zero_stage, "fp32"):
         assert skipped == [False, False, True, False, False]
         assert difference(got, without) <= 1e-5
@@ -101,7 +105,7 @@ def diverge(topology: Topology) -> int:
     engine = tiny_engine(topology)
     for step in range(MAX_SKIPPED_IN_A_ROW + 1):
         try:
-            engine.train_step(poisoned(share(0, topology.data_rank, topology.data)), 1e-3)
+            engine.train_step(poisoned(rank_batches(0, topology.data_rank, topology.data)), 1e-3)
         except DivergedError as error:
             assert "optimizer.lr" in str(error)
             return step
@@ -117,7 +121,7 @@ def report_of(topology: Topology):
 
 
 def test_reported_counts_are_global(run_on):
-    whole = [draw_batch(0, number) for number in range(MICROBATCHES)]
+    whole = [draw_batch(0, number) for number in range(MICRO_BATCHES)]
     for report in run_on(2, report_of):
         assert report.supervised_tokens == sum(batch.supervised_tokens for batch in whole)
         assert report.tokens == sum(int((batch.segment_ids >= 0).sum()) for batch in whole)

@@ -1,6 +1,6 @@
 """A pipeline stage under DeepSpeed, and without it, equals plain torch, whatever order its passes come in.
 
-Two stages, the halves of the tiny model, lie in one process as two chunks of a pipeline rank do, each with several
+Two stages, the halves of the tiny model, share one process, as virtual stages of a pipeline rank do, each with several
 forward passes before a backward pass and several backward passes after one another.
 """
 
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from tiny import MODEL, OPTIMIZER, TIED_MODEL, draw_batch
 from torch import Tensor, nn
 
+from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.engine import global_state
 from aki_megatron.engine.ddp_stage import DDPStage
 from aki_megatron.engine.norm import squared_norm
@@ -26,11 +27,11 @@ from aki_megatron.parallel.topology import Topology
 from aki_megatron.types import Batch, stack_ids
 
 pytestmark = pytest.mark.distributed
-Runner = ZeroStage | DDPStage
+Sharded = ZeroStage | DDPStage
 
 HALVES = (range(0, 2), range(2, 4))
-MICRO = 3
-RATE = 1e-2
+MICRO_BATCHES = 3
+LR = 1e-2
 ORDER = [(0, "F", 0), (0, "F", 1), (1, "F", 0), (1, "B", 0), (0, "B", 0), (0, "F", 2), (1, "F", 1), (1, "F", 2)]
 ORDER += [(1, "B", 1), (0, "B", 1), (1, "B", 2), (0, "B", 2)]
 """(stage, pass, micro-batch): the first stage runs F F B F B B, the second F B F F B B."""
@@ -44,7 +45,7 @@ class Kind:
     zero_settings: tuple[tuple[str, Any], ...] = ()
 
 
-def run_stage(stage: Stage, topology: Topology, kind: Kind) -> Runner:
+def shard_stage(stage: Stage, topology: Topology, kind: Kind) -> Sharded:
     optimizer = adamw(stage, **OPTIMIZER)
     if kind.zero_stage == 0:
         return DDPStage(stage, topology, optimizer)
@@ -55,33 +56,35 @@ def run_stage(stage: Stage, topology: Topology, kind: Kind) -> Runner:
 
 
 def halves(kind: Kind) -> list[Stage]:
-    return [build_stage(MODEL, layers, rule="mma", recompute=kind.recompute) for layers in HALVES]
+    return [
+        build_stage(MODEL, layers, attention=AttentionConfig(rule="mma"), recompute=kind.recompute) for layers in HALVES
+    ]
 
 
-def run_order(runners: list[Runner], topology: Topology, batches: list[Batch], scale: float) -> Tensor:
+def run_order(sharded_stages: list[Sharded], topology: Topology, batches: list[Batch], scale: float) -> Tensor:
     """All passes of one step in ORDER; returns the summed loss."""
     batches = [batch.to(topology.device) for batch in batches]
     hidden: dict[tuple[int, int], Tensor] = {}
     outputs: dict[tuple[int, int], Tensor] = {}
-    for runner in runners:
-        runner.begin_step()
-    for stage, kind, micro in ORDER:
-        runner, batch = runners[stage], batches[micro]
-        last = micro == MICRO - 1
+    for sharded in sharded_stages:
+        sharded.begin_step()
+    for index, kind, micro_batch in ORDER:
+        sharded, batch = sharded_stages[index], batches[micro_batch]
+        last = micro_batch == MICRO_BATCHES - 1
         if kind == "F":
             inputs = batch.token_ids
-            if stage:
-                inputs = hidden[stage, micro] = outputs[0, micro].detach().requires_grad_()
+            if index:
+                inputs = hidden[index, micro_batch] = outputs[0, micro_batch].detach().requires_grad_()
             ids = stack_ids(batch)
-            outputs[stage, micro] = runner.forward(inputs, ids, batch.pixels, runner.stage.layout(ids))
-        elif stage:
-            runner.backward(outputs[stage, micro] * scale, None, last=last)
+            outputs[index, micro_batch] = sharded.forward(inputs, ids, batch.pixels, sharded.module.build_mask(ids))
+        elif index:
+            sharded.backward(outputs[index, micro_batch] * scale, None, is_last=last)
         else:
-            runner.backward(outputs[stage, micro], hidden[1, micro].grad, last=last)
-    return torch.stack([outputs[1, micro].detach() for micro in range(MICRO)]).sum()
+            sharded.backward(outputs[index, micro_batch], hidden[1, micro_batch].grad, is_last=last)
+    return torch.stack([outputs[1, micro_batch].detach() for micro_batch in range(MICRO_BATCHES)]).sum()
 
 
-class Twin:
+class Reference:
     """The same two stages in plain torch: one process that sees the micro-batches of all data ranks."""
 
     def __init__(self, kind: Kind) -> None:
@@ -113,16 +116,16 @@ class Twin:
     def update(self) -> None:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = RATE
+                group["lr"] = LR
             optimizer.step()
 
-    def forget(self) -> None:
+    def zero_grad(self) -> None:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
 
-    def held(self, stage: int, name: str, moment: str | None) -> Tensor:
-        parameter = self.stages[stage].get_parameter(name)
-        return parameter.detach() if moment is None else self.optimizers[stage].state[parameter][moment]
+    def tensor(self, index: int, name: str, moment: str | None) -> Tensor:
+        parameter = self.stages[index].get_parameter(name)
+        return parameter.detach() if moment is None else self.optimizers[index].state[parameter][moment]
 
 
 def _rounded(stage: Stage) -> Stage:
@@ -139,12 +142,12 @@ def _add_gradients(master: nn.Module, rounded: nn.Module) -> None:
             kept.grad = copied.grad.float() + (0 if kept.grad is None else kept.grad)
 
 
-def norm_differences(runners: list[Runner], twin: Twin, topology: Topology) -> list[float]:
-    """How far the norm of each parameter group's gradients, summed over the data ranks, is from the twin's."""
+def norm_differences(sharded_stages: list[Sharded], reference: Reference, topology: Topology) -> list[float]:
+    """How far the norm of each parameter group's gradients, summed over the data ranks, is from the reference's."""
     found = []
-    for runner, optimizer in zip(runners, twin.optimizers, strict=True):
-        for group, plain in zip(runner.gradients(), optimizer.param_groups, strict=True):
-            assert (group.split, group.tied) == (plain["split"], plain["tied"])
+    for sharded, optimizer in zip(sharded_stages, reference.optimizers, strict=True):
+        for group, plain in zip(sharded.gradients(), optimizer.param_groups, strict=True):
+            assert (group.tensor_sharded, group.tied) == (plain["tensor_sharded"], plain["tied"])
             assert all(tensor.dtype == torch.float32 for tensor in group.tensors)
             square = squared_norm(group.tensors, topology.device)
             dist.all_reduce(square, group=topology.data_group)
@@ -153,13 +156,13 @@ def norm_differences(runners: list[Runner], twin: Twin, topology: Topology) -> l
     return found
 
 
-def state_differences(runners: list[Runner], twin: Twin) -> list[float]:
-    """How far weights and moments are from the twin's; the first moment is the gradient but for a factor."""
+def state_differences(sharded_stages: list[Sharded], reference: Reference) -> list[float]:
+    """How far weights and moments are from the reference's; the first moment is the gradient but for a factor."""
     found = []
-    for stage, runner in enumerate(runners):
-        for name, parameter in runner.stage.named_parameters():
+    for index, sharded in enumerate(sharded_stages):
+        for name, parameter in sharded.module.named_parameters():
             for moment in (None, *global_state.MOMENTS) if parameter.requires_grad else (None,):
-                got, want = runner.local(name, moment).cpu(), twin.held(stage, name, moment)
+                got, want = sharded.get_full_param(name, moment).cpu(), reference.tensor(index, name, moment)
                 if not parameter.requires_grad:
                     want = want.to(parameter.dtype).float()  # frozen weights have no master
                 assert got.dtype == torch.float32 and got.shape == want.shape
@@ -169,31 +172,33 @@ def state_differences(runners: list[Runner], twin: Twin) -> list[float]:
 
 def train(topology: Topology, kind: Kind) -> dict[str, float]:
     """Four steps: plain, scaled, discarded, after the discarded one. Returns the largest differences of each kind."""
-    runners, twin = [run_stage(stage, topology, kind) for stage in halves(kind)], Twin(kind)
+    sharded_stages, reference = [shard_stage(stage, topology, kind) for stage in halves(kind)], Reference(kind)
     norms: list[float] = []
     states: list[float] = []
     losses: list[float] = []
     for step in range(4):
-        batches = [draw_batch(step, number) for number in range(MICRO * topology.data)]
+        batches = [draw_batch(step, number) for number in range(MICRO_BATCHES * topology.data)]
         supervised = sum(batch.supervised_tokens for batch in batches)
-        loss = run_order(runners, topology, batches[topology.data_rank :: topology.data], topology.data / supervised)
+        loss = run_order(
+            sharded_stages, topology, batches[topology.data_rank :: topology.data], topology.data / supervised
+        )
         dist.all_reduce(loss, group=topology.data_group)
-        losses.append(abs(float(loss) - float(twin.accumulate(batches))) / supervised)
-        norms += norm_differences(runners, twin, topology)
+        losses.append(abs(float(loss) - float(reference.accumulate(batches))) / supervised)
+        norms += norm_differences(sharded_stages, reference, topology)
         if step == 1:
-            for runner in runners:
-                runner.scale_gradients(0.25)
-            twin.scale(0.25)
-            norms += norm_differences(runners, twin, topology)
-        for runner in runners:
-            runner.discard() if step == 2 else runner.update(RATE)
+            for sharded in sharded_stages:
+                sharded.scale_gradients(0.25)
+            reference.scale(0.25)
+            norms += norm_differences(sharded_stages, reference, topology)
+        for sharded in sharded_stages:
+            sharded.skip_step() if step == 2 else sharded.optimizer_step(LR)
         if step != 2:
-            twin.update()
-        twin.forget()
-        states += state_differences(runners, twin)
+            reference.update()
+        reference.zero_grad()
+        states += state_differences(sharded_stages, reference)
         if kind.precision == "bf16":
             break  # from here on rounding decides
-        assert [runner.updates for runner in runners] == [(1, 2, 2, 3)[step]] * 2
+        assert [sharded.num_updates for sharded in sharded_stages] == [(1, 2, 2, 3)[step]] * 2
     return {"losses": max(losses), "norms": max(norms), "states": max(states)}
 
 
@@ -227,12 +232,14 @@ def test_two_stages_in_bf16_equal_plain_torch_in_bf16(run_on, record_property, z
 
 def build_in_bf16(topology: Topology, zero_stage: int) -> tuple[float, float]:
     """What a buffer has become under DeepSpeed, and the most that a master weight has lost."""
-    (stage, _), (twin, _) = halves(Kind(0)), halves(Kind(0))
+    (stage, _), (reference, _) = halves(Kind(0)), halves(Kind(0))
     stage.register_buffer("angle", torch.tensor([1 / 3]))
-    runner = run_stage(stage, topology, Kind(zero_stage, "bf16"))
+    sharded = shard_stage(stage, topology, Kind(zero_stage, "bf16"))
     assert {parameter.dtype for parameter in stage.parameters()} == {torch.bfloat16}
-    weights = [(name, weight) for name, weight in twin.named_parameters() if weight.requires_grad]
-    return float(stage.angle), max(float((runner.local(name).cpu() - weight).abs().max()) for name, weight in weights)
+    weights = [(name, weight) for name, weight in reference.named_parameters() if weight.requires_grad]
+    return float(stage.angle), max(
+        float((sharded.get_full_param(name).cpu() - weight).abs().max()) for name, weight in weights
+    )
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
@@ -241,30 +248,30 @@ def test_bf16_rounds_neither_buffers_nor_master_weights(run_on, zero_stage):
 
 
 def overwrite(topology: Topology, kind: Kind) -> tuple[float, float]:
-    """Put a state that was never trained, and use it: how far what is held, and what it computes, is from it."""
-    runners, twin = [run_stage(stage, topology, kind) for stage in halves(kind)], Twin(kind)
-    batches = [draw_batch(0, number) for number in range(MICRO)]
-    twin.accumulate(batches)
-    twin.update()
+    """Set a state that was never trained and use it; return the differences of the state, and of the loss with it."""
+    sharded_stages, reference = [shard_stage(stage, topology, kind) for stage in halves(kind)], Reference(kind)
+    batches = [draw_batch(0, number) for number in range(MICRO_BATCHES)]
+    reference.accumulate(batches)
+    reference.update()
     draw = torch.Generator().manual_seed(5)
-    for stage, runner in enumerate(runners):
-        for name, parameter in twin.stages[stage].named_parameters():
+    for index, sharded in enumerate(sharded_stages):
+        for name, parameter in reference.stages[index].named_parameters():
             for moment in (None, *global_state.MOMENTS) if parameter.requires_grad else (None,):
-                held = twin.held(stage, name, moment)
-                held.copy_(torch.rand(held.shape, generator=draw) * 0.2)
-                runner.put(name, held.to(topology.device), moment)
-        runner.updates = 7
-        runner.refresh()
-    held_apart = max(state_differences(runners, twin))
-    twin.forget()
-    loss = run_order(runners, topology, batches, 1.0)
-    return held_apart, abs(float(loss) / float(twin.accumulate(batches)) - 1)
+                tensor = reference.tensor(index, name, moment)
+                tensor.copy_(torch.rand(tensor.shape, generator=draw) * 0.2)
+                sharded.set_full_param(name, tensor.to(topology.device), moment)
+        sharded.num_updates = 7
+        sharded.sync_params()
+    state_difference = max(state_differences(sharded_stages, reference))
+    reference.zero_grad()
+    loss = run_order(sharded_stages, topology, batches, 1.0)
+    return state_difference, abs(float(loss) / float(reference.accumulate(batches)) - 1)
 
 
 @pytest.mark.parametrize("kind", [Kind(0), Kind(1), Kind(2), Kind(3)])
-def test_what_is_put_is_held_and_used(run_on, kind):
-    for held_apart, loss_apart in run_on(2, overwrite, kind):
-        assert held_apart == 0.0 and loss_apart <= 1e-6
+def test_params_that_are_set_are_returned_and_used(run_on, kind):
+    for state_difference, loss_difference in run_on(2, overwrite, kind):
+        assert state_difference == 0.0 and loss_difference <= 1e-6
 
 
 COLLECTIVES = ["all_reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter", "barrier", "reduce"]
@@ -295,67 +302,71 @@ def recorded(calls: list[str]) -> Iterator[None]:
             setattr(dist, name, original)
 
 
-def step_alone(runner: Runner, first: bool, micro: int, topology: Topology) -> None:
-    """One step of one stage; what would come from the other is drawn at random."""
-    runner.begin_step()
+def step_alone(sharded: Sharded, first: bool, micro_batch: int, topology: Topology) -> None:
+    """One step of one stage; what the other would send is random."""
+    sharded.begin_step()
     outputs = []
-    for number in range(micro):
+    for number in range(micro_batch):
         batch = draw_batch(0, number).to(topology.device)
         ids = stack_ids(batch)
         hidden = torch.randn(*batch.token_ids.shape, MODEL.decoder.hidden_size, device=topology.device)
-        inputs = batch.token_ids if first else hidden.to(next(runner.stage.parameters()).dtype).requires_grad_()
-        outputs.append(runner.forward(inputs, ids, batch.pixels if first else None, runner.stage.layout(ids)))
+        inputs = batch.token_ids if first else hidden.to(next(sharded.module.parameters()).dtype).requires_grad_()
+        outputs.append(sharded.forward(inputs, ids, batch.pixels if first else None, sharded.module.build_mask(ids)))
     for number, output in enumerate(outputs):
-        runner.backward(output, torch.randn_like(output) if first else None, last=number == micro - 1)
+        sharded.backward(output, torch.randn_like(output) if first else None, is_last=number == micro_batch - 1)
 
 
-def live_apart(topology: Topology, kind: Kind) -> tuple[list[str], list[str]]:
-    """Pipeline ranks take different numbers of steps and micro-batches. Returns what they did over the world."""
+def run_at_different_times(topology: Topology, kind: Kind) -> tuple[list[str], list[str]]:
+    """Pipeline ranks run different numbers of steps and micro-batches. Return their collectives over the world."""
     building: list[str] = []
     running: list[str] = []
-    first = topology.is_first_stage
+    first = topology.is_first_pipeline_rank
     with recorded(building):
-        runner = run_stage(build_stage(MODEL, HALVES[topology.pipeline_rank], rule="mma"), topology, kind)
+        sharded = shard_stage(
+            build_stage(MODEL, HALVES[topology.pipeline_rank], attention=AttentionConfig(rule="mma")), topology, kind
+        )
     with recorded(running):
         for step in range(3 if first else 1):
-            step_alone(runner, first, 2 if first else 3, topology)
-            runner.discard() if step == 1 else runner.update(RATE)
-        name = next(iter(dict(runner.stage.named_parameters())))
-        assert runner.local(name).isfinite().all()
+            step_alone(sharded, first, 2 if first else 3, topology)
+            sharded.skip_step() if step == 1 else sharded.optimizer_step(LR)
+        name = next(iter(dict(sharded.module.named_parameters())))
+        assert sharded.get_full_param(name).isfinite().all()
     return building, running
 
 
 @pytest.mark.parametrize("kind", [Kind(0), Kind(1), Kind(1, "bf16"), Kind(2), Kind(3)])
 def test_stages_at_different_times_do_not_wait_for_each_other(run_on, kind):
-    results = run_on(4, live_apart, kind, pipeline=2)
+    results = run_on(4, run_at_different_times, kind, pipeline=2)
     assert [running for _, running in results] == [[]] * 4
     # ZeRO-3 lets all ranks of the world meet while it is built, equally often everywhere
     assert [building for building, _ in results] == [["barrier"] * (3 if kind.zero_stage == 3 else 0)] * 4
 
 
 def number_tied_gradients(topology: Topology, kind: Kind) -> dict[str, Tensor]:
-    """Set each tied gradient to its place among this rank's pieces. Returns the gradients as the update saw them."""
-    stage = build_stage(TIED_MODEL, HALVES[topology.pipeline_rank], rule="mma")
-    runner = run_stage(stage, topology, kind)
-    step_alone(runner, topology.is_first_stage, 2, topology)
-    tied = [group for group in runner.gradients() if group.tied]
-    assert len(tied) == 2 and [group.split for group in tied] == [False, True]
+    """Set each tied gradient to its index in this rank's part. Return the gradients as the update saw them."""
+    stage = build_stage(TIED_MODEL, HALVES[topology.pipeline_rank], attention=AttentionConfig(rule="mma"))
+    sharded = shard_stage(stage, topology, kind)
+    step_alone(sharded, topology.is_first_pipeline_rank, 2, topology)
+    tied = [group for group in sharded.gradients() if group.tied]
+    assert len(tied) == 2 and [group.tensor_sharded for group in tied] == [False, True]
     for group in tied:
         start = 1 + 10_000 * topology.data_rank
         for tensor in group.tensors:
             tensor.copy_(torch.arange(start, start + tensor.numel()).view_as(tensor))
             start += tensor.numel()
-    runner.update(RATE)
-    table, extra = ("table.weight", "extra") if topology.is_first_stage else ("output.weight", "extra.weight")
-    prefix = "front.embedding." if topology.is_first_stage else "head."
+    sharded.optimizer_step(LR)
+    table, extra = (
+        ("base.weight", "added_tokens") if topology.is_first_pipeline_rank else ("base.weight", "added_tokens.weight")
+    )
+    prefix = "input_embedder.token_embedding." if topology.is_first_pipeline_rank else "lm_head."
     return {
-        "table": runner.local(prefix + table, "exp_avg").cpu(),
-        "extra": runner.local(prefix + extra, "exp_avg").cpu(),
+        "table": sharded.get_full_param(prefix + table, "exp_avg").cpu(),
+        "extra": sharded.get_full_param(prefix + extra, "exp_avg").cpu(),
     }
 
 
 @pytest.mark.parametrize("kind", [Kind(0), Kind(1), Kind(1, "bf16"), Kind(2), Kind(3)])
-def test_tied_gradients_lie_alike_on_both_stages(run_on, kind):
+def test_tied_gradients_are_partitioned_alike_on_both_stages(run_on, kind):
     first, _, last, _ = run_on(4, number_tied_gradients, kind, pipeline=2)
     for name, gradient in first.items():
         assert torch.equal(gradient, last[name])

@@ -1,4 +1,4 @@
-"""A tiny model, uneven batches, and the plain training loop that every engine must equal.
+"""A tiny model, uneven batches, and a reference training loop that every engine must equal.
 
 The micro-batches of a step are numbered over all data ranks, so that any number of ranks trains on the same samples.
 """
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
 from aki_megatron.engine.ddp_stage import DDPStage
 from aki_megatron.engine.optimizer import adamw, learning_rate
@@ -18,13 +19,13 @@ from aki_megatron.engine.pipeline import PipelineEngine
 from aki_megatron.engine.zero_stage import ZeroStage
 from aki_megatron.model.stage import Stage, build_model, build_stage
 from aki_megatron.parallel.megatron import build_linears
-from aki_megatron.parallel.pipeline_partition import stage_layers
+from aki_megatron.parallel.pipeline_partition import layers_of_stages
 from aki_megatron.parallel.topology import Topology
 from aki_megatron.types import IGNORE, NO_SEGMENT, Batch, Modality, StepReport, stack_ids
 
-QUERIES, IMAGE_SIZE, ROWS = 3, 8, 2
-BASE_TOKENS, IMAGE_TOKEN = 33, 33
-STEPS, MICROBATCHES = 5, 8
+NUM_LATENTS, IMAGE_SIZE, BATCH_SIZE = 3, 8, 2
+VOCAB_SIZE, IMAGE_TOKEN = 33, 33
+STEPS, MICRO_BATCHES = 5, 8
 """Steps compared, micro-batches per step over all data ranks."""
 OPTIMIZER = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-5}
 """With a smaller eps a gradient that is zero but for rounding would move weights by the whole learning rate."""
@@ -40,12 +41,12 @@ def model_config(**decoder: Any) -> ModelConfig:
         "intermediate_size": 20,
         "padded_vocab_size": 40,
     }
-    sizes |= {"vocab_size": BASE_TOKENS, "num_added_tokens": 2, "rope": RopeConfig(rope_type="default")}
+    sizes |= {"vocab_size": VOCAB_SIZE, "num_added_tokens": 2, "rope": RopeConfig(rope_type="default")}
     return ModelConfig(
         vision=VisionConfig(
             image_size=IMAGE_SIZE, patch_size=4, hidden_size=12, num_layers=1, num_heads=2, intermediate_size=20
         ),
-        resampler=ResamplerConfig(num_latents=QUERIES, num_layers=1, num_heads=2, head_dim=6, mlp_ratio=2),
+        resampler=ResamplerConfig(num_latents=NUM_LATENTS, num_layers=1, num_heads=2, head_dim=6, mlp_ratio=2),
         decoder=DecoderConfig(**sizes | decoder),
     )
 
@@ -55,11 +56,11 @@ MODEL, TIED_MODEL = model_config(), model_config(tie_word_embeddings=True, lm_he
 
 @dataclass(frozen=True)
 class Setting:
-    """How the tiny model is spread and trained; the sizes of tensor and pipeline are the topology's."""
+    """How the tiny model is parallelized and trained; the tensor and pipeline sizes are the topology's."""
 
     zero_stage: int = 3
     precision: str = "fp32"
-    chunks: int = 1
+    virtual_stages: int = 1
     layers_per_stage: tuple[int, ...] = ()
     recompute: bool = False
     tied: bool = False
@@ -84,33 +85,35 @@ class Setting:
 
 def tiny_model(setting: Setting = Setting()) -> Stage:
     """The whole model in one process."""
-    return build_model(setting.model, rule=setting.rule)
+    return build_model(setting.model, attention=AttentionConfig(rule=setting.rule))
 
 
 def tiny_stages(topology: Topology, setting: Setting) -> list[Stage]:
     """This rank's stages."""
-    layers = stage_layers(
+    layers = layers_of_stages(
         setting.model,
-        stages=topology.pipeline * setting.chunks,
+        num_stages=topology.pipeline * setting.virtual_stages,
         layers_per_stage=setting.layers_per_stage,
         text_tokens=16,
     )
     linears = build_linears(topology)
     return [
-        build_stage(own, run, rule=setting.rule, linears=linears, recompute=setting.recompute)
+        build_stage(
+            own, run, attention=AttentionConfig(rule=setting.rule), linears=linears, recompute=setting.recompute
+        )
         for own, run in ((setting.model, run) for run in layers[topology.pipeline_rank :: topology.pipeline])
     ]
 
 
 def tiny_engine(topology: Topology, setting: Setting = Setting(), **more: Any) -> PipelineEngine:
-    runners: list[Any] = []
+    sharded_stages: list[Any] = []
     zero_settings = dict(setting.zero_settings) | ({"offload_optimizer": {"device": "cpu"}} if setting.offload else {})
     for stage in tiny_stages(topology, setting):
         optimizer = adamw(stage, **OPTIMIZER, fused=setting.offload)
         if setting.zero_stage == 0:
-            runners.append(DDPStage(stage, topology, optimizer))
+            sharded_stages.append(DDPStage(stage, topology, optimizer))
         else:
-            runners.append(
+            sharded_stages.append(
                 ZeroStage(
                     stage,
                     topology,
@@ -121,9 +124,9 @@ def tiny_engine(topology: Topology, setting: Setting = Setting(), **more: Any) -
                 )
             )
     return PipelineEngine(
-        runners,
+        sharded_stages,
         topology,
-        micro_batches=MICROBATCHES // topology.data,
+        num_micro_batches=MICRO_BATCHES // topology.data,
         precision=setting.precision,
         max_grad_norm=setting.max_grad_norm,
         mask_check_interval=setting.mask_check_interval,
@@ -140,63 +143,63 @@ class Trained:
     weights: dict[str, Tensor]
 
 
-def _sample(draw: torch.Generator, *, image: bool, taught: bool) -> tuple[list[int], list[int], list[int]]:
+def _sample(draw: torch.Generator, *, image: bool, supervised: bool) -> tuple[list[int], list[int], list[int]]:
     """Token ids, modality ids and targets of one sample: an image or none, a prompt, a response."""
 
     def tokens(count: int) -> list[int]:
-        return torch.randint(0, BASE_TOKENS, (count,), generator=draw).tolist()
+        return torch.randint(0, VOCAB_SIZE, (count,), generator=draw).tolist()
 
     prompt, response = (int(torch.randint(2, 6, (), generator=draw)) for _ in range(2))
-    images = QUERIES if image else 0
+    images = NUM_LATENTS if image else 0
     ids = [*tokens(1), *[IMAGE_TOKEN] * images, *tokens(prompt + response)]
     modality = [Modality.TEXT, *[Modality.IMAGE] * images]
     modality += [Modality.TEXT] * prompt + [Modality.RESPONSE] * response
     targets = [IGNORE] * len(ids)
-    if taught:
+    if supervised:
         first = len(ids) - response
         targets[first - 1 : -1] = ids[first:]
     return ids, modality, targets
 
 
 def draw_batch(step: int, number: int) -> Batch:
-    """Micro-batch ``number`` of step ``step``: rows of different lengths and supervision, batches of different widths.
+    """Micro-batch ``number`` of step ``step``: sequences differ in length and supervision, batches in length.
 
     Of every four micro-batches the second has no image, the third of odd steps no supervised token, and in the fourth
-    rows are packed: two samples, each a segment with positions of its own.
+    sequences are packed: two samples, each a segment with its own positions.
     """
     draw = torch.Generator().manual_seed(1000 * step + number)
     kind = number % 4
-    rows = [
-        [_sample(draw, image=kind != 1, taught=not (kind == 2 and step % 2)) for _ in range(2 if kind == 3 else 1)]
-        for _ in range(ROWS)
+    sequences = [
+        [_sample(draw, image=kind != 1, supervised=not (kind == 2 and step % 2)) for _ in range(2 if kind == 3 else 1)]
+        for _ in range(BATCH_SIZE)
     ]
-    width = max(sum(len(ids) for ids, _, _ in row) for row in rows)
-    token_ids = torch.zeros(ROWS, width, dtype=torch.int64)
-    modality_ids = torch.full((ROWS, width), Modality.PAD, dtype=torch.int8)
-    segment_ids = torch.full((ROWS, width), NO_SEGMENT, dtype=torch.int32)
-    position_ids = torch.zeros(ROWS, width, dtype=torch.int32)
-    targets = torch.full((ROWS, width), IGNORE)
-    for row, samples in enumerate(rows):
-        place = 0
+    length = max(sum(len(ids) for ids, _, _ in samples) for samples in sequences)
+    token_ids = torch.zeros(BATCH_SIZE, length, dtype=torch.int64)
+    modality_ids = torch.full((BATCH_SIZE, length), Modality.PAD, dtype=torch.int8)
+    segment_ids = torch.full((BATCH_SIZE, length), NO_SEGMENT, dtype=torch.int32)
+    position_ids = torch.zeros(BATCH_SIZE, length, dtype=torch.int32)
+    targets = torch.full((BATCH_SIZE, length), IGNORE)
+    for row, samples in enumerate(sequences):
+        start = 0
         for segment, (ids, modality, wanted) in enumerate(samples):
-            here = slice(place, place + len(ids))
+            here = slice(start, start + len(ids))
             token_ids[row, here], modality_ids[row, here] = torch.tensor(ids), torch.tensor(modality, dtype=torch.int8)
             segment_ids[row, here], targets[row, here] = segment, torch.tensor(wanted)
             position_ids[row, here] = torch.arange(len(ids), dtype=torch.int32)
-            place += len(ids)
-    images = sum(len(samples) for samples in rows) if kind != 1 else 0
+            start += len(ids)
+    images = sum(len(samples) for samples in sequences) if kind != 1 else 0
     pixels = torch.randn(images, 3, IMAGE_SIZE, IMAGE_SIZE, generator=draw)
     return Batch(token_ids, modality_ids, segment_ids, position_ids, targets, pixels)
 
 
-def share(step: int, rank: int, ranks: int) -> list[Batch]:
+def rank_batches(step: int, rank: int, ranks: int) -> list[Batch]:
     """The micro-batches of one data rank."""
-    return [draw_batch(step, number) for number in range(rank, MICROBATCHES, ranks)]
+    return [draw_batch(step, number) for number in range(rank, MICRO_BATCHES, ranks)]
 
 
-def own_share(step: int, topology: Topology) -> list[Batch]:
+def own_batches(step: int, topology: Topology) -> list[Batch]:
     """What a rank hands to its engine: its micro-batches if it reads data."""
-    return share(step, topology.data_rank, topology.data) if topology.reads_data else []
+    return rank_batches(step, topology.data_rank, topology.data) if topology.reads_data else []
 
 
 def rate(step: int) -> float:
@@ -204,12 +207,12 @@ def rate(step: int) -> float:
 
 
 def take_steps(engine: PipelineEngine, topology: Topology, steps: Iterable[int]) -> list[StepReport]:
-    return [engine.train_step(own_share(step, topology), rate(step)) for step in steps]
+    return [engine.train_step(own_batches(step, topology), rate(step)) for step in steps]
 
 
 def outcome(engine: PipelineEngine, reports: list[StepReport]) -> Trained:
     """The reports and this rank's weights."""
-    weights = {name: weight.clone() for name, weight in engine.weights()}
+    weights = {name: weight.clone() for name, weight in engine.named_weights()}
     return Trained([report.loss for report in reports], [report.grad_norm for report in reports], weights)
 
 
@@ -219,12 +222,12 @@ def together(results: Sequence[Trained]) -> Trained:
     for result in results:
         assert (result.losses, result.norms) == (results[0].losses, results[0].norms)
         for name, weight in result.weights.items():
-            assert torch.equal(weights.setdefault(name, weight), weight), f"copies of {name} have come apart"
+            assert torch.equal(weights.setdefault(name, weight), weight), f"copies of {name} differ"
     return Trained(results[0].losses, results[0].norms, weights)
 
 
-def train_plainly(steps: Iterable[int] = range(STEPS), setting: Setting = Setting()) -> Trained:
-    """One process, no engine, no DeepSpeed: the plain twin.
+def reference_training(steps: Iterable[int] = range(STEPS), setting: Setting = Setting()) -> Trained:
+    """Train in one process, without engine and DeepSpeed: the reference.
 
     In bf16 a copy of the model runs forward and backward; weights and gradients are kept in fp32.
     """
@@ -232,18 +235,18 @@ def train_plainly(steps: Iterable[int] = range(STEPS), setting: Setting = Settin
     optimizer = adamw(model, **OPTIMIZER)
     losses, norms = [], []
     for step in steps:
-        batches = share(step, 0, 1)
+        batches = rank_batches(step, 0, 1)
         supervised = sum(batch.supervised_tokens for batch in batches)
         optimizer.zero_grad()
         losses.append(0.0)
         for batch in batches:
-            runner = model if setting.precision == "fp32" else _bf16_copy(model)
-            pixels = batch.pixels.to(next(runner.parameters()).dtype)
-            loss = runner(batch.token_ids, stack_ids(batch), pixels) / supervised
+            replica = model if setting.precision == "fp32" else _bf16_copy(model)
+            pixels = batch.pixels.to(next(replica.parameters()).dtype)
+            loss = replica(batch.token_ids, stack_ids(batch), pixels) / supervised
             loss.backward()
             losses[-1] += loss.item()
-            if runner is not model:
-                _add_gradients(model, runner)
+            if replica is not model:
+                _add_gradients(model, replica)
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), setting.max_grad_norm)))
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
@@ -257,8 +260,8 @@ def _bf16_copy(model: nn.Module) -> nn.Module:
     return copied
 
 
-def _add_gradients(model: nn.Module, runner: nn.Module) -> None:
-    for master, copied in zip(model.parameters(), runner.parameters(), strict=True):
+def _add_gradients(model: nn.Module, replica: nn.Module) -> None:
+    for master, copied in zip(model.parameters(), replica.parameters(), strict=True):
         if master.requires_grad:
             master.grad = copied.grad.float() + (0 if master.grad is None else master.grad)
 

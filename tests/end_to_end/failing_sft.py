@@ -1,4 +1,4 @@
-"""launcher/sft.py with one rank that fails in a step: what other tests start under each launcher.
+"""launcher/sft.py with one rank that fails in a step; other tests start it under each launcher.
 
 AKI_TEST_FAILS is RANK:STEP:HOW, steps counted from 1.
 """
@@ -13,10 +13,9 @@ from typing import Any
 
 from aki_megatron.parallel.launch import discover_launch
 from aki_megatron.supervise import watchdog
-from aki_megatron.train import main
-from aki_megatron.train.loop import Run
+from aki_megatron.train.loop import Trainer
 
-watchdog.ANSWER_SECONDS = 8.0  # a silent rank is waited for so long, and nobody else is
+watchdog.RESPONSE_SECONDS = 8.0  # how long an unresponsive rank is waited for
 
 
 def fail(how: str) -> None:
@@ -27,23 +26,23 @@ def fail(how: str) -> None:
 
 
 rank, step, how = os.environ["AKI_TEST_FAILS"].split(":")
-healthy_train = main.train
+healthy_train = Trainer.train
 
 
 def sleep_in_the_loader(steps: Iterator[Any]) -> Iterator[Any]:
-    """Steps of the data, of which one never comes."""
+    """Yield the data steps, of which one never comes."""
     for number, loaded in enumerate(steps, 1):
         if number == int(step):
             time.sleep(3600)
         yield loaded
 
 
-def train(run: Run) -> bool:
-    """The training loop around an engine, or a loader, that fails on one rank."""
+def train(trainer: Trainer) -> bool:
+    """Train with an engine, or a loader, that fails on one rank."""
     if discover_launch(os.environ).rank != int(rank):
-        return healthy_train(run)
-    engine: Any = run.engine
-    loader: Any = run.loader
+        return healthy_train(trainer)
+    engine: Any = trainer.engine
+    loader: Any = trainer.loader
     healthy_step, healthy_steps, steps = engine.train_step, loader.steps, 0
 
     def train_step(*args: Any, **options: Any) -> Any:
@@ -57,8 +56,8 @@ def train(run: Run) -> bool:
         loader.steps = lambda *args: sleep_in_the_loader(healthy_steps(*args))
     else:
         engine.train_step = train_step
-    return healthy_train(run)
+    return healthy_train(trainer)
 
 
-main.train = train
+Trainer.train = train  # type: ignore[method-assign]
 runpy.run_path(str(Path(__file__).resolve().parents[2] / "launcher/sft.py"), run_name="__main__")

@@ -1,4 +1,4 @@
-"""How tests start ranks with each launcher, and why one cannot be used here."""
+"""Start ranks with each launcher, or skip where it is not installed."""
 
 import shutil
 import socket
@@ -15,7 +15,7 @@ MPIRUN_ENVIRONMENT = {
 
 
 def launcher_command(launcher: str, ranks: int) -> list[str]:
-    """The words before the script; skips the test, with the reason, where the launcher is absent."""
+    """Return the command before the script; skip the test, with the reason, where the launcher is absent."""
     if shutil.which(launcher) is None and launcher == "mpirun":
         pytest.skip("mpirun is not installed (Debian: apt-get install --no-install-recommends openmpi-bin)")
     with socket.socket() as probe:

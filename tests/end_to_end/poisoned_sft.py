@@ -1,8 +1,8 @@
-"""launcher/sft.py on data of which some steps do harm: what test_rollback.py starts.
+"""launcher/sft.py on data of which some steps spoil the gradients; test_rollback.py starts it.
 
-AKI_TEST_HARM   JSON: number of a step of the data, from 1 -> by what the gradients of the last rank are multiplied
-AKI_TEST_OMITS  JSON: numbers of steps of the data that are left out, as if there were none
-AKI_TEST_KILL   number of a step of the data at which every rank is killed; 0: none
+AKI_TEST_FACTORS  JSON: number of a data step, from 1 -> factor by which the gradients of the last rank are multiplied
+AKI_TEST_OMITS    JSON: numbers of data steps that are left out, as if they did not exist
+AKI_TEST_KILL     number of a data step at which every rank is killed; 0: none
 """
 
 import json
@@ -15,41 +15,49 @@ from typing import Any
 
 from torch import Tensor
 
+from aki_megatron.engine.base import ShardedStage
 from aki_megatron.parallel.launch import discover_launch
-from aki_megatron.train import main
-from aki_megatron.train.loop import Run
+from aki_megatron.train import build
+from aki_megatron.train.loop import Trainer
 
 launch = discover_launch(os.environ)
-harm = {int(number): float(factor) for number, factor in json.loads(os.environ["AKI_TEST_HARM"]).items()}
+factors = {int(number): float(factor) for number, factor in json.loads(os.environ["AKI_TEST_FACTORS"]).items()}
 omits = set(json.loads(os.environ["AKI_TEST_OMITS"]))
-healthy_train = main.train
+healthy_train, healthy_build = Trainer.train, build.build_sharded_stage
+data_step = 0
 
 
-def train(run: Run) -> bool:
-    """The training loop over such data."""
-    engine: Any = run.engine
-    loader: Any = run.loader
-    healthy_steps, now = loader.steps, 0
+def train(trainer: Trainer) -> bool:
+    """Train on such data."""
+    loader: Any = trainer.loader
+    healthy_steps = loader.steps
 
     def steps(start: int, state: Any) -> Iterator[Any]:
-        nonlocal now
-        for now, loaded in enumerate(healthy_steps(start, state), start + 1):
-            if now == int(os.environ["AKI_TEST_KILL"]):
+        global data_step
+        for data_step, loaded in enumerate(healthy_steps(start, state), start + 1):
+            if data_step == int(os.environ["AKI_TEST_KILL"]):
                 os.kill(os.getpid(), signal.SIGKILL)
-            if now not in omits:
+            if data_step not in omits:
                 yield loaded
 
-    def harmed(gradient: Tensor) -> Tensor:
-        return gradient * harm.get(now, 1.0)
-
     loader.steps = steps
+    return healthy_train(trainer)
+
+
+def build_sharded_stage(*args: Any) -> ShardedStage:
+    """Build a stage whose gradients are scaled on the last rank."""
+
+    def scale(gradient: Tensor) -> Tensor:
+        return gradient * factors.get(data_step, 1.0)
+
+    sharded = healthy_build(*args)
     if launch.rank == launch.world_size - 1:
-        for runner in engine._runners:
-            for parameter in runner.stage.parameters():
-                if parameter.requires_grad:
-                    parameter.register_hook(harmed)
-    return healthy_train(run)
+        for parameter in sharded.module.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(scale)
+    return sharded
 
 
-main.train = train
+Trainer.train = train  # type: ignore[method-assign]
+build.build_sharded_stage = build_sharded_stage
 runpy.run_path(str(Path(__file__).resolve().parents[2] / "launcher/sft.py"), run_name="__main__")

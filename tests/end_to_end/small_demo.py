@@ -1,4 +1,4 @@
-"""A small copy of the demo: a folder with data, and how the project's commands are run in it."""
+"""The folder of a small copy of the demo, and the commands that run in it."""
 
 import subprocess
 import sys
@@ -10,20 +10,24 @@ TIMEOUT_SECONDS = 240
 
 
 @dataclass(frozen=True)
-class World:
-    """A folder with data, and how commands are run in it."""
+class DemoWorkspace:
+    """A folder with data, and the environment of commands that use it."""
 
     folder: Path
     environment: dict[str, str] = field(default_factory=dict)
 
-    def command(self, *words: str) -> list[str]:
-        """The words with the interpreter in front, where the first is a script of the project."""
-        return [sys.executable, str(ROOT / words[0]), *words[1:]] if words[0].endswith(".py") else list(words)
+    def command(self, *arguments: str) -> list[str]:
+        """Return the command line; a script of the project gets the interpreter in front."""
+        return (
+            [sys.executable, str(ROOT / arguments[0]), *arguments[1:]]
+            if arguments[0].endswith(".py")
+            else list(arguments)
+        )
 
-    def run(self, *words: str, ok: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run a command from the checkout's root; its output as text."""
+    def run(self, *arguments: str, ok: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a command from the checkout's root; check its exit code if ``ok``."""
         result = subprocess.run(
-            self.command(*words),
+            self.command(*arguments),
             cwd=ROOT,
             env=self.environment,
             capture_output=True,
@@ -31,16 +35,16 @@ class World:
             timeout=TIMEOUT_SECONDS,
         )
         if ok:
-            assert result.returncode == 0, f"{words}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+            assert result.returncode == 0, f"{arguments}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
         return result
 
     def data_flags(self) -> list[str]:
-        """Flags that point a demo configuration at this folder's data."""
+        """Return the flags that point a demo configuration at this folder's data."""
         data = self.folder / "data"
         return ["--data.root", str(data), "--data.tokenizer", str(data / "tokenizer"), "--log.wandb", "disabled"]
 
     def sft_flags(self, run: str, *, steps: int) -> list[str]:
-        """Flags of a short fine-tuning run of the demo model."""
+        """Return the flags of a short fine-tuning run of the demo model."""
         return [
             "--config", str(ROOT / "configs/demo/sft.yaml"), *self.data_flags(), "--run.dir", str(self.folder / run),
             "--train.steps", str(steps), "--optimizer.warmup_steps", "2", "--train.global_batch_size", "8",

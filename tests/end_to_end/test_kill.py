@@ -9,49 +9,56 @@ import time
 from pathlib import Path
 
 import pytest
-from small_demo import ROOT, TIMEOUT_SECONDS, World
+from small_demo import ROOT, TIMEOUT_SECONDS, DemoWorkspace
 
-from aki_megatron.supervise.run_paths import RunPaths, read_lines
-from aki_megatron.train.sample_audit import read_ledger
+from aki_megatron.supervise.metrics import read_metrics
+from aki_megatron.supervise.run_paths import RunPaths
+from aki_megatron.train.sample_audit import read_sample_audit
 
 pytestmark = pytest.mark.end_to_end
 
 KILLS, STEPS = 10, 70
 
 
-def flags(world: World, run: str) -> list[str]:
-    """Packed rows, two phases with other sources; small, and without DeepSpeed, which takes long to start."""
+def flags(demo: DemoWorkspace, run: str) -> list[str]:
+    """Return flags of a small run: packed sequences, two phases with different sources, no DeepSpeed."""
     return [
-        "--config", str(ROOT / "configs/demo/sft.yaml"), *world.data_flags(), "--run.dir", str(world.folder / run),
+        "--config", str(ROOT / "configs/demo/sft.yaml"), *demo.data_flags(), "--run.dir", str(demo.folder / run),
         "--train.steps", str(STEPS), "--optimizer.warmup_steps", "2", "--train.global_batch_size", "4",
-        "--train.micro_batch_size", "1", "--checkpoint.interval", "3", "--log.interval", "100", "--log.tensorboard", "false",
+        "--train.micro_batch_size", "1", "--checkpoint.interval", "3",
+        "--log.interval", "100", "--log.tensorboard", "false",
         "--init.weights", "null", "--parallel.zero_stage", "0", "--model.decoder.num_layers", "1",
         "--data.packing.enabled", "true", "--data.packing.sequence_length", "192", "--data.packing.buffer_size", "64",
         "--data.phases", f"[{{steps: 30, sources: [vqav2, vsr]}}, {{steps: {STEPS - 30}}}]", "--data.num_workers", "1",
     ]  # fmt: skip
 
 
-def start(world: World, run: str, ranks: int, port: int) -> list[subprocess.Popen[bytes]]:
+def start(demo: DemoWorkspace, run: str, ranks: int, port: int) -> list[subprocess.Popen[bytes]]:
     """The ranks, each in a session of its own so that all of it can be killed."""
-    made = []
+    processes = []
     for rank in range(ranks):
-        place = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        made.append(
+        environment = {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(ranks),
+        }
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        processes.append(
             subprocess.Popen(
-                [sys.executable, str(ROOT / "launcher/sft.py"), *flags(world, run)],
+                [sys.executable, str(ROOT / "launcher/sft.py"), *flags(demo, run)],
                 cwd=ROOT,
-                env=world.environment | place,
+                env=demo.environment | environment,
                 start_new_session=True,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
             )  # fmt: skip
         )
-    return made
+    return processes
 
 
 def steps_done(run: Path) -> int:
-    return len(read_lines(run / "metrics.jsonl"))
+    return len(read_metrics(run / "metrics.jsonl"))
 
 
 def finish(ranks: list[subprocess.Popen[bytes]]) -> None:
@@ -68,23 +75,23 @@ def kill(ranks: list[subprocess.Popen[bytes]]) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_whatever_kills_a_run_it_consumes_the_same_samples(world: World) -> None:
-    draw = random.Random(5)
-    finish(start(world, "kill_none", 1, 29640))
-    run = world.folder / "kills"
+def test_a_killed_run_trains_on_the_same_samples(demo: DemoWorkspace) -> None:
+    generator = random.Random(5)
+    finish(start(demo, "kill_none", 1, 29640))
+    run = demo.folder / "kills"
     for number in range(KILLS):
-        ranks = start(world, "kills", (1, 2, 4)[number % 3], 29641 + number)
-        aim, deadline = steps_done(run) + draw.randint(0, 7), time.monotonic() + TIMEOUT_SECONDS
-        while steps_done(run) < min(aim, STEPS - 1) and time.monotonic() < deadline:
+        ranks = start(demo, "kills", (1, 2, 4)[number % 3], 29641 + number)
+        target, deadline = steps_done(run) + generator.randint(0, 7), time.monotonic() + TIMEOUT_SECONDS
+        while steps_done(run) < min(target, STEPS - 1) and time.monotonic() < deadline:
             assert all(process.poll() is None for process in ranks), ranks[0].communicate()[1].decode()[-3000:]
             time.sleep(0.01)
-        time.sleep(draw.random() * 0.2)  # in the middle of a step, of a checkpoint, of a line
+        time.sleep(generator.random() * 0.2)  # in the middle of a step, of a checkpoint, of a line
         kill(ranks)
         assert not (run / "DONE").exists()
-    finish(start(world, "kills", 2, 29690))
-    whole, killed = (read_ledger(world.folder / name) for name in ("kill_none", "kills"))
-    assert sorted(whole) == list(range(1, STEPS + 1)) and killed == whole
+    finish(start(demo, "kills", 2, 29690))
+    uninterrupted, killed = (read_sample_audit(demo.folder / name) for name in ("kill_none", "kills"))
+    assert sorted(uninterrupted) == list(range(1, STEPS + 1)) and killed == uninterrupted
     losses = [
-        [line["loss"] for line in read_lines(RunPaths(world.folder / name).metrics)] for name in ("kill_none", "kills")
+        [line["loss"] for line in read_metrics(RunPaths(demo.folder / name).metrics)] for name in ("kill_none", "kills")
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -1,8 +1,8 @@
-"""mpirun finds a master by itself."""
+"""mpirun: ranks find the master address by themselves."""
 
 import pytest
 from launchers import MPIRUN_ENVIRONMENT, launcher_command
-from small_demo import World
+from small_demo import DemoWorkspace
 
 pytestmark = pytest.mark.end_to_end
 
@@ -16,11 +16,11 @@ print(f"rank {launch.rank} master {launch.master_address}:{launch.master_port}\\
 """
 
 
-def test_ranks_of_several_machines_agree_on_a_master_over_mpi(world: World) -> None:
+def test_ranks_of_several_machines_agree_on_a_master_over_mpi(demo: DemoWorkspace) -> None:
     pytest.importorskip("mpi4py", reason="mpi4py is not installed (pip install mpi4py)")
-    environment = world.environment | MPIRUN_ENVIRONMENT
+    environment = demo.environment | MPIRUN_ENVIRONMENT
     environment = {name: value for name, value in environment.items() if not name.startswith("MASTER_")}
-    result = World(world.folder, environment).run(*launcher_command("mpirun", 2), "-c", FIND_MASTER)
-    said = sorted(result.stdout.split("\n")[:2])
-    assert [line[:14] for line in said] == ["rank 0 master ", "rank 1 master "]
-    assert said[0][14:] == said[1][14:] and int(said[0].rpartition(":")[2]) > 0
+    result = DemoWorkspace(demo.folder, environment).run(*launcher_command("mpirun", 2), "-c", FIND_MASTER)
+    lines = sorted(result.stdout.split("\n")[:2])
+    assert [line[:14] for line in lines] == ["rank 0 master ", "rank 1 master "]
+    assert lines[0][14:] == lines[1][14:] and int(lines[0].rpartition(":")[2]) > 0

@@ -1,4 +1,4 @@
-"""One rank fails: everybody ends soon, and one message names that rank and its log, under every launcher."""
+"""One rank fails: all end soon, and one error names that rank and its log, under every launcher."""
 
 import json
 import re
@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from launchers import MPIRUN_ENVIRONMENT, launcher_command
-from small_demo import World
+from small_demo import DemoWorkspace
 
 pytestmark = pytest.mark.end_to_end
 
 FAILING_SFT = "tests/end_to_end/failing_sft.py"
 STEP = 3
-LONGEST_SECONDS = 60
+MAX_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,20 @@ class Ending:
     seconds_after_failure: float
 
 
-def run_failing(world: World, launcher: str, ranks: int, fails: str) -> Ending:
-    """Run with a rank that fails; checks what is so however it fails."""
+def run_failing(demo: DemoWorkspace, launcher: str, ranks: int, fails: str) -> Ending:
+    """Run with a rank that fails; check what holds however it fails."""
     mark = f"AKI_TEST_MARK={uuid.uuid4()}"
-    folder = world.folder / f"failing_{launcher}_{fails.replace(':', '_')}"
-    environment = world.environment | MPIRUN_ENVIRONMENT | dict([mark.split("=")], AKI_TEST_FAILS=fails)
-    flags = [*world.sft_flags(folder.name, steps=50), "--train.global_batch_size", str(2 * ranks)]
+    folder = demo.folder / f"failing_{launcher}_{fails.replace(':', '_')}"
+    environment = demo.environment | MPIRUN_ENVIRONMENT | dict([mark.split("=")], AKI_TEST_FAILS=fails)
+    flags = [*demo.sft_flags(folder.name, steps=50), "--train.global_batch_size", str(2 * ranks)]
     command = launcher_command(launcher, ranks)
-    result = World(world.folder, environment).run(*command, FAILING_SFT, *flags, ok=False)
+    result = DemoWorkspace(demo.folder, environment).run(*command, FAILING_SFT, *flags, ok=False)
     ended = time.time()
 
     assert processes_with(mark) == [], "processes left behind"
-    said = re.findall(r"^error.*", result.stderr, flags=re.MULTILINE)
+    errors = re.findall(r"^error.*", result.stderr, flags=re.MULTILINE)
     rank = int(fails[0])
-    assert len(said) == 1 and said[0].startswith(f"error on rank {rank}: "), result.stderr
+    assert len(errors) == 1 and errors[0].startswith(f"error on rank {rank}: "), result.stderr
     log = folder / f"logs/rank_{rank}.log"
     assert f"\n  log of rank {rank}: {log}\n" in result.stderr
     assert result.returncode != 0
@@ -51,11 +51,11 @@ def run_failing(world: World, launcher: str, ranks: int, fails: str) -> Ending:
     last = [line["step"] for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
     assert last == list(range(1, STEP))
     failed = max(cause["time"], log.stat().st_mtime)
-    return Ending(result.returncode, said[0], log, ended - failed)
+    return Ending(result.returncode, errors[0], log, ended - failed)
 
 
 def processes_with(mark: str) -> list[int]:
-    """Processes that have ``mark`` in their environment."""
+    """Return the processes that have ``mark`` in their environment."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
@@ -67,18 +67,18 @@ def processes_with(mark: str) -> list[int]:
 
 
 @pytest.mark.parametrize(("launcher", "ranks", "rank"), [("torchrun", 2, 1), ("deepspeed", 2, 0), ("mpirun", 2, 1)])
-def test_an_unexpected_error_of_one_rank(world: World, launcher: str, ranks: int, rank: int) -> None:
-    ending = run_failing(world, launcher, ranks, f"{rank}:{STEP}:raise")
+def test_an_unexpected_error_of_one_rank(demo: DemoWorkspace, launcher: str, ranks: int, rank: int) -> None:
+    ending = run_failing(demo, launcher, ranks, f"{rank}:{STEP}:raise")
     assert ending.error == f"error on rank {rank}: ArithmeticError: the answer is 43"
     assert ending.code == 1
-    assert ending.seconds_after_failure < LONGEST_SECONDS
+    assert ending.seconds_after_failure < MAX_SECONDS
     log = ending.log.read_text()
     assert "Traceback" in log and "failing_sft.py" in log and "step 2 loss" in log
 
 
 @pytest.mark.parametrize(("launcher", "ranks", "rank"), [("torchrun", 3, 1), ("deepspeed", 2, 1), ("mpirun", 2, 0)])
-def test_a_killed_rank(world: World, launcher: str, ranks: int, rank: int) -> None:
-    ending = run_failing(world, launcher, ranks, f"{rank}:{STEP}:kill")
-    assert "ended without a word" in ending.error
-    assert ending.seconds_after_failure < LONGEST_SECONDS
+def test_a_killed_rank(demo: DemoWorkspace, launcher: str, ranks: int, rank: int) -> None:
+    ending = run_failing(demo, launcher, ranks, f"{rank}:{STEP}:kill")
+    assert "ended without an error message" in ending.error
+    assert ending.seconds_after_failure < MAX_SECONDS
     assert "step 2 loss" in ending.log.read_text()

@@ -1,28 +1,29 @@
-"""Parameter groups and the learning-rate curve of the papers' code."""
+"""Parameter groups, the learning-rate schedule of the official release, gradient norm and clipping."""
 
 import pytest
 import torch
 from torch import nn
 
+from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
 from aki_megatron.engine.norm import clip_factor, squared_norm
 from aki_megatron.engine.optimizer import adamw, learning_rate, parameter_groups
-from aki_megatron.model.split import split_of
+from aki_megatron.model.sharding import shard_spec
 from aki_megatron.model.stage import build_model, build_stage
 
 SFT = {"lr": 2e-5, "min_lr": 1e-6, "warmup_steps": 150, "steps": 10_000}
 
 
 @pytest.mark.parametrize(("step", "rate"), [(0, 1e-6), (75, 1.05e-5), (150, 2e-5), (5075, 1.05e-5), (10_000, 1e-6)])
-def test_fine_tuning_curve(step, rate):
+def test_fine_tuning_schedule(step, rate):
     assert learning_rate(step, **SFT) == pytest.approx(rate, rel=1e-9)
 
 
-def test_curve_stays_at_the_minimum_past_the_end():
+def test_schedule_stays_at_the_minimum_past_the_end():
     assert learning_rate(12_000, **SFT) == SFT["min_lr"]
 
 
-def test_curve_without_warmup_starts_at_the_top():
+def test_schedule_without_warmup_starts_at_the_maximum():
     assert learning_rate(0, lr=1.0, min_lr=0.1, warmup_steps=0, steps=10) == 1.0
 
 
@@ -52,11 +53,11 @@ def names_of(stage, group):
     return {named[id(parameter)] for parameter in group["params"]}
 
 
-TABLES = {"front.embedding.table.weight", "front.embedding.extra"}
+TABLES = {"input_embedder.token_embedding.base.weight", "input_embedder.token_embedding.added_tokens"}
 
 
 def test_all_but_the_embedding_tables_decay():
-    model = build_model(model_config(), rule="mma")
+    model = build_model(model_config(), attention=AttentionConfig(rule="mma"))
     groups = parameter_groups(model, 0.1)
     kept = [group for group in groups if group["weight_decay"] == 0.0]
     assert set.union(*(names_of(model, group) for group in kept)) == TABLES
@@ -65,27 +66,35 @@ def test_all_but_the_embedding_tables_decay():
     assert sorted(name for group in groups for name in names_of(model, group)) == sorted(trained)
 
 
-def test_parameters_of_a_group_are_split_alike():
-    model = build_model(model_config(), rule="mma")
+def test_parameters_of_a_group_agree_on_sharding():
+    model = build_model(model_config(), attention=AttentionConfig(rule="mma"))
     for group in parameter_groups(model, 0.1):
-        assert {split_of(name, model.config.decoder) is not None for name in names_of(model, group)} == {group["split"]}
+        assert {shard_spec(name, model.config.decoder) is not None for name in names_of(model, group)} == {
+            group["tensor_sharded"]
+        }
         assert not group["tied"]
 
 
-def test_tied_tables_have_the_same_groups_of_their_own_on_the_first_and_the_last_stage():
+def test_tied_tables_have_the_same_separate_groups_on_the_first_and_the_last_stage():
     config = model_config(tie_word_embeddings=True)
-    first, last = build_stage(config, [0], rule="mma"), build_stage(config, [2], rule="mma")
+    first, last = (
+        build_stage(config, [0], attention=AttentionConfig(rule="mma")),
+        build_stage(config, [2], attention=AttentionConfig(rule="mma")),
+    )
     tied = [[group for group in parameter_groups(stage, 0.1) if group["tied"]] for stage in (first, last)]
     assert [[tuple(p.shape for p in group["params"]) for group in groups] for groups in tied] == [
         [((2, 24),), ((40, 24),)]
     ] * 2
     assert all(group["weight_decay"] == 0.0 for groups in tied for group in groups)
     assert set.union(*(names_of(first, group) for group in tied[0])) == TABLES
-    assert not any(group["tied"] for group in parameter_groups(build_stage(config, [1], rule="mma"), 0.1))
+    assert not any(
+        group["tied"]
+        for group in parameter_groups(build_stage(config, [1], attention=AttentionConfig(rule="mma")), 0.1)
+    )
 
 
 def test_empty_groups_are_left_out():
-    middle = build_stage(model_config(), [1], rule="mma")
+    middle = build_stage(model_config(), [1], attention=AttentionConfig(rule="mma"))
     assert len(adamw(middle, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8).param_groups) == 2
 
 

@@ -1,15 +1,15 @@
-"""What DeepSpeed is told, and what is refused before it is asked."""
+"""DeepSpeed's settings, and what is refused before it is called."""
 
 import pytest
 
 from aki_megatron.engine import zero_stage
 from aki_megatron.engine.settings import deepspeed_settings
-from aki_megatron.engine.zero_state import partitions_of
+from aki_megatron.engine.zero_state import build_zero_state
 from aki_megatron.errors import ConfigError
 
 
 def settings(**user):
-    return deepspeed_settings(user, zero_stage=3, precision="bf16", ranks=2)
+    return deepspeed_settings(user, zero_stage=3, precision="bf16", num_ranks=2)
 
 
 def test_the_run_decides_over_the_file_and_the_file_over_defaults():
@@ -32,7 +32,7 @@ def test_bf16_keeps_fp32_gradients():
     assert found["communication_data_type"] == "fp32"
 
 
-def test_state_in_the_hosts_memory_is_updated_by_torch():
+def test_state_in_host_memory_is_updated_by_torch():
     found = settings(zero_optimization={"offload_optimizer": {"device": "cpu", "pin_memory": False}})
     assert found["zero_force_ds_cpu_optimizer"] is False
     assert found["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
@@ -42,7 +42,7 @@ def test_state_in_the_hosts_memory_is_updated_by_torch():
 def test_the_norm_that_offloading_needs_stays_on():
     offload = {"offload_optimizer": {"device": "cpu"}}
     for user, wanted in ((offload, None), ({}, False)):
-        found = deepspeed_settings({"zero_optimization": user}, zero_stage=2, precision="fp32", ranks=1)
+        found = deepspeed_settings({"zero_optimization": user}, zero_stage=2, precision="fp32", num_ranks=1)
         assert found["zero_optimization"].get("compute_grad_norm") is wanted
 
 
@@ -62,19 +62,19 @@ def test_the_norm_that_offloading_needs_stays_on():
 )
 def test_other_offloading_is_refused(zero_stage, section, message):
     with pytest.raises(ConfigError, match=message):
-        deepspeed_settings({"zero_optimization": section}, zero_stage=zero_stage, precision="bf16", ranks=1)
+        deepspeed_settings({"zero_optimization": section}, zero_stage=zero_stage, precision="bf16", num_ranks=1)
 
 
-def test_a_version_that_is_not_proven_is_refused(monkeypatch):
+def test_a_version_that_is_not_tested_is_refused(monkeypatch):
     monkeypatch.setattr(zero_stage, "version", lambda _: "0.99.0")
-    with pytest.raises(ConfigError, match="deepspeed 0.99.0 is installed; the engine is proven with 0.19.8.*==0.19.8"):
+    with pytest.raises(ConfigError, match="deepspeed 0.99.0 is installed; the engine is tested with 0.19.8.*==0.19.8"):
         zero_stage._deepspeed()
 
 
 class SomeOptimizer:
-    """Of a class that nobody has proven."""
+    """An optimizer class that is not tested."""
 
 
-def test_an_optimizer_of_deepspeeds_that_is_not_proven_is_refused():
-    with pytest.raises(ConfigError, match="its optimizer SomeOptimizer; proven are BF16_Optimizer, DeepSpeedZeroOpt"):
-        partitions_of(SomeOptimizer(), [])
+def test_an_optimizer_of_deepspeeds_that_is_not_tested_is_refused():
+    with pytest.raises(ConfigError, match="its optimizer SomeOptimizer; tested are BF16_Optimizer, DeepSpeedZeroOpt"):
+        build_zero_state(SomeOptimizer(), [])

@@ -1,11 +1,12 @@
-"""Generation equals recomputing everything for every token, row by row."""
+"""Batched generation with a KV cache equals recomputing each sequence by itself for every token."""
 
 import pytest
 import torch
 from torch import Tensor
 
+from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
-from aki_megatron.evaluate.generate import Continuation, generate
+from aki_megatron.evaluate.generate import GenerationState, generate
 from aki_megatron.model.stage import Stage, build_model
 from aki_megatron.types import IGNORE, NO_SEGMENT, Batch, Modality, stack_ids
 
@@ -44,15 +45,15 @@ def model(rule: str = "mma", rope: RopeConfig | None = None, num_kv_heads: int =
         ),
     )
     torch.manual_seed(0)
-    made = build_model(config, rule=rule).double()
+    built = build_model(config, attention=AttentionConfig(rule=rule)).double()
     with torch.no_grad():
-        for tensor in made.parameters():
+        for tensor in built.parameters():
             tensor.add_(torch.randn_like(tensor) * 0.2)
-    return made
+    return built
 
 
 def prompt(length: int, image_at: int | None) -> tuple[list[int], list[int]]:
-    """Token and modality ids of a prompt, an image of LATENTS places at ``image_at``."""
+    """Token and modality ids of a prompt, with an image of LATENTS positions at ``image_at``."""
     tokens, modality = torch.randint(0, 40, (length,)).tolist(), [int(Modality.TEXT)] * length
     if image_at is not None:
         tokens[image_at:image_at] = [IMAGE_TOKEN] * LATENTS
@@ -60,79 +61,79 @@ def prompt(length: int, image_at: int | None) -> tuple[list[int], list[int]]:
     return tokens, modality
 
 
-def batch(rows: list[tuple[list[int], list[int]]], pixels: Tensor) -> Batch:
-    width = max(len(tokens) for tokens, _ in rows)
+def batch(sequences: list[tuple[list[int], list[int]]], pixels: Tensor) -> Batch:
+    longest = max(len(tokens) for tokens, _ in sequences)
 
-    def padded(values: list[int], filler: int) -> list[int]:
-        return values + [filler] * (width - len(values))
+    def padded(values: list[int], value: int) -> list[int]:
+        return values + [value] * (longest - len(values))
 
     return Batch(
-        torch.tensor([padded(tokens, 39) for tokens, _ in rows]),
-        torch.tensor([padded(modality, Modality.PAD) for _, modality in rows], dtype=torch.int8),
-        torch.tensor([padded([0] * len(tokens), NO_SEGMENT) for tokens, _ in rows], dtype=torch.int32),
-        torch.tensor([padded(list(range(len(tokens))), 0) for tokens, _ in rows], dtype=torch.int32),
-        torch.full((len(rows), width), IGNORE),
+        torch.tensor([padded(tokens, 39) for tokens, _ in sequences]),
+        torch.tensor([padded(modality, Modality.PAD) for _, modality in sequences], dtype=torch.int8),
+        torch.tensor([padded([0] * len(tokens), NO_SEGMENT) for tokens, _ in sequences], dtype=torch.int32),
+        torch.tensor([padded(list(range(len(tokens))), 0) for tokens, _ in sequences], dtype=torch.int32),
+        torch.full((len(sequences), longest), IGNORE),
         pixels,
     )
 
 
-def recomputed(stage: Stage, row: tuple[list[int], list[int]], pixels: Tensor, new_tokens: int) -> list[int]:
-    """One row, no cache, no padding: the whole sequence again for every token."""
-    tokens, modality = list(row[0]), list(row[1])
+def recomputed(stage: Stage, sequence: tuple[list[int], list[int]], pixels: Tensor, new_tokens: int) -> list[int]:
+    """Generate for one sequence without cache and padding: a full forward pass for every token."""
+    tokens, modality = list(sequence[0]), list(sequence[1])
     for _ in range(new_tokens):
-        given = batch([(tokens, modality)], pixels)
+        so_far = batch([(tokens, modality)], pixels)
         with torch.no_grad():
-            logits = stage.logits(given.token_ids, stack_ids(given), given.pixels)
+            logits = stage.logits(so_far.token_ids, stack_ids(so_far), so_far.pixels)
         tokens.append(int(logits[0, -1].argmax()))
         modality.append(int(Modality.RESPONSE))
-    return tokens[len(row[0]) :]
+    return tokens[len(sequence[0]) :]
 
 
-ROWS = [(9, 3), (4, None), (12, 1), (1, None), (6, 6)]
-"""Prompt lengths and where their image is."""
+PROMPTS = [(9, 3), (4, None), (12, 1), (1, None), (6, 6)]
+"""Length of the prompt's text and index of its image."""
 
 
-@pytest.mark.parametrize("rule", ["causal", "mma"])
+@pytest.mark.parametrize("rule", ["causal", "mma", "cca"])
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
-def test_equals_recomputation_row_by_row(rule: str, num_kv_heads: int) -> None:
+def test_equals_recomputation_of_each_sequence(rule: str, num_kv_heads: int) -> None:
     stage = model(rule, num_kv_heads=num_kv_heads)
     torch.manual_seed(1)
-    rows = [prompt(length, at) for length, at in ROWS]
+    sequences = [prompt(length, at) for length, at in PROMPTS]
     pixels = torch.randn(3, 3, 12, 12, dtype=torch.float64)
     images = iter(pixels)
-    alone = [next(images)[None] if at is not None else pixels[:0] for _, at in ROWS]
-    expected = [recomputed(stage, row, image, 8) for row, image in zip(rows, alone, strict=True)]
-    assert generate(stage, batch(rows, pixels), stop_ids=(), max_new_tokens=8) == expected
-    assert len({tuple(answer) for answer in expected}) == len(ROWS)
+    own_pixels = [next(images)[None] if at is not None else pixels[:0] for _, at in PROMPTS]
+    expected = [recomputed(stage, sequence, image, 8) for sequence, image in zip(sequences, own_pixels, strict=True)]
+    assert generate(stage, batch(sequences, pixels), stop_ids=(), max_new_tokens=8) == expected
+    assert len({tuple(generated) for generated in expected}) == len(PROMPTS)
 
 
 def test_the_rule_reaches_generation() -> None:
-    """The negative twin: under another rule the first new token's logits differ for a row with an image."""
+    """Under another rule the first new token's logits differ for a prompt with an image."""
     torch.manual_seed(1)
     given = batch([prompt(9, 3)], torch.randn(1, 3, 12, 12, dtype=torch.float64))
-    causal, mutual = (Continuation(model(rule), given, 1).start() for rule in ("causal", "mma"))
+    causal, mutual = (GenerationState(model(rule), given, 1).prefill() for rule in ("causal", "mma"))
     assert (causal - mutual)[:, :42].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("lengths", [(10, 4), (16, 15), (17, 3)])
-def test_longrope_is_recomputed_where_a_row_outgrows_its_short_factors(lengths: tuple[int, int]) -> None:
+def test_longrope_is_recomputed_when_a_sequence_outgrows_its_short_factors(lengths: tuple[int, int]) -> None:
     stage = model(rope=LONGROPE)
     torch.manual_seed(1)
-    rows = [prompt(length, None) for length in lengths]
+    sequences = [prompt(length, None) for length in lengths]
     none = torch.zeros(0, 3, 12, 12, dtype=torch.float64)
-    expected = [recomputed(stage, row, none, 9) for row in rows]
-    assert generate(stage, batch(rows, none), stop_ids=(), max_new_tokens=9) == expected
+    expected = [recomputed(stage, sequence, none, 9) for sequence in sequences]
+    assert generate(stage, batch(sequences, none), stop_ids=(), max_new_tokens=9) == expected
 
 
-def test_a_row_ends_before_its_stop_id_and_others_go_on() -> None:
+def test_a_sequence_ends_before_its_stop_id_and_others_continue() -> None:
     stage = model()
     torch.manual_seed(2)
     given = batch([prompt(9, 3), prompt(5, None)], torch.randn(1, 3, 12, 12, dtype=torch.float64))
     first, second = generate(stage, given, stop_ids=(), max_new_tokens=10)
     stop = next(token for token in first[1:] if token not in second)
-    cut, whole = generate(stage, given, stop_ids={stop}, max_new_tokens=10)
-    assert cut == first[: first.index(stop)]
-    assert whole == second
+    stopped, continued = generate(stage, given, stop_ids={stop}, max_new_tokens=10)
+    assert stopped == first[: first.index(stop)]
+    assert continued == second
     assert generate(stage, given, stop_ids={first[0], second[0]}, max_new_tokens=10) == [[], []]
     assert generate(stage, given, stop_ids=(), max_new_tokens=0) == [[], []]
 
@@ -142,9 +143,9 @@ def test_step_logits_equal_one_pass_over_the_whole_text() -> None:
     torch.manual_seed(3)
     tokens, modality = prompt(7, 2)
     pixels = torch.randn(1, 3, 12, 12, dtype=torch.float64)
-    text = Continuation(stage, batch([(tokens, modality)], pixels), 6)
-    steps, chosen = [text.start()], torch.randint(0, 42, (6,))
-    steps += [text.extend(token[None]) for token in chosen]
+    state = GenerationState(stage, batch([(tokens, modality)], pixels), 6)
+    steps, chosen = [state.prefill()], torch.randint(0, 42, (6,))
+    steps += [state.decode_step(token[None]) for token in chosen]
     whole = batch([(tokens + chosen.tolist(), modality + [int(Modality.RESPONSE)] * 6)], pixels)
     with torch.no_grad():
         expected = stage.logits(whole.token_ids, stack_ids(whole), whole.pixels)[0, len(tokens) - 1 :]
@@ -154,11 +155,11 @@ def test_step_logits_equal_one_pass_over_the_whole_text() -> None:
 def test_prompts_that_cannot_be_continued_are_refused() -> None:
     stage = model()
     given = batch([prompt(5, None), prompt(5, None)], torch.zeros(0, 3, 12, 12))
-    for row, place, segment in ((1, 3, 1), (1, 0, NO_SEGMENT)):
+    for sequence, position, segment in ((1, 3, 1), (1, 0, NO_SEGMENT)):
         segment_ids = given.segment_ids.clone()
-        segment_ids[row, place] = segment
+        segment_ids[sequence, position] = segment
         packed = Batch(
             given.token_ids, given.modality_ids, segment_ids, given.position_ids, given.targets, given.pixels
         )
-        with pytest.raises(ValueError, match="row 1 is not"):
+        with pytest.raises(ValueError, match="sequence 1 is not"):
             generate(stage, packed, stop_ids=(), max_new_tokens=2)

@@ -1,4 +1,4 @@
-"""A folder of golden numbers is verified: one line per case, other sizes and ids, and folders that are wrong."""
+"""Folders of golden values are verified: one line per case, other sizes and ids, and wrong folders."""
 
 import json
 from collections.abc import Callable
@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aki_megatron.checkpoint.official import official_names
+from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
 from aki_megatron.errors import CheckpointError
 from aki_megatron.evaluate.golden import verify_golden
-from aki_megatron.evaluate.golden_files import Golden
+from aki_megatron.evaluate.golden_files import GoldenFolder
 from aki_megatron.model.stage import build_model
-from aki_megatron.types import IGNORE, Modality
+from aki_megatron.types import IGNORE, NO_SEGMENT, Modality, StackedIds
 
 OFFICIAL = Path(__file__).parents[1] / "golden" / "official_aki"
 PAD, ASSISTANT, IMAGE = 49, 40, 50
@@ -48,7 +49,7 @@ CONFIG = ModelConfig(
 )
 
 
-def describe(config: ModelConfig) -> dict[str, Any]:
+def config_json(config: ModelConfig) -> dict[str, Any]:
     """config.json of a folder of this model."""
     vision, resampler, decoder = config.vision, config.resampler, config.decoder
     return {
@@ -96,14 +97,14 @@ def describe(config: ModelConfig) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of a model of other sizes and ids, with one case: a padded row with an image before one without."""
+    """A folder of a model of other sizes and ids, with one case: a padded sequence with an image, then one without."""
     folder = tmp_path_factory.mktemp("golden")
-    model = build_model(CONFIG, rule="mma", seed=3)
+    model = build_model(CONFIG, attention=AttentionConfig(rule="mma"), seed=3)
     names = official_names(CONFIG)
     save_file(
         {names[name][0]: tensor.detach() for name, tensor in model.named_parameters()}, folder / "weights.safetensors"
     )
-    (folder / "config.json").write_text(json.dumps(describe(CONFIG)))
+    (folder / "config.json").write_text(json.dumps(config_json(CONFIG)))
     torch.manual_seed(0)
     text, image, response, pad = (
         int(kind) for kind in (Modality.TEXT, Modality.IMAGE, Modality.RESPONSE, Modality.PAD)
@@ -113,11 +114,10 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [[text, *[image] * 4, text, text, text, response, response, pad], [*[text] * 5, *[response] * 3, *[pad] * 3]]
     )
     tokens = torch.tensor([[3, *[IMAGE] * 4, 7, 8, ASSISTANT, 9, 10, PAD], [*given[1].tolist(), *[PAD] * 3]])
-    ids = torch.stack(
-        [kinds, torch.zeros_like(kinds), torch.arange(11).expand(2, 11), torch.full_like(kinds, IGNORE)], dim=-1
-    ).int()
-    ids[1, 8:, 1] = -1
-    pixels = torch.randn(2, 1, 1, 3, 20, 20)  # the second row's is not used
+    segments = torch.where(kinds == pad, NO_SEGMENT, 0)
+    segments[0] = 0
+    ids = StackedIds.stack(kinds, segments, torch.arange(11).expand(2, 11), torch.full_like(kinds, IGNORE))
+    pixels = torch.randn(2, 1, 1, 3, 20, 20)  # the second sequence's is not used
     with torch.no_grad():
         logits = model.logits(tokens, ids, pixels[0, 0])[kinds != pad]
     cases = {
@@ -154,14 +154,14 @@ def test_the_official_folder_is_reproduced_a_line_per_case() -> None:
 
 
 def test_a_folder_of_other_sizes_and_ids(other: Path) -> None:
-    assert Golden(other).config == CONFIG
+    assert GoldenFolder(other).config == CONFIG
     lines: list[str] = []
     assert verify_golden(other, lines.append)
     assert len(lines) == 2 and lines[0].startswith("mine: ok  valid equal, spans equal, logits ")
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "said"),
+    ("name", "change", "message"),
     [
         ("logits", lambda logits: logits + 6e-4, "logits 6.0e-04 ABOVE 5e-04"),
         ("logits", lambda logits: logits * float("nan"), "logits nan ABOVE"),
@@ -170,7 +170,7 @@ def test_a_folder_of_other_sizes_and_ids(other: Path) -> None:
     ],
 )
 def test_a_number_that_is_not_reproduced(
-    name: str, change: Callable[[Tensor], Tensor], said: str, other: Path, tmp_path: Path
+    name: str, change: Callable[[Tensor], Tensor], message: str, other: Path, tmp_path: Path
 ) -> None:
     lines: list[str] = []
 
@@ -178,12 +178,12 @@ def test_a_number_that_is_not_reproduced(
         records[f"mine/{name}"] = change(records[f"mine/{name}"]).contiguous()
 
     assert not verify_golden(changed(other, tmp_path, apply), lines.append)
-    assert lines[0].startswith("mine: FAILED  ") and said in lines[0]
+    assert lines[0].startswith("mine: FAILED  ") and message in lines[0]
     assert lines[1] == "0 of 1 cases reproduced"
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda records: records.pop("mine/input_ids"), "mine/input_ids or logit_columns is missing"),
         (lambda records: records.update({"mine/colour": torch.zeros(1)}), "Not known how to compute colour; known"),
@@ -195,34 +195,38 @@ def test_a_number_that_is_not_reproduced(
     ],
 )
 def test_records_that_prove_nothing_are_refused(
-    change: Callable[[dict[str, Tensor]], Any], said: str, other: Path, tmp_path: Path
+    change: Callable[[dict[str, Tensor]], Any], message: str, other: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         verify_golden(changed(other, tmp_path, change), print)
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "said"),
+    ("file", "content", "message"),
     [
-        ("cases.safetensors", None, "no folder of golden numbers: cases.safetensors missing"),
+        ("cases.safetensors", None, "no folder of golden values: cases.safetensors missing"),
         ("cases.safetensors", "text", "cases.safetensors is not readable"),
         ("weights.safetensors", "text", "weights.safetensors is not a readable safetensors file"),
         ("config.json", "{", "config.json is not JSON"),
-        ("config.json", json.dumps(describe(CONFIG) | {"vision": {}}), "config.json does not say .*_size"),
-        ("config.json", json.dumps(describe(CONFIG) | {"output_vocab": 51}), "other shape: lang_model.*additional"),
+        ("config.json", json.dumps(config_json(CONFIG) | {"vision": {}}), "config.json is incomplete .*_size"),
         (
             "config.json",
-            json.dumps(describe(CONFIG) | {"lang": {"architecture": "LlamaForCausalLM"}}),
+            json.dumps(config_json(CONFIG) | {"output_vocab": 51}),
+            "shape mismatch: lang_model.*additional",
+        ),
+        (
+            "config.json",
+            json.dumps(config_json(CONFIG) | {"lang": {"architecture": "LlamaForCausalLM"}}),
             "the official release is a Phi3ForCausalLM",
         ),
     ],
 )
 def test_a_folder_of_another_form_is_refused(
-    file: str, content: str | None, said: str, other: Path, tmp_path: Path
+    file: str, content: str | None, message: str, other: Path, tmp_path: Path
 ) -> None:
     folder = changed(other, tmp_path, lambda records: None)
     (folder / file).unlink()
     if content is not None:
         (folder / file).write_text(content)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         verify_golden(folder, print)

@@ -4,19 +4,20 @@ from typing import Any
 
 import pytest
 
-from aki_megatron.config.model import PHI35_MINI_ROPE, DecoderConfig, RopeConfig, VisionConfig
+from aki_megatron.config.model import DecoderConfig, RopeConfig, VisionConfig
 from aki_megatron.errors import ConfigError
+from aki_megatron.families.phi3 import PHI35_MINI_ROPE
 
 
 def test_default_decoder_is_phi_35_mini() -> None:
     decoder = DecoderConfig()
-    assert decoder.rope == PHI35_MINI_ROPE
+    assert decoder.rope == RopeConfig(**PHI35_MINI_ROPE)
     assert decoder.head_dim == 96
     assert len(decoder.rope.short_factor) == len(decoder.rope.long_factor) == 48
     for factors, ends in ((decoder.rope.short_factor, (1.0, 2.84)), (decoder.rope.long_factor, (1.08, 64.84))):
         assert list(factors) == sorted(factors)
         assert (factors[0], factors[-1]) == pytest.approx(ends, rel=1e-6)
-    assert VisionConfig().patches == 729
+    assert VisionConfig().num_patches == 729
 
 
 @pytest.mark.parametrize(
@@ -26,7 +27,7 @@ def test_default_decoder_is_phi_35_mini() -> None:
         ({"num_kv_heads": 5}, "num_heads=4 cannot be divided into model.decoder.num_kv_heads=5"),
         ({"hidden_size": 12}, "= 3 must be even"),
         ({"vocab_size": 63}, "vocab_size . num_added_tokens = 65 exceeds padded_vocab_size=64"),
-        ({"rope": PHI35_MINI_ROPE}, "short_factor has 48 values, a head width of 8 needs 4.*kind: default"),
+        ({"rope": RopeConfig(**PHI35_MINI_ROPE)}, "short_factor has 48 values, head_dim=8 needs 4.*rope_type: default"),
     ],
 )
 def test_decoder(changed: dict[str, Any], named: str) -> None:
@@ -44,7 +45,7 @@ def test_decoder(changed: dict[str, Any], named: str) -> None:
 
 
 def test_rope() -> None:
-    with pytest.raises(ConfigError, match="kind=default, which uses none"):
+    with pytest.raises(ConfigError, match="rope_type=default, which uses none"):
         RopeConfig(short_factor=(1.0,))
     with pytest.raises(ConfigError, match="original_max_position_embeddings=9000"):
         RopeConfig(rope_type="longrope", original_max_position_embeddings=9000)
@@ -53,5 +54,5 @@ def test_rope() -> None:
 def test_vision() -> None:
     with pytest.raises(ConfigError, match="hidden_size=30 cannot be divided into model.vision.num_heads=4"):
         VisionConfig(hidden_size=30, num_heads=4)
-    with pytest.raises(ConfigError, match="image_size=8 holds no patch of patch_size=14"):
+    with pytest.raises(ConfigError, match="image_size=8 is smaller than one patch, patch_size=14"):
         VisionConfig(image_size=8)

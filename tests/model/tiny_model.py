@@ -28,9 +28,9 @@ def tiny(**decoder: object) -> ModelConfig:
 
 
 def fine_tuning_batch(*, images: bool = True, supervised: bool = True) -> Batch:
-    """Three rows: image + question + answer, text only, image + longer answer; right padded."""
+    """Three sequences: image + question + answer, text only, image + longer answer; padded on the right."""
     generator = torch.Generator().manual_seed(0)
-    rows = []
+    sequences = []
     for prompt, answer, has_image in ((6, 3, True), (8, 5, False), (5, 6, True)):
         length = prompt + answer
         tokens = torch.randint(0, 39, (length,), generator=generator).tolist()
@@ -40,11 +40,11 @@ def fine_tuning_batch(*, images: bool = True, supervised: bool = True) -> Batch:
             tokens[2:2] = [IMAGE_TOKEN] * LATENTS
             modality[2:2] = [int(Modality.IMAGE)] * LATENTS
             targets[2:2] = [IGNORE] * LATENTS
-        rows.append((tokens, modality, [0] * len(tokens), list(range(len(tokens))), targets))
-    width = max(len(row[0]) for row in rows) + 1
+        sequences.append((tokens, modality, [0] * len(tokens), list(range(len(tokens))), targets))
+    padded_length = max(len(sequence[0]) for sequence in sequences) + 1
     fillers = (PAD_TOKEN, int(Modality.PAD), NO_SEGMENT, 0, IGNORE)
     columns = [
-        torch.tensor([row[index] + [filler] * (width - len(row[index])) for row in rows])
+        torch.tensor([sequence[index] + [filler] * (padded_length - len(sequence[index])) for sequence in sequences])
         for index, filler in enumerate(fillers)
     ]
     if not supervised:

@@ -132,16 +132,19 @@ def test_mpirun_on_several_machines_agrees_on_a_master_over_mpi():
     alone = {name: value for name, value in MPIRUN.items() if not name.startswith("MASTER")}
     asked = []
 
-    def agree(world_size):
+    def find_master(world_size):
         asked.append(world_size)
         return "gpu07", 4321
 
-    found = discover_launch(alone, agree=agree)
+    found = discover_launch(alone, find_master=find_master)
     assert (found.master_address, found.master_port) == ("gpu07", 4321)
-    assert discover_launch(alone | {"MASTER_PORT": "99"}, agree=agree).master_port == 99
+    assert discover_launch(alone | {"MASTER_PORT": "99"}, find_master=find_master).master_port == 99
     assert asked == [4, 4]
-    assert discover_launch(MPIRUN, agree=agree).master_address == "gpu01", "what a user sets is taken"
-    assert discover_launch(alone | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, agree=agree).master_address == "127.0.0.1"
+    assert discover_launch(MPIRUN, find_master=find_master).master_address == "gpu01", "what a user sets is taken"
+    assert (
+        discover_launch(alone | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, find_master=find_master).master_address
+        == "127.0.0.1"
+    )
     assert asked == [4, 4]
 
 

@@ -1,4 +1,4 @@
-"""The door to megatron-core: the loss over a cut vocabulary, summed gradients, what is imported and what refused."""
+"""Adapter of megatron-core: vocab-parallel loss, summed gradients, lazy import, refused versions."""
 
 import subprocess
 import sys
@@ -10,15 +10,17 @@ from torch import Tensor
 
 from aki_megatron.errors import ConfigError
 from aki_megatron.model.loss import token_loss_sum
-from aki_megatron.model.split import Split, cut
+from aki_megatron.model.sharding import ShardSpec, shard_tensor
 from aki_megatron.parallel import megatron
 from aki_megatron.parallel.megatron import TensorParallelLinears, build_linears
 from aki_megatron.parallel.topology import Topology
 
 
-def loss_alone(topology: Topology, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, bool]:
+def vocab_parallel_loss(topology: Topology, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, bool]:
     linears = build_linears(topology)
-    mine = cut(logits, Split(1, (logits.shape[1],)), topology.tensor_rank, topology.tensor).to(topology.device)
+    mine = shard_tensor(logits, ShardSpec(1, (logits.shape[1],)), topology.tensor_rank, topology.tensor).to(
+        topology.device
+    )
     mine = mine.contiguous().requires_grad_()
     before = mine.detach().clone()
     loss = linears.loss_sum(mine, targets.to(topology.device))
@@ -27,17 +29,17 @@ def loss_alone(topology: Topology, logits: Tensor, targets: Tensor) -> tuple[Ten
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("rows", [0, 1, 7])
-def test_loss_with_columns_that_no_token_uses(run_on, rows, dtype):
-    draw = torch.Generator().manual_seed(rows)
-    logits = 30 * torch.randn(rows, 16, generator=draw)
-    logits[:, 11:] = -torch.inf  # all words of the last of four ranks and some of the third
+@pytest.mark.parametrize("num_positions", [0, 1, 7])
+def test_loss_with_padding_columns(run_on, num_positions, dtype):
+    draw = torch.Generator().manual_seed(num_positions)
+    logits = 30 * torch.randn(num_positions, 16, generator=draw)
+    logits[:, 11:] = -torch.inf  # the whole range of the last of four ranks and part of the third's
     logits = logits.to(dtype)
-    targets = torch.randint(0, 11, (rows,), generator=draw)
+    targets = torch.randint(0, 11, (num_positions,), generator=draw)
     plain = logits.clone().requires_grad_()
     wanted = token_loss_sum(plain, targets)
     (3 * wanted).backward()
-    for rank, (loss, gradient, untouched) in enumerate(run_on(4, loss_alone, logits, targets, tensor=4)):
+    for rank, (loss, gradient, untouched) in enumerate(run_on(4, vocab_parallel_loss, logits, targets, tensor=4)):
         assert loss.dtype == wanted.dtype
         assert gradient.dtype == dtype
         torch.testing.assert_close(loss, wanted.detach(), rtol=1e-6, atol=1e-6)
@@ -45,27 +47,27 @@ def test_loss_with_columns_that_no_token_uses(run_on, rows, dtype):
         assert untouched
 
 
-def gradients_of_shared(topology: Topology) -> list[Tensor]:
-    """Of gradients that are one number expanded, transposed, and held by another tensor too."""
+def gradients_of_copied(topology: Topology) -> list[Tensor]:
+    """Gradients that are an expanded scalar, transposed, and shared with another tensor."""
     linears, found = build_linears(topology), []
     scale = topology.tensor_rank + 1.0
     x, other = (torch.zeros(2, 3, device=topology.device, requires_grad=True) for _ in range(2))
     table = torch.arange(6.0, device=topology.device).view(3, 2)
     for use in (lambda y: y.sum(), lambda y: (y.t() * table).sum(), lambda y: ((y + other) * table.t()).sum()):
         x.grad = None
-        (scale * use(linears.shared(x))).backward()
+        (scale * use(linears.copy_to_tensor_parallel_region(x))).backward()
         found.append(x.grad.cpu())
     return [*found, other.grad.cpu() / scale]
 
 
-def test_gradients_of_what_is_shared_are_summed_whatever_their_strides(run_on):
+def test_gradients_of_copied_tensors_are_summed_whatever_their_strides(run_on):
     table = torch.arange(6.0).view(3, 2).t()
-    for found in run_on(2, gradients_of_shared, tensor=2):
+    for found in run_on(2, gradients_of_copied, tensor=2):
         for got, want in zip(found, [torch.full((2, 3), 3.0), 3 * table, 3 * table, table], strict=True):
             assert torch.equal(got, want)
 
 
-def test_megatron_is_imported_only_for_cut_layers_and_quietly():
+def test_megatron_is_imported_only_for_tensor_parallelism_and_without_output():
     program = """if True:
         import sys
         from types import SimpleNamespace

@@ -1,157 +1,168 @@
-"""The pipeline's schedule, played out: everything runs once, in order, when its input is there, within its bounds."""
+"""Pipeline schedules, simulated: every pass runs once, in order, after its input has arrived, within the bounds."""
 
 import time
 from dataclasses import replace
 from itertools import product
 
 import pytest
+from schedule_helpers import actions_of, num_buffered, num_in_flight, rank_actions
 
 from aki_megatron.parallel.schedule import (
+    Action,
+    Kind,
     Message,
-    Tick,
-    Work,
-    bubble,
-    in_flight,
+    RankSchedule,
+    ScheduleStep,
+    bubble_fraction,
+    build_schedule,
     in_flight_limit,
-    order,
-    parked,
-    schedule,
 )
 
 GRID = list(product(range(1, 9), range(1, 5)))
 MICRO_BATCHES = range(1, 18)
 
 
-def works(ticks: list[Tick]) -> list[Work]:
-    return [tick.work for tick in ticks if tick.work is not None]
-
-
-def play(ranks: list[list[Tick]], pipeline: int, chunks: int) -> None:
-    """Run the ticks of all ranks in step, with nothing but what was delivered."""
-    last = pipeline * chunks - 1
-    made: set[tuple[str, int, int]] = set()  # (kind, stage, micro) of every work done in an earlier tick
+def simulate(ranks: list[RankSchedule], pipeline: int, virtual_stages: int) -> None:
+    """Run the schedules of all ranks in lockstep; a pass may use only what was delivered before it."""
+    last = pipeline * virtual_stages - 1
+    done: set[tuple[str, int, int]] = set()  # (kind, stage, micro_batch) of every pass of an earlier step
     delivered: list[set[tuple[str, int, int]]] = [set() for _ in ranks]
     for now in range(max(map(len, ranks))):
-        sent, received, fresh = [], [], set()
+        sent, received = [], []
+        fresh: set[tuple[str, int, int]] = set()
         for rank, own in enumerate(ranks):
-            tick = own[now] if now < len(own) else Tick(None, (), ())
-            sent += [(rank, m.peer, m.kind, m.stage, m.micro) for m in tick.sends]
-            received += [(m.peer, rank, m.kind, m.stage, m.micro) for m in tick.receives]
+            step = own[now] if now < len(own) else ScheduleStep(None, (), ())
+            sent += [(rank, m.peer, m.kind, m.stage, m.micro_batch) for m in step.sends]
+            received += [(m.peer, rank, m.kind, m.stage, m.micro_batch) for m in step.receives]
             outgoing: list[Message] = []
-            if tick.work is not None:
-                kind, micro = tick.work.kind, tick.work.micro
-                stage = tick.work.chunk * pipeline + rank
-                assert (kind, stage, micro) not in made | fresh, "twice"
-                fresh.add((kind, stage, micro))
+            if step.action is not None:
+                kind, micro_batch = step.action.kind, step.action.micro_batch
+                stage = step.action.virtual_stage * pipeline + rank
+                assert (kind, stage, micro_batch) not in done | fresh, "twice"
+                fresh.add((kind, stage, micro_batch))
                 before = stage - 1 if kind == "forward" else stage + 1
                 if kind == "backward":
-                    assert ("forward", stage, micro) in made
+                    assert ("forward", stage, micro_batch) in done
                 if 0 <= before <= last:
-                    assert (kind, before, micro) in made
+                    assert (kind, before, micro_batch) in done
                     if before % pipeline != rank:
-                        delivered[rank].remove((kind, stage, micro))
+                        delivered[rank].remove((kind, stage, micro_batch))
                 after = stage + 1 if kind == "forward" else stage - 1
                 if 0 <= after <= last and after % pipeline != rank:
-                    outgoing = [Message(kind, after, micro, after % pipeline)]
-            # what a work makes leaves in its own tick, and nothing else does
-            assert list(tick.sends) == outgoing
+                    outgoing = [Message(kind, after, micro_batch, after % pipeline)]
+            # the output of a pass is sent in its own step, and nothing else is
+            assert list(step.sends) == outgoing
         assert sorted(sent) == sorted(received)
         pairs = [(source, target) for source, target, *_ in sent]
-        assert len(set(pairs)) == len(pairs), "two messages one way between two ranks could be taken for one another"
-        for _, rank, kind, stage, micro in received:
-            delivered[rank].add((kind, stage, micro))
-        made |= fresh
+        assert len(set(pairs)) == len(pairs), "two messages in one direction between two ranks could be confused"
+        for _, rank, kind, stage, micro_batch in received:
+            delivered[rank].add((kind, stage, micro_batch))
+        done |= fresh
     assert not any(delivered)
 
 
-@pytest.mark.parametrize(("pipeline", "chunks"), GRID)
-def test_every_schedule_completes_with_what_was_delivered(pipeline: int, chunks: int) -> None:
+@pytest.mark.parametrize(("pipeline", "virtual_stages"), GRID)
+def test_every_schedule_completes_with_what_was_delivered(pipeline: int, virtual_stages: int) -> None:
     for count in MICRO_BATCHES:
-        ranks = schedule(pipeline=pipeline, chunks=chunks, micro_batches=count)
-        play(ranks, pipeline, chunks)
+        ranks = build_schedule(pipeline=pipeline, virtual_stages=virtual_stages, num_micro_batches=count)
+        simulate(ranks, pipeline, virtual_stages)
         for own in ranks:
-            everything = {Work(k, c, m) for k in ("forward", "backward") for c in range(chunks) for m in range(count)}
-            assert set(works(own)) == everything and len(works(own)) == len(everything)
-            for kind, chunk in product(("forward", "backward"), range(chunks)):
-                micros = [work.micro for work in works(own) if (work.kind, work.chunk) == (kind, chunk)]
+            everything = {
+                Action(k, c, m) for k in ("forward", "backward") for c in range(virtual_stages) for m in range(count)
+            }
+            assert set(actions_of(own)) == everything and len(actions_of(own)) == len(everything)
+            for kind, virtual_stage in product(("forward", "backward"), range(virtual_stages)):
+                micros = [
+                    action.micro_batch
+                    for action in actions_of(own)
+                    if (action.kind, action.virtual_stage) == (kind, virtual_stage)
+                ]
                 assert micros == list(range(count))  # in order: gradients are summed the same way on every stage
-            assert own[-1] != Tick(None, (), ())
+            assert own[-1] != ScheduleStep(None, (), ())
 
 
-def test_the_play_notices_what_is_wrong() -> None:
-    def spoiled(rank: int, now: int, **changes: object) -> list[list[Tick]]:
-        ranks = schedule(pipeline=2, chunks=2, micro_batches=4)
+def test_the_simulation_notices_mistakes() -> None:
+    def spoiled(rank: int, now: int, **changes: object) -> list[RankSchedule]:
+        ranks = build_schedule(pipeline=2, virtual_stages=2, num_micro_batches=4)
         ranks[rank][now] = replace(ranks[rank][now], **changes)  # type: ignore[arg-type]
         return ranks
 
-    ranks = schedule(pipeline=2, chunks=2, micro_batches=4)
-    play(ranks, 2, 2)
-    sending = next(now for now, tick in enumerate(ranks[0]) if tick.sends)
-    receiving = next(now for now, tick in enumerate(ranks[0]) if tick.receives)
+    ranks = build_schedule(pipeline=2, virtual_stages=2, num_micro_batches=4)
+    simulate(ranks, 2, 2)
+    sending = next(now for now, step in enumerate(ranks[0]) if step.sends)
+    receiving = next(now for now, step in enumerate(ranks[0]) if step.receives)
     mistakes = [
         spoiled(0, sending, sends=()),
         spoiled(0, receiving, receives=()),
-        spoiled(0, sending, work=Work("forward", 0, 1)),  # of another micro-batch than it sends
-        spoiled(1, 0, work=Work("forward", 0, 0)),  # before its input is there
-        [ranks[0], [*ranks[1], ranks[1][-1]]],  # the last work once more
+        spoiled(0, sending, action=Action("forward", 0, 1)),  # another micro-batch than the one it sends
+        spoiled(1, 0, action=Action("forward", 0, 0)),  # before its input has arrived
+        [ranks[0], [*ranks[1], ranks[1][-1]]],  # the last action twice
     ]
     for mistake in mistakes:
         with pytest.raises((AssertionError, KeyError)):
-            play(mistake, 2, 2)
+            simulate(mistake, 2, 2)
 
 
-@pytest.mark.parametrize(("pipeline", "chunks"), GRID)
-def test_memory_stays_within_its_bound(pipeline: int, chunks: int) -> None:
+@pytest.mark.parametrize(("pipeline", "virtual_stages"), GRID)
+def test_memory_stays_within_its_bound(pipeline: int, virtual_stages: int) -> None:
     for count in MICRO_BATCHES:
-        ranks = schedule(pipeline=pipeline, chunks=chunks, micro_batches=count)
+        ranks = build_schedule(pipeline=pipeline, virtual_stages=virtual_stages, num_micro_batches=count)
         for rank, own in enumerate(ranks):
-            limit = in_flight_limit(rank, pipeline=pipeline, chunks=chunks, micro_batches=count)
-            assert in_flight(works(own)) <= limit <= chunks * count
-            if chunks == 1:
+            limit = in_flight_limit(rank, pipeline=pipeline, virtual_stages=virtual_stages, num_micro_batches=count)
+            assert num_in_flight(actions_of(own)) <= limit <= virtual_stages * count
+            if virtual_stages == 1:
                 assert limit == min(pipeline - rank, count)
-                assert in_flight(works(own)) == limit
-            # inputs that wait are few beside what is in flight: those of one group at most
-            assert parked(own) <= (2 if chunks == 1 else min(pipeline + 1, count + 1))
+                assert num_in_flight(actions_of(own)) == limit
+            # few inputs are buffered compared with what is in flight: those of one group at most
+            assert num_buffered(own) <= (2 if virtual_stages == 1 else min(pipeline + 1, count + 1))
 
 
-def megatron(rank: int, pipeline: int, chunks: int, count: int) -> list[Work]:
+def megatron(rank: int, pipeline: int, virtual_stages: int, count: int) -> list[Action]:
     """Megatron-LM's interleaved order (schedules.py, forward_backward_pipelining_with_interleaving), for numbers of
     micro-batches that the pipeline divides."""
-    total, group = chunks * count, pipeline * chunks
+    total, group = virtual_stages * count, pipeline * virtual_stages
 
-    def work(kind: str, index: int) -> Work:
-        chunk = index % group // pipeline
-        micro = index // group * pipeline + index % pipeline
-        return Work(kind, chunk if kind == "forward" else chunks - 1 - chunk, micro)  # type: ignore[arg-type]
+    def nth(kind: Kind, index: int) -> Action:
+        virtual_stage = index % group // pipeline
+        micro_batch = index // group * pipeline + index % pipeline
+        return Action(kind, virtual_stage if kind == "forward" else virtual_stages - 1 - virtual_stage, micro_batch)
 
-    warm = min(2 * (pipeline - rank - 1) + (chunks - 1) * pipeline, total)
-    found = [work("forward", index) for index in range(warm)]
+    warm = min(2 * (pipeline - rank - 1) + (virtual_stages - 1) * pipeline, total)
+    found = [nth("forward", index) for index in range(warm)]
     for index in range(total - warm):
-        found += [work("forward", warm + index), work("backward", index)]
-    return found + [work("backward", index) for index in range(total - warm, total)]
+        found += [nth("forward", warm + index), nth("backward", index)]
+    return found + [nth("backward", index) for index in range(total - warm, total)]
 
 
-@pytest.mark.parametrize(("pipeline", "chunks", "groups"), list(product((2, 3), (2, 3, 4), (1, 2, 5))))
-def test_the_interleaved_order_is_megatrons(pipeline: int, chunks: int, groups: int) -> None:
+@pytest.mark.parametrize(("pipeline", "virtual_stages", "groups"), list(product((2, 3), (2, 3, 4), (1, 2, 5))))
+def test_the_interleaved_order_is_megatrons(pipeline: int, virtual_stages: int, groups: int) -> None:
     for rank in range(pipeline):
-        got = order(rank, pipeline=pipeline, chunks=chunks, micro_batches=groups * pipeline)
-        assert got == megatron(rank, pipeline, chunks, groups * pipeline)
+        got = rank_actions(rank, pipeline=pipeline, virtual_stages=virtual_stages, num_micro_batches=groups * pipeline)
+        assert got == megatron(rank, pipeline, virtual_stages, groups * pipeline)
 
 
 @pytest.mark.parametrize("pipeline", [4, 6, 8])
 def test_a_longer_pipeline_does_what_megatrons_does_sometimes_earlier(pipeline: int) -> None:
-    # where Megatron's order waits for a forward and a backward is ready, that is done; the kinds keep their orders
+    # where Megatron waits for a forward although a backward is ready, ours runs it; the order of each kind is the same
     count = 3 * pipeline
     for rank in range(pipeline):
-        got, theirs = order(rank, pipeline=pipeline, chunks=2, micro_batches=count), megatron(rank, pipeline, 2, count)
+        got, theirs = (
+            rank_actions(rank, pipeline=pipeline, virtual_stages=2, num_micro_batches=count),
+            megatron(rank, pipeline, 2, count),
+        )
         for kind in ("forward", "backward"):
-            assert [work for work in got if work.kind == kind] == [work for work in theirs if work.kind == kind]
-        assert in_flight(got) <= in_flight(theirs)
+            assert [action for action in got if action.kind == kind] == [
+                action for action in theirs if action.kind == kind
+            ]
+        assert num_in_flight(got) <= num_in_flight(theirs)
 
 
 def test_the_1f1b_order_by_hand() -> None:
     def letters(rank: int, count: int) -> str:
-        return " ".join(f"{w.kind[0].upper()}{w.micro}" for w in order(rank, pipeline=3, chunks=1, micro_batches=count))
+        return " ".join(
+            f"{w.kind[0].upper()}{w.micro_batch}"
+            for w in rank_actions(rank, pipeline=3, virtual_stages=1, num_micro_batches=count)
+        )
 
     assert letters(0, 4) == "F0 F1 F2 B0 F3 B1 B2 B3"
     assert letters(1, 4) == "F0 F1 B0 F2 B1 F3 B2 B3"
@@ -159,85 +170,89 @@ def test_the_1f1b_order_by_hand() -> None:
     assert [letters(rank, 1) for rank in range(3)] == ["F0 B0"] * 3
 
 
-def test_the_ticks_of_two_ranks_by_hand() -> None:
-    first, second = schedule(pipeline=2, chunks=1, micro_batches=1)
+def test_the_schedule_of_two_ranks_by_hand() -> None:
+    first, second = build_schedule(pipeline=2, virtual_stages=1, num_micro_batches=1)
     assert first == [
-        Tick(Work("forward", 0, 0), (Message("forward", 1, 0, peer=1),), ()),
-        Tick(None, (), ()),
-        Tick(None, (), (Message("backward", 0, 0, peer=1),)),
-        Tick(Work("backward", 0, 0), (), ()),
+        ScheduleStep(Action("forward", 0, 0), (Message("forward", 1, 0, peer=1),), ()),
+        ScheduleStep(None, (), ()),
+        ScheduleStep(None, (), (Message("backward", 0, 0, peer=1),)),
+        ScheduleStep(Action("backward", 0, 0), (), ()),
     ]
     assert second == [
-        Tick(None, (), (Message("forward", 1, 0, peer=0),)),
-        Tick(Work("forward", 0, 0), (), ()),
-        Tick(Work("backward", 0, 0), (Message("backward", 0, 0, peer=0),), ()),
+        ScheduleStep(None, (), (Message("forward", 1, 0, peer=0),)),
+        ScheduleStep(Action("forward", 0, 0), (), ()),
+        ScheduleStep(Action("backward", 0, 0), (Message("backward", 0, 0, peer=0),), ()),
     ]
 
 
 def test_one_rank_sends_nothing() -> None:
-    for chunks in (1, 3):
-        (own,) = schedule(pipeline=1, chunks=chunks, micro_batches=4)
-        assert all(tick.work is not None and not tick.sends and not tick.receives for tick in own)
-        assert bubble([own]) == 0
-        assert parked(own) == 0
+    for virtual_stages in (1, 3):
+        (own,) = build_schedule(pipeline=1, virtual_stages=virtual_stages, num_micro_batches=4)
+        assert all(step.action is not None and not step.sends and not step.receives for step in own)
+        assert bubble_fraction([own]) == 0
+        assert num_buffered(own) == 0
 
 
-@pytest.mark.parametrize(("pipeline", "chunks"), GRID)
-def test_the_bubble_is_that_of_the_papers(pipeline: int, chunks: int) -> None:
+@pytest.mark.parametrize(("pipeline", "virtual_stages"), GRID)
+def test_the_bubble_is_that_of_the_papers(pipeline: int, virtual_stages: int) -> None:
     for count in MICRO_BATCHES:
-        idle = bubble(schedule(pipeline=pipeline, chunks=chunks, micro_batches=count))
-        least = (pipeline - 1) / (chunks * count + pipeline - 1)
-        if chunks == 1 or count % pipeline == 0:
+        idle = bubble_fraction(
+            build_schedule(pipeline=pipeline, virtual_stages=virtual_stages, num_micro_batches=count)
+        )
+        least = (pipeline - 1) / (virtual_stages * count + pipeline - 1)
+        if virtual_stages == 1 or count % pipeline == 0:
             assert idle == pytest.approx(least)
         else:
-            # a last group of r < pipeline micro-batches comes round to its next chunk too early, forward and backward
+            # a last group of r < pipeline micro-batches returns too early for its next virtual stage, both ways
             missing = pipeline - count % pipeline
-            ticks = 2 * (chunks * count + pipeline - 1 + (chunks - 1) * missing)
-            assert least <= idle <= 1 - 2 * chunks * count / ticks + 1e-12
+            steps = 2 * (virtual_stages * count + pipeline - 1 + (virtual_stages - 1) * missing)
+            assert least <= idle <= 1 - 2 * virtual_stages * count / steps + 1e-12
 
 
 def test_counting() -> None:
-    forward, backward = Work("forward", 0, 0), Work("backward", 0, 0)
-    assert in_flight([forward, forward, backward, forward, forward, backward]) == 3
-    arriving = Tick(None, (), (Message("forward", 1, 0, 0),))
-    both = Tick(None, (), (Message("forward", 1, 1, 0), Message("backward", 1, 0, 2)))
-    assert parked([arriving, both, Tick(forward, (), ()), arriving]) == 3
-    assert parked([arriving, Tick(forward, (), ())] * 3) == 1
+    forward, backward = Action("forward", 0, 0), Action("backward", 0, 0)
+    assert num_in_flight([forward, forward, backward, forward, forward, backward]) == 3
+    arriving = ScheduleStep(None, (), (Message("forward", 1, 0, 0),))
+    both = ScheduleStep(None, (), (Message("forward", 1, 1, 0), Message("backward", 1, 0, 2)))
+    assert num_buffered([arriving, both, ScheduleStep(forward, (), ()), arriving]) == 3
+    assert num_buffered([arriving, ScheduleStep(forward, (), ())] * 3) == 1
 
 
-def test_a_large_step_is_planned_in_no_time() -> None:
+def test_a_large_schedule_is_built_quickly() -> None:
     started = time.process_time()
-    ranks = schedule(pipeline=8, chunks=4, micro_batches=512)
+    ranks = build_schedule(pipeline=8, virtual_stages=4, num_micro_batches=512)
     assert time.process_time() - started < 3
-    assert bubble(ranks) == pytest.approx(7 / (4 * 512 + 7))
+    assert bubble_fraction(ranks) == pytest.approx(7 / (4 * 512 + 7))
 
 
-def duration(ranks: list[list[Tick]], *, lazily: bool, forward: int = 1, backward: int = 2) -> int:
-    """When the last rank ends. Batches of a rank end one after another, each when all its partners have come to it."""
+def duration(ranks: list[RankSchedule], *, lazily: bool, forward: int = 1, backward: int = 2) -> int:
+    """When the last rank ends. Message batches of a rank end in order, each when all its peers have started it."""
     clock, batch = [0] * len(ranks), [0] * len(ranks)
     arrived: list[dict[tuple[str, int], int]] = [{} for _ in ranks]
     for now in range(max(map(len, ranks))):
         present = [(rank, own[now]) for rank, own in enumerate(ranks) if now < len(own)]
-        for rank, tick in present:
-            if (work := tick.work) is not None:
-                start = max(clock[rank], arrived[rank].pop((work.kind, work.micro), 0))
-                clock[rank] = start + (forward if work.kind == "forward" else backward)
+        for rank, step in present:
+            if (action := step.action) is not None:
+                start = max(clock[rank], arrived[rank].pop((action.kind, action.micro_batch), 0))
+                clock[rank] = start + (forward if action.kind == "forward" else backward)
         posted = [max(done, ended) for done, ended in zip(clock, batch, strict=True)]
-        for rank, tick in present:
-            messages = [*tick.sends, *tick.receives]
+        for rank, step in present:
+            messages = [*step.sends, *step.receives]
             if messages:
                 batch[rank] = max(posted[rank], *(posted[message.peer] for message in messages))
-            for message in tick.receives:
-                arrived[rank][message.kind, message.micro] = batch[rank]
+            for message in step.receives:
+                arrived[rank][message.kind, message.micro_batch] = batch[rank]
             if not lazily:
                 clock[rank] = max(clock[rank], batch[rank])
     return max(clock)
 
 
-@pytest.mark.parametrize(("pipeline", "chunks"), [(2, 1), (4, 1), (8, 1), (2, 2), (2, 4), (4, 2), (4, 4)])
-def test_ticks_of_unequal_length_cost_nothing_where_batches_are_waited_for_late(pipeline: int, chunks: int) -> None:
+@pytest.mark.parametrize(("pipeline", "virtual_stages"), [(2, 1), (4, 1), (8, 1), (2, 2), (2, 4), (4, 2), (4, 4)])
+def test_steps_of_unequal_length_cost_nothing_when_messages_are_waited_for_late(
+    pipeline: int, virtual_stages: int
+) -> None:
     for count in (pipeline, 2 * pipeline, 4 * pipeline):
-        ranks = schedule(pipeline=pipeline, chunks=chunks, micro_batches=count)
-        ideal = 3 * (chunks * count + pipeline - 1)
+        ranks = build_schedule(pipeline=pipeline, virtual_stages=virtual_stages, num_micro_batches=count)
+        ideal = 3 * (virtual_stages * count + pipeline - 1)
         assert duration(ranks, lazily=True) == ideal
-        assert (duration(ranks, lazily=False) > ideal) == (chunks > 1)
+        assert (duration(ranks, lazily=False) > ideal) == (virtual_stages > 1)

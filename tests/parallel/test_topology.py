@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from aki_megatron.errors import ConfigError
-from aki_megatron.parallel.topology import GROUPS, Launch, Topology, data_size, members, start
+from aki_megatron.parallel.topology import GROUPS, Launch, Topology, group_ranks, init_distributed
 
 
 def ranks_and_sums(topology: Topology) -> tuple[int, int, str, list[float]]:
@@ -34,16 +34,16 @@ def test_rank_order_is_tensor_then_data_then_pipeline():
 
 def test_members_of_every_group():
     own = a_topology(9)  # tensor 1, data 1, pipeline 1
-    assert {name: members(own, name) for name in GROUPS} == {
+    assert {name: group_ranks(own, name) for name in GROUPS} == {
         "tensor": [8, 9],
         "data": [7, 9, 11],
         "pipeline": [3, 9],
         "replica": [2, 3, 8, 9],
-        "stage": [6, 7, 8, 9, 10, 11],
-        "edge": [3, 9],
-        "alone": [9],
+        "pipeline_stage": [6, 7, 8, 9, 10, 11],
+        "embedding": [3, 9],
+        "self": [9],
     }
-    assert (own.peer(0), own.replica_source, own.reads_data) == (3, 2, False)
+    assert (own.peer(0), own.replica_source_rank, own.reads_data) == (3, 2, False)
     assert [rank for rank in range(12) if a_topology(rank).reads_data] == [0, 2, 4]
 
 
@@ -52,21 +52,15 @@ def sums_over_groups(topology: Topology) -> dict[str, tuple[list[int], int]]:
     for name, group in topology.groups.items():
         total = torch.tensor([2**topology.rank])
         torch.distributed.all_reduce(total, group=group)
-        found[name] = (members(topology, name), int(total))
+        found[name] = (group_ranks(topology, name), int(total))
     return found
 
 
 def test_groups_hold_their_members_and_no_one_else(run_on):
     for rank, found in enumerate(run_on(8, sums_over_groups, tensor=2, pipeline=4)):
-        assert ("edge" in found) == (rank < 2 or rank >= 6), "between the first and the last stage there is no edge"
+        assert ("embedding" in found) == (rank < 2 or rank >= 6), "only the first and the last pipeline rank"
         for ranks, total in found.values():
             assert rank in ranks and total == sum(2**member for member in ranks)
-
-
-@pytest.mark.parametrize(("tensor", "pipeline"), [(3, 1), (1, 3), (2, 4)])
-def test_sizes_that_do_not_divide_the_world(tensor, pipeline):
-    with pytest.raises(ConfigError, match=f"4 processes.*parallel.tensor={tensor} x parallel.pipeline={pipeline}"):
-        data_size(4, tensor=tensor, pipeline=pipeline)
 
 
 def test_more_processes_than_gpus(monkeypatch):
@@ -74,7 +68,7 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     launch = Launch(rank=1, local_rank=1, world_size=2, local_world_size=2, launcher="torchrun", master_port=1)
     with pytest.raises(ConfigError, match="local rank 1 has no GPU: this machine shows 1"):
-        start(launch, tensor=1, pipeline=1)
+        init_distributed(launch, tensor=1, pipeline=1)
 
 
 def one_rank_fails(topology: Topology) -> None:

@@ -1,4 +1,4 @@
-"""Tiny random models of every family, exported; and prompts with several images, several turns and none."""
+"""Tiny random models of every family, exported; and prompts with one, several and no images and turns."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from aki_megatron.checkpoint.hf_export import export
 from aki_megatron.checkpoint.modeling_aki import AkiForConditionalGeneration
-from aki_megatron.checkpoint.tensors import TensorFact, View
+from aki_megatron.checkpoint.tensors import LazyTensors, TensorSpec
+from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
 from aki_megatron.model.stage import Stage, build_model
 from aki_megatron.types import IGNORE, NO_SEGMENT, Batch, Modality
@@ -34,15 +35,15 @@ LLAMA3 = RopeConfig(
     low_freq_factor=1.0,
     high_freq_factor=4.0,
 )
-FAMILIES: dict[str, dict[str, Any]] = {
+DECODERS: dict[str, dict[str, Any]] = {
     "phi3": {"num_kv_heads": 4, "rope": LONGROPE},
     "llama": {"tie_word_embeddings": True, "rope": LLAMA3},
     "qwen2": {"tie_word_embeddings": True, "norm_eps": 1e-6, "rope": RopeConfig(theta=1e6)},
     "qwen3": {"norm_eps": 1e-6, "rope": RopeConfig(theta=1e6)},
 }
-"""Each family with what is special about the models that are used."""
+"""Family -> the settings in which its published models differ from the others."""
 
-Row = tuple[list[int], list[int]]
+Tokens = tuple[list[int], list[int]]
 """Token and modality ids of one text."""
 
 
@@ -55,7 +56,7 @@ def config(family: str, **decoder: Any) -> ModelConfig:
         "intermediate_size": 48,
         "padded_vocab_size": 45,
     }
-    values |= {"vocab_size": 40, "num_added_tokens": 2, "family": family} | FAMILIES[family] | decoder
+    values |= {"vocab_size": 40, "num_added_tokens": 2, "family": family} | DECODERS[family] | decoder
     return ModelConfig(
         vision=VisionConfig(
             image_size=12, patch_size=4, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=24
@@ -65,9 +66,9 @@ def config(family: str, **decoder: Any) -> ModelConfig:
     )
 
 
-def random_stage(sizes: ModelConfig, rule: str = "mma") -> Stage:
-    """The same random weights under every rule; norms and biases are moved so that a forgotten one is noticed."""
-    stage = build_model(sizes, rule=rule)
+def random_stage(model_config: ModelConfig, rule: str = "mma") -> Stage:
+    """Random weights, the same under every rule; norms and biases differ from one and zero, so tests notice them."""
+    stage = build_model(model_config, attention=AttentionConfig(rule=rule))
     torch.manual_seed(0)
     with torch.no_grad():
         for tensor in stage.parameters():
@@ -75,16 +76,16 @@ def random_stage(sizes: ModelConfig, rule: str = "mma") -> Stage:
     return stage.eval()
 
 
-def source_of(stage: Stage) -> View:
-    own = dict(stage.named_parameters())
-    return View(
-        {name: TensorFact(tuple(tensor.shape), tensor.dtype) for name, tensor in own.items()},
-        {name: lambda name=name: own[name].detach() for name in own},  # type: ignore[misc]
+def source_of(stage: Stage) -> LazyTensors:
+    parameters = dict(stage.named_parameters())
+    return LazyTensors(
+        {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in parameters.items()},
+        {name: lambda name=name: parameters[name].detach() for name in parameters},  # type: ignore[misc]
     )
 
 
 def write(stage: Stage, folder: Path, **settings: Any) -> Path:
-    export(source_of(stage), stage.config, stage.rule, settings.pop("tokenizer", None), folder, **settings)
+    export(source_of(stage), stage.config, stage.attention, settings.pop("tokenizer", None), folder, **settings)
     return folder
 
 
@@ -92,61 +93,61 @@ def load(folder: Path, backend: str = "sdpa") -> AkiForConditionalGeneration:
     return AkiForConditionalGeneration.from_pretrained(folder, attn_implementation=backend).eval()
 
 
-def row(*parts: int | tuple[int, int]) -> Row:
-    """A text of parts: IMAGE, or (modality, tokens)."""
+def random_tokens(*parts: int | tuple[int, int]) -> Tokens:
+    """Random tokens of parts: IMAGE, or (modality, number of tokens)."""
     tokens: list[int] = []
     modality: list[int] = []
     for part in parts:
-        kind, count = part if isinstance(part, tuple) else (part, LATENTS)
-        tokens += [IMAGE_TOKEN] * count if kind == IMAGE else torch.randint(0, PAD_TOKEN, (count,)).tolist()
-        modality += [kind] * count
+        modality_id, count = part if isinstance(part, tuple) else (part, LATENTS)
+        tokens += [IMAGE_TOKEN] * count if modality_id == IMAGE else torch.randint(0, PAD_TOKEN, (count,)).tolist()
+        modality += [modality_id] * count
     return tokens, modality
 
 
-def prompts() -> tuple[list[Row], list[Tensor]]:
-    """Four prompts and the pictures [n, 3, 12, 12] of each: one, none, two in two turns, one at the end."""
+def prompts() -> tuple[list[Tokens], list[Tensor]]:
+    """Four prompts and the images [N, 3, 12, 12] of each: one, none, two in two turns, one at the end."""
     torch.manual_seed(1)
-    rows = [
-        row((TEXT, 3), IMAGE, (TEXT, 6)),
-        row((TEXT, 5)),
-        row((TEXT, 2), IMAGE, (TEXT, 4), (RESPONSE, 3), (TEXT, 2), IMAGE, (TEXT, 3)),
-        row((TEXT, 8), IMAGE, (TEXT, 1)),
+    texts = [
+        random_tokens((TEXT, 3), IMAGE, (TEXT, 6)),
+        random_tokens((TEXT, 5)),
+        random_tokens((TEXT, 2), IMAGE, (TEXT, 4), (RESPONSE, 3), (TEXT, 2), IMAGE, (TEXT, 3)),
+        random_tokens((TEXT, 8), IMAGE, (TEXT, 1)),
     ]
-    return rows, [torch.randn(modality.count(IMAGE) // LATENTS, 3, 12, 12) for _, modality in rows]
+    return texts, [torch.randn(modality.count(IMAGE) // LATENTS, 3, 12, 12) for _, modality in texts]
 
 
-def batch(rows: Sequence[Row], pixels: Tensor) -> Batch:
-    """As our own model takes it: right padded; what is answered is learnt."""
-    width = max(len(tokens) for tokens, _ in rows)
+def batch(texts: Sequence[Tokens], pixels: Tensor) -> Batch:
+    """The batch that our model takes: right padded, responses supervised."""
+    length = max(len(tokens) for tokens, _ in texts)
 
-    def padded(values: list[int], filler: int) -> list[int]:
-        return values + [filler] * (width - len(values))
+    def padded(values: list[int], pad_value: int) -> list[int]:
+        return values + [pad_value] * (length - len(values))
 
     targets = [
-        [token if kind == RESPONSE else IGNORE for token, kind in zip(tokens[1:], modality[1:], strict=True)]
-        for tokens, modality in rows
+        [token if modality_id == RESPONSE else IGNORE for token, modality_id in zip(tokens, modality, strict=True)][1:]
+        for tokens, modality in texts
     ]
     return Batch(
-        torch.tensor([padded(tokens, PAD_TOKEN) for tokens, _ in rows]),
-        torch.tensor([padded(modality, Modality.PAD) for _, modality in rows], dtype=torch.int8),
-        torch.tensor([padded([0] * len(tokens), NO_SEGMENT) for tokens, _ in rows], dtype=torch.int32),
-        torch.tensor([padded(list(range(len(tokens))), 0) for tokens, _ in rows], dtype=torch.int32),
-        torch.tensor([padded(target, IGNORE) for target in targets]),
+        torch.tensor([padded(tokens, PAD_TOKEN) for tokens, _ in texts]),
+        torch.tensor([padded(modality, Modality.PAD) for _, modality in texts], dtype=torch.int8),
+        torch.tensor([padded([0] * len(tokens), NO_SEGMENT) for tokens, _ in texts], dtype=torch.int32),
+        torch.tensor([padded(list(range(len(tokens))), 0) for tokens, _ in texts], dtype=torch.int32),
+        torch.tensor([padded(shifted, IGNORE) for shifted in targets]),
         pixels,
     )
 
 
-def inputs(rows: Sequence[Row], pixels: Tensor, side: str = "left") -> dict[str, Tensor]:
-    """As the processor gives it."""
-    width = max(len(tokens) for tokens, _ in rows)
+def inputs(texts: Sequence[Tokens], pixels: Tensor, side: str = "left") -> dict[str, Tensor]:
+    """What the exported processor returns."""
+    length = max(len(tokens) for tokens, _ in texts)
 
-    def padded(values: list[int], filler: int) -> list[int]:
-        filling = [filler] * (width - len(values))
-        return filling + values if side == "left" else values + filling
+    def padded(values: list[int], pad_value: int) -> list[int]:
+        padding = [pad_value] * (length - len(values))
+        return padding + values if side == "left" else values + padding
 
-    given = {
-        "input_ids": torch.tensor([padded(tokens, PAD_TOKEN) for tokens, _ in rows]),
-        "attention_mask": torch.tensor([padded([1] * len(tokens), 0) for tokens, _ in rows]),
-        "modality_ids": torch.tensor([padded(modality, int(Modality.PAD)) for _, modality in rows]),
+    model_inputs = {
+        "input_ids": torch.tensor([padded(tokens, PAD_TOKEN) for tokens, _ in texts]),
+        "attention_mask": torch.tensor([padded([1] * len(tokens), 0) for tokens, _ in texts]),
+        "modality_ids": torch.tensor([padded(modality, int(Modality.PAD)) for _, modality in texts]),
     }
-    return given | ({"pixel_values": pixels} if len(pixels) else {})
+    return model_inputs | ({"pixel_values": pixels} if len(pixels) else {})

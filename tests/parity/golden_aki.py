@@ -1,4 +1,4 @@
-"""Where the official release's golden numbers lie (tests/golden/official_aki/README.md), and the sizes they have."""
+"""Folder of the official release's recorded numbers (tests/golden/official_aki/README.md), and the model's sizes."""
 
 from pathlib import Path
 

@@ -1,8 +1,8 @@
-"""Published backbones: their config.json as far as it decides the model, and how many parameters they have."""
+"""Published language models: the keys of config.json that determine the model, and the number of parameters."""
 
 from typing import Any
 
-from aki_megatron.config.model import PHI35_MINI_ROPE
+from aki_megatron.families.phi3 import PHI35_MINI_ROPE
 
 _QWEN3 = {
     "model_type": "qwen3",
@@ -34,8 +34,8 @@ LANGUAGE: dict[str, tuple[dict[str, Any], int]] = {
             "original_max_position_embeddings": 4096,
             "rms_norm_eps": 1e-5,
             "rope_scaling": {
-                "long_factor": list(PHI35_MINI_ROPE.long_factor),
-                "short_factor": list(PHI35_MINI_ROPE.short_factor),
+                "long_factor": list(PHI35_MINI_ROPE["long_factor"]),
+                "short_factor": list(PHI35_MINI_ROPE["short_factor"]),
                 "type": "longrope",
             },
             "rope_theta": 10000.0,
@@ -132,4 +132,4 @@ VISION: tuple[dict[str, Any], int] = (
     },
     428_225_600,
 )
-"""google/siglip-so400m-patch14-384, its text tower left out."""
+"""google/siglip-so400m-patch14-384 without its text tower."""

@@ -1,4 +1,4 @@
-"""A throw-away Slurm cluster, made once per pytest run, and a small run to train on it."""
+"""A temporary Slurm cluster, started once per pytest run, and a small run to train on it."""
 
 import os
 import shutil
@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from throwaway import PREFLIGHT, ROOT, STEPS, Cluster, Job
+from slurm_cluster import PREFLIGHT, ROOT, STEPS, Cluster, Job
+
+from aki_megatron.config.run_file import read_run_file
 
 NODES = 4
 PACED = Path(__file__).with_name("paced.py")
@@ -19,7 +21,7 @@ NEEDED = ("slurmctld", "slurmd", "munged")
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Four nodes with eight GPUs each, in name only."""
+    """Yield a cluster of four nodes with eight simulated GPUs each."""
     path = f"{os.environ['PATH']}:/usr/sbin"
     if missing := [name for name in NEEDED if shutil.which(name, path=path) is None]:
         pytest.skip(f"{', '.join(missing)} not installed (Debian: apt-get install slurm-wlm munge)")
@@ -43,14 +45,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small run: drawn data, one layer, no DeepSpeed, which takes long to start."""
+    """A small run: synthetic data, one layer, no DeepSpeed, which takes long to start."""
     folder = tmp_path_factory.mktemp("demo")
     data = folder / "data"
     subprocess.run(
-        [sys.executable, "tools/make_data.py", "--out", str(data), "--scenes", "60", "--held_out", "10"],
+        [sys.executable, "tools/make_data.py", "--out", str(data), "--train_scenes", "60", "--val_scenes", "10"],
         cwd=ROOT, check=True, stdout=subprocess.DEVNULL, timeout=240,
     )  # fmt: skip
-    run = yaml.safe_load((ROOT / "configs/demo/sft.yaml").read_text())
+    run = read_run_file(ROOT / "configs/demo/sft.yaml").values
     run["init"] = {}
     run["model"]["decoder"]["num_layers"] = 1
     run["data"] |= {"root": str(data), "tokenizer": str(data / "tokenizer")}
@@ -59,7 +61,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run["parallel"] = {"zero_stage": 0}
     run["checkpoint"] = {"interval": 2}
     run["log"] = {"interval": 10, "tensorboard": False, "wandb": "disabled"}
-    path = folder / "causal.yaml"  # for slurm/section42.sbatch, which finds configurations by the names of methods
+    path = folder / "causal.yaml"  # for slurm/section42.sbatch, which finds configurations by the name of the method
     path.write_text(yaml.safe_dump(run))
     return path
 
@@ -69,14 +71,14 @@ def submit(cluster: Cluster, config: Path, tmp_path: Path) -> Callable[..., Job]
     """``submit("--nodes=2", "slurm/x.sbatch", flags..., seconds=pace, NAME=value...)``: a job that has been queued."""
     number = count()
 
-    def queue(*words: str, seconds: float = 0.0, **environment: str) -> Job:
+    def queue(*arguments: str, seconds: float = 0.0, **environment: str) -> Job:
         folder = tmp_path / f"run_{next(number)}"
         orders = folder.with_suffix(".orders")
         output = str(tmp_path / "%j.log")
         job = Job(cluster, "", Path(environment.get("AKI_RUN", folder)), output, orders)
         job.order(seconds=seconds)
         outside = {"AKI_CONFIG": str(config), "AKI_RUN": str(folder), "AKI_TEST_ORDERS": str(orders)} | environment
-        job.id = cluster.run("sbatch", "--parsable", f"--output={output}", *words, **outside).strip()
+        job.id = cluster.run("sbatch", "--parsable", f"--output={output}", *arguments, **outside).strip()
         return job
 
     return queue

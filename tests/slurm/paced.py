@@ -1,6 +1,6 @@
-"""Starts a script of the project as the interpreter would; what the site file of the tests names as PYTHON.
+"""Start a script of the project as the interpreter would; the site file of the tests names this as PYTHON.
 
-Before each training step it does what the file AKI_TEST_ORDERS says: {"seconds": 0.5}, {"hang": RANK}, {"raise": RANK}.
+Before each training step it follows the file AKI_TEST_ORDERS: {"seconds": 0.5}, {"hang": RANK}, {"raise": RANK}.
 The disk of the node AKI_TEST_BAD_NODE is broken.
 """
 
@@ -14,26 +14,25 @@ from typing import Any
 
 
 def pace_training() -> None:
-    from aki_megatron.train import main
-    from aki_megatron.train.loop import Run
+    from aki_megatron.train.loop import Trainer
 
-    healthy_train = main.train
+    healthy_train = Trainer.train
 
-    def train(run: Run) -> bool:
-        engine: Any = run.engine
+    def train(trainer: Trainer) -> bool:
+        engine: Any = trainer.engine
         healthy_step = engine.train_step
 
         def train_step(*args: Any, **settings: Any) -> Any:
-            obey(json.loads(Path(os.environ["AKI_TEST_ORDERS"]).read_text()), int(os.environ["SLURM_PROCID"]))
+            follow_orders(json.loads(Path(os.environ["AKI_TEST_ORDERS"]).read_text()), int(os.environ["SLURM_PROCID"]))
             return healthy_step(*args, **settings)
 
         engine.train_step = train_step
-        return healthy_train(run)
+        return healthy_train(trainer)
 
-    main.train = train
+    Trainer.train = train  # type: ignore[method-assign]
 
 
-def obey(orders: dict[str, Any], rank: int) -> None:
+def follow_orders(orders: dict[str, Any], rank: int) -> None:
     if orders.get("raise") == rank:
         raise ArithmeticError("the answer is 43")
     time.sleep(100_000 if orders.get("hang") == rank else orders.get("seconds", 0))

@@ -1,4 +1,4 @@
-"""The batch files: good bash, accepted by Slurm for the real shape of a node, and complete."""
+"""The batch files: shellcheck, acceptance by Slurm for the real shape of a node, and completeness."""
 
 import re
 import shutil
@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from throwaway import ROOT, Cluster
+from slurm_cluster import ROOT, Cluster
 
 from aki_megatron.config.load import load_run
 
@@ -16,7 +16,7 @@ FLAGS = {"evaluate.sbatch": ["runs/aki4b/sft"]}
 
 
 def header(template: Path) -> dict[str, str]:
-    """The #SBATCH lines."""
+    """Return the #SBATCH options."""
     lines = re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?", template.read_text(), flags=re.MULTILINE)
     return dict(lines)
 
@@ -39,26 +39,26 @@ def test_shellcheck_finds_nothing() -> None:
 @pytest.mark.slurm
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
 def test_slurm_accepts_every_template(cluster: Cluster, template: Path) -> None:
-    words = ["sbatch", "--test-only", str(template), *FLAGS.get(template.name, [])]
-    assert re.search(r"Job \d+ to start at", cluster.run(*words, AKI_SITE="", AKI_CONFIG="", AKI_RUN=""))
-    too_many = cluster.run(*words[:2], "--gpus-per-node=9", *words[2:], ok=False)
+    arguments = ["sbatch", "--test-only", str(template), *FLAGS.get(template.name, [])]
+    assert re.search(r"Job \d+ to start at", cluster.run(*arguments, AKI_SITE="", AKI_CONFIG="", AKI_RUN=""))
+    too_many = cluster.run(*arguments[:2], "--gpus-per-node=9", *arguments[2:], ok=False)
     assert "Requested node configuration is not available" in too_many
 
 
 @pytest.mark.parametrize(
     "template", [path for path in TEMPLATES if path.stem != "evaluate"], ids=lambda path: path.stem
 )
-def test_training_templates_ask_for_whole_nodes_and_a_warning(template: Path) -> None:
-    asked = header(template)
-    shape = {name: asked[name] for name in ("ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "signal")}
+def test_training_templates_request_whole_nodes_and_a_warning(template: Path) -> None:
+    options = header(template)
+    shape = {name: options[name] for name in ("ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "signal")}
     assert shape == {
         "ntasks-per-node": "8", "gpus-per-node": "8", "cpus-per-task": "16", "mem": "0", "signal": "B:USR1@600",
     }  # fmt: skip
-    assert {"exclusive", "requeue", "open-mode", "output"} <= set(asked)
-    assert not {"partition", "account", "qos"} & set(asked), "a site's names belong into slurm/site.env"
+    assert {"exclusive", "requeue", "open-mode", "output"} <= set(options)
+    assert not {"partition", "account", "qos"} & set(options), "a site's names belong into slurm/site.env"
 
 
-def test_the_table_of_section_42_names_every_run_once() -> None:
+def test_the_table_of_section_42_lists_every_run_once() -> None:
     text = (ROOT / "slurm/section42.sbatch").read_text()
     runs = re.findall(r'"(\w+) (\d+)"', text.partition("RUNS=(")[2].partition("\n)")[0])
     assert runs == [(name, str(seed)) for name in ("pretrain", "causal", "mma") for seed in (1, 2, 3)]
@@ -71,19 +71,19 @@ def test_the_table_of_section_42_names_every_run_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
-        (["--run.dir", "elsewhere"], "say AKI_RUN=FOLDER sbatch ... instead of --run.dir"),
-        (["--config=other.yaml"], "say AKI_CONFIG=FILE sbatch ... instead of --config=other.yaml"),
+        (["--run.dir", "elsewhere"], "use AKI_RUN=FOLDER sbatch ... instead of --run.dir"),
+        (["--config=other.yaml"], "use AKI_CONFIG=FILE sbatch ... instead of --config=other.yaml"),
     ],
 )
-def test_flags_that_the_batch_script_must_know_are_refused(tmp_path: Path, words: list[str], said: str) -> None:
-    result = run_template(tmp_path, "sft_aki4b", *words)
-    assert result.returncode == 2 and said in result.stderr
+def test_flags_that_the_batch_script_must_know_are_refused(tmp_path: Path, arguments: list[str], message: str) -> None:
+    result = run_template(tmp_path, "sft_aki4b", *arguments)
+    assert result.returncode == 2 and message in result.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_a_wrong_place_and_a_missing_site_file_are_named(tmp_path: Path) -> None:
+def test_a_wrong_folder_and_a_missing_site_file_are_named(tmp_path: Path) -> None:
     elsewhere = run_template(tmp_path, "sft_aki4b", SLURM_SUBMIT_DIR=str(tmp_path))
     assert elsewhere.returncode == 2 and "submit from the root of the checkout" in elsewhere.stderr
     siteless = run_template(tmp_path, "sft_aki4b", AKI_SITE="/nowhere/site.env")
@@ -98,10 +98,10 @@ def test_a_done_run_is_not_started_again(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["DONE"]
 
 
-def run_template(folder: Path, name: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The script of a job, outside any job; good for what happens before it asks Slurm for anything."""
+def run_template(folder: Path, name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the script of a job outside any job, to test what happens before it calls Slurm."""
     job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "a", "PATH": "/usr/bin:/bin"}
     return subprocess.run(
-        ["bash", str(ROOT / f"slurm/{name}.sbatch"), *words], capture_output=True, text=True, timeout=60,
+        ["bash", str(ROOT / f"slurm/{name}.sbatch"), *arguments], capture_output=True, text=True, timeout=60,
         env=job | {"AKI_RUN": str(folder / "run")} | environment,
     )  # fmt: skip

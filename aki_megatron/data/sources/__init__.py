@@ -1,118 +1,97 @@
-"""The fine-tuning datasets, each read from its original annotation files and folder layout.
+"""Read the fine-tuning datasets from their original annotation files and folder layouts.
 
-A source is a function (data root, split "train" or "val") -> Sequence[Conversation]. Keys are
-``source/task/id``; ``task_of`` gives the part that accuracies are grouped by. ``Turn.response`` is the gold answer.
+config/datasets.py registers a DatasetReader for each. Keys of samples are ``dataset/task/id``; ``task_of`` returns the
+part that accuracies are grouped by. ``Turn.response`` is the reference answer.
 
-A split is the one of the dataset's own release. Visual Genome and LLaVA-150k were released whole: they have
-"train" only, no share is held out in their name, and ``with_split`` leaves them out where a "val" is wanted.
+A split is the one of the dataset's own release. Visual Genome and LLaVA-150k were released without splits: they have
+"train" only, nothing of them is set aside as "val", and ``with_split`` leaves them out where a "val" is needed.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Collection, Iterable, Sequence
+from functools import cache
 from pathlib import Path
+from pkgutil import resolve_name
 
-from aki_megatron.data.sources import (
-    aokvqa,
-    gqa,
-    llava150k,
-    ocrvqa,
-    refcoco,
-    scienceqa,
-    visualgenome,
-    vqav2,
-    vsr,
-)
+from aki_megatron.config.datasets import DATASETS
+from aki_megatron.data.sources.records import DatasetReader
 from aki_megatron.errors import ConfigError, DataError
 from aki_megatron.types import Conversation
 
 SPLITS = ("train", "val")
 
-SOURCES: dict[str, Callable[[Path, str], Sequence[Conversation]]] = {
-    "vqav2": vqav2.read,
-    "gqa": gqa.read,
-    "vsr": vsr.read,
-    "ocrvqa": ocrvqa.read,
-    "aokvqa": aokvqa.read,
-    "scienceqa": scienceqa.read,
-    "refcoco": refcoco.read,
-    "refcoco+": partial(refcoco.read, variant="refcoco+"),
-    "refcocog": partial(refcoco.read, variant="refcocog"),
-    "visualgenome": visualgenome.read,
-    "llava150k": llava150k.read,
-}
 
-WHOLE: dict[str, Callable[[Path, str], Sequence[Conversation]]] = {"llava150k": partial(llava150k.read, whole=True)}
-"""Sources of dialogues, read so that a dialogue stays one sample."""
-
-FILES: dict[str, Mapping[str, tuple[str, ...]]] = {
-    "vqav2": vqav2.FILES,
-    "gqa": gqa.FILES,
-    "vsr": vsr.FILES,
-    "ocrvqa": ocrvqa.FILES,
-    "aokvqa": aokvqa.FILES,
-    "scienceqa": scienceqa.FILES,
-    **{variant: refcoco.files(variant) for variant in refcoco.VARIANTS},
-    "visualgenome": visualgenome.FILES,
-    "llava150k": llava150k.FILES,
-}
-"""Source -> split -> annotation files and image folders under the data root. A split that is not there, is not."""
+@cache
+def dataset_reader(name: str) -> DatasetReader:
+    """Import the reader of a dataset. Raises ConfigError for a name that is not registered."""
+    if name not in DATASETS:
+        raise ConfigError(f"Unknown data.sources {[name]}; known are {sorted(DATASETS)}.")
+    reader: DatasetReader = resolve_name(f"{__name__}.{DATASETS[name]}")
+    return reader
 
 
 def task_of(key: str) -> str:
-    """``vqav2/count/123`` -> ``vqav2/count``: the group in which a sample's accuracy is reported."""
+    """Return the group in which a sample's accuracy is reported: ``vqav2/count/123`` -> ``vqav2/count``."""
     return key.rpartition("/")[0]
 
 
 def with_split(names: Iterable[str], split: str) -> list[str]:
-    """The sources among ``names`` whose release has this split."""
-    return [name for name in names if split in FILES[name]]
+    """Return the datasets among ``names`` whose release has this split."""
+    return [name for name in names if split in dataset_reader(name).files]
 
 
 def missing_files(root: Path, names: Iterable[str], split: str) -> list[str]:
-    """Every file or folder that the sources need and the root lacks, with the source that needs it.
+    """Return every file or folder that the datasets need and the root lacks, with the dataset that needs it.
 
-    Raises ConfigError for a source without the split.
+    Raises ConfigError for a dataset without the split.
     """
-    return [f"{root / file} ({name})" for file, name in _wanted(names, split) if not (root / file).exists()]
+    return [f"{root / file} ({name})" for file, name in _required_files(names, split) if not (root / file).exists()]
 
 
 def open_sources(
-    root: Path, names: Sequence[str], split: str, *, whole_dialogues: Collection[str] = ()
+    root: Path, names: Sequence[str], split: str, *, multi_turn: Collection[str] = ()
 ) -> dict[str, Sequence[Conversation]]:
-    """Read the named sources. One DataError lists everything that is missing, before anything is read.
+    """Read the named datasets. One DataError lists everything that is missing, before anything is read.
 
-    Sources in ``whole_dialogues`` keep a dialogue as one sample instead of one per exchange.
-    Raises ConfigError for unknown names, and for a source whose release lacks the split.
+    Those in ``multi_turn`` keep a conversation as one sample of several turns instead of one per turn.
+    Raises ConfigError for unknown names, and for a dataset whose release lacks the split.
     """
-    unknown = [name for name in names if name not in SOURCES]
+    unknown = [name for name in names if name not in DATASETS]
     if unknown:
-        raise ConfigError(f"Unknown data.sources {unknown}; known are {sorted(SOURCES)}.")
-    other = sorted(set(whole_dialogues) - set(WHOLE))
-    if other:
-        raise ConfigError(f"{other} are no dialogues; whole dialogues are to be had of {sorted(WHOLE)}.")
+        raise ConfigError(f"Unknown data.sources {unknown}; known are {sorted(DATASETS)}.")
+    single_turn = sorted(name for name in set(multi_turn) if dataset_reader(name).read_multi_turn is None)
+    if single_turn:
+        allowed = sorted(name for name in DATASETS if dataset_reader(name).read_multi_turn is not None)
+        raise ConfigError(f"{single_turn} have no conversations of several turns; split_turns: false is for {allowed}.")
     missing = missing_files(root, names, split)
     if missing:
         listing = "\n  ".join(missing)
-        trouble = f"Under the data root {root} (data.root) these are missing for split {split!r}:"
+        problem = f"Under the data root {root} (data.root) these are missing for split {split!r}:"
         if not root.is_dir():
-            trouble = f"The data root {root} (data.root) does not exist; looked for, for split {split!r}:"
-        raise DataError(f"{trouble}\n  {listing}")
-    opened = {name: (WHOLE if name in whole_dialogues else SOURCES)[name](root, split) for name in names}
-    empty = [name for name, rows in opened.items() if not rows]
+            problem = f"The data root {root} (data.root) does not exist; looked for, for split {split!r}:"
+        raise DataError(f"{problem}\n  {listing}")
+    opened = {name: _read(root, name, split, multi_turn=name in multi_turn) for name in names}
+    empty = [name for name, samples in opened.items() if not samples]
     if empty:
         raise DataError(f"The sources {empty} under {root} have no sample in split {split!r}.")
     return opened
 
 
-def _wanted(names: Iterable[str], split: str) -> list[tuple[str, str]]:
-    """(file or folder, source) of every input of the sources."""
+def _read(root: Path, name: str, split: str, *, multi_turn: bool) -> Sequence[Conversation]:
+    reader = dataset_reader(name)
+    read = reader.read_multi_turn if multi_turn else reader.read
+    assert read is not None, name
+    return read(root, split)
+
+
+def _required_files(names: Iterable[str], split: str) -> list[tuple[str, str]]:
+    """Return (file or folder, dataset) of every input of the datasets."""
     names = list(names)
     if split not in SPLITS:
         raise ConfigError(f"Unknown split {split!r}; a source has {SPLITS}.")
-    without = [name for name in names if split not in FILES[name]]
+    without = [name for name in names if split not in dataset_reader(name).files]
     if without:
         raise ConfigError(
-            f"The sources {without} have no split {split!r}: they were released whole, and no share is held out here. "
-            f"Leave them out; {with_split(FILES, split)} have it."
+            f"The sources {without} have no split {split!r}: they were released without splits, and nothing of them is "
+            f"set aside here. Leave them out; {with_split(DATASETS, split)} have it."
         )
-    return sorted({(file, name) for name in names for file in FILES[name][split]})
+    return sorted({(file, name) for name in names for file in dataset_reader(name).files[split]})

@@ -1,13 +1,21 @@
-"""A-OKVQA: multiple-choice questions about COCO pictures. https://allenai.org/project/a-okvqa"""
+"""A-OKVQA: multiple-choice questions about COCO images. https://allenai.org/project/a-okvqa"""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aki_megatron.data.sources.json_stream import Place, array
-from aki_megatron.data.sources.options import check_choice, lettered
-from aki_megatron.data.sources.records import PackedRows, Rows, as_text, inside, rows_of, text_of
+from aki_megatron.data.sources.json_stream import JsonLocation, iter_array
+from aki_megatron.data.sources.options import check_choice, letter_options
+from aki_megatron.data.sources.records import (
+    DatasetReader,
+    LazyConversations,
+    PackedRecords,
+    as_text,
+    parse_entries,
+    safe_path,
+    text_field,
+)
 from aki_megatron.types import Conversation, Turn
 
 PROMPT = "Answer with the option's letter from the given choices directly. {question}\nOptions:\n{options}\n"
@@ -18,7 +26,7 @@ FILES = {
 }
 
 
-class _Row(NamedTuple):
+class _Question(NamedTuple):
     question_id: str
     image_id: int
     question: str
@@ -27,22 +35,25 @@ class _Row(NamedTuple):
 
 
 def read(root: Path, split: str) -> Sequence[Conversation]:
-    """The questions of a split, their options in an order that depends on the question's id alone."""
+    """Read the questions of a split, their options in an order that depends on the question's id alone."""
     file, folder = (root / name for name in FILES[split])
-    rows = PackedRows(rows_of(file, array(file), _row, id_field="question_id"), _Row._make)
-    return Rows(rows, partial(_conversation, folder))
+    questions = parse_entries(file, iter_array(file), _parse, id_field="question_id")
+    return LazyConversations(PackedRecords(questions, _Question._make), partial(_conversation, folder))
 
 
-def _conversation(folder: Path, row: _Row) -> Conversation:
-    key = f"aokvqa/choice/{row.question_id}"
-    options, letter = lettered(row.choices, row.correct, key)
-    turn = Turn(PROMPT.format(question=row.question, options=options), letter)
-    return Conversation(key, (turn,), inside(folder, f"{row.image_id:012d}.jpg", key=key))
+def _conversation(folder: Path, question: _Question) -> Conversation:
+    key = f"aokvqa/choice/{question.question_id}"
+    options, letter = letter_options(question.choices, question.correct, key)
+    turn = Turn(PROMPT.format(question=question.question, options=options), letter)
+    return Conversation(key, (turn,), safe_path(folder, f"{question.image_id:012d}.jpg", key=key))
 
 
-def _row(place: Place, record: Any) -> Iterator[_Row]:
-    choices = [as_text(choice, "choices") for choice in record["choices"]]
-    correct = int(record["correct_choice_idx"])
+def _parse(location: JsonLocation, entry: Any) -> Iterator[_Question]:
+    choices = [as_text(choice, "choices") for choice in entry["choices"]]
+    correct = int(entry["correct_choice_idx"])
     check_choice(correct, choices, "correct_choice_idx")
-    question_id = str(record.get("question_id", place.number))
-    yield _Row(question_id, int(record["image_id"]), text_of(record, "question"), choices, correct)
+    question_id = str(entry.get("question_id", location.number))
+    yield _Question(question_id, int(entry["image_id"]), text_field(entry, "question"), choices, correct)
+
+
+READER = DatasetReader(FILES, read)

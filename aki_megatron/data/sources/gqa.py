@@ -1,19 +1,26 @@
-"""GQA: questions made from scene graphs (balanced). https://cs.stanford.edu/people/dorarad/gqa/download.html"""
+"""GQA: questions generated from scene graphs (balanced). https://cs.stanford.edu/people/dorarad/gqa/download.html"""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aki_megatron.data.sources.json_stream import Place, members
-from aki_megatron.data.sources.records import PackedRows, Rows, inside, rows_of, text_of
+from aki_megatron.data.sources.json_stream import JsonLocation, iter_object
+from aki_megatron.data.sources.records import (
+    DatasetReader,
+    LazyConversations,
+    PackedRecords,
+    parse_entries,
+    safe_path,
+    text_field,
+)
 from aki_megatron.data.sources.vqav2 import PROMPT
 from aki_megatron.types import Conversation, Turn
 
 FILES = {split: (f"GQA/{split}_balanced_questions.json", "GQA/images") for split in ("train", "val")}
 
 
-class _Row(NamedTuple):
+class _Question(NamedTuple):
     question_id: str
     image_id: str
     task: str
@@ -22,22 +29,26 @@ class _Row(NamedTuple):
 
 
 def read(root: Path, split: str) -> Sequence[Conversation]:
-    """The balanced questions of a split with their short answer (``answer``, not ``fullAnswer``).
+    """Read the balanced questions of a split with their short answer (``answer``, not ``fullAnswer``).
 
     The task of a sample is its structural type (verify, query, choose, logical, compare), where it has one.
     """
     file, folder = (root / name for name in FILES[split])
-    return Rows(PackedRows(rows_of(file, members(file), _row), _Row._make), partial(_conversation, folder))
+    questions = PackedRecords(parse_entries(file, iter_object(file), _parse), _Question._make)
+    return LazyConversations(questions, partial(_conversation, folder))
 
 
-def _conversation(folder: Path, row: _Row) -> Conversation:
-    key = f"gqa/{row.task}/{row.question_id}"
-    image = inside(folder, f"{row.image_id}.jpg", key=key)
-    return Conversation(key, (Turn(PROMPT.format(question=row.question), row.answer),), image)
+def _conversation(folder: Path, question: _Question) -> Conversation:
+    key = f"gqa/{question.task}/{question.question_id}"
+    image = safe_path(folder, f"{question.image_id}.jpg", key=key)
+    return Conversation(key, (Turn(PROMPT.format(question=question.question), question.answer),), image)
 
 
-def _row(place: Place, record: Any) -> Iterator[_Row]:
-    types = record.get("types") or {}
+def _parse(location: JsonLocation, entry: Any) -> Iterator[_Question]:
+    types = entry.get("types") or {}
     task = str(types.get("structural") or "vqa").replace("/", "_")
-    image_id = text_of(record, "imageId")
-    yield _Row(place.name, image_id, task, text_of(record, "question"), text_of(record, "answer"))
+    image_id = text_field(entry, "imageId")
+    yield _Question(location.name, image_id, task, text_field(entry, "question"), text_field(entry, "answer"))
+
+
+READER = DatasetReader(FILES, read)

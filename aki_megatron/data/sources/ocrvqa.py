@@ -5,18 +5,26 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from aki_megatron.data.sources.json_stream import Place, members
-from aki_megatron.data.sources.records import PackedRows, Rows, as_text, inside, rows_of, text_of
+from aki_megatron.data.sources.json_stream import JsonLocation, iter_object
+from aki_megatron.data.sources.records import (
+    DatasetReader,
+    LazyConversations,
+    PackedRecords,
+    as_text,
+    parse_entries,
+    safe_path,
+    text_field,
+)
 from aki_megatron.data.sources.vqav2 import PROMPT
 from aki_megatron.types import Conversation, Turn
 
 FILES = dict.fromkeys(("train", "val"), ("OCRVQA/dataset.json", "OCRVQA/images"))
 
-SPLIT = {"train": 1, "val": 2}
-"""The numbers in ``split``; 3 is the test split."""
+SPLIT_NUMBERS = {"train": 1, "val": 2}
+"""Values of the field ``split``; 3 is the test split."""
 
 
-class _Row(NamedTuple):
+class _Question(NamedTuple):
     cover: str
     number: int
     extension: str
@@ -25,24 +33,27 @@ class _Row(NamedTuple):
 
 
 def read(root: Path, split: str) -> Sequence[Conversation]:
-    """The questions of a split, each a sample of its own. A picture is named by its key and its address's ending."""
+    """Read the questions of a split, each a sample of its own. An image is named by its key and its URL's suffix."""
     file, folder = (root / name for name in FILES[split])
-    rows = rows_of(file, members(file), partial(_rows, SPLIT[split]))
-    return Rows(PackedRows(rows, _Row._make), partial(_conversation, folder))
+    questions = parse_entries(file, iter_object(file), partial(_parse, SPLIT_NUMBERS[split]))
+    return LazyConversations(PackedRecords(questions, _Question._make), partial(_conversation, folder))
 
 
-def _conversation(folder: Path, row: _Row) -> Conversation:
-    key = f"ocrvqa/cover/{row.cover}.{row.number}"
-    image = inside(folder, row.cover + row.extension, key=key)
-    return Conversation(key, (Turn(PROMPT.format(question=row.question), row.answer),), image)
+def _conversation(folder: Path, question: _Question) -> Conversation:
+    key = f"ocrvqa/cover/{question.cover}.{question.number}"
+    image = safe_path(folder, question.cover + question.extension, key=key)
+    return Conversation(key, (Turn(PROMPT.format(question=question.question), question.answer),), image)
 
 
-def _rows(split: int, place: Place, record: Any) -> Iterator[_Row]:
-    if int(record["split"]) != split:
+def _parse(split_number: int, location: JsonLocation, entry: Any) -> Iterator[_Question]:
+    if int(entry["split"]) != split_number:
         return
-    questions, answers = record["questions"], record["answers"]
+    questions, answers = entry["questions"], entry["answers"]
     if not isinstance(questions, list) or not isinstance(answers, list) or len(questions) != len(answers):
         raise ValueError("questions and answers must be two lists of one length")
-    extension = PurePosixPath(text_of(record, "imageURL")).suffix
+    extension = PurePosixPath(text_field(entry, "imageURL")).suffix
     for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-        yield _Row(place.name, number, extension, as_text(question, "questions"), as_text(answer, "answers"))
+        yield _Question(location.name, number, extension, as_text(question, "questions"), as_text(answer, "answers"))
+
+
+READER = DatasetReader(FILES, read)

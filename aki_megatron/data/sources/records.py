@@ -1,11 +1,12 @@
-"""What the sources share: compact rows that become conversations on access, records with named faults, file names."""
+"""What the readers share: the reader interface, compact records, errors that name the record, file names."""
 
 import io
 import marshal
 import operator
-from array import array as number_array
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
@@ -14,43 +15,53 @@ import numpy as np
 from aki_megatron.errors import DataError
 from aki_megatron.types import Conversation
 
-Row = TypeVar("Row")
-Place = TypeVar("Place")
+Record = TypeVar("Record")
+Location = TypeVar("Location")
 
 
-class PackedRows(Sequence[Row], Generic[Row]):
-    """Rows in one blob of bytes, and where each starts: millions of rows are two objects, not millions.
+@dataclass(frozen=True)
+class DatasetReader:
+    """How one dataset is read from its original annotation files and folder layout.
 
-    Worker processes that are forked share the two without ever writing to them (no reference counts inside).
-    A row holds text, numbers and lists of them; ``make`` turns the tuple that comes back into a row: a NamedTuple's
-    ``_make``. The blob lives in memory only; marshal is five times as fast as JSON at both ends.
+    files            split ("train" or "val") -> annotation files and image folders under the data root; a split that
+                     the release does not have is absent
+    read             (data root, split) -> samples
+    read_multi_turn  the same for a dataset of conversations, each kept as one sample of several turns
     """
 
-    def __init__(self, rows: Iterable[Iterable[Any]], make: Callable[[tuple[Any, ...]], Row]) -> None:
-        blob, starts = io.BytesIO(), number_array("Q", [0])
+    files: Mapping[str, tuple[str, ...]]
+    read: Callable[[Path, str], Sequence[Conversation]]
+    read_multi_turn: Callable[[Path, str], Sequence[Conversation]] | None = None
+
+
+class PackedRecords(Sequence[Record], Generic[Record]):
+    """Records in one blob of bytes, and where each starts: millions of records are two objects, not millions.
+
+    Worker processes that are forked share the two without ever writing to them (no reference counts inside).
+    A record holds text, numbers and lists of them; ``make`` turns the stored tuple into a record: a NamedTuple's
+    ``_make``. The blob lives in memory only; marshal is five times as fast as JSON in both directions.
+    """
+
+    def __init__(self, records: Iterable[Iterable[Any]], make: Callable[[tuple[Any, ...]], Record]) -> None:
+        blob, starts = io.BytesIO(), array("Q", [0])
         write, end = blob.write, 0
-        for row in rows:
-            end += write(marshal.dumps(tuple(row)))
+        for record in records:
+            end += write(marshal.dumps(tuple(record)))
             starts.append(end)
         self._blob = blob.getvalue()
         self._starts = np.array(starts, dtype=np.uint64)
         self._make = make
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory."""
-        return len(self._blob) + self._starts.nbytes
-
     def __len__(self) -> int:
         return len(self._starts) - 1
 
     @overload
-    def __getitem__(self, index: int) -> Row: ...
+    def __getitem__(self, index: int) -> Record: ...
 
     @overload
-    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+    def __getitem__(self, index: slice) -> Sequence[Record]: ...
 
-    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         number = operator.index(index)
@@ -62,15 +73,15 @@ class PackedRows(Sequence[Row], Generic[Row]):
         return self._make(marshal.loads(self._blob[start:end]))
 
 
-class Rows(Sequence[Conversation], Generic[Row]):
-    """Compact rows in memory; a Conversation is built when it is asked for. Building may raise DataError."""
+class LazyConversations(Sequence[Conversation], Generic[Record]):
+    """Compact records in memory; a Conversation is built on access. Building may raise DataError."""
 
-    def __init__(self, rows: Sequence[Row], build: Callable[[Row], Conversation]) -> None:
-        self._rows = rows
+    def __init__(self, records: Sequence[Record], build: Callable[[Record], Conversation]) -> None:
+        self._records = records
         self._build = build
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._records)
 
     @overload
     def __getitem__(self, index: int) -> Conversation: ...
@@ -80,55 +91,55 @@ class Rows(Sequence[Conversation], Generic[Row]):
 
     def __getitem__(self, index: int | slice) -> Conversation | Sequence[Conversation]:
         if isinstance(index, slice):
-            return Rows(self._rows[index], self._build)
-        return self._build(self._rows[index])
+            return LazyConversations(self._records[index], self._build)
+        return self._build(self._records[index])
 
 
-def rows_of(
+def parse_entries(
     file: Path,
-    records: Iterable[tuple[Place, Any]],
-    make: Callable[[Place, Any], Iterable[Row]],
+    entries: Iterable[tuple[Location, Any]],
+    parse: Callable[[Location, Any], Iterable[Record]],
     *,
     id_field: str = "",
-) -> Iterator[Row]:
-    """The rows that ``make`` gives for each record of a file.
+) -> Iterator[Record]:
+    """Yield the records that ``parse`` makes of each entry of a file.
 
-    A missing field, a wrong type or a ValueError becomes a DataError that names the file, the place of the record
-    and, where the record has one, its id.
+    A missing field, a wrong type or a ValueError becomes a DataError that names the file, the location of the entry
+    and, where the entry has one, its id.
     """
-    place: Place | None = None
-    record: Any = None
+    location: Location | None = None
+    entry: Any = None
 
     def where() -> str:
-        named = isinstance(record, Mapping) and id_field in record
-        return f"{file}, {place}" + (f" ({id_field} {record[id_field]})" if named else "")
+        has_id = isinstance(entry, Mapping) and id_field in entry
+        return f"{file}, {location}" + (f" ({id_field} {entry[id_field]})" if has_id else "")
 
-    with naming(where):
-        for place, record in records:
-            yield from make(place, record)
+    with data_errors(where):
+        for location, entry in entries:
+            yield from parse(location, entry)
 
 
 @contextmanager
-def naming(where: str | Callable[[], str]) -> Iterator[None]:
+def data_errors(where: str | Callable[[], str]) -> Iterator[None]:
     """Turn a missing field or a wrong type into a DataError that says where it was."""
     try:
         yield
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
-        place = where if isinstance(where, str) else where()
+        location = where if isinstance(where, str) else where()
         reason = f"the field {error} is missing." if isinstance(error, KeyError) else str(error)
-        raise DataError(f"{place}: {reason}") from error
+        raise DataError(f"{location}: {reason}") from error
 
 
-def text_of(record: Mapping[str, Any], field: str) -> str:
-    """A field that holds text; a number counts as its digits, anything else (null, a list) raises ValueError.
+def text_field(entry: Mapping[str, Any], field: str) -> str:
+    """Return a field that holds text; a number becomes its digits, anything else (null, a list) raises ValueError.
 
-    So does half of a surrogate pair (a cut escape): no tokenizer takes it.
+    So does a lone surrogate (an escape that was cut in two): no tokenizer takes it.
     """
-    return as_text(record[field], field)
+    return as_text(entry[field], field)
 
 
 def as_text(value: object, field: str) -> str:
-    """As ``text_of``, for a value in hand."""
+    """Return ``value`` as ``text_field`` does."""
     if isinstance(value, str):
         if not value.isascii():
             value.encode()  # UnicodeEncodeError is a ValueError
@@ -138,8 +149,8 @@ def as_text(value: object, field: str) -> str:
     raise ValueError(f"{field} must be text, got {value!r}")
 
 
-def inside(root: Path, name: str, *, key: str) -> Path:
-    """``root / name``; DataError if the name from an annotation file is absolute or climbs out of the root."""
+def safe_path(root: Path, name: str, *, key: str) -> Path:
+    """Return ``root / name``. Raises DataError if a name from an annotation file is absolute or leads out of root."""
     parts = name.replace("\\", "/").split("/")
     if ".." in parts or parts[0] == "" or ":" in parts[0]:
         raise DataError(f"Sample {key}: the file name {name!r} leads out of the data root {root}.")

@@ -9,8 +9,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aki_megatron.data.sources.boxes import PROMPT, box_text
-from aki_megatron.data.sources.json_stream import Place, array
-from aki_megatron.data.sources.records import PackedRows, Rows, naming, rows_of, text_of
+from aki_megatron.data.sources.json_stream import JsonLocation, iter_array
+from aki_megatron.data.sources.records import (
+    DatasetReader,
+    LazyConversations,
+    PackedRecords,
+    data_errors,
+    parse_entries,
+    text_field,
+)
 from aki_megatron.types import Conversation, Turn
 
 FILES = {
@@ -18,49 +25,50 @@ FILES = {
 }
 
 
-class _Row(NamedTuple):
+class _Region(NamedTuple):
     region_id: int | str
     image_id: int
     xywh: list[float]
-    width: int
-    height: int
+    image_width: int
+    image_height: int
     phrase: str
 
 
 def read(root: Path, split: str) -> Sequence[Conversation]:
-    """One sample per region: the box is given, the phrase is the answer. Boxes are cut off at the picture's edge.
+    """Read one sample per region: the box is given, the phrase is the answer. Boxes are clipped to the image.
 
-    Boxes are looked at on access: one bad box of 5.4 million is a DataError of its sample, not of the file.
+    Boxes are checked on access: one bad box of 5.4 million is a DataError of its sample, not of the file.
     """
-    regions_file, pictures_file, folder = (root / name for name in FILES[split])
-    sizes = dict(rows_of(pictures_file, array(pictures_file), _size))
-    rows = rows_of(regions_file, array(regions_file), partial(_rows, sizes), id_field="id")
-    return Rows(PackedRows(rows, _Row._make), partial(_conversation, folder))
+    regions_file, images_file, folder = (root / name for name in FILES[split])
+    image_sizes = dict(parse_entries(images_file, iter_array(images_file), _parse_image_size))
+    regions = parse_entries(regions_file, iter_array(regions_file), partial(_parse, image_sizes), id_field="id")
+    return LazyConversations(PackedRecords(regions, _Region._make), partial(_conversation, folder))
 
 
-def _conversation(folder: Path, row: _Row) -> Conversation:
-    key = f"visualgenome/region/{row.region_id}"
-    with naming(f"Sample {key}"):
-        turn = Turn(PROMPT.format(box=box_text(row.xywh, row.width, row.height)), row.phrase)
-    return Conversation(key, (turn,), folder / f"{row.image_id}.jpg")
+def _conversation(folder: Path, region: _Region) -> Conversation:
+    key = f"visualgenome/region/{region.region_id}"
+    with data_errors(f"Sample {key}"):
+        box = box_text(region.xywh, region.image_width, region.image_height)
+        turn = Turn(PROMPT.format(box=box), region.phrase)
+    return Conversation(key, (turn,), folder / f"{region.image_id}.jpg")
 
 
-def _picture(record: Any) -> int:
-    return int(record["image_id"] if "image_id" in record else record["id"])  # "id" in releases before 1.2
+def _parse_image_size(location: JsonLocation, entry: Any) -> Iterator[tuple[int, tuple[int, int]]]:
+    image_id = int(entry["image_id"] if "image_id" in entry else entry["id"])  # "id" in releases before 1.2
+    yield image_id, (int(entry["width"]), int(entry["height"]))
 
 
-def _size(place: Place, record: Any) -> Iterator[tuple[int, tuple[int, int]]]:
-    yield _picture(record), (int(record["width"]), int(record["height"]))
-
-
-def _rows(sizes: Mapping[int, tuple[int, int]], place: Place, record: Any) -> Iterator[_Row]:
-    for number, region in enumerate(record["regions"]):
-        image_id = int(region["image_id"]) if "image_id" in region else int(record["id"])
-        if image_id not in sizes:
-            raise ValueError(f"regions[{number}]: image_data.json does not give the size of picture {image_id}")
-        width, height = sizes[image_id]
+def _parse(image_sizes: Mapping[int, tuple[int, int]], location: JsonLocation, entry: Any) -> Iterator[_Region]:
+    for number, region in enumerate(entry["regions"]):
+        image_id = int(region["image_id"]) if "image_id" in region else int(entry["id"])
+        if image_id not in image_sizes:
+            raise ValueError(f"regions[{number}]: image_data.json does not give the size of image {image_id}")
+        width, height = image_sizes[image_id]
         xywh = [region["x"], region["y"], region["width"], region["height"]]
         region_id = region.get("region_id")
         if not isinstance(region_id, int):
             region_id = f"{image_id}.{number}"
-        yield _Row(region_id, image_id, xywh, width, height, text_of(region, "phrase"))
+        yield _Region(region_id, image_id, xywh, width, height, text_field(region, "phrase"))
+
+
+READER = DatasetReader(FILES, read)

@@ -1,12 +1,19 @@
-"""VQAv2: open questions about COCO pictures. https://visualqa.org/download.html"""
+"""VQAv2: open questions about COCO images. https://visualqa.org/download.html"""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aki_megatron.data.sources.json_stream import Place, arrays
-from aki_megatron.data.sources.records import PackedRows, Rows, inside, rows_of, text_of
+from aki_megatron.data.sources.json_stream import JsonLocation, iter_object_arrays
+from aki_megatron.data.sources.records import (
+    DatasetReader,
+    LazyConversations,
+    PackedRecords,
+    parse_entries,
+    safe_path,
+    text_field,
+)
 from aki_megatron.errors import DataError
 from aki_megatron.types import Conversation, Turn
 
@@ -22,7 +29,7 @@ FILES = {
 }
 
 
-class _Row(NamedTuple):
+class _Question(NamedTuple):
     question_id: int
     image_id: int
     task: str
@@ -30,63 +37,67 @@ class _Row(NamedTuple):
     answer: str
 
 
-class _Questions:
-    """The rows of the questions file, in its order, each with its annotation; what has no partner is kept."""
+class _QuestionParser:
+    """Parse the questions file in its order, joining each question with its annotation; keep what has no partner."""
 
     def __init__(self, answers: dict[int, tuple[str, str]], subtype: str) -> None:
         self.answers = answers
         self.subtype = subtype
-        self.asked: set[int] = set()
+        self.answered: set[int] = set()
         self.unanswered: list[int] = []
 
-    def row(self, place: Place, record: Any) -> Iterator[_Row]:
-        """The row of one element of ``questions``; the file's other entries give none."""
-        if place.name != "questions":
-            self.subtype = str(record) if place.name == "data_subtype" else self.subtype
+    def parse(self, location: JsonLocation, entry: Any) -> Iterator[_Question]:
+        """Yield the record of one element of ``questions``; the file's other entries give none."""
+        if location.name != "questions":
+            self.subtype = str(entry) if location.name == "data_subtype" else self.subtype
             return
-        question_id = int(record["question_id"])
+        question_id = int(entry["question_id"])
         answer = self.answers.get(question_id)
         if answer is None:
             self.unanswered.append(question_id)
             return
-        self.asked.add(question_id)
-        yield _Row(question_id, int(record["image_id"]), answer[0], text_of(record, "question"), answer[1])
+        self.answered.add(question_id)
+        yield _Question(question_id, int(entry["image_id"]), answer[0], text_field(entry, "question"), answer[1])
 
 
 def read(root: Path, split: str) -> Sequence[Conversation]:
-    """The questions of a split with their most frequent answer.
+    """Read the questions of a split with their most frequent answer.
 
     Questions and annotations are paired by question_id; the two files must hold the same ids. The task of a
     sample is its ``question_type`` ("how many"), with underscores for spaces.
     """
     questions_file, annotations_file, folder = (root / name for name in FILES[split])
-    annotations = arrays(annotations_file, "annotations")
-    answers = dict(rows_of(annotations_file, annotations, _answer, id_field="question_id"))
-    questions = _Questions(answers, folder.name)
-    asked = rows_of(questions_file, arrays(questions_file, "questions"), questions.row, id_field="question_id")
-    rows = PackedRows(asked, _Row._make)
-    _check_pairs(questions, questions_file, annotations_file)
-    return Rows(rows, partial(_conversation, folder, questions.subtype))
+    annotations = iter_object_arrays(annotations_file, "annotations")
+    answers = dict(parse_entries(annotations_file, annotations, _parse_answer, id_field="question_id"))
+    parser = _QuestionParser(answers, folder.name)
+    entries = iter_object_arrays(questions_file, "questions")
+    questions = parse_entries(questions_file, entries, parser.parse, id_field="question_id")
+    records = PackedRecords(questions, _Question._make)
+    _check_pairs(parser, questions_file, annotations_file)
+    return LazyConversations(records, partial(_conversation, folder, parser.subtype))
 
 
-def _conversation(folder: Path, subtype: str, row: _Row) -> Conversation:
-    key = f"vqav2/{row.task}/{row.question_id}"
-    image = inside(folder, f"COCO_{subtype}_{row.image_id:012d}.jpg", key=key)
-    return Conversation(key, (Turn(PROMPT.format(question=row.question), row.answer),), image)
+def _conversation(folder: Path, subtype: str, question: _Question) -> Conversation:
+    key = f"vqav2/{question.task}/{question.question_id}"
+    image = safe_path(folder, f"COCO_{subtype}_{question.image_id:012d}.jpg", key=key)
+    return Conversation(key, (Turn(PROMPT.format(question=question.question), question.answer),), image)
 
 
-def _answer(place: Place, record: Any) -> Iterator[tuple[int, tuple[str, str]]]:
-    """question_id -> (task, answer) of one element of ``annotations``."""
-    if place.name == "annotations":
-        task = "_".join(str(record.get("question_type", "vqa")).replace("/", " ").split()) or "vqa"
-        yield int(record["question_id"]), (task, text_of(record, "multiple_choice_answer"))
+def _parse_answer(location: JsonLocation, entry: Any) -> Iterator[tuple[int, tuple[str, str]]]:
+    """Yield (question_id, (task, answer)) of one element of ``annotations``."""
+    if location.name == "annotations":
+        task = "_".join(str(entry.get("question_type", "vqa")).replace("/", " ").split()) or "vqa"
+        yield int(entry["question_id"]), (task, text_field(entry, "multiple_choice_answer"))
 
 
-def _check_pairs(questions: _Questions, questions_file: Path, annotations_file: Path) -> None:
-    unanswered, unasked = sorted(questions.unanswered), sorted(set(questions.answers) - questions.asked)
+def _check_pairs(parser: _QuestionParser, questions_file: Path, annotations_file: Path) -> None:
+    unanswered, unasked = sorted(parser.unanswered), sorted(set(parser.answers) - parser.answered)
     if unanswered or unasked:
         raise DataError(
             f"{questions_file} and {annotations_file} do not belong together: "
             f"{len(unanswered)} questions without an annotation (question_id {unanswered[:3]}), "
             f"{len(unasked)} annotations without a question (question_id {unasked[:3]})."
         )
+
+
+READER = DatasetReader(FILES, read)

@@ -1,0 +1,81 @@
+"""Collate samples into a batch: sequences of one or several samples, right padding, ids as tensors, stacked images.
+
+B sequences, T positions, N images.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike
+
+from aki_megatron.data.image import decode_image, normalize
+from aki_megatron.types import IGNORE, NO_SEGMENT, Batch, DecodedImage, Modality, Sample
+
+
+def collate(
+    sequences: Sequence[Sequence[Sample]],
+    *,
+    pad_id: int,
+    image_size: int,
+    sequence_length: int | None = None,
+    num_bad_samples: int = 0,
+) -> Batch:
+    """Build a batch from B sequences of samples: one segment per sample in the given order, then right padding.
+
+    sequence_length  positions of every sequence (T); None: as many as the longest one has
+    num_bad_samples  samples that could not be used, passed on in the batch
+
+    Positions restart in every segment and targets are the samples' own, so nothing is predicted across segments. A
+    sequence may be empty. Images that are still encoded are decoded here; samples of a stream bring decoded ones.
+
+    Raises ValueError for a sequence longer than ``sequence_length``, and UnreadableImage.
+    """
+    assert sequences
+    longest = max(sum(len(sample.token_ids) for sample in sequence) for sequence in sequences)
+    length = max(longest, 1) if sequence_length is None else sequence_length
+    if longest > length:
+        raise ValueError(
+            f"A sequence holds {longest} tokens, more than sequence_length={length}; pack with the same limit."
+        )
+    token_ids = _filled(len(sequences), length, pad_id, np.int64)
+    modality_ids = _filled(len(sequences), length, Modality.PAD, np.int8)
+    segment_ids = _filled(len(sequences), length, NO_SEGMENT, np.int32)
+    position_ids = _filled(len(sequences), length, 0, np.int32)
+    targets = _filled(len(sequences), length, IGNORE, np.int64)
+    positions = np.arange(length, dtype=np.int32)
+    for index, sequence in enumerate(sequences):
+        start = 0
+        for segment, sample in enumerate(sequence):
+            num_tokens = len(sample.token_ids)
+            where = (index, slice(start, start + num_tokens))
+            token_ids[where] = sample.token_ids
+            modality_ids[where] = sample.modality_ids
+            segment_ids[where] = segment
+            position_ids[where] = positions[:num_tokens]
+            targets[where] = sample.targets
+            start += num_tokens
+    images = [
+        _decoded(sample.image, image_size, sample.key)
+        for sequence in sequences
+        for sample in sequence
+        if sample.image is not None
+    ]
+    return Batch(
+        token_ids=torch.from_numpy(token_ids),
+        modality_ids=torch.from_numpy(modality_ids),
+        segment_ids=torch.from_numpy(segment_ids),
+        position_ids=torch.from_numpy(position_ids),
+        targets=torch.from_numpy(targets),
+        pixels=normalize(images, image_size),
+        num_bad_samples=num_bad_samples,
+    )
+
+
+def _filled(num_sequences: int, length: int, value: int, dtype: DTypeLike) -> np.ndarray:
+    return np.full((num_sequences, length), int(value), dtype=dtype)
+
+
+def _decoded(image: Path | bytes | DecodedImage, size: int, key: str) -> DecodedImage:
+    return image if isinstance(image, DecodedImage) else decode_image(image, size, key=key)

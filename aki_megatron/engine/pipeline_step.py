@@ -1,0 +1,135 @@
+"""Forward and backward passes of one training step on one rank, as the pipeline schedule orders them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aki_megatron.engine.base import ShardedStage
+from aki_megatron.engine.mask_consistency import MaskConsistencyChecker
+from aki_megatron.parallel.batch_broadcast import MicrobatchShape, broadcast_batch
+from aki_megatron.parallel.p2p_communication import P2PCommunicator
+from aki_megatron.parallel.schedule import Action, Kind, Message, RankSchedule
+from aki_megatron.parallel.topology import Topology
+from aki_megatron.types import Batch, StageActivations
+
+
+@dataclass(frozen=True)
+class PipelineContext:
+    """What all steps of an engine have in common.
+
+    stages     this rank's stages, one per virtual stage
+    dtype      of activations and pixels
+    set_phase  is told what this rank does, before it does it
+    """
+
+    stages: Sequence[ShardedStage]
+    topology: Topology
+    communicator: P2PCommunicator
+    schedule: RankSchedule
+    dtype: torch.dtype
+    set_phase: Callable[[str], None]
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the whole model: pipeline x virtual stages."""
+        return self.topology.pipeline * len(self.stages)
+
+
+class PipelineStep:
+    """One step. Activations are kept from a micro-batch's forward pass to its backward pass."""
+
+    def __init__(
+        self,
+        context: PipelineContext,
+        microbatches: Sequence[Batch],
+        shapes: Sequence[MicrobatchShape],
+        loss_scale: float,
+        mask_checker: MaskConsistencyChecker | None,
+    ) -> None:
+        """Prepare the step.
+
+        microbatches  of this replica on the rank that reads data, empty on the others
+        loss_scale    factor from summed losses to what is minimized
+        mask_checker  records every mask; None: masks are not checked in this step
+        """
+        self._context = context
+        self._microbatches = microbatches
+        self._shapes = shapes
+        self._loss_scale = loss_scale
+        self._mask_checker = mask_checker
+        self._loss = torch.zeros((), device=context.topology.device)
+        self._in_flight: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
+        """(virtual stage, micro-batch) -> hidden states received (None on the first stage) and output."""
+        self._outgoing: dict[Message, StageActivations | Tensor] = {}
+        """Outputs of this rank that the current schedule step sends."""
+
+    def run(self) -> Tensor:
+        """Run all passes; return the summed loss of this rank's micro-batches, 0 without the LM head."""
+        context = self._context
+        context.communicator.begin_step(self._shapes)
+        for stage in context.stages:
+            stage.begin_step()
+        for step in context.schedule:
+            if step.action is not None:
+                context.set_phase(f"waiting for {step.action.kind} {step.action.micro_batch}")
+                (self._forward if step.action.kind == "forward" else self._backward)(step.action)
+            sends = [(message, self._outgoing.pop(message)) for message in step.sends]
+            context.communicator.exchange(sends, step.receives)
+        context.set_phase("sending")
+        context.communicator.end_step()
+        assert not self._in_flight and not self._outgoing
+        return self._loss
+
+    def _forward(self, action: Action) -> None:
+        context, micro_batch = self._context, action.micro_batch
+        stage, index = context.stages[action.virtual_stage], self._stage_index(action)
+        hidden = pixels = None
+        if index == 0:
+            batch = self._microbatches[micro_batch] if context.topology.reads_data else None
+            first = broadcast_batch(batch, self._shapes[micro_batch], context.topology)
+            inputs, ids, pixels = first.token_ids, first.ids, first.pixels.to(context.dtype)
+        else:
+            received = context.communicator.wait_activations(self._incoming("forward", index, micro_batch))
+            inputs, ids = received.hidden.requires_grad_(), received.ids
+            hidden = inputs
+        context.set_phase(f"forward {micro_batch}")
+        mask = stage.module.build_mask(ids)
+        if self._mask_checker is not None:
+            self._mask_checker.record(index, micro_batch, mask, ids)
+        output = stage.forward(inputs, ids, pixels, mask)
+        self._in_flight[action.virtual_stage, micro_batch] = (hidden, output)
+        if index == context.num_stages - 1:
+            self._loss += output.detach()
+        else:
+            self._send("forward", index + 1, micro_batch, StageActivations(output.detach(), ids))
+
+    def _backward(self, action: Action) -> None:
+        context, micro_batch = self._context, action.micro_batch
+        stage, index = context.stages[action.virtual_stage], self._stage_index(action)
+        hidden, output = self._in_flight.pop((action.virtual_stage, micro_batch))
+        gradient = None
+        if index == context.num_stages - 1:
+            output = output * self._loss_scale
+        else:
+            gradient = context.communicator.wait_gradient(self._incoming("backward", index, micro_batch))
+        context.set_phase(f"backward {micro_batch}")
+        stage.backward(output, gradient, is_last=micro_batch == len(self._shapes) - 1)
+        if hidden is not None:
+            assert hidden.grad is not None
+            self._send("backward", index - 1, micro_batch, hidden.grad)
+
+    def _stage_index(self, action: Action) -> int:
+        """Return the index in the whole model of the stage that an action runs."""
+        topology = self._context.topology
+        return action.virtual_stage * topology.pipeline + topology.pipeline_rank
+
+    def _incoming(self, kind: Kind, stage: int, micro_batch: int) -> Message:
+        """Return the message that stage ``stage`` of this rank receives."""
+        sender = stage - 1 if kind == "forward" else stage + 1
+        return Message(kind, stage, micro_batch, sender % self._context.topology.pipeline)
+
+    def _send(self, kind: Kind, stage: int, micro_batch: int, content: StageActivations | Tensor) -> None:
+        """Queue an output for stage ``stage``, which is on another rank."""
+        self._outgoing[Message(kind, stage, micro_batch, stage % self._context.topology.pipeline)] = content

@@ -1,0 +1,142 @@
+"""Preprocessing equals its definition; an unreadable image names its file."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_files import image_bytes
+from PIL import Image
+
+from aki_megatron.data import image as image_module
+from aki_megatron.data.image import ImageCache, UnreadableImage, augment, decode_image, normalize
+from aki_megatron.types import DecodedImage
+
+
+def encoded(array: np.ndarray, form: str, mode: str = "RGB") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).convert(mode).save(buffer, format=form)
+    return buffer.getvalue()
+
+
+def load_image(data: bytes, size: int) -> torch.Tensor:
+    return normalize([decode_image(data, size, key="")], size)[0]
+
+
+@pytest.fixture(scope="module")
+def noise() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+
+
+def test_pixels_are_the_bytes_mapped_to_minus_one_and_one(noise: np.ndarray) -> None:
+    square = noise[:24, :24]
+    pixels = load_image(encoded(square, "PNG"), 24)
+    assert pixels.dtype == torch.float32 and pixels.shape == (3, 24, 24)
+    expected = (torch.from_numpy(square).permute(2, 0, 1).float() / 255 - 0.5) / 0.5
+    torch.testing.assert_close(pixels, expected, rtol=0, atol=0)
+
+
+def test_resize_ignores_the_aspect_ratio_and_equals_torchs_antialiased_bicubic(noise: np.ndarray) -> None:
+    smooth = np.asarray(Image.fromarray(noise).resize((60, 90), Image.Resampling.BILINEAR))
+    pixels = load_image(encoded(smooth, "PNG"), 24)
+    raw = torch.from_numpy(smooth.copy()).permute(2, 0, 1)[None].float()
+    resized = torch.nn.functional.interpolate(raw, (24, 24), mode="bicubic", antialias=True).clamp(0, 255)[0]
+    # PIL rounds to bytes after each of its two passes
+    torch.testing.assert_close(pixels, (resized / 255 - 0.5) / 0.5, rtol=0, atol=2.5 / 127.5)
+
+
+@pytest.mark.parametrize(
+    ("form", "mode"), [("PNG", "P"), ("PNG", "L"), ("PNG", "RGBA"), ("JPEG", "CMYK"), ("JPEG", "L"), ("GIF", "P")]
+)
+def test_every_color_mode_becomes_rgb(noise: np.ndarray, form: str, mode: str) -> None:
+    assert load_image(encoded(noise, form, mode), 24).shape == (3, 24, 24)
+
+
+def test_file_and_bytes_give_the_same(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(image_bytes(9))
+    assert decode_image(tmp_path / "a.jpg", 24, key="k") == decode_image(image_bytes(9), 24, key="k")
+
+
+def test_unreadable_images_name_file_and_key(tmp_path: Path) -> None:
+    for name, content in (
+        ("truncated.jpg", image_bytes(1, size=(90, 90))[:-200]),
+        ("truncated.png", image_bytes(1, form="PNG", size=(90, 90))[:60]),
+        ("text.jpg", b"not an image"),
+        ("empty.png", b""),
+        ("other.png", encoded(np.zeros((4, 4, 3), np.uint8), "BMP")),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UnreadableImage, match=rf"image .*{name} of sample vqav2/x/1 is not a readable JPEG"):
+            decode_image(tmp_path / name, 24, key="vqav2/x/1")
+    with pytest.raises(UnreadableImage, match=r"missing\.jpg"):
+        decode_image(tmp_path / "missing.jpg", 24, key="")
+    with pytest.raises(UnreadableImage, match="image of sample captions/0/1"):
+        decode_image(b"\xff\xd8", 24, key="captions/0/1")
+
+
+def test_damaged_bytes_never_raise_anything_else(noise: np.ndarray) -> None:
+    rng = np.random.default_rng(1)
+    for form in ("PNG", "JPEG", "GIF"):
+        good = encoded(noise, form)
+        for _ in range(150):
+            bad = bytearray(good)
+            for offset in rng.integers(0, len(bad), 4):
+                bad[offset] = rng.integers(0, 256)
+            try:
+                assert len(decode_image(bytes(bad[: rng.integers(1, len(bad) + 1)]), 24, key="k").rgb) == 3 * 24 * 24
+            except UnreadableImage as error:
+                assert "sample k" in str(error)
+
+
+def test_decompression_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    header = bytearray(image_bytes(0, form="PNG"))
+    header[16:24] = (60_000).to_bytes(4, "big") + (60_000).to_bytes(4, "big")
+    with pytest.raises(UnreadableImage):
+        decode_image(bytes(header), 24, key="k")
+    monkeypatch.setattr(image_module, "MAX_PIXELS", 24 * 24 - 1)
+    with pytest.raises(UnreadableImage, match="24 x 24 pixels, more than 575 .decompression bomb"):
+        decode_image(image_bytes(), 24, key="k")
+
+
+def test_no_images_are_an_empty_stack() -> None:
+    assert normalize([], 24).shape == (0, 3, 24, 24)
+
+
+def test_cache_is_bounded_and_keeps_small_images_only(tmp_path: Path) -> None:
+    cache = ImageCache(24, max_bytes=2 * 3 * 24 * 24)
+    for number in range(4):
+        (tmp_path / f"{number}.jpg").write_bytes(image_bytes(40 * number))
+    first = [cache.decode(tmp_path / f"{number}.jpg", key="k") for number in range(4)]
+    again = [cache.decode(tmp_path / f"{number}.jpg", key="k") for number in range(4)]
+    assert first == again == [decode_image(image_bytes(40 * number), 24, key="k") for number in range(4)]
+    assert [one is other for one, other in zip(first, again, strict=True)] == [True, True, False, False]
+    large = ImageCache(24, max_image_bytes=1000)
+    assert large.decode(image_bytes(), key="k") is not large.decode(image_bytes(), key="k")
+    assert isinstance(first[0], DecodedImage)
+
+
+def test_the_official_augmentation_depends_on_the_seed_alone(noise: np.ndarray) -> None:
+    image = decode_image(encoded(noise, "PNG"), 24, key="k")
+    before = image.rgb
+    many = [augment(image, seed) for seed in range(40)]
+    assert many == [augment(image, seed) for seed in reversed(range(40))][::-1] and image.rgb == before
+    assert len({one.rgb for one in many}) > 35 and {one.size for one in many} == {24}
+
+
+def test_the_official_augmentation_crops_then_flips() -> None:
+    """Red is the column, green the row: the corners of a crop show where it was taken."""
+    size = 96
+    column = np.broadcast_to(np.arange(size, dtype=np.uint8), (size, size))
+    ramp = DecodedImage(np.stack([column, column.T, np.zeros_like(column)], axis=-1).tobytes(), size)
+    flips, areas, ratios = 0, [], []
+    for seed in range(300):
+        rgb = np.frombuffer(augment(ramp, seed).rgb, dtype=np.uint8).reshape(size, size, 3).astype(int)
+        left, right, top, bottom = rgb[0, 0, 0], rgb[0, -1, 0], rgb[0, 0, 1], rgb[-1, 0, 1]
+        flips += bool(left > right)
+        width, height = abs(right - left) + 1, bottom - top + 1
+        areas.append(width * height / size**2)
+        ratios.append(width / height)
+    assert 120 < flips < 180
+    assert 0.47 < min(areas) < 0.53 and 0.97 < max(areas) <= 1.0 and 0.64 < np.mean(areas) < 0.74
+    assert 0.72 < min(ratios) < 0.85 and 1.18 < max(ratios) < 1.37

@@ -1,0 +1,220 @@
+"""Errors name what is broken or missing in a dataset: the file, the entry, the key."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_files import write_sources
+from source_files import put, write_more_sources
+
+from aki_megatron.config.datasets import DATASETS
+from aki_megatron.data.sources import dataset_reader, open_sources
+from aki_megatron.errors import ConfigError, DataError
+
+Change = Callable[[Any], object]
+
+
+def train_files(name: str) -> tuple[str, ...]:
+    return dataset_reader(name).files["train"]
+
+
+def edit(root: Path, name: str, change: Change) -> None:
+    content = json.loads((root / name).read_text())
+    change(content)
+    (root / name).write_text(json.dumps(content))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_sources(tmp_path, count=3)
+    write_more_sources(tmp_path)
+    return tmp_path
+
+
+def test_everything_missing_is_listed_at_once(root: Path) -> None:
+    gone = ["VQA/v2_mscoco_train2014_annotations.json", "vsr/train-random.jsonl", "A-OKVQA/train2017"]
+    gone += ["VisualGenome/image_data.json", "llava/llava_instruct_150k.json", "ScienceQA/images/train"]
+    for name in gone:
+        path = root / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(DataError) as caught:
+        open_sources(root, list(DATASETS), "train")
+    for name in gone:
+        assert str(root / name) in str(caught.value)
+    assert "(vqav2)" in str(caught.value) and "(aokvqa)" in str(caught.value) and "(llava150k)" in str(caught.value)
+    with pytest.raises(DataError, match="dev-random"):
+        open_sources(root, ["vsr"], "val")
+    with pytest.raises(ConfigError, match="known are"):
+        open_sources(root, ["coco"], "train")
+    with pytest.raises(ConfigError, match="Unknown split 'test'"):
+        open_sources(root, ["vsr"], "test")
+
+
+def test_a_missing_root_lists_what_is_needed(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data root .*nowhere \(data\.root\) does not exist") as caught:
+        open_sources(tmp_path / "nowhere", list(DATASETS), "train")
+    for name in DATASETS:
+        for file in train_files(name):
+            assert f"{tmp_path / 'nowhere' / file} ({name})" in str(caught.value)
+
+
+def test_unpaired_vqav2_files(root: Path) -> None:
+    edit(root, train_files("vqav2")[1], lambda content: content["annotations"].pop())
+    with pytest.raises(DataError, match=r"1 questions without an annotation \(question_id \[10\]\)"):
+        open_sources(root, ["vqav2"], "train")
+    edit(root, train_files("vqav2")[0], lambda content: content["questions"].pop(0))
+    edit(root, train_files("vqav2")[0], lambda content: content["questions"].pop(0))
+    with pytest.raises(DataError, match=r"0 questions without .* 1 annotations without a question .*\[20\]"):
+        open_sources(root, ["vqav2"], "train")
+
+
+MALFORMED: list[tuple[str, int, Change, str]] = [
+    ("vqav2", 0, lambda c: c["questions"][1].pop("question"),
+     r"questions\.json, questions\[1\] \(question_id 20\): the field 'question' is missing"),
+    ("vqav2", 1, lambda c: c["annotations"][0].update(multiple_choice_answer=None),
+     r"annotations\.json, annotations\[0\] \(question_id 30\): multiple_choice_answer must be text, got None"),
+    ("vqav2", 0, lambda c: c.pop("questions"), r"questions\.json: the field 'questions' is missing"),
+    ("gqa", 0, lambda c: c["07333408"].pop("imageId"),
+     r"train_balanced_questions\.json, entry '07333408': the field 'imageId' is missing"),
+    ("ocrvqa", 0, lambda c: c["0761183272"]["answers"].pop(),
+     r"dataset\.json, entry '0761183272': questions and answers must be two lists of one length"),
+    ("ocrvqa", 0, lambda c: c["0761183272"].pop("imageURL"), r"entry '0761183272': the field 'imageURL' is missing"),
+    ("aokvqa", 0, lambda c: c[1].update(correct_choice_idx=9),
+     r"aokvqa_v1p0_train\.json, entry 1 \(question_id q2\): correct_choice_idx=9 of 4 choices"),
+    ("scienceqa", 0, lambda c: c["2"].update(answer=-1), r"problems\.json, entry '2': answer=-1 of 3 choices"),
+    ("scienceqa", 0, lambda c: c["2"].update(choices=None), r"problems\.json, entry '2': .*NoneType"),
+    ("refcoco", 0, lambda c: c["images"][0].pop("caption"),
+     r"finetune_refcoco_train\.json, images\[0\] \(id 1\): the field 'caption' is missing"),
+    ("refcoco", 0, lambda c: c["annotations"].reverse(), "images entry 1 stands beside an annotation of image_id 3"),
+    ("refcoco", 0, lambda c: c["annotations"].pop(), r"3 images but 2 annotations; they are paired by order"),
+    ("refcoco+", 0, lambda c: c["annotations"][1].update(bbox=[1, 2, 3]),
+     r"finetune_refcoco\+_train\.json, annotations\[1\] \(id 1\): not enough values"),
+    ("refcocog", 0, lambda c: c["images"][1].update(width=0),
+     r"finetune_refcocog_train\.json, id 1: the box .* cannot be normalized by an image of 0\.0 x 480\.0 pixels"),
+    ("visualgenome", 0, lambda c: c[1]["regions"][0].pop("phrase"),
+     r"region_descriptions\.json, entry 1 \(id 2\): the field 'phrase' is missing"),
+    ("visualgenome", 1, lambda c: c.pop(0),
+     r"entry 0 \(id 1\): regions\[0\]: image_data\.json does not give the size of image 1"),
+    ("visualgenome", 1, lambda c: c[2].pop("width"), r"image_data\.json, entry 2.*: the field 'width' is missing"),
+    ("llava150k", 0, lambda c: c[0]["conversations"].pop(1),
+     r"entry 0 \(id 000000033471\): the turns of id 000000033471 do not alternate .* \['human', 'human', 'gpt'\]"),
+    ("llava150k", 0, lambda c: c[1]["conversations"].reverse(), "do not alternate"),
+    ("llava150k", 0, lambda c: c[1].update(conversations=[]), "do not alternate"),
+    ("llava150k", 0, lambda c: c[1].pop("image"), r"entry 1 \(id 000000033471\): the field 'image' is missing"),
+    ("gqa", 0, lambda c: c["02930152"].update(answer="\ud83d"), "entry '02930152': .*surrogates not allowed"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "change", "message"), MALFORMED, ids=[f"{m[0]}: {m[3][-30:]}" for m in MALFORMED]
+)
+def test_a_malformed_entry_names_file_and_entry(root: Path, name: str, file: int, change: Change, message: str) -> None:
+    edit(root, train_files(name)[file], change)
+    with pytest.raises(DataError, match=message) as caught:
+        open_sources(root, [name], "train")
+    assert train_files(name)[file] in str(caught.value) or train_files(name)[0] in str(caught.value)
+
+
+JSON_FILES = [(name, file) for name in DATASETS for file in train_files(name) if file.endswith(".json")]
+
+
+@pytest.mark.parametrize(("name", "file"), JSON_FILES)
+@pytest.mark.parametrize("damage", ["cut", "not json", "not text", "other outline", "more"])
+def test_a_file_that_is_no_json_is_named(root: Path, name: str, file: str, damage: str) -> None:
+    good = (root / file).read_bytes()
+    bad = {"cut": good[: len(good) * 2 // 3], "not json": b"{ not json", "not text": b"\xff\xfe" + good,
+           "other outline": b"3", "more": good + b" ]"}[damage]  # fmt: skip
+    (root / file).write_bytes(bad)
+    with pytest.raises(DataError, match="is not valid JSON") as caught:
+        open_sources(root, [name], "train")
+    assert str(root / file) in str(caught.value)
+
+
+def test_bad_vsr_line_is_an_error_of_that_line(root: Path) -> None:
+    file = root / "vsr/train-random.jsonl"
+    lines = file.read_text().splitlines()
+    lines[1] = lines[1][:20]
+    file.write_text("\n".join(lines))
+    samples = open_sources(root, ["vsr"], "train")["vsr"]
+    assert len(samples) == 3 and samples[2].turns[0].response == "yes"
+    with pytest.raises(DataError, match=r"train-random\.jsonl, line 2"):
+        samples[1]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("label", 2, "label must be 0 or 1, got 2"),
+        ("caption", None, "caption must be text"),
+        ("image_link", "http://images.example/test2017/1.jpg", r"image_link must end in one of \['train2017'"),
+        ("image_link", "http://images.example/train2017/..", "leads out of the data root"),
+        ("image_link", "1.jpg", "not enough values"),
+    ],
+)
+def test_bad_vsr_fields(root: Path, field: str, value: object, message: str) -> None:
+    lines = (root / "vsr/train-random.jsonl").read_text().splitlines()
+    lines[0] = json.dumps({**json.loads(lines[0]), field: value})
+    (root / "vsr/train-random.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match=message):
+        open_sources(root, ["vsr"], "train")["vsr"][0]
+
+
+ESCAPES: list[tuple[str, Change]] = [
+    ("refcoco", lambda c: c["images"][0].update(file_name="../../../etc/passwd")),
+    ("refcoco", lambda c: c["images"][0].update(file_name="/etc/passwd")),
+    ("refcoco", lambda c: c["images"][0].update(file_name="a/../../x.jpg")),
+    ("refcoco", lambda c: c["images"][0].update(file_name="C:/x.jpg")),
+    ("refcoco", lambda c: c["images"][0].update(file_name="..\\x.jpg")),
+    ("refcocog", lambda c: c["images"][0].update(file_name="")),
+    ("vqav2", lambda c: c.update(data_subtype="../../../x")),
+    ("gqa", lambda c: c["02930152"].update(imageId="../../x")),
+    ("gqa", lambda c: c["02930152"].update(imageId="/etc/x")),
+    ("ocrvqa", lambda c: c.update({"../../0761183272": c.pop("0761183272")})),
+    ("scienceqa", lambda c: c["1"].update(image="../../../x.png")),
+    ("scienceqa", lambda c: c.update({"..": c.pop("1")})),
+    ("llava150k", lambda c: c[0].update(image="../../x.jpg")),
+    ("llava150k", lambda c: c[0].update(image="/x.jpg")),
+]
+
+
+@pytest.mark.parametrize(("name", "change"), ESCAPES)
+def test_file_names_cannot_leave_the_root(root: Path, name: str, change: Change) -> None:
+    edit(root, train_files(name)[0], change)
+    samples = open_sources(root, [name], "train")[name]
+    messages = []
+    for index in range(len(samples)):
+        try:
+            image = samples[index].image
+            assert image is None or (isinstance(image, Path) and image.resolve().is_relative_to(root.resolve()))
+        except DataError as error:
+            messages.append(str(error))
+    assert messages and all(f"Sample {name}/" in text and "leads out of the data root" in text for text in messages)
+
+
+@pytest.mark.parametrize("image_id", ["../1", 1.5, None, [1]])
+def test_image_ids_are_numbers(root: Path, image_id: object) -> None:
+    edit(root, train_files("visualgenome")[0], lambda c: c[0]["regions"][0].update(image_id=image_id))
+    try:
+        samples = open_sources(root, ["visualgenome"], "train")["visualgenome"]
+    except DataError as error:
+        assert "region_descriptions.json, entry 0 (id 1)" in str(error)
+    else:
+        assert samples[0].image == root / "VisualGenome/images/1.jpg"  # 1.5 counts as 1
+
+
+@pytest.mark.parametrize("side", [None, "12", float("nan")])
+def test_a_bad_box_of_visual_genome_is_an_error_of_its_sample(root: Path, side: object) -> None:
+    edit(root, train_files("visualgenome")[0], lambda c: c[0]["regions"][1].update(width=side))
+    samples = open_sources(root, ["visualgenome"], "train")["visualgenome"]
+    assert samples[0].turns and samples[2].turns
+    with pytest.raises(DataError, match="Sample visualgenome/region/1383: "):
+        samples[1]
+
+
+def test_a_source_without_samples_is_an_error(root: Path) -> None:
+    put(root, train_files("llava150k")[0], [])
+    with pytest.raises(DataError, match=r"\['llava150k'\] .* no sample in split 'train'"):
+        open_sources(root, ["gqa", "llava150k"], "train")

@@ -1,0 +1,75 @@
+"""wandb gets the points it should, without a network."""
+
+import json
+import struct
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from step_reports import step_report
+
+from aki_megatron.train.wandb_callback import WandbCallback, run_id
+
+
+def attempt(run: Path, start: int, steps: Iterable[int]) -> WandbCallback:
+    """Simulate one attempt of a run, offline."""
+    callback = WandbCallback(run, project="aki-megatron", mode="offline", interval=1, config={"train": {"steps": 5}})
+    callback.on_start(start)
+    for step in steps:
+        callback.on_step(step, step_report(1 / step))
+    callback.on_stop(5)
+    return callback
+
+
+def records(file: Path) -> Iterator[bytes]:
+    """Yield the records of wandb's file: LevelDB's log format after 7 bytes, blocks of 32 KiB with split records."""
+    content, offset, record = file.read_bytes(), 7, b""
+    while offset + 7 <= len(content):
+        if (left := 2**15 - offset % 2**15) < 7:
+            offset += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", content, offset)
+        record += content[offset + 7 : offset + 7 + size]
+        offset += 7 + size
+        if kind in (1, 4):  # a whole record, or its last part
+            yield record
+            record = b""
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    """wandb's own process may write a moment after the run has finished."""
+    end = time.monotonic() + 60
+    while not true() and time.monotonic() < end:
+        time.sleep(0.1)
+
+
+def points(file: Path) -> dict[int, float]:
+    """Step -> loss of every point in a file that wandb will upload."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = {}
+    for data in records(file):
+        line = Record.FromString(data)
+        if line.WhichOneof("record_type") == "history":
+            values = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in line.history.item}
+            found[values["_step"]] = values["loss"]
+    return found
+
+
+def test_wandb_continues_the_same_run_at_the_right_step(tmp_path: Path) -> None:
+    run = tmp_path / "demo" / "sft"
+    run.mkdir(parents=True)
+    first, second = attempt(run, 0, (1, 2, 3)), attempt(run, 2, (3, 4, 5))
+    assert first.run.id == second.run.id == run_id(run) and run_id(run).startswith("demo-sft-")
+    files = sorted(run.glob(f"wandb/offline-run-*/run-{run_id(run)}.wandb"))
+    assert len(files) == 2, "an attempt has a folder of its own"
+    for file in files:
+        wait_until(lambda file=file: len(points(file)) == 3)
+    found = sorted((points(file) for file in files), key=min)
+    assert found == [{step: 1 / step for step in steps} for steps in ((1, 2, 3), (3, 4, 5))]
+
+
+def test_wandb_runs_of_folders_with_equal_names_are_distinct(tmp_path: Path) -> None:
+    folders = [tmp_path / parent / "demo" / "sft 1" for parent in ("one", "two")]
+    one, two = (run_id(folder) for folder in folders)
+    assert one != two and one.startswith("demo-sft-1-") and run_id(folders[0]) == one

@@ -31,7 +31,7 @@ def num_buffered(steps: Sequence[ScheduleStep]) -> int:
     for step in steps:
         if step.action is not None:
             # a micro-batch returns for its next virtual stage only after this one, so the key is unique
-            waiting.discard((step.action.kind, step.action.micro_batch))
-        waiting.update((message.kind, message.micro_batch) for message in step.receives)
+            waiting.discard((step.action.kind, step.action.micro_batch_index))
+        waiting.update((message.kind, message.micro_batch_index) for message in step.receives)
         most = max(most, len(waiting))
     return most

@@ -81,7 +81,7 @@ def layer_violations(path: str, source: str) -> Iterator[str]:
 
 
 def adapter_violations(path: str, source: str) -> Iterator[str]:
-    """Vendors that aki_megatron/<path> imports around their door."""
+    """Vendors that aki_megatron/<path> imports around their adapter."""
     for name in imported(source):
         vendor = name.partition(".")[0]
         if path not in ADAPTERS.get(vendor, {path}):
@@ -89,7 +89,7 @@ def adapter_violations(path: str, source: str) -> Iterator[str]:
 
 
 def tool_violations(path: str, source: str) -> Iterator[str]:
-    """Vendors that launcher/ or tools/ import although the package has a door for them."""
+    """Vendors that launcher/ or tools/ import although the package has an adapter for them."""
     for name in imported(source):
         vendor = name.partition(".")[0]
         if vendor in ADAPTERS and not (vendor in TOOL_VENDORS and path.startswith("tools/")):
@@ -173,7 +173,7 @@ def test_code_is_ascii() -> None:
             "from aki_megatron.checkpoint.checkpointer import Checkpointer",
             "engine may not import checkpoint",
         ),
-        ("types.py", "from aki_megatron.config.run import RunConfig", "flow may not import config"),
+        ("types.py", "from aki_megatron.config.run import RunConfig", "types may not import config"),
         ("data/tokenizer.py", "from aki_megatron.misc import thing", "misc is not a package of the project"),
         ("data/tokenizer.py", "from .image import read", "imports are absolute, not .image.read"),
     ],

@@ -27,8 +27,6 @@ WORDS: dict[str, str] = {
     "nudged": "perturbed",
     "parted": "diverged",
     "theirs": "external",
-    "tick": "action",
-    "ticks": "actions",
     "peek": "read_text",
 }
 """Word inside an identifier (snake or camel case) -> what to say instead."""
@@ -51,7 +49,6 @@ IDENTIFIERS: dict[str, str] = {
     "HangWatch": "Watchdog",
     "FailureWatch": "FailureReporter",
     "Hook": "Callback",
-    "hooks": "callbacks",
     "RunFolder": "RunPaths",
     "Losses": "BadSampleBudget",
     "TooManyLost": "BadSampleBudgetExceeded",

@@ -198,7 +198,7 @@ def load(
     microbatches = find_plan(pipeline.planner, step - 1).microbatches
     if not 0 <= microbatch < len(microbatches):
         raise ConfigError(
-            f"--micro_batch {microbatch} must lie in 0 ... {len(microbatches) - 1}: a step has {len(microbatches)}."
+            f"--microbatch {microbatch} must lie in 0 ... {len(microbatches) - 1}: a step has {len(microbatches)}."
         )
     plan = microbatches[microbatch]
     if not 0 <= index < len(plan.sequences):
@@ -221,7 +221,7 @@ def show(config: RunConfig, arguments: argparse.Namespace, console: Console) -> 
     """Print the sequence and write the folder. Raises UserError."""
     tokenizer = build_tokenizer(config)
     index, num_image_tokens = arguments.sequence, config.model.resampler.num_latents
-    loaded, origin = load(config, tokenizer, arguments.step, arguments.micro_batch, index)
+    loaded, origin = load(config, tokenizer, arguments.step, arguments.microbatch, index)
     sequence = sequence_positions(loaded.batch, index)
     counts = statistics_line(sequence, num_image_tokens)
     plain = arguments.no_color or console.no_color or not console.is_terminal
@@ -230,7 +230,7 @@ def show(config: RunConfig, arguments: argparse.Namespace, console: Console) -> 
         console.print(Text(line.plain) if plain else line, soft_wrap=plain)
     for bad in loaded.bad_samples:
         console.print(Text(f"left out or replaced: {bad.source}: {bad.reason}", style="" if plain else "red"))
-    stem = f"step_{arguments.step:06d}_micro_batch_{arguments.micro_batch}_sequence_{index}"
+    stem = f"step_{arguments.step:06d}_microbatch_{arguments.microbatch}_sequence_{index}"
     arguments.out.mkdir(parents=True, exist_ok=True)
     marked = render(sequence, tokenizer, num_image_tokens, Marks.of("utf-8"), plain=True).plain
     (arguments.out / f"{stem}.txt").write_text(f"{origin}\n{counts}\n\n{marked}\n", encoding="utf-8")
@@ -247,7 +247,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--config", type=Path, required=True, help="a complete run as YAML; dotted overrides follow")
     parser.add_argument("--step", type=int, default=1, help="optimizer step, from 1; default: 1")
-    parser.add_argument("--micro_batch", "--micro-batch", type=int, default=0,
+    parser.add_argument("--microbatch", type=int, default=0,
                         help="micro-batch of the step, from 0; default: 0")  # fmt: skip
     parser.add_argument("--sequence", type=int, default=0, help="sequence of the micro-batch, from 0; default: 0")
     parser.add_argument("--out", type=Path, default=Path("runs/show_batch"),

@@ -26,7 +26,7 @@ class PaddingQueries:
 class MaskBlocks:
     """The whole mask, in kernel order.
 
-    order            [B * T] or None: flat position of the token at each place of the kernel order; None: the identity
+    order            [B * T] or None: flat position of the token at each index of the kernel order; None: identity
     segments         [S, 2] ranges that are causal inside, one for each segment
     query_spans      [K, 2] these queries see, beyond the causal past, ...
     key_spans        [K, 2] ... these entries of ``keys``; a query is in one rectangle or full block at most

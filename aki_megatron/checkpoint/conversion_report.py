@@ -176,11 +176,10 @@ def match_tensors(
             readable[native] = external
             kind = "mapped" if len(external) == 1 else "concatenated"
             records.append(TensorRecord(kind, external, (native,), shape))
-    for name in sorted(found.keys() - {name for external in table.values() for name in external}):
-        if matches_any(name, allowed.unexpected):
-            records.append(TensorRecord("unexpected", (name,), (), found[name].shape))
-        else:
-            refused.append(f"unexpected: {name} {found[name].shape}")
+    unexpected = sorted(found.keys() - {name for external in table.values() for name in external})
+    skipped = [name for name in unexpected if matches_any(name, allowed.unexpected)]
+    records += [TensorRecord("unexpected", (name,), (), found[name].shape) for name in skipped]
+    refused += [f"unexpected: {name} {found[name].shape}" for name in unexpected if name not in skipped]
     if refused:
         raise mismatch_error(source, refused, EXCEPTIONS_HINT)
     return TensorMatch(readable, tuple(to_initialize), tuple(records))

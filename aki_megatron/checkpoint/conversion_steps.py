@@ -106,13 +106,13 @@ def check_vocabulary(config: ModelConfig, vocabulary: Vocabulary, tokenizer: Pat
     if sizes != (vocabulary.vocab_size, vocabulary.num_added_tokens):
         raise ConfigError(
             f"The model has vocab_size={sizes[0]} and num_added_tokens={sizes[1]}, the tokenizer {tokenizer} needs "
-            f"{vocabulary.vocab_size} and {vocabulary.num_added_tokens}. Give the tokenizer or the model (--model) that "
-            "belong together."
+            f"{vocabulary.vocab_size} and {vocabulary.num_added_tokens}. Give the tokenizer or the model (--model) "
+            "that belong together."
         )
 
 
 def match_folder(folder: PretrainedFolder, config: ModelConfig, allowed: AllowedMismatches) -> TensorMatch:
-    """Match a Hugging Face folder with the model; record tensors that were extended, and those that are not used."""
+    """Match a Hugging Face folder with the model; record tensors that were extended, and those not used."""
     shapes = model_shapes(config)
     match = match_tensors(folder.tensors.specs, folder.table, shapes, source=str(folder.path), allowed=allowed)
     records = [

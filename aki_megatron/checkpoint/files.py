@@ -106,7 +106,7 @@ def sync_dir(folder: Path) -> None:
 
 
 def create_staging_dir(folder: Path, step: int) -> Path:
-    """Create the temporary folder of the checkpoint of ``step``, and clean up what killed processes left behind."""
+    """Create the temporary folder of the checkpoint of ``step``; remove what killed processes left behind."""
     for stale in (*folder.glob(f"{WRITING}*"), *folder.glob(f"{REMOVING}*")):
         shutil.rmtree(stale)
     for replaced in folder.glob(f"{REPLACED}*"):
@@ -123,7 +123,7 @@ def create_staging_dir(folder: Path, step: int) -> Path:
 def finalize(staging: Path, step: int, written: Mapping[str, Any]) -> Path:
     """Write the manifest of a staging folder and publish it as the checkpoint of ``step``; return its path.
 
-    written  manifest entries of files that were read back after writing; the other files are read for theirs
+    written  manifest entries of files that were read back after writing; the other files are hashed here
 
     Raises CheckpointError when a file of ``written`` is absent here or of another size.
     """
@@ -131,8 +131,8 @@ def finalize(staging: Path, step: int, written: Mapping[str, Any]) -> Path:
         found = (staging / name).stat().st_size if (staging / name).is_file() else "no"
         if found != entry["bytes"]:
             raise CheckpointError(
-                f"{staging / name} has {found} bytes here instead of the {entry['bytes']} that were written: the folder "
-                "must lie on a file system that all ranks share"
+                f"{staging / name} has {found} bytes here instead of the {entry['bytes']} that were written: the "
+                "folder must lie on a file system that all ranks share"
             )
     others = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
     listed = dict(written) | {name: file_digest(staging / name) for name in others if name not in written}

@@ -94,29 +94,29 @@ def check_logits(native: TensorSource, config: ModelConfig, reference: Reference
     model = HFReferenceModel(native, config, reference)
     batch = synthetic_batch(config)
     valid, ids = batch.modality_ids != Modality.PAD, stack_ids(batch)
-    ours, mutual = batch.token_ids, model.embed(batch)
+    hidden, mutual = batch.token_ids, model.embed(batch)
     causal, rotary, diverged_at = mutual, model.rotary(valid), ""
     signs = torch.randn(mutual.shape, generator=torch.Generator().manual_seed(0)).sign()
     perturbed = mutual * (1 + PERTURBATION * signs)
     for number in range(config.decoder.num_layers):
         stage = _one_layer_stage(number, config, model.native_tensor)
-        ours = (stage if stage.lm_head is None else stage.logits)(
-            ours, ids, None if stage.input_embedder is None else batch.pixels
+        hidden = (stage if stage.lm_head is None else stage.logits)(
+            hidden, ids, None if stage.input_embedder is None else batch.pixels
         )
         del stage  # free it before the reference's layer is read
         layer = model.layer(number)
         mutual, causal, perturbed = (
-            layer(hidden, attention_mask=_additive_mask(batch, mutual=is_mutual), position_embeddings=rotary)
-            for hidden, is_mutual in ((mutual, True), (causal, False), (perturbed, True))
+            layer(states, attention_mask=_additive_mask(batch, mutual=is_mutual), position_embeddings=rotary)
+            for states, is_mutual in ((mutual, True), (causal, False), (perturbed, True))
         )
         del layer
         if not diverged_at and number < config.decoder.num_layers - 1:
             limit = _rounding_limit(_max_abs(mutual[valid]), _max_abs((perturbed - mutual)[valid]))
-            if not _max_abs((ours - mutual)[valid]) <= limit:  # not <=: NaN diverges
+            if not _max_abs((hidden - mutual)[valid]) <= limit:  # not <=: NaN diverges
                 diverged_at = f"in decoder layer {number}" + (" or before it" if number == 0 else "")
     expected = model.logits(torch.stack([mutual[valid], causal[valid], perturbed[valid]]))
     return LogitsComparison(
-        max_difference=_max_abs(ours[valid][:, : config.decoder.total_vocab_size] - expected[0]),
+        max_difference=_max_abs(hidden[valid][:, : config.decoder.total_vocab_size] - expected[0]),
         scale=_max_abs(expected[0]),
         causal_difference=_max_abs(expected[0] - expected[1]),
         perturbed_difference=_max_abs(expected[0] - expected[2]),

@@ -21,7 +21,7 @@ USE_MATCHING_MODEL = (
 
 
 def meta_parameters(config: ModelConfig) -> dict[str, nn.Parameter]:
-    """Every parameter of the whole model by name, on the meta device; a table that the head is tied to comes once."""
+    """Every parameter of the whole model by name, on the meta device; tied embeddings are listed once."""
     with torch.device("meta"):
         return dict(build_model(config, attention=AttentionConfig(rule="causal")).named_parameters())
 

@@ -81,7 +81,7 @@ class ProgressSource:
 
 
 def to_native(external: TensorSource, table: NameTable) -> LazyTensors:
-    """External tensors under native names, those of one row of the table concatenated; every external name must exist.
+    """External tensors under native names, several for one name concatenated; every external name must exist.
 
     A table of one external name per native name renames and selects.
     """
@@ -108,16 +108,16 @@ def to_external(native: TensorSource, table: NameTable, config: DecoderConfig) -
     specs: dict[str, TensorSpec] = {}
     getters: dict[str, Callable[[], Tensor]] = {}
     for name, parts in table.items():
-        whole = native.specs[name]
+        full = native.specs[name]
         if len(parts) == 1:
-            specs[parts[0]] = whole
+            specs[parts[0]] = full
             getters[parts[0]] = lambda name=name: native.get(name)  # type: ignore[misc]
             continue
         spec = shard_spec(name, config)
         assert spec is not None and spec.dim == 0 and len(spec.part_sizes) == len(parts), name
         start = 0
         for part, size in zip(parts, spec.part_sizes, strict=True):
-            specs[part] = TensorSpec((size, *whole.shape[1:]), whole.dtype)
+            specs[part] = TensorSpec((size, *full.shape[1:]), full.dtype)
             getters[part] = lambda name=name, start=start, end=start + size: native.get(name)[start:end]  # type: ignore[misc]
             start += size
     return LazyTensors(specs, getters)

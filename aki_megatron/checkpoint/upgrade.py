@@ -57,8 +57,16 @@ TENSOR_SEGMENTS = {
 }
 """Module names inside a parameter name in format 1 -> the current ones."""
 
-EXTRA_KEYS = {"judge": "loss_spike_guard"}
-"""Key of the training state in format 1 -> the current one."""
+EXTRA_KEYS = {
+    "judge": "loss_spike_guard",
+    "norms": "grad_norms",
+    "spikes_in_a_row": "consecutive_spikes",
+    "row": "sequence",
+}
+"""Key of the training state in format 1, at any depth -> the current one."""
+
+DATA_STATE_VERSION = 2
+"""Version of the data state that EXTRA_KEYS make of version 1."""
 
 _SEGMENT = re.compile(r"(?<=\.)(" + "|".join(re.escape(old) for old in TENSOR_SEGMENTS) + r")(?=\.)")
 
@@ -125,8 +133,16 @@ def _read_model(config_yaml: str) -> ModelConfig:
         return load_model(path)[0]
 
 
+def _renamed(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {EXTRA_KEYS.get(key, key): _renamed(inner) for key, inner in value.items()}
+
+
 def _upgraded_extra(path: Path) -> bytes:
     """extra.json of format 1, under the current keys."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    extra = {EXTRA_KEYS.get(key, key): value for key, value in content["extra"].items()}
+    extra = _renamed(content["extra"])
+    if "version" in extra.get("data", {}):
+        extra["data"]["version"] = DATA_STATE_VERSION
     return json.dumps({"extra": extra, "rng_states": content["random"]}, indent=1).encode()

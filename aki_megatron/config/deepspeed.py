@@ -1,7 +1,7 @@
 """``--ds_config FILE``: DeepSpeed's own settings in DeepSpeed's format, checked against the run.
 
 Settings that the run decides may be ``"auto"`` or have the run's value; a contradiction is an error that names both.
-All others (bucket sizes, offloading, breakdowns, ...) pass through to DeepSpeed and are saved with the run.
+Proven ones (config/deepspeed_keys.py) pass through to DeepSpeed and are saved with the run. All others are refused.
 """
 
 import json
@@ -10,31 +10,34 @@ from pathlib import Path
 from typing import Any
 
 from aki_megatron.config.deepspeed_keys import (
-    DEVICES,
-    FIXED,
-    OFFLOAD,
+    ALIASES,
+    BLOCKS,
+    KNOWN,
+    NOT_PROVEN,
+    OFFLOAD_PARAM,
+    ONLY,
     OWNED,
+    PROVEN,
     REFUSED,
     REMOVED,
-    TOP_LEVEL,
-    WITHOUT_USE,
-    ZERO,
+    SWITCHABLE,
 )
 from aki_megatron.config.field_info import format_value, suggestion
-from aki_megatron.config.nested import flatten, set_dotted
+from aki_megatron.config.nested import check_depth, flatten, set_dotted
 from aki_megatron.config.run import RunConfig
 from aki_megatron.errors import ConfigError
 
 AUTO = "auto"
 ACCUMULATION = "gradient_accumulation_steps"
-SWITCHABLE = frozenset(name.partition(".")[0] for name in FIXED if name.endswith(".enabled"))
-"""Blocks that have no effect unless ``enabled`` is true."""
+ZERO = "zero_optimization"
+OFFLOAD = (f"{ZERO}.offload_optimizer", OFFLOAD_PARAM)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the mapping in a JSON file. Raises ConfigError: no such file, broken JSON, duplicate key, no mapping."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+        check_depth(values)
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: there is no such file (--ds_config takes DeepSpeed's JSON, for example configs/zero3.json)."
@@ -42,8 +45,12 @@ def read_json(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise ConfigError(f"{path}: this is not JSON: {where}: {error.msg}.") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: its values are nested too deeply to be read.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as text: {error}.") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ConfigError(f"{path}: holds a value that cannot be read: {error}.") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(values, dict):
@@ -62,7 +69,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def offload_device(settings: Mapping[str, Any], block: str) -> str:
     """Return the device that ``offload_optimizer`` or ``offload_param`` of DeepSpeed's settings names, or "none"."""
-    offload = settings.get("zero_optimization", {}).get(block) or {}
+    offload = settings.get(ZERO, {}).get(block) or {}
     return str(offload.get("device", "none"))
 
 
@@ -73,26 +80,42 @@ def _leaves(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def unknown_names(values: Mapping[str, Any]) -> Iterator[str]:
     """Yield a sentence per name that DeepSpeed 0.19 does not read, at the top or inside zero_optimization."""
-    for key in values:
-        if key in REMOVED:
-            yield f"ds_config {key} was removed from DeepSpeed; delete it."
-        elif key not in TOP_LEVEL:
-            yield f"ds_config {key} is no setting of DeepSpeed 0.19{suggestion(key, TOP_LEVEL)}"
-    zero = values.get("zero_optimization", {})
-    if not isinstance(zero, Mapping):
-        yield f'ds_config zero_optimization must be a mapping such as {{"stage": "auto"}}, got {format_value(zero)}.'
-        return
-    for key in zero:
-        if key not in ZERO:
-            yield (
-                f"ds_config zero_optimization.{key} is no setting of DeepSpeed 0.19"
-                + suggestion(f"zero_optimization.{key}", [f"zero_optimization.{name}" for name in sorted(ZERO)])
-            )
+    names = list(values)
+    if isinstance(values.get(ZERO), Mapping):
+        names += [f"{ZERO}.{key}" for key in values[ZERO]]
+    for name in names:
+        if name in REMOVED:
+            yield f"ds_config {name} was removed from DeepSpeed; delete it."
+        elif name not in KNOWN and name not in BLOCKS:
+            yield f"ds_config {name} is no setting of DeepSpeed 0.19{suggestion(name, sorted(KNOWN | BLOCKS))}"
 
 
-def _compare(name: str, value: Any, run: RunConfig) -> str | None:
-    """Compare a setting with the run; return a sentence for a contradiction, "" for agreement, None to pass it on."""
-    block = name.partition(".")[0]
+def duplicate_spellings(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence per setting that is there in both of its spellings."""
+    names = {name for name, _ in _leaves(settings)}
+    for name, other in ALIASES.items():
+        if {name, other} <= names:
+            yield f"ds_config {name} and {other} are one setting; keep one of them."
+
+
+def _check_setting(name: str, value: Any, run: RunConfig) -> str | None:
+    """Check one setting; return a sentence about what is wrong, "" for nothing to pass on, None to pass it on."""
+    if (problem := _check_owned(name, value, run)) is not None:
+        return problem
+    if name in PROVEN:
+        values = PROVEN[name].values
+        return None if values.contains(value) else f"ds_config {name} must be {values.text}, got {format_value(value)}."
+    if name in ONLY:
+        only, why = ONLY[name]
+        same = value == only and isinstance(value, bool) == isinstance(only, bool)
+        return "" if same else f'ds_config {name}={format_value(value)}: {why}; write "auto" or delete it.'
+    if name.startswith(f"{OFFLOAD_PARAM}.") and name not in REFUSED:
+        return _check_offload_param(name, value)
+    return _check_refused(name, value)
+
+
+def _check_owned(name: str, value: Any, run: RunConfig) -> str | None:
+    """Compare a setting that the run decides; return a sentence for a contradiction, "" for agreement, else None."""
     if name in OWNED:
         ours, get = OWNED[name]
         if value == get(run) and not isinstance(value, bool):
@@ -102,6 +125,8 @@ def _compare(name: str, value: Any, run: RunConfig) -> str | None:
             f'write "auto" in the ds_config, or add --{ours} {format_value(value)}.'
         )
     if name == "bf16.enabled":
+        if not isinstance(value, bool):
+            return f"ds_config {name} must be true or false, got {format_value(value)}."
         if value is (run.train.precision == "bf16"):
             return ""
         other = "bf16" if value is True else "fp32"
@@ -117,55 +142,65 @@ def _compare(name: str, value: Any, run: RunConfig) -> str | None:
             f"ds_config {name}={format_value(value)} but optimizer.beta1={betas[0]} and optimizer.beta2={betas[1]}: "
             'write "auto" in the ds_config, or change the two.'
         )
-    if name in FIXED:
-        only, why = FIXED[name]
-        return "" if value == only else f'ds_config {name}={format_value(value)}: {why}; write "auto" or delete it.'
-    if block == "optimizer":
-        return f"ds_config {name}={format_value(value)}: the optimizer is the run's (optimizer.*); delete it."
-    if name in WITHOUT_USE:
-        return f"ds_config {name}={format_value(value)}: {WITHOUT_USE[name]}; delete it."
-    if block in REFUSED:
-        return f"ds_config {name}={format_value(value)}: {REFUSED[block]}; delete the block."
     if name == ACCUMULATION and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         return f'ds_config {name} must be "auto" or a whole number >= 1, got {format_value(value)}.'
-    return _compare_offload(name, value)
-
-
-def _compare_offload(name: str, value: Any) -> str | None:
-    """Do the same for the offload blocks. config/combinations.py decides which runs may offload."""
-    if name in OFFLOAD:  # a block that is no mapping
-        if value is None:
-            return ""
-        return f'ds_config {name} must be a mapping such as {{"device": "cpu"}}, got {format_value(value)}.'
-    block, _, last = name.rpartition(".")
-    if block not in OFFLOAD:
-        return None
-    if last not in OFFLOAD[block]:
-        names = [f"{block}.{known}" for known in sorted(OFFLOAD[block])]
-        return f"ds_config {name} is no setting of DeepSpeed 0.19{suggestion(name, names)}"
-    if last == "device" and value not in DEVICES:
-        return f'ds_config {name} must be "cpu" or "none", got {format_value(value)}.'
-    if last == "pin_memory" and not isinstance(value, bool):
-        return f"ds_config {name} must be true or false, got {format_value(value)}."
     return None
 
 
-def _is_disabled(values: Mapping[str, Any], block: str) -> bool:
+def _check_offload_param(name: str, value: Any) -> str | None:
+    """Do the same for ``offload_param``, of which config/combinations.py refuses every device but "none"."""
+    last = name.rpartition(".")[2]
+    if last == "pin_memory":
+        return "" if isinstance(value, bool) else f"ds_config {name} must be true or false, got {format_value(value)}."
+    if last == "device":
+        allowed = PROVEN[f"{ZERO}.offload_optimizer.device"].values
+        return None if allowed.contains(value) else f'ds_config {name} must be "none", got {format_value(value)}.'
+    return _check_refused(name, value)
+
+
+def _check_refused(name: str, value: Any) -> str | None:
+    """Do the same for a setting that is refused with every value, and for what nobody knows."""
+    block = name.partition(".")[0]
+    if name == ACCUMULATION:
+        return None
+    for prefix in (name, name.rpartition(".")[0], block):
+        if prefix in REFUSED:
+            what = "it" if prefix == name else "the block"
+            return "" if value is None else f"ds_config {name}={format_value(value)}: {REFUSED[prefix]}; delete {what}."
+    if name in BLOCKS:  # a block that is no mapping
+        if name in OFFLOAD and value is None:
+            return ""
+        example = {ZERO: {"stage": "auto"}, "bf16": {"enabled": "auto"}}.get(name, {"device": "cpu"})
+        suffix = f" such as {json.dumps(example)}" if name in (ZERO, "bf16", *OFFLOAD) else ""
+        return f"ds_config {name} must be a mapping{suffix}, got {format_value(value)}."
+    if block in SWITCHABLE:  # its ``enabled`` is refused
+        return ""
+    if block == ZERO and name.count(".") > 1:
+        return f"ds_config {name} is no setting of DeepSpeed 0.19{suggestion(name, sorted(KNOWN))}"
+    return f"ds_config {name}={format_value(value)}: {NOT_PROVEN}; delete it."
+
+
+def _is_skipped(values: Mapping[str, Any], name: str) -> bool:
+    """Whether a name is reported by unknown_names, or belongs to a block that is disabled."""
+    block, _, rest = name.partition(".")
+    known = block in KNOWN or block in BLOCKS
+    if not known or (block == ZERO and rest and f"{ZERO}.{rest.partition('.')[0]}" not in KNOWN | BLOCKS):
+        return True
     inner = values.get(block)
-    return block in SWITCHABLE and isinstance(inner, Mapping) and inner.get("enabled", False) in (False, AUTO)
+    disabled = isinstance(inner, Mapping) and any(inner.get("enabled", False) is off for off in (False, AUTO))
+    return block in SWITCHABLE and (disabled or inner == {})
 
 
 def resolve_settings(values: Mapping[str, Any], run: RunConfig) -> tuple[dict[str, Any], list[str]]:
-    """Return the settings that pass through to DeepSpeed, and a sentence per contradiction with the run."""
-    problems = list(unknown_names(values))
+    """Return the settings that pass through to DeepSpeed, and a sentence per problem or contradiction with the run."""
+    problems = [*unknown_names(values), *duplicate_spellings(values)]
     passing: dict[str, Any] = {}
     for name, value in _leaves(values):
-        block = name.partition(".")[0]
-        if block not in TOP_LEVEL or value == AUTO or _is_disabled(values, block):
+        if value == AUTO or _is_skipped(values, name):
             continue
-        problem = _compare(name, value, run)
+        problem = _check_setting(name, value, run)
         if problem is None:
-            set_dotted(passing, name, value)
+            set_dotted(passing, name, int(value) if isinstance(value, float) else value)
         elif problem:
             problems.append(problem)
     return passing, problems
@@ -192,5 +227,12 @@ def without_effect(settings: Mapping[str, Any], run: RunConfig) -> Iterator[str]
 
 
 def settings_for_engine(run: RunConfig) -> dict[str, Any]:
-    """Return the settings to merge under the engine's own, without accumulation, which check_world compares."""
-    return {key: value for key, value in run.deepspeed.items() if key != ACCUMULATION}
+    """Return the settings to merge under the engine's own: those that are proven with the run's ZeRO stage.
+
+    Others of the section have no effect in that stage, as gradient_accumulation_steps, which check_world compares.
+    """
+    settings: dict[str, Any] = {}
+    for name, value in _leaves(run.deepspeed):
+        if name in PROVEN and run.parallel.zero_stage in PROVEN[name].zero_stages:
+            set_dotted(settings, name, value)
+    return settings

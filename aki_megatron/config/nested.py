@@ -3,6 +3,11 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from aki_megatron.errors import ConfigError
+
+MAX_DEPTH = 32
+"""Levels of mappings and lists; no configuration needs half as many, and recursive readers fail at a few hundred."""
+
 Location = tuple[str | int, ...]
 """Keys and list indices from the root of a document to a value."""
 
@@ -46,3 +51,19 @@ def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = merge(merged[key], value) if both else value
     return merged
+
+
+def check_depth(values: Any) -> None:
+    """Raise ConfigError where mappings and lists are nested more than MAX_DEPTH levels deep."""
+    level = [values]
+    for _ in range(MAX_DEPTH):
+        level = [inner for value in level for inner in _children(value)]
+        if not level:
+            return
+    raise ConfigError(f"its values are nested more than {MAX_DEPTH} levels deep.")
+
+
+def _children(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, list) else ()

@@ -142,11 +142,6 @@ def _normalized(image: DecodedImage) -> Tensor:
     return torch.from_numpy(pixels)
 
 
-def load_image(image: Path | bytes, size: int, *, key: str = "") -> Tensor:
-    """Return one image as the encoder takes it: float32 [3, size, size]. Raises UnreadableImage."""
-    return _normalized(decode_image(image, size, key=key))
-
-
 def _name(image: Path | bytes, key: str) -> str:
     file = f"image {image}" if isinstance(image, Path) else "image"
     return f"{file} of sample {key}" if key else file

@@ -98,12 +98,12 @@ class PipelineEngine:
         self._not_finite_in_a_row = 0
 
     def train_step(
-        self, microbatches: Sequence[Batch], lr: float, *, control: ControlRequest = ControlRequest.NONE
+        self, micro_batches: Sequence[Batch], lr: float, *, control: ControlRequest = ControlRequest.NONE
     ) -> StepReport:
         started = time.perf_counter()
         topology = self._topology
         self._set_phase("counting tokens")
-        shapes = broadcast_shapes(microbatches, self._num_micro_batches, topology)
+        shapes = broadcast_shapes(micro_batches, self._num_micro_batches, topology)
         counts = [
             (s.supervised_tokens, s.tokens, s.num_sequences * s.sequence_length, s.num_images, s.num_bad_samples)
             for s in shapes
@@ -112,7 +112,7 @@ class PipelineEngine:
         tokens, positions, images, bad_samples = (int(number) for number in others)
         checks_masks = self._steps_taken % self._mask_check_interval == 0
         checker = MaskConsistencyChecker(topology) if checks_masks else None
-        loss = PipelineStep(self._context, microbatches, shapes, topology.data / max(supervised, 1), checker).run()
+        loss = PipelineStep(self._context, micro_batches, shapes, topology.data / max(supervised, 1), checker).run()
         if checker is not None:
             checker.compare()
         self._set_phase("reducing gradients")

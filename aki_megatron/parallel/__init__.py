@@ -1,1 +1,1 @@
-"""Parallel layout: launcher discovery, process groups, tensor-parallel layers, pipeline partition, schedule and messages."""
+"""Parallel layout: launchers, process groups, tensor-parallel layers, pipeline partition, schedule, communication."""

@@ -41,7 +41,7 @@ class FirstStageInput:
 
 
 def broadcast_shapes(
-    microbatches: Sequence[Batch], num_micro_batches: int, topology: Topology
+    micro_batches: Sequence[Batch], num_micro_batches: int, topology: Topology
 ) -> list[MicrobatchShape]:
     """Return the shapes of this replica's micro-batches on all its ranks, by one broadcast.
 
@@ -49,8 +49,8 @@ def broadcast_shapes(
     """
     shapes = torch.zeros(num_micro_batches, len(MicrobatchShape.__dataclass_fields__), dtype=torch.int64)
     if topology.reads_data:
-        assert len(microbatches) == num_micro_batches, (len(microbatches), num_micro_batches)
-        shapes = torch.tensor([astuple(_shape(batch)) for batch in microbatches], dtype=torch.int64)
+        assert len(micro_batches) == num_micro_batches, (len(micro_batches), num_micro_batches)
+        shapes = torch.tensor([astuple(_shape(batch)) for batch in micro_batches], dtype=torch.int64)
     if topology.tensor * topology.pipeline > 1:
         shapes = shapes.to(topology.device)
         dist.broadcast(shapes, topology.replica_source_rank, group=topology.replica_group)

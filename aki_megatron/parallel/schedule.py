@@ -28,7 +28,7 @@ class Action:
 
     kind: Kind
     virtual_stage: int
-    micro_batch: int
+    micro_batch_index: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Message:
     kind: Kind
     stage: int
     """Index in the whole model of the stage that receives."""
-    micro_batch: int
+    micro_batch_index: int
     peer: int
     """Pipeline rank at the other end: the receiver of what is sent, the sender of what is received."""
 
@@ -78,12 +78,12 @@ def _pass_order(virtual_stages: Sequence[int], pipeline: int, num_micro_batches:
     While a rank runs a group through one virtual stage, the group's first micro-batch returns to it for the next.
     """
     if len(virtual_stages) == 1:
-        return [(0, micro_batch) for micro_batch in range(num_micro_batches)]
+        return [(0, micro_batch_index) for micro_batch_index in range(num_micro_batches)]
     return [
-        (virtual_stage, micro_batch)
+        (virtual_stage, micro_batch_index)
         for first in range(0, num_micro_batches, pipeline)
         for virtual_stage in virtual_stages
-        for micro_batch in range(first, min(first + pipeline, num_micro_batches))
+        for micro_batch_index in range(first, min(first + pipeline, num_micro_batches))
     ]
 
 
@@ -128,7 +128,7 @@ def build_schedule(*, pipeline: int, virtual_stages: int, num_micro_batches: int
     """
     assert min(pipeline, virtual_stages, num_micro_batches) >= 1
     ranks = [_SimulatedRank(rank, pipeline, virtual_stages, num_micro_batches) for rank in range(pipeline)]
-    ranks[0].ready.update(Action("forward", 0, micro_batch) for micro_batch in range(num_micro_batches))
+    ranks[0].ready.update(Action("forward", 0, micro_batch_index) for micro_batch_index in range(num_micro_batches))
     schedules: list[RankSchedule] = [[] for _ in ranks]
     while any(rank.backwards for rank in ranks):
         actions = [rank.next_action() for rank in ranks]
@@ -141,10 +141,10 @@ def build_schedule(*, pipeline: int, virtual_stages: int, num_micro_batches: int
                 continue
             kind, stage = enabled
             peer = stage % pipeline
-            ranks[peer].ready.add(Action(kind, stage // pipeline, action.micro_batch))
+            ranks[peer].ready.add(Action(kind, stage // pipeline, action.micro_batch_index))
             if peer != rank:
-                sends[rank].append(Message(kind, stage, action.micro_batch, peer))
-                receives[peer].append(Message(kind, stage, action.micro_batch, rank))
+                sends[rank].append(Message(kind, stage, action.micro_batch_index, peer))
+                receives[peer].append(Message(kind, stage, action.micro_batch_index, rank))
         for schedule, action, sent, received in zip(schedules, actions, sends, receives, strict=True):
             schedule.append(ScheduleStep(action, tuple(sent), tuple(received)))
     return [_without_idle_end(schedule) for schedule in schedules]

@@ -166,7 +166,9 @@ def test_rings_and_concentric_positions_of_the_aki_grid() -> None:
     wanted = [0] + [1] * 4 + [2] + [1] * 4 + [3] * 4 + [4] + [3] * 4 + [5]
     assert two.position_ids(sequential[:, :20])[0].tolist() == wanted
     for rule, attention in CONFIGS.items():
-        assert (build_mask(ids, attention).position_ids(sequential) is sequential) == (rule != "cca")
+        assert (build_mask(ids, attention).position_ids(sequential) is sequential) == (
+            ATTENTION_RULES[rule].position_ids == "sequential"
+        )
 
 
 def test_digest_is_equal_for_equal_ids_and_differs_when_any_id_or_option_does() -> None:

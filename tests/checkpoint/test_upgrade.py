@@ -15,12 +15,15 @@ from aki_megatron.checkpoint.dcp_io import CheckpointSource
 from aki_megatron.checkpoint.initial_weights import load_weights
 from aki_megatron.checkpoint.listing import verify_files
 from aki_megatron.checkpoint.shapes import model_shapes
-from aki_megatron.checkpoint.upgrade import EXTRA_KEYS, upgraded_name
+from aki_megatron.checkpoint.upgrade import upgraded_name
 from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
+from aki_megatron.config.run import WatchConfig
 from aki_megatron.config.save import load_model
+from aki_megatron.data.batch_planner import STATE_VERSION
 from aki_megatron.errors import CheckpointError, ConfigError
 from aki_megatron.model.stage import build_model
+from aki_megatron.supervise.loss_spikes import LossSpikeGuard
 
 MODEL = ModelConfig(
     vision=VisionConfig(image_size=8, patch_size=4, hidden_size=8, num_layers=1, num_heads=2, intermediate_size=12),
@@ -65,6 +68,12 @@ data:
   mixing: length
 train: {steps: 9, global_batch: 8, micro_batch: 4}
 """
+OLD_EXTRA = {
+    "step": 7,
+    "data_step": 9,
+    "data": {"version": 1, "phase": 0, "block": 2, "row": 5},
+    "judge": {"losses": [0.1, 1 / 3], "norms": [2.0, 0.5], "spikes_in_a_row": 1},
+}
 OLD_LAYER_NAMES = {
     "attention_norm": "attention_norm",
     "attention.qkv": "attention.qkv_proj",
@@ -158,8 +167,7 @@ def old_run(tmp_path: Path) -> Path:
         kind, _, parameter = name.partition(".")
         old_state[name if kind == "optimizer" else f"{kind}.{old_name(parameter)}"] = tensor
     torch.manual_seed(11)
-    extra = {"step": 7, "data_step": 9, "data": {"version": 1, "block": 2}, "judge": {"losses": [0.1, 1 / 3]}}
-    checkpointer.save(7, old_state, extra)
+    checkpointer.save(7, old_state, OLD_EXTRA)
     checkpoint = run / "checkpoints" / "step_000007"
     content = json.loads((checkpoint / files.EXTRA).read_text())
     rewrite(checkpoint, files.EXTRA, json.dumps({"extra": content["extra"], "random": content["rng_states"]}))
@@ -205,9 +213,10 @@ def test_an_upgraded_checkpoint_is_equal_bit_for_bit(old_run: Path, convert: Run
     assert extra == {
         "step": 7,
         "data_step": 9,
-        "data": {"version": 1, "block": 2},
-        EXTRA_KEYS["judge"]: {"losses": [0.1, 1 / 3]},
+        "data": {"version": STATE_VERSION, "phase": 0, "block": 2, "sequence": 5},
+        "loss_spike_guard": {"losses": [0.1, 1 / 3], "grad_norms": [2.0, 0.5], "consecutive_spikes": 1},
     }
+    assert LossSpikeGuard(WatchConfig(), extra["loss_spike_guard"]).state_dict() == extra["loss_spike_guard"]
     config, attention = load_model(new / files.CONFIG)
     assert attention == AttentionConfig(rule="mma")
     assert config.vision == MODEL.vision and config.decoder.num_kv_heads == 2

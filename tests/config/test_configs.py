@@ -2,13 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import get_args
 
 import pytest
 from demo_runs import ROOT, load
 
 from aki_megatron.config.batch_sizes import check_world
-from aki_megatron.config.data import SourceName
 from aki_megatron.config.deepspeed import read_json, resolve_settings
 from aki_megatron.config.field_info import fields
 from aki_megatron.config.load import load_run
@@ -91,7 +89,8 @@ def test_aki4b_holds_the_values_of_table_3(name: str) -> None:
 
 def test_aki4b_mixes_its_sources_as_table_4_does() -> None:
     run = load(config=ROOT / "configs/aki4b/sft.yaml")
-    table = dict.fromkeys(get_args(SourceName), 0.103) | {"vsr": 0.026, "visualgenome": 0.047}
+    equal = ("vqav2", "gqa", "ocrvqa", "aokvqa", "scienceqa", "refcoco", "refcoco+", "refcocog", "llava150k")
+    table = dict.fromkeys(equal, 0.103) | {"vsr": 0.026, "visualgenome": 0.047}
     assert {source.name: source.weight for source in run.data.sources} == table
     assert sum(table.values()) == pytest.approx(1.0)
 

@@ -8,14 +8,16 @@ from typing import Any, get_args
 import pytest
 
 from aki_megatron.config.batch_sizes import check_world
-from aki_megatron.config.deepspeed import offload_device, settings_for_engine
-from aki_megatron.config.deepspeed_keys import FIXED, OFFLOAD, OWNED, REFUSED, REMOVED, TOP_LEVEL, WITHOUT_USE, ZERO
+from aki_megatron.config.deepspeed import offload_device, resolve_settings, settings_for_engine
+from aki_megatron.config.deepspeed_keys import ALIASES, KNOWN, ONLY, OWNED, PROVEN, REFUSED, REMOVED, SPECIAL
 from aki_megatron.config.load import load_run
+from aki_megatron.config.nested import set_dotted
 from aki_megatron.config.run import RunConfig
 from aki_megatron.config.save import dump_run, load_saved
 from aki_megatron.errors import ConfigError
 
-SFT = Path(__file__).resolve().parents[2] / "configs/demo/sft.yaml"
+ROOT = Path(__file__).resolve().parents[2]
+SFT = ROOT / "configs/demo/sft.yaml"
 
 
 def load(tmp_path: Path, settings: dict[str, Any] | str, *argv: str) -> RunConfig:
@@ -130,7 +132,7 @@ def test_the_rest_passes_through_and_is_saved_with_the_run(tmp_path: Path) -> No
     rest = {
         "zero_optimization": {"overlap_comm": False, "offload_optimizer": {"device": "cpu", "pin_memory": True}},
         "wall_clock_breakdown": True,
-        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,
     }
     run = load(tmp_path, rest | {"train_batch_size": "auto"})
     assert run.deepspeed == rest == settings_for_engine(run)
@@ -186,13 +188,106 @@ def test_accumulation_is_compared_once_the_ranks_are_known(tmp_path: Path) -> No
     assert settings_for_engine(run) == {}
 
 
+REFUSALS: list[tuple[dict[str, Any], str]] = [
+    ({"zero_optimization": {"round_robin_gradients": True}}, "scrambled weights"),
+    ({"zero_optimization": {"zero_hpz_partition_size": 2}}, "second partition"),
+    ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, "changes the result"),
+    ({"zero_optimization": {"legacy_stage1": True}}, "no longer has it"),
+    ({"zero_optimization": {"zero_quantized_weights": True}}, "quantized"),
+    ({"zero_optimization": {"zero_quantized_nontrainable_weights": True}}, "quantized"),
+    ({"zero_optimization": {"zero_quantized_gradients": True}}, "quantized"),
+    ({"zero_optimization": {"enable_sanity_checks": True}}, "all ranks of the world"),
+    ({"zero_optimization": {"parameter_alignment": True}}, "no test proves it"),
+    ({"zero_optimization": {"cpu_offload": True}}, 'offload_optimizer": {"device": "cpu"}'),
+    ({"zero_optimization": {"stage3_gather_fp16_weights_on_model_save": True}}, "gather_16bit_weights_on_model_save"),
+    ({"zero_optimization": {"mics_shard_size": 2}}, "zero_optimization.mics_shard_size was removed from DeepSpeed"),
+    ({"gradient_predivide_factor": 2.0}, "ZeRO 2 and 3 do not support"),
+    ({"prescale_gradients": True}, "ZeRO 2 and 3 do not support"),
+    ({"communication_data_type": "bf16"}, "three times the error"),
+    ({"data_types": {"param_dtype": "bf16"}}, "no test proves it"),
+    ({"comms_logger": {"enabled": True, "verbose": True}}, "no test proves it"),
+    ({"timers": {"throughput": {"enabled": False}}}, "delete the block"),
+    ({"aio": {"block_size": 1048576}}, "NVMe"),
+    ({"compile": {"offload_activation": True}}, "no test proves it"),
+]
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[RunConfig]:
+    """A run of each ZeRO stage."""
+    argv = ["--config", str(SFT), "--parallel.zero_stage"]
+    return [load_run([*argv, stage], default_config=SFT, prog="sft.py", description="A.") for stage in "123"]
+
+
+def problem(settings: dict[str, Any], run: RunConfig) -> str:
+    """The one sentence about settings with which a run is refused."""
+    _, problems = resolve_settings(settings, run)
+    assert len(problems) == 1, problems
+    return problems[0]
+
+
+@pytest.mark.parametrize(("settings", "expected"), REFUSALS, ids=[str(s) for s, _ in REFUSALS])
+def test_what_is_not_proven_is_refused_with_the_reason(
+    settings: dict[str, Any], expected: str, runs: list[RunConfig]
+) -> None:
+    for run in runs:
+        assert expected in problem(settings, run)
+
+
+@pytest.mark.parametrize("name", [*PROVEN, *ONLY, "bf16.enabled", "zero_optimization.offload_param.pin_memory"])
+def test_values_of_the_wrong_type(name: str, runs: list[RunConfig]) -> None:
+    wrong: list[Any] = ["yes", -1, 2.5, [1], None, float("inf")]
+    only = ONLY[name][0] if name in ONLY else ""
+    if isinstance(only, bool | int | float):  # a number is no switch, and a switch is no number
+        wrong.append(int(only) if isinstance(only, bool) else bool(only))
+    for value in wrong:
+        settings: dict[str, Any] = {}
+        set_dotted(settings, name, value)
+        assert name in problem(settings, runs[2]), value
+
+
+def test_whole_numbers_may_be_written_as_deepspeeds_examples_write_them(tmp_path: Path) -> None:
+    zero = '{"zero_optimization": {"reduce_bucket_size": 5e8, "stage3_max_live_parameters": 1e9}}'
+    passed = load(tmp_path, zero).deepspeed["zero_optimization"]
+    assert passed == {"reduce_bucket_size": 500_000_000, "stage3_max_live_parameters": 10**9}
+    assert all(isinstance(value, int) for value in passed.values())
+    for wrong in ('{"allgather_bucket_size": 3}', '{"reduce_bucket_size": 0}', '{"reduce_bucket_size": 1e11}'):
+        with pytest.raises(ConfigError, match="whole number >= "):
+            load(tmp_path, f'{{"zero_optimization": {wrong}}}')
+
+
+def test_both_spellings_of_one_setting(tmp_path: Path) -> None:
+    both = {"max_live_parameters": 1, "stage3_max_live_parameters": 2}
+    with pytest.raises(ConfigError, match="are one setting; keep one of them"):
+        load(tmp_path, {"zero_optimization": both})
+
+
+def test_only_what_is_proven_in_the_zero_stage_reaches_deepspeed(tmp_path: Path) -> None:
+    zero = {"sub_group_size": 1000, "allgather_bucket_size": 2, "reduce_bucket_size": 7}
+    for zero_stage, expected in (("1", {"allgather_bucket_size", "reduce_bucket_size"}),
+                                 ("3", {"sub_group_size", "reduce_bucket_size"})):  # fmt: skip
+        run = load(tmp_path, {"zero_optimization": zero}, "--parallel.zero_stage", zero_stage)
+        assert run.deepspeed == {"zero_optimization": zero}
+        assert set(settings_for_engine(run)["zero_optimization"]) == expected
+
+
+def test_nested_values_without_end(tmp_path: Path) -> None:
+    for depth in (50, 100_000):
+        with pytest.raises(ConfigError, match=r"ds\.json: its values are nested") as caught:
+            load(tmp_path, '{"zero_optimization": ' + "[" * depth + "]" * depth + "}")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"ds\.json: holds a value that cannot be read"):
+        load(tmp_path, '{"train_batch_size": ' + "1" * 5000 + "}")
+
+
 def test_the_tables_hold_together() -> None:
-    for name in [*OWNED, *FIXED, *WITHOUT_USE, *OFFLOAD]:
-        assert name.partition(".")[0] in TOP_LEVEL
-    inside = [name.rpartition(".") for name in [*FIXED, *WITHOUT_USE] if ".offload_" in name]
-    assert all(last in OFFLOAD[block] for block, _, last in inside)
-    assert set(REFUSED) <= TOP_LEVEL
-    assert not TOP_LEVEL & REMOVED
+    tables = [set(OWNED), set(PROVEN), set(ONLY), set(REFUSED) - {"optimizer"}, set(SPECIAL)]
+    assert sum(len(table) for table in tables) == len(KNOWN - {"optimizer"})
+    assert not KNOWN & REMOVED
+    assert {*ALIASES, *ALIASES.values()} <= KNOWN
+    for name, proven in PROVEN.items():
+        assert proven.tested and all(proven.values.contains(value) for value in proven.tested), name
+        assert (ROOT / proven.proof).parent.is_dir(), name
 
 
 def test_the_tables_are_those_of_the_installed_deepspeed() -> None:
@@ -200,19 +295,19 @@ def test_the_tables_are_those_of_the_installed_deepspeed() -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     names: set[str] = set()
-    deprecated: set[str] = set()
     for name, field in DeepSpeedZeroConfig.model_fields.items():
-        spellings = {name} | ({field.alias} if field.alias else set())
-        extra = field.json_schema_extra
-        (deprecated if isinstance(extra, dict) and extra.get("deprecated") else names).update(spellings)
-    assert names - deprecated == ZERO
-    for block, inside in OFFLOAD.items():
-        annotation = DeepSpeedZeroConfig.model_fields[block.partition(".")[2]].annotation
+        names |= {name} | ({field.alias} if field.alias else set())
+    blocks = {"offload_optimizer", "offload_param"}
+    for block in blocks:
+        annotation = DeepSpeedZeroConfig.model_fields[block].annotation
         (model,) = (part for part in get_args(annotation) if part is not type(None))
-        assert set(model.model_fields) == inside
-    assert set(config._REMOVED_TOP_LEVEL_CONFIG_KEYS) == REMOVED
+        names |= {f"{block}.{name}" for name in model.model_fields}
+    ours = {name.partition(".")[2] for name in KNOWN if name.startswith("zero_optimization.")}
+    assert ours == names - blocks
+    removed = {*config._REMOVED_TOP_LEVEL_CONFIG_KEYS}
+    assert removed | {f"zero_optimization.{name}" for name in config._REMOVED_ZERO_CONFIG_KEYS} == REMOVED
     sources = [path.read_text() for path in Path(config.__file__).parents[1].rglob("*.py")]
-    for name in TOP_LEVEL:
+    for name in {name.partition(".")[0] for name in KNOWN}:
         assert any(re.search(rf"""["']{name}["']""", text) for text in sources), name
 
 

@@ -1,4 +1,4 @@
-"""tools/make_data.py: tars from a folder or a table, indexes, and what is said when something is wrong."""
+"""tools/make_data.py: tars from a folder or a table, indices, and error messages."""
 
 import csv
 import sys
@@ -18,15 +18,15 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the tool in this process; returns exit code, what it printed, and its errors."""
+    """Run the tool in this process; returns exit code, output and error output."""
     sys.path.insert(0, str(TOOL.parent))
     try:
         import make_data
     finally:
         sys.path.pop(0)
 
-    def call(*words: object) -> tuple[int, str, str]:
-        code = make_data.main([str(word) for word in words])
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = make_data.main([str(argument) for argument in arguments])
         printed = capsys.readouterr()
         return code, printed.out, printed.err
 
@@ -35,20 +35,19 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Seven pictures, JPEG and PNG, one in a subfolder, with captions."""
-    root = tmp_path / "pictures"
+    """Seven images, JPEG and PNG, one in a subfolder, with captions."""
+    root = tmp_path / "images"
     for number in range(7):
-        form, ending = ("PNG", "png") if number == 3 else ("JPEG", "jpg")
-        image = root / (f"deep/{number}.JPEG" if number == 5 else f"{number}.{ending}")
+        form, suffix = ("PNG", "png") if number == 3 else ("JPEG", "jpg")
+        image = root / (f"deep/{number}.JPEG" if number == 5 else f"{number}.{suffix}")
         image.parent.mkdir(parents=True, exist_ok=True)
         image.write_bytes(image_bytes(number, form=form))
-        image.with_suffix(".txt").write_text(f"Picture {number}, \u00e9t\u00e9.\n", encoding="utf-8")
+        image.with_suffix(".txt").write_text(f"Image {number}, \u00e9t\u00e9.\n", encoding="utf-8")
     return root
 
 
 def samples(out: Path, pattern: str) -> list[tuple[str, str, bytes]]:
-    index = CaptionDataset([pattern], out)
-    return [(one.key, one.text, one.image) for one in (index.caption(number) for number in range(len(index)))]
+    return [(caption.key, caption.text, caption.image) for caption in CaptionDataset([pattern], out)]
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -63,20 +62,20 @@ def test_a_folder_becomes_tars_that_are_read_back(run: Run, folder: Path, tmp_pa
     found = samples(out, "{00000..00002}.tar")
     order = [0, 1, 2, 3, 4, 6, 5]  # by name: deep/ comes last
     assert [key for key, _, _ in found] == [f"{at // 3:05}/{at:09}" for at in range(7)]
-    assert [text for _, text, _ in found] == [f"Picture {number}, \u00e9t\u00e9.\n" for number in order]
+    assert [text for _, text, _ in found] == [f"Image {number}, \u00e9t\u00e9.\n" for number in order]
     assert [image for _, _, image in found] == [
         image_bytes(number, form="PNG" if number == 3 else "JPEG") for number in order
     ]
     tars = [out / f"0000{number}.tar" for number in range(3)]
     assert sorted(out.glob("*.tar*")) == sorted([*tars, *map(index_path, tars)])
-    assert [read_header(index_path(tar)).samples for tar in tars] == [3, 3, 1]
+    assert [read_header(index_path(tar)).num_samples for tar in tars] == [3, 3, 1]
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     code, printed, _ = run("index", out / "{00000..00002}.tar")
     assert code == 0 and "0 tars indexed (0 samples), 3 were up to date." in printed
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
-def test_the_same_rows_make_the_same_bytes_whatever_the_number_of_workers(
+def test_the_same_records_give_the_same_bytes_whatever_the_number_of_workers(
     run: Run, folder: Path, tmp_path: Path
 ) -> None:
     for workers in (1, 3):
@@ -89,7 +88,7 @@ def test_one_tar_has_a_plain_name(run: Run, folder: Path, tmp_path: Path) -> Non
     assert 'shards: ["00000.tar"]' in run("shards", "--out", tmp_path / "out", "--folder", folder)[1]
 
 
-def test_nothing_is_overwritten_unless_asked(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_nothing_is_overwritten_without_overwrite(run: Run, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run("shards", "--out", out, "--folder", folder, "--per-shard", 2)[0] == 0
     (out / "notes.txt").write_text("mine")
@@ -102,31 +101,31 @@ def test_nothing_is_overwritten_unless_asked(run: Run, folder: Path, tmp_path: P
     assert len(samples(out, "00000.tar")) == 7
 
 
-def test_unusable_pictures_are_named_counted_and_left_out(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_unusable_images_are_named_counted_and_left_out(run: Run, folder: Path, tmp_path: Path) -> None:
     (folder / "1.jpg").write_bytes(image_bytes(1)[:300])
     (folder / "2.txt").unlink()
     (folder / "4.txt").write_text(" \n")
     (folder / "6.jpg").write_bytes(image_bytes(6, form="GIF"))
     code, printed, _ = run("shards", "--out", tmp_path / "out", "--folder", folder)
     assert code == 0 and "3 samples in 1 tars" in printed and "4 left out" in printed
-    said = " ".join(printed.split())
+    output = " ".join(printed.split())
     for part in (
         "left out: 1.jpg: ",
         "left out: 2.jpg: its caption 2.txt cannot be read",
         "4.jpg: the caption is empty",
     ):
-        assert part in said
-    assert "6.jpg: the picture is neither a JPEG nor a PNG; convert it" in said
-    assert [text[:9] for _, text, _ in samples(tmp_path / "out", "00000.tar")] == [
-        "Picture 0",
-        "Picture 3",
-        "Picture 5",
+        assert part in output
+    assert "6.jpg: the image is neither a JPEG nor a PNG; convert it" in output
+    assert [text[:7] for _, text, _ in samples(tmp_path / "out", "00000.tar")] == [
+        "Image 0",
+        "Image 3",
+        "Image 5",
     ]
 
 
-def test_too_many_unusable_pictures_stop_and_leave_nothing(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_too_many_unusable_images_stop_and_leave_nothing(run: Run, folder: Path, tmp_path: Path) -> None:
     for number in range(20, 30):
-        (folder / f"{number}.jpg").write_bytes(b"no picture")
+        (folder / f"{number}.jpg").write_bytes(b"no image")
         (folder / f"{number}.txt").write_text("x")
     out = tmp_path / "out"
     code, _, error = run("shards", "--out", out, "--folder", folder)
@@ -139,7 +138,7 @@ def test_too_many_unusable_pictures_stop_and_leave_nothing(run: Run, folder: Pat
 
 
 def test_an_interrupted_packing_leaves_the_old_tars(folder: Path, tmp_path: Path) -> None:
-    options = {"per_shard": 2, "max_bad_fraction": 0.0, "workers": 1}
+    options = {"per_shard": 2, "max_bad_fraction": 0.0, "num_workers": 1}
     write_shards(pairs_from_folder(folder), tmp_path, overwrite=False, progress=lambda done, trouble: None, **options)
     before = contents(tmp_path)
 
@@ -165,8 +164,8 @@ def test_a_csv_of_paths_becomes_tars(run: Run, folder: Path, tmp_path: Path) -> 
     out, columns = tmp_path / "out", ("--image-column", "file", "--caption-column", "text")
     code, printed, _ = run("shards", "--out", out, "--table", table, *columns)
     assert code == 0 and "2 samples" in printed and "2 left out" in printed
-    said = " ".join(printed.split())
-    assert "list.csv row 3: the path '../secret.jpg' leads out of" in said and "list.csv row 4:" in said
+    output = " ".join(printed.split())
+    assert "list.csv row 3: the path '../secret.jpg' leads out of" in output and "list.csv row 4:" in output
     assert [text for _, text, _ in samples(out, "00000.tar")] == ['three,\n"quoted"', "five"]
     moved = write_csv(tmp_path / "list.csv", rows[:2])
     code, printed, _ = run("shards", "--out", tmp_path / "two", "--table", moved, *columns, "--image-root", folder)
@@ -175,9 +174,9 @@ def test_a_csv_of_paths_becomes_tars(run: Run, folder: Path, tmp_path: Path) -> 
 
 def test_wrong_tables_are_refused_in_words(run: Run, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    table = write_csv(tmp_path / "list.csv", [("https://pictures.example/1.jpg", "one")], ("image", "caption"))
+    table = write_csv(tmp_path / "list.csv", [("https://images.example/1.jpg", "one")], ("image", "caption"))
     cases = {
-        ("--table", table): "Pictures are not downloaded here",
+        ("--table", table): "Images are not downloaded here",
         ("--table", table, "--caption-column", "alt"): "has no column ['alt']; there are ['image', 'caption']",
         ("--table", tmp_path / "none.csv"): "does not exist",
         ("--table", folder / "0.txt"): "must end in .parquet, .pq or .csv",
@@ -185,12 +184,12 @@ def test_wrong_tables_are_refused_in_words(run: Run, folder: Path, tmp_path: Pat
         ("--folder", folder, "--per-shard", 0): "must be at least 1",
         ("--folder", folder, "--max-bad-fraction", 2): "must lie between 0 and 1",
     }
-    for words, message in cases.items():
-        code, _, error = run("shards", "--out", out, *words)
+    for arguments, message in cases.items():
+        code, _, error = run("shards", "--out", out, *arguments)
         assert code == 2 and message in error, error
     assert "cannot be written" in run("shards", "--out", folder / "0.txt", "--folder", folder)[2]
     (tmp_path / "empty").mkdir()
-    assert "holds no picture" in run("shards", "--out", out, "--folder", tmp_path / "empty")[2]
+    assert "holds no image" in run("shards", "--out", out, "--folder", tmp_path / "empty")[2]
     assert not out.exists() or list(out.iterdir()) == []
 
 

@@ -52,7 +52,7 @@ PACKED = [
 
 
 def test_show_batch_shows_what_the_run_reads(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    arguments = ["--step", "2", "--micro_batch", "1", "--sequence", "3", "--out", str(tmp_path)]
+    arguments = ["--step", "2", "--microbatch", "1", "--sequence", "3", "--out", str(tmp_path)]
     assert show_batch.main([*flags, *arguments]) == 0
     printed = capsys.readouterr().out
     config = load_run(flags, default_config=SFT, prog="", description="")
@@ -62,14 +62,14 @@ def test_show_batch_shows_what_the_run_reads(flags: list[str], tmp_path: Path, c
     supervised = sum(target != IGNORE for target in sample.targets)
     assert f"{len(sample.token_ids)} real" in printed
     assert f"{supervised} supervised, 1 images of 9 positions, 1 samples" in printed
-    text = (tmp_path / "step_000002_micro_batch_1_sequence_3.txt").read_text(encoding="utf-8")
+    text = (tmp_path / "step_000002_microbatch_1_sequence_3.txt").read_text(encoding="utf-8")
     tokenizer = build_tokenizer(config)
     # nothing is lost: without the marks it is the decoded text
     answer = re.search(r"<\|assistant\|>\{\+(.*)<\|endoftext\|>\+\}", text)[1]
     response = [t for t, m in zip(sample.token_ids, sample.modality_ids, strict=True) if m == Modality.RESPONSE]
     assert answer.strip() == tokenizer.decode(response).strip()
     assert "<|user|>[image 1: 9 positions]" in text
-    image = np.asarray(Image.open(tmp_path / "step_000002_micro_batch_1_sequence_3_image_1.png"))
+    image = np.asarray(Image.open(tmp_path / "step_000002_microbatch_1_sequence_3_image_1.png"))
     assert image.tobytes() == sample.image.rgb
 
 
@@ -102,7 +102,7 @@ def test_show_batch_shows_a_packed_sequence(
     ("arguments", "message"),
     [
         (["--step", "0"], "--step 0 must lie in 1 ... train.steps=1600"),
-        (["--micro_batch", "2"], "--micro_batch 2 must lie in 0 ... 1"),
+        (["--microbatch", "2"], "--microbatch 2 must lie in 0 ... 1"),
         (["--sequence", "32"], "--sequence 32 must lie in 0 ... 31"),
         (["--data.rooot", "x"], "did you mean --data.root"),
     ],

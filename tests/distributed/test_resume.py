@@ -76,7 +76,7 @@ def train_and_save(topology, setting: Setting, folder: Path) -> Trained:
     """Run all steps; save asynchronously in the middle."""
     engine = tiny_engine(topology, setting)
     take_steps(engine, topology, range(SAVED_AFTER))
-    saver = Checkpointer(folder, keep_is_last=1, async_save=True, group=topology.new_gloo_group(60))
+    saver = Checkpointer(folder, keep_last=1, async_save=True, group=topology.new_gloo_group(60))
     state = engine.state_dict()
     copies = {name: global_state.gather(tensor).clone() for name, tensor in state.items()}
     saver.save(SAVED_AFTER, state, {"step": SAVED_AFTER})
@@ -92,7 +92,7 @@ def load_and_train(topology, setting: Setting, folder: Path) -> Trained:
     engine = tiny_engine(topology, setting)
     # away from the initial weights and moments, so that whatever is not loaded shows
     take_steps(engine, topology, [LAST])
-    saver = Checkpointer(folder, keep_is_last=1)
+    saver = Checkpointer(folder, keep_last=1)
     tensors = engine.state_dict()
     assert saver.load(saver.latest(), tensors) == {"step": SAVED_AFTER}
     engine.load_state_dict(tensors)
@@ -103,7 +103,7 @@ def load_and_train(topology, setting: Setting, folder: Path) -> Trained:
 
 def read_state(topology, folder: Path, setting: Setting) -> dict[str, Tensor]:
     """A checkpoint's tensors, read by one process."""
-    saver, tensors = Checkpointer(folder, keep_is_last=1), tiny_engine(topology, setting).state_dict()
+    saver, tensors = Checkpointer(folder, keep_last=1), tiny_engine(topology, setting).state_dict()
     saver.load(saver.latest(), tensors)
     return {name: global_state.gather(tensor).clone() for name, tensor in tensors.items()}
 

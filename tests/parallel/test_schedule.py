@@ -25,38 +25,38 @@ MICRO_BATCHES = range(1, 18)
 def simulate(ranks: list[RankSchedule], pipeline: int, virtual_stages: int) -> None:
     """Run the schedules of all ranks in lockstep; a pass may use only what was delivered before it."""
     last = pipeline * virtual_stages - 1
-    done: set[tuple[str, int, int]] = set()  # (kind, stage, micro_batch) of every pass of an earlier step
+    done: set[tuple[str, int, int]] = set()  # (kind, stage, micro_batch_index) of every pass of an earlier step
     delivered: list[set[tuple[str, int, int]]] = [set() for _ in ranks]
     for now in range(max(map(len, ranks))):
         sent, received = [], []
         fresh: set[tuple[str, int, int]] = set()
         for rank, own in enumerate(ranks):
             step = own[now] if now < len(own) else ScheduleStep(None, (), ())
-            sent += [(rank, m.peer, m.kind, m.stage, m.micro_batch) for m in step.sends]
-            received += [(m.peer, rank, m.kind, m.stage, m.micro_batch) for m in step.receives]
+            sent += [(rank, m.peer, m.kind, m.stage, m.micro_batch_index) for m in step.sends]
+            received += [(m.peer, rank, m.kind, m.stage, m.micro_batch_index) for m in step.receives]
             outgoing: list[Message] = []
             if step.action is not None:
-                kind, micro_batch = step.action.kind, step.action.micro_batch
+                kind, micro_batch_index = step.action.kind, step.action.micro_batch_index
                 stage = step.action.virtual_stage * pipeline + rank
-                assert (kind, stage, micro_batch) not in done | fresh, "twice"
-                fresh.add((kind, stage, micro_batch))
+                assert (kind, stage, micro_batch_index) not in done | fresh, "twice"
+                fresh.add((kind, stage, micro_batch_index))
                 before = stage - 1 if kind == "forward" else stage + 1
                 if kind == "backward":
-                    assert ("forward", stage, micro_batch) in done
+                    assert ("forward", stage, micro_batch_index) in done
                 if 0 <= before <= last:
-                    assert (kind, before, micro_batch) in done
+                    assert (kind, before, micro_batch_index) in done
                     if before % pipeline != rank:
-                        delivered[rank].remove((kind, stage, micro_batch))
+                        delivered[rank].remove((kind, stage, micro_batch_index))
                 after = stage + 1 if kind == "forward" else stage - 1
                 if 0 <= after <= last and after % pipeline != rank:
-                    outgoing = [Message(kind, after, micro_batch, after % pipeline)]
+                    outgoing = [Message(kind, after, micro_batch_index, after % pipeline)]
             # the output of a pass is sent in its own step, and nothing else is
             assert list(step.sends) == outgoing
         assert sorted(sent) == sorted(received)
         pairs = [(source, target) for source, target, *_ in sent]
         assert len(set(pairs)) == len(pairs), "two messages in one direction between two ranks could be confused"
-        for _, rank, kind, stage, micro_batch in received:
-            delivered[rank].add((kind, stage, micro_batch))
+        for _, rank, kind, stage, micro_batch_index in received:
+            delivered[rank].add((kind, stage, micro_batch_index))
         done |= fresh
     assert not any(delivered)
 
@@ -73,7 +73,7 @@ def test_every_schedule_completes_with_what_was_delivered(pipeline: int, virtual
             assert set(actions_of(own)) == everything and len(actions_of(own)) == len(everything)
             for kind, virtual_stage in product(("forward", "backward"), range(virtual_stages)):
                 micros = [
-                    action.micro_batch
+                    action.micro_batch_index
                     for action in actions_of(own)
                     if (action.kind, action.virtual_stage) == (kind, virtual_stage)
                 ]
@@ -124,8 +124,10 @@ def megatron(rank: int, pipeline: int, virtual_stages: int, count: int) -> list[
 
     def nth(kind: Kind, index: int) -> Action:
         virtual_stage = index % group // pipeline
-        micro_batch = index // group * pipeline + index % pipeline
-        return Action(kind, virtual_stage if kind == "forward" else virtual_stages - 1 - virtual_stage, micro_batch)
+        micro_batch_index = index // group * pipeline + index % pipeline
+        return Action(
+            kind, virtual_stage if kind == "forward" else virtual_stages - 1 - virtual_stage, micro_batch_index
+        )
 
     warm = min(2 * (pipeline - rank - 1) + (virtual_stages - 1) * pipeline, total)
     found = [nth("forward", index) for index in range(warm)]
@@ -146,21 +148,21 @@ def test_a_longer_pipeline_does_what_megatrons_does_sometimes_earlier(pipeline: 
     # where Megatron waits for a forward although a backward is ready, ours runs it; the order of each kind is the same
     count = 3 * pipeline
     for rank in range(pipeline):
-        got, theirs = (
+        got, megatron_actions = (
             rank_actions(rank, pipeline=pipeline, virtual_stages=2, num_micro_batches=count),
             megatron(rank, pipeline, 2, count),
         )
         for kind in ("forward", "backward"):
             assert [action for action in got if action.kind == kind] == [
-                action for action in theirs if action.kind == kind
+                action for action in megatron_actions if action.kind == kind
             ]
-        assert num_in_flight(got) <= num_in_flight(theirs)
+        assert num_in_flight(got) <= num_in_flight(megatron_actions)
 
 
 def test_the_1f1b_order_by_hand() -> None:
     def letters(rank: int, count: int) -> str:
         return " ".join(
-            f"{w.kind[0].upper()}{w.micro_batch}"
+            f"{w.kind[0].upper()}{w.micro_batch_index}"
             for w in rank_actions(rank, pipeline=3, virtual_stages=1, num_micro_batches=count)
         )
 
@@ -233,7 +235,7 @@ def duration(ranks: list[RankSchedule], *, lazily: bool, forward: int = 1, backw
         present = [(rank, own[now]) for rank, own in enumerate(ranks) if now < len(own)]
         for rank, step in present:
             if (action := step.action) is not None:
-                start = max(clock[rank], arrived[rank].pop((action.kind, action.micro_batch), 0))
+                start = max(clock[rank], arrived[rank].pop((action.kind, action.micro_batch_index), 0))
                 clock[rank] = start + (forward if action.kind == "forward" else backward)
         posted = [max(done, ended) for done, ended in zip(clock, batch, strict=True)]
         for rank, step in present:
@@ -241,7 +243,7 @@ def duration(ranks: list[RankSchedule], *, lazily: bool, forward: int = 1, backw
             if messages:
                 batch[rank] = max(posted[rank], *(posted[message.peer] for message in messages))
             for message in step.receives:
-                arrived[rank][message.kind, message.micro_batch] = batch[rank]
+                arrived[rank][message.kind, message.micro_batch_index] = batch[rank]
             if not lazily:
                 clock[rank] = max(clock[rank], batch[rank])
     return max(clock)

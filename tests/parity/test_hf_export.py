@@ -27,7 +27,7 @@ from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.config.data import SYSTEM_MESSAGE
 from aki_megatron.config.model import ModelConfig, RopeConfig
 from aki_megatron.data.collate import collate
-from aki_megatron.data.image import load_image
+from aki_megatron.data.image import decode_image, normalize
 from aki_megatron.data.template import Template
 from aki_megatron.data.tokenizer import Tokenizer
 from aki_megatron.errors import CheckpointError, ConfigError
@@ -209,7 +209,7 @@ def test_the_processor_writes_what_the_template_writes(
         assert bool(got["attention_mask"].all())
         assert ("pixel_values" in got) == with_image
         if with_image:
-            assert torch.equal(got["pixel_values"], load_image(image_path, 12)[None])
+            assert torch.equal(got["pixel_values"], normalize([decode_image(image_path, 12, key="")], 12))
     assert (RESPONSE in expected.modality_ids) == (turns > 1)
 
 

@@ -29,8 +29,8 @@ def reference(weights: dict[str, Tensor], media: Tensor) -> Tensor:
             torch.einsum("tw,hdw->htd", features, matrix.view(heads, head_dim, -1))
             for features, matrix in (
                 (latents, weights[f"{at}.q_proj.weight"]),
-                (keys, key_weight),
-                (keys, value_weight),
+                (keys, k_proj),
+                (keys, v_proj),
             )
         )
         scores = torch.einsum("hqd,hkd->hqk", q, k) / head_dim**0.5

@@ -18,7 +18,7 @@ from transformers import AutoImageProcessor, SiglipVisionModel
 from aki_megatron.checkpoint.initial_weights import load_pretrained
 from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig
-from aki_megatron.data.image import load_image
+from aki_megatron.data.image import decode_image, normalize
 from aki_megatron.errors import UserError
 from aki_megatron.model.stage import build_model
 from aki_megatron.synthetic.dataset import DatasetSize, write_dataset
@@ -114,7 +114,8 @@ def test_every_parameter_but_the_pooling_head_is_trained(train_set: LabeledImage
 
 
 def test_the_folder_is_a_siglip_folder(folder: Path, data: Path) -> None:
-    pixels = torch.stack([load_image(path, 36) for path in sorted((data / "VQA/train2014").iterdir())[:12]])
+    paths = sorted((data / "VQA/train2014").iterdir())[:12]
+    pixels = normalize([decode_image(path, 36, key="") for path in paths], 36)
     theirs, report = SiglipVisionModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     with safe_open(folder / "model.safetensors", "pt") as tensors:
@@ -148,7 +149,7 @@ def test_the_folders_preprocessor_is_ours(folder: Path, data: Path) -> None:
     for path in sorted((data / "VQA/train2014").iterdir())[:5]:
         with Image.open(path) as image:
             theirs = processor(image, return_tensors="pt")["pixel_values"][0]
-        torch.testing.assert_close(load_image(path, 36), theirs, rtol=0, atol=1e-6)
+        torch.testing.assert_close(normalize([decode_image(path, 36, key="")], 36)[0], theirs, rtol=0, atol=1e-6)
 
 
 def test_a_second_run_does_nothing_and_another_recipe_trains_anew(

@@ -95,9 +95,9 @@ def peak_mib(run: Run, tensors: list[Tensor], device: torch.device) -> float:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        allocated = torch.cuda.memory_allocated(device)
         step(run, *tensors)
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        return (torch.cuda.max_memory_allocated(device) - allocated) / 2**20
     # memory that the allocator holds back would hide what the next step allocates
     CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")

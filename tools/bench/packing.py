@@ -4,8 +4,8 @@ python tools/bench/packing.py                                   # synthetic leng
 python tools/bench/packing.py --config configs/demo/sft.yaml    # and the lengths of a run's own data
 python tools/bench/packing.py --json packing.json               # also as a list of objects
 
-pretrain   captions of 67 words on average (KALE), at most 128 text tokens, 144 image places
-finetune   11 fine-tuning sources with the papers' weights (Table 4), at most 512 text tokens, 144 image places; a
+pretrain   captions of 67 words on average (KALE), at most 128 text tokens, 144 image positions
+finetune   11 fine-tuning sources with the papers' weights (Table 4), at most 512 text tokens, 144 image positions; a
            system message of 31 tokens, half of ScienceQA without an image, LLaVA's conversations as single turns
 narrow     all lengths near 234, which is just between 17 and 18 to a sequence of 4096
 bound      the padding of the fewest sequences that could hold each block: a lower bound

@@ -120,7 +120,7 @@ class _Reader:
 
     def value(self) -> Any:
         """Return the value that starts here."""
-        self._peek()
+        self._next_character()
         while True:
             start = self._at
             try:
@@ -137,17 +137,17 @@ class _Reader:
 
     def finish(self) -> None:
         """Raise DataError if anything but spaces follows."""
-        if self._peek():
+        if self._next_character():
             raise self._invalid("Extra data", self._at)
 
     def _name(self) -> str:
-        if self._peek() != '"':
+        if self._next_character() != '"':
             raise self._invalid("Expecting property name enclosed in double quotes", self._at)
         name: str = self.value()
         self._expect(":")
         return name
 
-    def _peek(self) -> str:
+    def _next_character(self) -> str:
         """Return the next character that is no space; empty at the end of the file."""
         while True:
             found = _SPACES.match(self._text, self._at)
@@ -159,7 +159,7 @@ class _Reader:
                 return ""
 
     def _skip(self, character: str) -> bool:
-        if self._peek() != character:
+        if self._next_character() != character:
             return False
         self._at += 1
         return True

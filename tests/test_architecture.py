@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "aki_megatron"
 
 LAYERS = (
+    {"masking"},
     {"errors"},
     {"types", "families", "hashing"},
     {"config"},

@@ -4,7 +4,8 @@ A checkpoint is written to a staging folder, forced to disk, read back, renamed,
 kill at any moment leaves the previous one intact.
 
 The global state holds tensors by names and shapes that do not depend on the parallel layout. Each rank passes those it
-holds a part of: pipeline ranks have different names, and a tensor that two stages hold (tied embeddings) is written once.
+holds a part of: pipeline ranks have different names, and a tensor that two stages hold (tied embeddings) is written
+once.
 """
 
 import json

@@ -156,26 +156,17 @@ def match_tensors(
     records: list[TensorRecord] = []
     refused: list[str] = []
     for native, external in table.items():
-        shape = expected[native]
-        if native in comparison.missing:
-            missing = [name for name in external if name not in found]
-            if all(matches_any(name, allowed.missing) for name in missing):
-                present = tuple(name for name in external if name in found)
-                to_initialize.append(native)
-                records.append(TensorRecord("missing", present, (native,), shape))
-            else:
-                refused += [f"missing: {name} (for {native} {shape})" for name in missing]
-        elif native in comparison.mismatched:
-            found_shape = shapes[native] or ", ".join(str(found[name].shape) for name in external)
-            if all(matches_any(name, allowed.mismatched) for name in external):
-                to_initialize.append(native)
-                records.append(TensorRecord("mismatched", external, (native,), shape, f"{found_shape} in the source"))
-            else:
-                refused.append(f"shape mismatch: {' + '.join(external)} is {found_shape}, the model needs {shape}")
-        else:
+        if native not in (*comparison.missing, *comparison.mismatched):
             readable[native] = external
             kind = "mapped" if len(external) == 1 else "concatenated"
-            records.append(TensorRecord(kind, external, (native,), shape))
+            records.append(TensorRecord(kind, external, (native,), expected[native]))
+            continue
+        outcome = _allow_or_refuse(native, external, found, expected[native], allowed)
+        if isinstance(outcome, TensorRecord):
+            to_initialize.append(native)
+            records.append(outcome)
+        else:
+            refused += outcome
     unexpected = sorted(found.keys() - {name for external in table.values() for name in external})
     skipped = [name for name in unexpected if matches_any(name, allowed.unexpected)]
     records += [TensorRecord("unexpected", (name,), (), found[name].shape) for name in skipped]
@@ -183,6 +174,27 @@ def match_tensors(
     if refused:
         raise mismatch_error(source, refused, EXCEPTIONS_HINT)
     return TensorMatch(readable, tuple(to_initialize), tuple(records))
+
+
+def _allow_or_refuse(
+    native: str,
+    external: tuple[str, ...],
+    found: Mapping[str, TensorSpec],
+    shape: Shape,
+    allowed: AllowedMismatches,
+) -> TensorRecord | list[str]:
+    """Return the record of a missing or mismatched tensor if ``allowed`` names it, else lines of the error."""
+    missing = [name for name in external if name not in found]
+    if missing:
+        if all(matches_any(name, allowed.missing) for name in missing):
+            present = tuple(name for name in external if name in found)
+            return TensorRecord("missing", present, (native,), shape)
+        return [f"missing: {name} (for {native} {shape})" for name in missing]
+    found_shapes = [found[name].shape for name in external]
+    found_shape = _concatenated_shape(found_shapes) or ", ".join(map(str, found_shapes))
+    if all(matches_any(name, allowed.mismatched) for name in external):
+        return TensorRecord("mismatched", external, (native,), shape, f"{found_shape} in the source")
+    return [f"shape mismatch: {' + '.join(external)} is {found_shape}, the model needs {shape}"]
 
 
 def external_records(native: TensorSource, table: NameTable) -> list[TensorRecord]:

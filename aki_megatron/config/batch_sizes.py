@@ -5,13 +5,17 @@
 Sizes count samples, or packed sequences where data.packing.enabled.
 """
 
+import math
+
 from aki_megatron.config.run import RunConfig
 from aki_megatron.errors import ConfigError
 
 
 def divisors(*numbers: int) -> list[int]:
     """Return the numbers that divide all of ``numbers``, in ascending order."""
-    return [n for n in range(1, min(numbers) + 1) if not any(number % n for number in numbers)]
+    common = math.gcd(*numbers)
+    small = [n for n in range(1, math.isqrt(common) + 1) if common % n == 0]
+    return sorted({*small, *(common // n for n in small)})
 
 
 def num_replicas(world_size: int, *, tensor: int, pipeline: int) -> int:

@@ -5,13 +5,13 @@ run is accepted when a supported row matches it and no refused row does.
 Regenerate the page: ``python -m aki_megatron.config.combinations > docs/combinations.md``.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from aki_megatron.config.attention import ATTENTION_RULES
 from aki_megatron.config.deepspeed import offload_device
-from aki_megatron.config.deepspeed_keys import ONLY, OWNED, PROVEN, REFUSED
+from aki_megatron.config.deepspeed_page import deepspeed_section
+from aki_megatron.config.markdown import link, table
 from aki_megatron.config.run import RunConfig
 
 ZERO = "tests/distributed/test_zero.py"
@@ -287,70 +287,6 @@ precedes the image.
 """
 
 
-DEEPSPEED = """
-## DeepSpeed settings
-
-What a file for `--ds_config` may hold (`aki_megatron/config/deepspeed_keys.py`). Every name may be `"auto"`, and every
-name that is not in these tables is refused. Settings that the run decides may also have the run's value:
-
-"""
-
-DEEPSPEED_PROVEN = """
-These reach DeepSpeed in the ZeRO stages named, and have no effect in others. Proven means that losses, gradient norms
-and weights equal those with DeepSpeed's default, also after saving and resuming on another layout, and in the export:
-
-"""
-
-DEEPSPEED_ONLY = """
-These are accepted with one value:
-
-"""
-
-DEEPSPEED_REFUSED = """
-These are refused with every value:
-
-"""
-
-
-def _code(value: object) -> str:
-    return f"`{json.dumps(value)}`"
-
-
-def _link(path: str) -> str:
-    return f"[{path.rpartition('/')[2]}](../{path})"
-
-
-def _deepspeed() -> str:
-    owned = [["setting", "decided by"]] + [[f"`{name}`", f"`{key}`"] for name, (key, _) in OWNED.items()]
-    owned += [
-        ["`bf16.enabled`", "`train.precision`"],
-        ["`optimizer.params.betas`", "`optimizer.beta1` and `optimizer.beta2`"],
-        ["`gradient_accumulation_steps`", "batch sizes and the number of data-parallel ranks"],
-    ]
-    proven = [["setting", "values", "ZeRO", "effect", "tested with", "proven by"]] + [
-        [
-            f"`{name}`",
-            setting.values.text,
-            ", ".join(map(str, setting.zero_stages)),
-            setting.effect,
-            ", ".join(map(_code, setting.tested)),
-            _link(setting.proof),
-        ]
-        for name, setting in PROVEN.items()
-    ]
-    only = [["setting", "value", "reason"]] + [[f"`{name}`", _code(one), why] for name, (one, why) in ONLY.items()]
-    refused = [["setting or block", "reason"]] + [[f"`{name}`", why] for name, why in REFUSED.items()]
-    return "".join(
-        head + _table(rows)
-        for head, rows in (
-            (DEEPSPEED, owned),
-            (DEEPSPEED_PROVEN, proven),
-            (DEEPSPEED_ONLY, only),
-            (DEEPSPEED_REFUSED, refused),
-        )
-    )
-
-
 def _rule_rows() -> list[list[str]]:
     return [["rule", "who sees whom", "looks ahead at", "options", "position ids", "exported"]] + [
         [
@@ -367,11 +303,6 @@ def _rule_rows() -> list[list[str]]:
     ]
 
 
-def _table(rows: list[list[str]]) -> str:
-    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([head, "|" + "---|" * len(rows[0]), *body]) + "\n"
-
-
 def _values(row: Combination) -> list[str]:
     return [", ".join(row.covers[name]) if name in row.covers else "any" for name in AXES]
 
@@ -381,7 +312,7 @@ def page() -> str:
     headings = [axis.heading for axis in AXES.values()]
     axes = "".join(f"| {axis.heading} | {KEYS[name]} | {', '.join(axis.values)} |\n" for name, axis in AXES.items())
     supported = [["", *headings, "data", "packing", "proven by"]] + [
-        [row.name, *_values(row), "any", "any", _link(row.proof)] for row in COMBINATIONS if row.proof
+        [row.name, *_values(row), "any", "any", link(row.proof)] for row in COMBINATIONS if row.proof
     ]
     refused = [["", *headings, "reason", "fix"]] + [
         [row.name, *_values(row), row.reason, row.fix] for row in COMBINATIONS if row.reason
@@ -390,12 +321,12 @@ def page() -> str:
         HEAD
         + axes
         + BESIDE
-        + _table(supported)
+        + table(supported)
         + REFUSED_HEAD
-        + _table(refused)
+        + table(refused)
         + FOOT
-        + _table(_rule_rows())
-        + _deepspeed()
+        + table(_rule_rows())
+        + deepspeed_section()
     )
 
 

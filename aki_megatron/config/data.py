@@ -2,10 +2,20 @@
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field
 
 from aki_megatron.config.datasets import CAPTION_FORMATS, DATASETS, OCR_GRANULARITIES, OFFICIAL_INDEX
-from aki_megatron.config.section import FilePath, Section, Strings, as_tuple
+from aki_megatron.config.section import (
+    AtMost,
+    FilePath,
+    Gigabytes,
+    NonNegativeInt,
+    PositiveInt,
+    Section,
+    Strings,
+    Weight,
+    as_tuple,
+)
 
 SYSTEM_MESSAGE = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -28,7 +38,7 @@ class SourceConfig(Section):
 
     name: SourceName
     """Dataset, which decides the reader."""
-    weight: PositiveFloat = 1.0
+    weight: Weight = 1.0
     """Sampling weight, relative: the weights of a run are normalized (papers, Table 4). Used where data.mixing is
     weights."""
     augment: Literal["none", "official"] = "none"
@@ -52,7 +62,7 @@ class CaptionsConfig(Section):
     granularity: Granularity = "basic text"
     """blip3_ocr: which description of the JSON list to train on; official index: the second, as the released code
     does."""
-    weight: PositiveFloat = 1.0
+    weight: Weight = 1.0
     """Sampling weight, relative: the weights of a run are normalized. Used where data.mixing is weights."""
 
 
@@ -72,11 +82,11 @@ class PackingConfig(Section):
 
     enabled: bool = False
     """Pack samples. train.global_batch_size and train.micro_batch_size then count packed sequences."""
-    sequence_length: PositiveInt = 4096
+    sequence_length: Annotated[PositiveInt, AtMost(2**24)] = 4096
     """Length of a packed sequence in positions: text tokens and image latents."""
-    max_images: PositiveInt = 32
+    max_images: Annotated[PositiveInt, AtMost(2**20)] = 32
     """Largest number of images in a packed sequence."""
-    buffer_size: PositiveInt = 4096
+    buffer_size: Annotated[PositiveInt, AtMost(2**24)] = 4096
     """Samples that are packed at a time: more leave less padding and take longer to pack."""
 
 
@@ -102,18 +112,18 @@ class DataConfig(Section):
     """Hugging Face tokenizer folder of the family model.decoder.family, as published or with AKI's added tokens."""
     system_message: str = SYSTEM_MESSAGE
     """System message of every conversation."""
-    max_text_tokens: PositiveInt
+    max_text_tokens: Annotated[PositiveInt, AtMost(2**24)]
     """Longest text of a sample in tokens, chat markers included, image latents not (papers, Table 3: 128 and 512)."""
     max_bad_fraction: float = Field(default=0.001, ge=0, le=1)
-    """Largest fraction of unreadable samples; above it the run stops."""
-    num_workers: NonNegativeInt = 4
+    """Largest fraction of unreadable samples among all that are asked for; above it the run stops."""
+    num_workers: Annotated[NonNegativeInt, AtMost(1024)] = 4
     """Background processes per rank that decode images; 0: a thread of the rank itself."""
-    prefetch_steps: PositiveInt = 2
+    prefetch_steps: Annotated[PositiveInt, AtMost(1024)] = 2
     """Optimizer steps of batches to prepare ahead in the background."""
     shards_per_block: PositiveInt = 16
     """Captions: tars whose samples are shuffled together; more shuffle better and open more files at a time."""
     cache: FilePath | None = None
     """Folder for tars that pipe: shards fetch, and for the indices of tars in folders without write access; null: a
     folder below the user's cache folder."""
-    cache_gigabytes: PositiveFloat = 100.0
+    cache_gigabytes: Gigabytes = 100.0
     """Largest size of all fetched tars together, in gigabytes; the least recently used are deleted first."""

@@ -25,6 +25,7 @@ from aki_megatron.config.deepspeed_keys import (
 from aki_megatron.config.field_info import format_value, suggestion
 from aki_megatron.config.nested import check_depth, flatten, set_dotted
 from aki_megatron.config.run import RunConfig
+from aki_megatron.config.yaml_file import NESTED
 from aki_megatron.errors import ConfigError
 
 AUTO = "auto"
@@ -46,7 +47,7 @@ def read_json(path: Path) -> dict[str, Any]:
         where = f"line {error.lineno}, column {error.colno}"
         raise ConfigError(f"{path}: this is not JSON: {where}: {error.msg}.") from None
     except RecursionError:
-        raise ConfigError(f"{path}: its values are nested too deeply to be read.") from None
+        raise ConfigError(f"{path}: {NESTED}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as text: {error}.") from None
     except ValueError as error:  # a number of thousands of digits

@@ -201,7 +201,7 @@ ONLY: dict[str, tuple[Any, str]] = {
     "zero_optimization.log_trace_cache_warnings": (False, f"there is no trace to warn of: {GATHERED}"),
     "zero_optimization.enable_sanity_checks": (
         False,
-        "its checks compare all ranks of the world, which pipeline stages are not alike on",
+        "its checks compare all ranks of the world, and those of other pipeline stages differ",
     ),
     "zero_optimization.save_muon_momentum_buffer_in_memory": (False, "the optimizer is AdamW"),
     **{

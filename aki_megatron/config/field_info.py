@@ -14,7 +14,8 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from aki_megatron.config.section import OneOf
+from aki_megatron.config.section import AtMost, OneOf
+from aki_megatron.masking import mask_values
 
 PLAIN = {
     int: ("a whole number", "INT"),
@@ -97,10 +98,21 @@ def metavar(info: FieldInfo) -> str:
     return "|".join(_one(t, metadata)[1] for t in types)
 
 
+def upper_limit(info: FieldInfo) -> int:
+    """Return the largest value of a number that has such a limit."""
+    return int(min(m.limit for m in _parts(info.annotation, info.metadata)[1] if isinstance(m, AtMost)))
+
+
 def is_text(info: FieldInfo) -> bool:
     """Return whether the text of a flag is the value itself, not YAML: names and paths."""
     types, _, _ = _parts(info.annotation, info.metadata)
     return all(t in (str, Path) for t in types)
+
+
+def is_path(info: FieldInfo) -> bool:
+    """Return whether a field holds a path."""
+    types, _, _ = _parts(info.annotation, info.metadata)
+    return types == [Path]
 
 
 def takes_null(info: FieldInfo) -> bool:
@@ -109,9 +121,8 @@ def takes_null(info: FieldInfo) -> bool:
 
 
 def format_value(value: Any) -> str:
-    """Return a value as YAML and JSON write it, for messages; long ones are truncated."""
-    if isinstance(value, Path):
-        value = str(value)
+    """Return a value as YAML and JSON write it, for messages; secrets are masked, long ones are truncated."""
+    value = mask_values(str(value) if isinstance(value, Path) else value)
     try:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):

@@ -11,7 +11,8 @@ import tyro
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from aki_megatron.config.field_info import allowed, metavar, section_class, suggestion
+from aki_megatron.config.changes import CHANGEABLE
+from aki_megatron.config.field_info import allowed, format_value, metavar, section_class, suggestion
 from aki_megatron.config.moved_keys import MOVED_KEYS
 from aki_megatron.config.run import RunConfig
 
@@ -38,8 +39,11 @@ The usual commands:
 
 --config FILE     a complete run as YAML (default: {config}); `base: other.yaml` in it takes the values of another file
 --ds_config FILE  DeepSpeed's own settings as JSON; "auto" stands for what the run decides
+--allow_change KEY[,KEY...]
+                  keys that may differ from the saved config.yaml when a run goes on, for example to train longer:
+                  --allow_change train.steps --train.steps 2000. Can change: {changeable}
 
-Every key below can be written as a flag; a flag wins over the file. Values are written as in YAML, lists in
+Every key below can be written as a flag; a flag wins over the file, the last one of a flag over the others. Values are written as in YAML, lists in
 quotes: --parallel.layers_per_stage '[7, 9, 9, 7]'. The values in brackets are those of {shown}.
 """
 
@@ -85,6 +89,23 @@ def problems_of_flags(flags: Mapping[str, FieldInfo], arguments: Sequence[str]) 
     return problems
 
 
+def repeated_flags(arguments: Sequence[str]) -> list[str]:
+    """Return a line per flag that is given with several values; ``arguments`` passed problems_of_flags.
+
+    The last value counts, so that flags may follow those that a batch script sets.
+    """
+    values: dict[str, list[str]] = {}
+    for position, argument in enumerate(arguments):
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            values.setdefault(name.replace("-", "_"), []).append(value if equals else arguments[position + 1])
+    return [
+        f"--{name} is given {len(texts)} times; the last one counts: {format_value(texts[-1])}"
+        for name, texts in values.items()
+        if len(set(texts)) > 1
+    ]
+
+
 def parse_flags(flags: Mapping[str, FieldInfo], arguments: Sequence[str]) -> dict[str, str]:
     """Return dotted key -> text of every flag that was given; ``arguments`` passed problems_of_flags."""
     flag_class = _flag_class(RunConfig, dict.fromkeys(flags, UNSET), "", flags)
@@ -103,7 +124,14 @@ def print_help(
     flags: Mapping[str, FieldInfo], texts: Mapping[str, str], *, prog: str, description: str, config: Path, shown: Path
 ) -> None:
     """Print the usual commands, then every flag with its help and its value in the file ``shown``."""
-    usage = USAGE.format(description=description, prog=prog, config=config, shown=shown, name=Path(prog).stem)
+    usage = USAGE.format(
+        description=description,
+        prog=prog,
+        config=config,
+        shown=shown,
+        name=Path(prog).stem,
+        changeable=", ".join(CHANGEABLE),
+    )
     flag_class = _flag_class(RunConfig, texts, "", flags)
     with contextlib.suppress(AttributeError):  # Windows has no such signal
         # `--help | head` closes the pipe early: end quietly, as other commands do

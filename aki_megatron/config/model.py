@@ -2,12 +2,15 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
-from aki_megatron.config.section import Floats, OneOf, Section
+from aki_megatron.config.section import AtMost, Floats, OneOf, PositiveInt, Section
 from aki_megatron.errors import ConfigError
 from aki_megatron.families.base import FamilyTraits
 from aki_megatron.families.registry import DEFAULT_FAMILY, DEFAULT_ROPE, FAMILIES
+
+Size = Annotated[PositiveInt, AtMost(2**24)]
+Layers = Annotated[PositiveInt, AtMost(4096)]
 
 
 def _check_divisible(section: str, key: str, size: int, by: str, count: int) -> None:
@@ -21,17 +24,17 @@ def _check_divisible(section: str, key: str, size: int, by: str, count: int) -> 
 class VisionConfig(Section):
     """SigLIP vision transformer; the defaults are google/siglip-so400m-patch14-384."""
 
-    image_size: PositiveInt = 384
+    image_size: Size = 384
     """Side, in pixels, of the square that every image is resized to."""
-    patch_size: PositiveInt = 14
+    patch_size: Size = 14
     """Side of a square patch, in pixels; pixels beyond the last whole patch are ignored."""
-    hidden_size: PositiveInt = 1152
+    hidden_size: Size = 1152
     """Hidden size of the transformer."""
-    num_layers: PositiveInt = 27
+    num_layers: Layers = 27
     """Number of transformer layers."""
-    num_heads: PositiveInt = 16
+    num_heads: Size = 16
     """Number of attention heads."""
-    intermediate_size: PositiveInt = 4304
+    intermediate_size: Size = 4304
     """Hidden size of the feed-forward block."""
     norm_eps: PositiveFloat = 1e-6
     """Epsilon of the layer norms."""
@@ -58,15 +61,15 @@ class VisionConfig(Section):
 class ResamplerConfig(Section):
     """Perceiver resampler from image features to decoder embeddings; the defaults are AKI's."""
 
-    num_latents: PositiveInt = 144
+    num_latents: Size = 144
     """Latent queries: positions that one image takes in the decoder's sequence."""
-    num_layers: PositiveInt = 6
+    num_layers: Layers = 6
     """Number of layers of cross-attention and feed-forward block."""
-    num_heads: PositiveInt = 8
+    num_heads: Size = 8
     """Number of attention heads."""
-    head_dim: PositiveInt = 64
+    head_dim: Size = 64
     """Dimension of an attention head."""
-    mlp_ratio: PositiveInt = 4
+    mlp_ratio: Size = 4
     """Hidden size of the feed-forward block, as a multiple of model.vision.hidden_size."""
     norm_eps: PositiveFloat = 1e-5
     """Epsilon of the layer norms."""
@@ -85,9 +88,9 @@ class RopeConfig(Section):
     """Scaling of the frequencies; default: none."""
     theta: PositiveFloat = 10000.0
     """Base of the frequencies."""
-    max_position_embeddings: PositiveInt = 4096
+    max_position_embeddings: Size = 4096
     """Longest sequence of the decoder, in positions."""
-    original_max_position_embeddings: PositiveInt = 4096
+    original_max_position_embeddings: Size = 4096
     """Longest sequence of the decoder before it was extended by scaling, in positions."""
     short_factor: Floats = ()
     """longrope: one factor per frequency, head_dim / 2 of them, for short sequences."""
@@ -137,23 +140,23 @@ class DecoderConfig(Section):
 
     family: Annotated[str, OneOf(FAMILIES)] = DEFAULT_FAMILY
     """Decoder family: biases and norms of the attention, tensor names in Hugging Face folders, chat format."""
-    hidden_size: PositiveInt = 3072
+    hidden_size: Size = 3072
     """Hidden size of the transformer; head_dim is hidden_size / num_heads."""
-    num_layers: PositiveInt = 32
+    num_layers: Layers = 32
     """Number of transformer layers."""
-    num_heads: PositiveInt = 32
+    num_heads: Size = 32
     """Number of query heads."""
-    num_kv_heads: PositiveInt = 32
+    num_kv_heads: Size = 32
     """Number of key and value heads; fewer than num_heads is grouped-query attention."""
-    intermediate_size: PositiveInt = 8192
+    intermediate_size: Size = 8192
     """Hidden size of the feed-forward block (SwiGLU)."""
     norm_eps: PositiveFloat = 1e-5
     """Epsilon of the RMS norms."""
-    padded_vocab_size: PositiveInt = 32064
+    padded_vocab_size: Size = 32064
     """Rows of the embedding table and of the LM head, padding included."""
-    vocab_size: PositiveInt = 32012
+    vocab_size: Size = 32012
     """Tokens whose ids index the embedding table and the LM head."""
-    num_added_tokens: int = Field(default=2, ge=0)
+    num_added_tokens: int = Field(default=2, ge=0, le=2**24)
     """Tokens with embeddings of their own beside the table (AKI: <image>, <|endofchunk|>), with the ids vocab_size to
     vocab_size + num_added_tokens - 1."""
     lm_head_bias: bool = True

@@ -1,13 +1,26 @@
 """The configuration of a run: plain data, one section per part; cross_checks.py checks them against each other."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat
 
 from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.config.data import DataConfig
 from aki_megatron.config.model import ModelConfig
-from aki_megatron.config.section import Counts, FilePath, Section
+from aki_megatron.config.section import (
+    AtMost,
+    Counts,
+    FilePath,
+    NonNegativeInt,
+    PositiveInt,
+    Seconds,
+    Section,
+    Seed,
+    no_stand_in,
+)
+
+MAX_BATCH_SIZE = 2**20
+"""Samples per optimizer step; every step plans all of them."""
 
 
 class RunSection(Section):
@@ -34,14 +47,14 @@ class TrainConfig(Section):
 
     steps: PositiveInt
     """Optimizer steps of the whole run."""
-    global_batch_size: PositiveInt
+    global_batch_size: Annotated[PositiveInt, AtMost(MAX_BATCH_SIZE)]
     """Samples per optimizer step over all ranks; packed sequences where data.packing.enabled."""
-    micro_batch_size: PositiveInt
+    micro_batch_size: Annotated[PositiveInt, AtMost(MAX_BATCH_SIZE)]
     """Largest number of samples (or packed sequences) per forward pass of one data-parallel rank. The rank's batch is
     divided into equal micro-batches of at most this size. Changes memory and speed, not results."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: bf16 weights and activations, fp32 master weights and gradient accumulation. fp32: everything in fp32."""
-    seed: NonNegativeInt = 42
+    seed: Seed = 42
     """Seed of the random initialization and of the order of samples."""
 
 
@@ -51,9 +64,9 @@ class OptimizerConfig(Section):
     lr: PositiveFloat
     """Peak learning rate, reached after the warm-up."""
     min_lr: NonNegativeFloat
-    """Learning rate of the first and of the last step."""
+    """Learning rate at which the warm-up begins and the cosine ends, at train.steps."""
     warmup_steps: NonNegativeInt
-    """Optimizer steps of the warm-up from min_lr to lr; less than train.steps."""
+    """Optimizer steps of the warm-up from min_lr to lr; less than train.steps. 0: the first step has lr."""
     weight_decay: NonNegativeFloat
     """Decoupled weight decay; embeddings are not decayed."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -77,7 +90,7 @@ class ParallelConfig(Section):
     """Pipeline stages per pipeline rank. 2 or more is interleaved 1F1B: a smaller bubble for more communication."""
     layers_per_stage: Counts = ()
     """Decoder layers of each of the pipeline x virtual_stages stages, in model order; empty: balanced by cost."""
-    zero_stage: Literal[0, 1, 2, 3] = 3
+    zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(no_stand_in)] = 3
     """DeepSpeed ZeRO over the data-parallel ranks: 1 partitions optimizer state, 2 gradients too, 3 weights too. 0
     partitions nothing and does not use DeepSpeed; fp32 only."""
     recompute: Literal["none", "full"] = "none"
@@ -108,9 +121,9 @@ class WatchConfig(Section):
     step_timeout_factor: float = Field(default=20.0, gt=1)
     """A step that takes longer than this many times the median of recent steps, and longer than step_timeout, is a
     hang: the stacks of all ranks are written, the straggler is named, and the run ends to be started again."""
-    step_timeout: PositiveFloat = 600.0
+    step_timeout: Seconds = 600.0
     """Seconds. Shorter steps are never a hang. Start-up, the first step and checkpoints may take up to init_timeout."""
-    init_timeout: PositiveFloat = 3600.0
+    init_timeout: Seconds = 3600.0
     """Seconds. Longest time for start-up, the first step, a checkpoint, or any other phase."""
     on_non_finite: Literal["skip", "rollback", "stop"] = "skip"
     """Reaction to a non-finite loss or gradient. skip: no optimizer update. rollback: return to the newest checkpoint
@@ -120,7 +133,7 @@ class WatchConfig(Section):
     loss_spike_window steps."""
     loss_spike_factor: float = Field(default=4.0, gt=1)
     """Threshold of a spike: loss or gradient norm relative to the median."""
-    loss_spike_window: PositiveInt = 128
+    loss_spike_window: Annotated[PositiveInt, AtMost(2**20)] = 128
     """Optimizer steps in the median; no spike is detected before that many steps are done."""
     max_rollbacks: PositiveInt = 3
     """Rollbacks to one checkpoint after which the run ends with an error."""

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, PositiveInt
+import annotated_types
+from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 
@@ -25,8 +26,39 @@ class Section(BaseModel):
     )
 
 
+@dataclass(frozen=True)
+class AtMost:
+    """Annotates a number with a limit that only a mistake exceeds; the lowest is named where a value does."""
+
+    limit: float
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, value: Any) -> Any:
+        if value > self.limit:
+            raise PydanticCustomError("at_most", "Input should be at most {limit}", {"limit": self.limit})
+        return value
+
+
+PositiveInt = Annotated[int, annotated_types.Gt(0), AtMost(2**31 - 1)]
+NonNegativeInt = Annotated[int, annotated_types.Ge(0), AtMost(2**31 - 1)]
+Seed = Annotated[int, annotated_types.Ge(0), AtMost(2**63 - 1)]
+Seconds = Annotated[float, annotated_types.Gt(0), AtMost(10**9)]
+Weight = Annotated[float, annotated_types.Gt(0), AtMost(10**9)]
+Gigabytes = Annotated[float, annotated_types.Gt(0), AtMost(10**9)]
+
+
 def _path(value: Any) -> Any:
-    return Path(value) if isinstance(value, str) else value
+    # an empty path would be the working directory, and no path holds a null character
+    return Path(value) if isinstance(value, str) and value.strip() and "\0" not in value else value
+
+
+def no_stand_in(value: Any) -> Any:
+    """Refuse true and 1.0 for 1, which Python takes for equal: a validator before that of a literal number."""
+    if isinstance(value, bool | float):
+        raise PydanticCustomError("literal_error", "Input should be a whole number")
+    return value
 
 
 def as_tuple(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """Values of a file to a checked RunConfig, with every problem in one message."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -16,11 +17,13 @@ from aki_megatron.config.field_info import (
     list_problems,
     section_class,
     suggestion,
+    upper_limit,
 )
 from aki_megatron.config.moved_keys import moved_keys
 from aki_megatron.config.nested import Location, dotted
 from aki_megatron.config.run import RunConfig
 from aki_megatron.errors import ConfigError
+from aki_megatron.masking import mask_values
 
 KEYS: dict[str, FieldInfo] = dict(fields(RunConfig))
 """Dotted key -> field, for every key of a run that holds a value."""
@@ -68,10 +71,19 @@ def sentence(error: ErrorDetails) -> tuple[Location, str]:
     if error["type"] == "missing":
         help_text = f" ({info.description.splitlines()[0].rstrip('.')})" if info.description else ""
         return location, f"{key} is missing: give {allowed(info)}{help_text}."
+    if error["type"] == "at_most":
+        return location, f"{key} must be at most {upper_limit(info):,}; got {format_value(error['input'])}."
     must = allowed(info)
     if isinstance(location[-1], int):
         must = f"as in {dotted(location[:-1])}: {must}"
-    return location, f"{key} must be {must}; got {format_value(error['input'])}."
+    value = error["input"]
+    hint = f"; write {value:.0f}" if error["type"] == "int_type" and is_whole(value) else ""
+    return location, f"{key} must be {must}; got {format_value(value)}{hint}."
+
+
+def is_whole(value: Any) -> bool:
+    """Return whether a value is a whole number that is written as a fraction, such as 3.0."""
+    return isinstance(value, float) and math.isfinite(value) and value == int(value)
 
 
 def build_sections(
@@ -120,7 +132,11 @@ def values_of(built: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build_run(values: Mapping[str, Any], where: str) -> RunConfig:
-    """Return the checked run that ``values`` describe. Raises ConfigError with all problems, headed by ``where``."""
+    """Return the checked run that ``values`` describe. Raises ConfigError with all problems, headed by ``where``.
+
+    Secrets among the values are known from then on: mask_text removes them from whatever this process writes.
+    """
+    mask_values(values)
     built, problems = build_sections(values, lambda _: "")
     if problems:
         raise ConfigError(list_problems(where, problems))

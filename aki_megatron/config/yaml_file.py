@@ -15,8 +15,10 @@ from typing import Any
 
 import yaml
 
-from aki_megatron.config.nested import Location, dotted
+from aki_megatron.config.nested import Location, check_depth, dotted
 from aki_megatron.errors import ConfigError
+
+NESTED = "its values are nested too deeply to be read."
 
 SCALARS = {
     "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -75,8 +77,15 @@ def read_yaml(path: Path) -> Document:
         if problems:
             raise ConfigError(f"{path}: " + "; ".join(problems) + ".")
         values = yaml.load(text, Loader=Loader)
+        check_depth(values)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: this is not YAML: {_one_line(error)}.") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: {NESTED}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ConfigError(f"{path}: holds a value that cannot be read: {error}.") from None
+    except ConfigError as error:
+        raise error if str(error).startswith(str(path)) else ConfigError(f"{path}: {error}") from None
     if not isinstance(values, dict):
         got = "nothing" if values is None else type(values).__name__
         raise ConfigError(f"{path}: a run is a mapping of sections (run, data, train, ...), got {got}.")
@@ -84,11 +93,20 @@ def read_yaml(path: Path) -> Document:
 
 
 def read_value(text: str) -> Any:
-    """Return the value of a text as a YAML file would hold it; text that is no YAML is returned as it is."""
+    """Return the value of a text as a YAML file would hold it; text that is no YAML is returned as it is.
+
+    Raises ConfigError for a value that is nested too deeply, or a number of thousands of digits.
+    """
     try:
-        return yaml.load(text, Loader=Loader)
+        value = yaml.load(text, Loader=Loader)
     except yaml.YAMLError:
         return text
+    except RecursionError:
+        raise ConfigError(NESTED) from None
+    except ValueError as error:
+        raise ConfigError(f"the value cannot be read: {error}.") from None
+    check_depth(value)
+    return value
 
 
 def _lines_of_keys(root: yaml.Node | None) -> tuple[list[str], dict[Location, int]]:

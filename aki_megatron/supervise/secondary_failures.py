@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch.distributed as dist
 
 from aki_megatron.errors import UserError
+from aki_megatron.masking import mask_text
 
 SECONDARY_MESSAGES = (
     "Connection closed by peer",
@@ -40,6 +41,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def format_error(error: BaseException) -> str:
-    """Return an error on one line; a UserError keeps its own line breaks."""
-    text = str(error) if isinstance(error, UserError) else " ".join(str(error).split())[:MAX_TEXT_CHARACTERS]
+    """Return an error on one line, without secrets; a UserError keeps its own line breaks."""
+    text = mask_text(str(error))
+    if not isinstance(error, UserError):
+        text = " ".join(text.split())[:MAX_TEXT_CHARACTERS]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

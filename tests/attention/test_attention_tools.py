@@ -9,6 +9,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from aki_megatron.config.attention import ATTENTION_RULES
+
 TOOLS = Path(__file__).parents[2] / "tools"
 
 
@@ -35,7 +37,7 @@ def test_show_mask_draws_every_rule(load: object, tmp_path: Path, capsys: pytest
     assert tool.parse_text(text, 1)[1] == [3, 1, 1, 1, 2, 2]
     assert tool.main(["--text", text, "--latents", "1", "--out", str(out)]) == 0
     assert out.read_bytes().startswith(b"\x89PNG")
-    assert "6 tokens, rules causal, mma, mma_general, mixed, cca" in capsys.readouterr().out
+    assert f"6 tokens, rules {', '.join(ATTENTION_RULES)}" in capsys.readouterr().out
     assert tool.main(["--text", text, "--latents", "5", "--rules", "cca", "--out", str(out)]) == 2
     assert "square" in capsys.readouterr().err
 

@@ -29,7 +29,7 @@ def test_options_are_reached_by_flag_and_by_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "fragments"),
     [
-        (["--attention.rule", "eq5"], ["attention.rule must be one of causal, mma, mma_general, mixed, cca", "eq5"]),
+        (["--attention.rule", "eq5"], [f"attention.rule must be one of {', '.join(ATTENTION_RULES)}", "eq5"]),
         (["--attention.visible_fraction", "1.5"], ["attention.visible_fraction must be", ">= 0 and <= 1", "1.5"]),
         (["--attention.selection", "middle"], ["attention.selection must be one of prefix, suffix, random", "middle"]),
         (["--attention.seed", "-1"], ["attention.seed must be", ">= 0", "-1"]),

@@ -12,6 +12,7 @@ import pytest
 from aki_megatron.config import combinations
 from aki_megatron.config.combinations import AXES, COMBINATIONS, KEYS, page, refusals
 from aki_megatron.config.cross_checks import check_run, contradictions
+from aki_megatron.config.deepspeed_keys import KNOWN, SPECIAL
 from aki_megatron.config.load import load_run
 from aki_megatron.config.run import RunConfig
 from aki_megatron.errors import ConfigError
@@ -158,3 +159,9 @@ def test_the_page_shows_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
     changed = (replace(COMBINATIONS[0], name="another name"), *COMBINATIONS[1:])
     monkeypatch.setattr(combinations, "COMBINATIONS", changed)
     assert "| another name |" in page()
+
+
+def test_the_page_shows_every_setting_of_deepspeed() -> None:
+    text = page()
+    assert all(f"| `{name}` |" in text for name in KNOWN - SPECIAL)
+    assert "| `zero_optimization.round_robin_gradients` | `false` |" in text

@@ -1,0 +1,166 @@
+"""What may differ when a run goes on: keys that change no result, and keys that --allow_change names."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from aki_megatron.config.data import PhaseConfig
+from aki_megatron.config.field_info import format_value, suggestion
+from aki_megatron.config.nested import flatten
+from aki_megatron.config.run import RunConfig
+from aki_megatron.config.validation import KEYS
+from aki_megatron.errors import ConfigError
+
+MAY_CHANGE = (
+    "run.dir",
+    "log",
+    "checkpoint",
+    "watch",
+    "parallel",
+    "deepspeed",
+    "train.micro_batch_size",
+    "data.num_workers",
+    "data.prefetch_steps",
+    "data.cache",
+    "data.cache_gigabytes",
+    "data.max_bad_fraction",
+)
+"""Keys and sections that may differ when a run is resumed: they change where and how fast it trains, not the result."""
+
+CHANGEABLE: dict[str, str] = {
+    "train.steps": (
+        "the learning-rate curve is that of a run with the new number of steps from its beginning: a longer run goes "
+        "on at the rate that the longer curve has at this step"
+    ),
+    "optimizer": "the new values hold from the next step on",
+    "data.phases": "phases before the current step must stay as they were; later ones may change",
+    "data.root": "the data is read from there",
+    "data.tokenizer": "the tokenizer is read from there",
+    "data.captions.shards": "tars are read from there; their order must stay",
+    "init": "nothing: weights come from the checkpoint",
+}
+"""Keys and sections that --allow_change may name -> what their change means for a run that goes on."""
+
+FIXED_REASON = (
+    "what the checkpoint holds was trained with it; for another value start another run (--run.dir) from this run's "
+    "weights (--init.weights)"
+)
+
+HISTORY = "# changed: "
+"""Start of a comment in config.yaml about a change."""
+
+
+def _without_indices(key: str) -> str:
+    return re.sub(r"\[\d+\]", "", key)
+
+
+def is_allowed(key: str, names: Sequence[str]) -> bool:
+    """Return whether a key, or a section around it, is among ``names``, which have no indices of lists."""
+    key = _without_indices(key)
+    return any(f"{key}.".startswith(f"{name}.") for name in names)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key of a run whose value is another than when the run started or last went on. Secrets are masked."""
+
+    key: str
+    before: Any
+    after: Any
+
+    @property
+    def name(self) -> str:
+        """The key without indices of lists, as --allow_change takes it."""
+        return _without_indices(self.key)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it changes no result, so that every start may change it."""
+        return is_allowed(self.key, MAY_CHANGE)
+
+    @property
+    def is_changeable(self) -> bool:
+        """Whether --allow_change may name it."""
+        return is_allowed(self.key, tuple(CHANGEABLE))
+
+    def sentence(self) -> str:
+        """Return both values, for an error message."""
+        before, after = format_value(self.before), format_value(self.after)
+        return f"{self.key} was {before} when the run started and is {after} now"
+
+    def short(self) -> str:
+        """Return both values, for a console line or an event."""
+        return f"{self.key} from {format_value(self.before)} to {format_value(self.after)}"
+
+    def history(self, step: int) -> str:
+        """Return a line for config.yaml."""
+        return f"{self.short()} after step {step}"
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    """Return the keys that differ between two runs' values, in their order."""
+    old, new = dict(flatten(before, open_lists=True)), dict(flatten(after, open_lists=True))
+    return [
+        Change(re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", key), old.get(key), new.get(key))
+        for key in [*old, *(key for key in new if key not in old)]
+        if old.get(key) != new.get(key)
+    ]
+
+
+def read_allow_change(text: str) -> tuple[str, ...]:
+    """Return the keys of ``--allow_change KEY[,KEY...]``. Raises ConfigError where a key does not exist or is fixed."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise ConfigError("--allow_change needs keys, such as --allow_change train.steps,optimizer.lr.")
+    check_changeable(names)
+    return names
+
+
+def check_progress(saved: RunConfig, new: RunConfig, *, step: int, data_step: int) -> None:
+    """Raise ConfigError where a changed run contradicts what is done already.
+
+    step       optimizer steps done
+    data_step  steps' worth of data used; more than ``step`` after a rollback
+    """
+    if new.train.steps < step:
+        raise ConfigError(
+            f"train.steps={new.train.steps} is less than the {step} steps that are done; "
+            f"add --train.steps {step} or more."
+        )
+    old, changed = _phases(saved), _phases(new)
+    first = 0
+    for number, before in enumerate(old):
+        if first >= data_step:
+            return
+        after = changed[number] if number < len(changed) else None
+        last = first + before.steps
+        if (
+            after is None
+            or not _same_so_far(before, after, is_over=last <= data_step and number < len(old) - 1)
+            or (first + after.steps < data_step and number < len(changed) - 1)
+        ):
+            raise ConfigError(
+                f"data.phases[{number}] cannot be changed like this: it began after step {first}, and the data of "
+                f"{data_step} steps is used; change later phases, add one, or lengthen this one."
+            )
+        first = last
+
+
+def _same_so_far(before: PhaseConfig, after: PhaseConfig, *, is_over: bool) -> bool:
+    same_steps = before.steps == after.steps or not is_over
+    return (before.sources, before.order) == (after.sources, after.order) and same_steps
+
+
+def _phases(run: RunConfig) -> tuple[PhaseConfig, ...]:
+    return run.data.phases or (PhaseConfig(steps=run.train.steps),)
+
+
+def check_changeable(names: Sequence[str]) -> None:
+    """Raise ConfigError for a name that is no key or section, or whose key cannot change while a run goes on."""
+    known = {*KEYS, *CHANGEABLE, *RunConfig.model_fields, *(key.rpartition(".")[0] for key in KEYS)}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--allow_change {name}: there is no such key{suggestion(name, KEYS)}")
+        if not is_allowed(name, (*CHANGEABLE, *MAY_CHANGE)):
+            raise ConfigError(f"--allow_change {name}: {FIXED_REASON}. Keys that can change: {', '.join(CHANGEABLE)}.")

@@ -9,9 +9,9 @@ def actions_of(schedule: RankSchedule) -> list[Action]:
     return [step.action for step in schedule if step.action is not None]
 
 
-def rank_actions(rank: int, *, pipeline: int, virtual_stages: int, num_micro_batches: int) -> list[Action]:
+def rank_actions(rank: int, *, pipeline: int, virtual_stages: int, num_microbatches: int) -> list[Action]:
     """The actions of one pipeline rank in the order in which it runs them."""
-    schedules = build_schedule(pipeline=pipeline, virtual_stages=virtual_stages, num_micro_batches=num_micro_batches)
+    schedules = build_schedule(pipeline=pipeline, virtual_stages=virtual_stages, num_microbatches=num_microbatches)
     return actions_of(schedules[rank])
 
 
@@ -31,7 +31,7 @@ def num_buffered(steps: Sequence[ScheduleStep]) -> int:
     for step in steps:
         if step.action is not None:
             # a micro-batch returns for its next virtual stage only after this one, so the key is unique
-            waiting.discard((step.action.kind, step.action.micro_batch_index))
-        waiting.update((message.kind, message.micro_batch_index) for message in step.receives)
+            waiting.discard((step.action.kind, step.action.microbatch_index))
+        waiting.update((message.kind, message.microbatch_index) for message in step.receives)
         most = max(most, len(waiting))
     return most

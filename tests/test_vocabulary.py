@@ -155,5 +155,5 @@ def test_the_prose_check_fires(source: str) -> None:
 
 
 def test_the_checks_let_standard_terms_pass() -> None:
-    source = '"""Keep at most k files."""\nfor batch in micro_batches:\n    swish(batch.place, knowledge)\n'
+    source = '"""Keep at most k files."""\nfor batch in microbatches:\n    swish(batch.place, knowledge)\n'
     assert [*bad_identifiers("a.py", source), *bad_prose("a.py", source)] == []

@@ -1,6 +1,6 @@
 """How a step's global batch is divided: ranks -> data-parallel ranks -> micro-batches. The only place that computes it.
 
-    global_batch_size = data_parallel_size x num_micro_batches x micro_batch_size
+    global_batch_size = data_parallel_size x num_microbatches x micro_batch_size
 
 Sizes count samples, or packed sequences where data.packing.enabled.
 """
@@ -49,7 +49,7 @@ def micro_batch_size(run: RunConfig, world_size: int) -> int:
     return max(n for n in divisors(rank_batch_size(run, world_size)) if n <= run.train.micro_batch_size)
 
 
-def num_micro_batches(run: RunConfig, world_size: int) -> int:
+def num_microbatches(run: RunConfig, world_size: int) -> int:
     """Return the forward passes of one data-parallel rank in a step."""
     return rank_batch_size(run, world_size) // micro_batch_size(run, world_size)
 
@@ -64,7 +64,7 @@ def check_world(run: RunConfig, world_size: int) -> None:
             f"use --train.global_batch_size {near}, "
             f"or a number of data-parallel ranks from {[n for n in divisors(batch) if n <= ranks]}."
         )
-    asked, steps = run.deepspeed.get("gradient_accumulation_steps"), num_micro_batches(run, world_size)
+    asked, steps = run.deepspeed.get("gradient_accumulation_steps"), num_microbatches(run, world_size)
     if asked is not None and asked != steps:
         raise ConfigError(
             f"ds_config gradient_accumulation_steps={asked} but train.global_batch_size={batch} / "

@@ -99,7 +99,7 @@ class Engine(Protocol):
     """
 
     def train_step(
-        self, micro_batches: Sequence[Batch], lr: float, *, control: ControlRequest = ControlRequest.NONE
+        self, microbatches: Sequence[Batch], lr: float, *, control: ControlRequest = ControlRequest.NONE
     ) -> StepReport:
         """Run forward and backward passes over the micro-batches, then one optimizer step at learning rate ``lr``.
 

@@ -24,12 +24,12 @@ class MaskConsistencyChecker:
         self._digests: dict[tuple[int, int], int] = {}
         self._rules: set[str] = set()
 
-    def record(self, stage: int, micro_batch_index: int, mask: AttentionMask, ids: StackedIds) -> None:
+    def record(self, stage: int, microbatch_index: int, mask: AttentionMask, ids: StackedIds) -> None:
         """Note the mask that stage ``stage`` of the model uses for a micro-batch, and its positions and targets."""
         digest = hashlib.blake2b(mask.digest.encode(), digest_size=7)
         positions_and_targets = torch.stack([ids.position_ids, ids.targets], dim=-1)
         digest.update(positions_and_targets.cpu().numpy().tobytes())
-        self._digests[stage, micro_batch_index] = int.from_bytes(digest.digest())
+        self._digests[stage, microbatch_index] = int.from_bytes(digest.digest())
         self._rules.add(mask.attention.rule)
 
     def compare(self) -> None:

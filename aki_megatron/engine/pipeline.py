@@ -56,7 +56,7 @@ class PipelineEngine:
         stages: Sequence[ShardedStage],
         topology: Topology,
         *,
-        num_micro_batches: int,
+        num_microbatches: int,
         precision: Literal["bf16", "fp32"],
         max_grad_norm: float,
         mask_check_interval: int,
@@ -65,7 +65,7 @@ class PipelineEngine:
     ) -> None:
         """Run this rank's ``stages``, one per virtual stage, in model order; every rank has the same number of them.
 
-        num_micro_batches    per step and data rank
+        num_microbatches    per step and data rank
         max_grad_norm        limit of the global gradient norm
         mask_check_interval  steps between comparisons of attention masks
         should_apply_update  called on every rank before each update with the same loss and finite gradient norm; False
@@ -74,14 +74,14 @@ class PipelineEngine:
         """
         self._stages = stages
         self._topology = topology
-        self._num_micro_batches = num_micro_batches
+        self._num_micro_batches = num_microbatches
         self._max_grad_norm = max_grad_norm
         self._mask_check_interval = mask_check_interval
         self._should_apply_update = should_apply_update
         self._set_phase = set_phase
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         schedules = build_schedule(
-            pipeline=topology.pipeline, virtual_stages=len(stages), num_micro_batches=num_micro_batches
+            pipeline=topology.pipeline, virtual_stages=len(stages), num_microbatches=num_microbatches
         )
         hidden_size = stages[0].module.config.decoder.hidden_size
         self._context = PipelineContext(
@@ -98,12 +98,12 @@ class PipelineEngine:
         self._not_finite_in_a_row = 0
 
     def train_step(
-        self, micro_batches: Sequence[Batch], lr: float, *, control: ControlRequest = ControlRequest.NONE
+        self, microbatches: Sequence[Batch], lr: float, *, control: ControlRequest = ControlRequest.NONE
     ) -> StepReport:
         started = time.perf_counter()
         topology = self._topology
         self._set_phase("counting tokens")
-        shapes = broadcast_shapes(micro_batches, self._num_micro_batches, topology)
+        shapes = broadcast_shapes(microbatches, self._num_micro_batches, topology)
         counts = [
             (s.supervised_tokens, s.tokens, s.num_sequences * s.sequence_length, s.num_images, s.num_bad_samples)
             for s in shapes
@@ -112,7 +112,7 @@ class PipelineEngine:
         tokens, positions, images, bad_samples = (int(number) for number in others)
         checks_masks = self._steps_taken % self._mask_check_interval == 0
         checker = MaskConsistencyChecker(topology) if checks_masks else None
-        loss = PipelineStep(self._context, micro_batches, shapes, topology.data / max(supervised, 1), checker).run()
+        loss = PipelineStep(self._context, microbatches, shapes, topology.data / max(supervised, 1), checker).run()
         if checker is not None:
             checker.compare()
         self._set_phase("reducing gradients")

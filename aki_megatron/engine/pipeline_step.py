@@ -43,19 +43,19 @@ class PipelineStep:
     def __init__(
         self,
         context: PipelineContext,
-        micro_batches: Sequence[Batch],
+        microbatches: Sequence[Batch],
         shapes: Sequence[MicrobatchShape],
         loss_scale: float,
         mask_checker: MaskConsistencyChecker | None,
     ) -> None:
         """Prepare the step.
 
-        micro_batches  of this replica on the rank that reads data, empty on the others
+        microbatches  of this replica on the rank that reads data, empty on the others
         loss_scale    factor from summed losses to what is minimized
         mask_checker  records every mask; None: masks are not checked in this step
         """
         self._context = context
-        self._microbatches = micro_batches
+        self._microbatches = microbatches
         self._shapes = shapes
         self._loss_scale = loss_scale
         self._mask_checker = mask_checker
@@ -73,7 +73,7 @@ class PipelineStep:
             stage.begin_step()
         for step in context.schedule:
             if step.action is not None:
-                context.set_phase(f"waiting for {step.action.kind} {step.action.micro_batch_index}")
+                context.set_phase(f"waiting for {step.action.kind} {step.action.microbatch_index}")
                 (self._forward if step.action.kind == "forward" else self._backward)(step.action)
             sends = [(message, self._outgoing.pop(message)) for message in step.sends]
             context.communicator.exchange(sends, step.receives)
@@ -83,53 +83,53 @@ class PipelineStep:
         return self._loss
 
     def _forward(self, action: Action) -> None:
-        context, micro_batch_index = self._context, action.micro_batch_index
+        context, microbatch_index = self._context, action.microbatch_index
         stage, index = context.stages[action.virtual_stage], self._stage_index(action)
         hidden = pixels = None
         if index == 0:
-            batch = self._microbatches[micro_batch_index] if context.topology.reads_data else None
-            first = broadcast_batch(batch, self._shapes[micro_batch_index], context.topology)
+            batch = self._microbatches[microbatch_index] if context.topology.reads_data else None
+            first = broadcast_batch(batch, self._shapes[microbatch_index], context.topology)
             inputs, ids, pixels = first.token_ids, first.ids, first.pixels.to(context.dtype)
         else:
-            received = context.communicator.wait_activations(self._incoming("forward", index, micro_batch_index))
+            received = context.communicator.wait_activations(self._incoming("forward", index, microbatch_index))
             inputs, ids = received.hidden.requires_grad_(), received.ids
             hidden = inputs
-        context.set_phase(f"forward {micro_batch_index}")
+        context.set_phase(f"forward {microbatch_index}")
         mask = stage.module.build_mask(ids)
         if self._mask_checker is not None:
-            self._mask_checker.record(index, micro_batch_index, mask, ids)
+            self._mask_checker.record(index, microbatch_index, mask, ids)
         output = stage.forward(inputs, ids, pixels, mask)
-        self._in_flight[action.virtual_stage, micro_batch_index] = (hidden, output)
+        self._in_flight[action.virtual_stage, microbatch_index] = (hidden, output)
         if index == context.num_stages - 1:
             self._loss += output.detach()
         else:
-            self._send("forward", index + 1, micro_batch_index, StageActivations(output.detach(), ids))
+            self._send("forward", index + 1, microbatch_index, StageActivations(output.detach(), ids))
 
     def _backward(self, action: Action) -> None:
-        context, micro_batch_index = self._context, action.micro_batch_index
+        context, microbatch_index = self._context, action.microbatch_index
         stage, index = context.stages[action.virtual_stage], self._stage_index(action)
-        hidden, output = self._in_flight.pop((action.virtual_stage, micro_batch_index))
+        hidden, output = self._in_flight.pop((action.virtual_stage, microbatch_index))
         gradient = None
         if index == context.num_stages - 1:
             output = output * self._loss_scale
         else:
-            gradient = context.communicator.wait_gradient(self._incoming("backward", index, micro_batch_index))
-        context.set_phase(f"backward {micro_batch_index}")
-        stage.backward(output, gradient, is_last=micro_batch_index == len(self._shapes) - 1)
+            gradient = context.communicator.wait_gradient(self._incoming("backward", index, microbatch_index))
+        context.set_phase(f"backward {microbatch_index}")
+        stage.backward(output, gradient, is_last=microbatch_index == len(self._shapes) - 1)
         if hidden is not None:
             assert hidden.grad is not None
-            self._send("backward", index - 1, micro_batch_index, hidden.grad)
+            self._send("backward", index - 1, microbatch_index, hidden.grad)
 
     def _stage_index(self, action: Action) -> int:
         """Return the index in the whole model of the stage that an action runs."""
         topology = self._context.topology
         return action.virtual_stage * topology.pipeline + topology.pipeline_rank
 
-    def _incoming(self, kind: Kind, stage: int, micro_batch_index: int) -> Message:
+    def _incoming(self, kind: Kind, stage: int, microbatch_index: int) -> Message:
         """Return the message that stage ``stage`` of this rank receives."""
         sender = stage - 1 if kind == "forward" else stage + 1
-        return Message(kind, stage, micro_batch_index, sender % self._context.topology.pipeline)
+        return Message(kind, stage, microbatch_index, sender % self._context.topology.pipeline)
 
-    def _send(self, kind: Kind, stage: int, micro_batch_index: int, content: StageActivations | Tensor) -> None:
+    def _send(self, kind: Kind, stage: int, microbatch_index: int, content: StageActivations | Tensor) -> None:
         """Queue an output for stage ``stage``, which is on another rank."""
-        self._outgoing[Message(kind, stage, micro_batch_index, stage % self._context.topology.pipeline)] = content
+        self._outgoing[Message(kind, stage, microbatch_index, stage % self._context.topology.pipeline)] = content

@@ -40,17 +40,15 @@ class FirstStageInput:
     pixels: Tensor
 
 
-def broadcast_shapes(
-    micro_batches: Sequence[Batch], num_micro_batches: int, topology: Topology
-) -> list[MicrobatchShape]:
+def broadcast_shapes(microbatches: Sequence[Batch], num_microbatches: int, topology: Topology) -> list[MicrobatchShape]:
     """Return the shapes of this replica's micro-batches on all its ranks, by one broadcast.
 
     They replace a handshake before every message between stages. Only the rank that reads data passes micro-batches.
     """
-    shapes = torch.zeros(num_micro_batches, len(MicrobatchShape.__dataclass_fields__), dtype=torch.int64)
+    shapes = torch.zeros(num_microbatches, len(MicrobatchShape.__dataclass_fields__), dtype=torch.int64)
     if topology.reads_data:
-        assert len(micro_batches) == num_micro_batches, (len(micro_batches), num_micro_batches)
-        shapes = torch.tensor([astuple(_shape(batch)) for batch in micro_batches], dtype=torch.int64)
+        assert len(microbatches) == num_microbatches, (len(microbatches), num_microbatches)
+        shapes = torch.tensor([astuple(_shape(batch)) for batch in microbatches], dtype=torch.int64)
     if topology.tensor * topology.pipeline > 1:
         shapes = shapes.to(topology.device)
         dist.broadcast(shapes, topology.replica_source_rank, group=topology.replica_group)

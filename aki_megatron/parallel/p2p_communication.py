@@ -102,7 +102,7 @@ class P2PCommunicator:
         return receive.buffers
 
     def _buffers(self, message: Message) -> list[Tensor]:
-        shape, device = self._shapes[message.micro_batch_index], self._topology.device
+        shape, device = self._shapes[message.microbatch_index], self._topology.device
         size = (shape.num_sequences, shape.sequence_length)
         hidden = torch.empty(*size, self._hidden_size, dtype=self._dtype, device=device)
         if message.kind == "backward":

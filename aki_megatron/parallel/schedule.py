@@ -28,7 +28,7 @@ class Action:
 
     kind: Kind
     virtual_stage: int
-    micro_batch_index: int
+    microbatch_index: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Message:
     kind: Kind
     stage: int
     """Index in the whole model of the stage that receives."""
-    micro_batch_index: int
+    microbatch_index: int
     peer: int
     """Pipeline rank at the other end: the receiver of what is sent, the sender of what is received."""
 
@@ -59,7 +59,7 @@ class ScheduleStep:
 RankSchedule = list[ScheduleStep]
 
 
-def in_flight_limit(pipeline_rank: int, *, pipeline: int, virtual_stages: int, num_micro_batches: int) -> int:
+def in_flight_limit(pipeline_rank: int, *, pipeline: int, virtual_stages: int, num_microbatches: int) -> int:
     """Return the most forward passes of a rank, over all its virtual stages, whose backward pass is still to come.
 
     This bounds the activations a rank holds. 1F1B: min(pipeline - p, micro-batches). With virtual stages, the first
@@ -68,37 +68,37 @@ def in_flight_limit(pipeline_rank: int, *, pipeline: int, virtual_stages: int, n
     """
     ranks_after = pipeline - 1 - pipeline_rank
     if virtual_stages > 1:
-        ranks_after = 2 * ranks_after + (virtual_stages - 1) * min(pipeline, num_micro_batches)
-    return min(ranks_after + 1, virtual_stages * num_micro_batches)
+        ranks_after = 2 * ranks_after + (virtual_stages - 1) * min(pipeline, num_microbatches)
+    return min(ranks_after + 1, virtual_stages * num_microbatches)
 
 
-def _pass_order(virtual_stages: Sequence[int], pipeline: int, num_micro_batches: int) -> list[tuple[int, int]]:
+def _pass_order(virtual_stages: Sequence[int], pipeline: int, num_microbatches: int) -> list[tuple[int, int]]:
     """Return (virtual stage, micro-batch) in order: groups of ``pipeline`` micro-batches, stage after stage.
 
     While a rank runs a group through one virtual stage, the group's first micro-batch returns to it for the next.
     """
     if len(virtual_stages) == 1:
-        return [(0, micro_batch_index) for micro_batch_index in range(num_micro_batches)]
+        return [(0, microbatch_index) for microbatch_index in range(num_microbatches)]
     return [
-        (virtual_stage, micro_batch_index)
-        for first in range(0, num_micro_batches, pipeline)
+        (virtual_stage, microbatch_index)
+        for first in range(0, num_microbatches, pipeline)
         for virtual_stage in virtual_stages
-        for micro_batch_index in range(first, min(first + pipeline, num_micro_batches))
+        for microbatch_index in range(first, min(first + pipeline, num_microbatches))
     ]
 
 
 class _SimulatedRank:
     """A pipeline rank in the simulation: the actions it has still to run, and those whose input has arrived."""
 
-    def __init__(self, pipeline_rank: int, pipeline: int, virtual_stages: int, num_micro_batches: int) -> None:
+    def __init__(self, pipeline_rank: int, pipeline: int, virtual_stages: int, num_microbatches: int) -> None:
         stages = range(virtual_stages)
-        self.forwards = deque(Action("forward", *key) for key in _pass_order(stages, pipeline, num_micro_batches))
+        self.forwards = deque(Action("forward", *key) for key in _pass_order(stages, pipeline, num_microbatches))
         self.backwards = deque(
-            Action("backward", *key) for key in _pass_order(stages[::-1], pipeline, num_micro_batches)
+            Action("backward", *key) for key in _pass_order(stages[::-1], pipeline, num_microbatches)
         )
         self.ready: set[Action] = set()
         self.may_start = in_flight_limit(
-            pipeline_rank, pipeline=pipeline, virtual_stages=virtual_stages, num_micro_batches=num_micro_batches
+            pipeline_rank, pipeline=pipeline, virtual_stages=virtual_stages, num_microbatches=num_microbatches
         )
 
     def next_action(self) -> Action | None:
@@ -112,7 +112,7 @@ class _SimulatedRank:
         return None
 
 
-def build_schedule(*, pipeline: int, virtual_stages: int, num_micro_batches: int) -> list[RankSchedule]:
+def build_schedule(*, pipeline: int, virtual_stages: int, num_microbatches: int) -> list[RankSchedule]:
     """Return the schedule of every pipeline rank, by simulating all of them in lockstep.
 
     In each step every rank runs at most one action, whose output is delivered at the end of the step. A stage hands to
@@ -126,9 +126,9 @@ def build_schedule(*, pipeline: int, virtual_stages: int, num_micro_batches: int
     rank's in-flight limit, so nothing but its own input delays it, and the input of the first stage is always
     available.
     """
-    assert min(pipeline, virtual_stages, num_micro_batches) >= 1
-    ranks = [_SimulatedRank(rank, pipeline, virtual_stages, num_micro_batches) for rank in range(pipeline)]
-    ranks[0].ready.update(Action("forward", 0, micro_batch_index) for micro_batch_index in range(num_micro_batches))
+    assert min(pipeline, virtual_stages, num_microbatches) >= 1
+    ranks = [_SimulatedRank(rank, pipeline, virtual_stages, num_microbatches) for rank in range(pipeline)]
+    ranks[0].ready.update(Action("forward", 0, microbatch_index) for microbatch_index in range(num_microbatches))
     schedules: list[RankSchedule] = [[] for _ in ranks]
     while any(rank.backwards for rank in ranks):
         actions = [rank.next_action() for rank in ranks]
@@ -141,10 +141,10 @@ def build_schedule(*, pipeline: int, virtual_stages: int, num_micro_batches: int
                 continue
             kind, stage = enabled
             peer = stage % pipeline
-            ranks[peer].ready.add(Action(kind, stage // pipeline, action.micro_batch_index))
+            ranks[peer].ready.add(Action(kind, stage // pipeline, action.microbatch_index))
             if peer != rank:
-                sends[rank].append(Message(kind, stage, action.micro_batch_index, peer))
-                receives[peer].append(Message(kind, stage, action.micro_batch_index, rank))
+                sends[rank].append(Message(kind, stage, action.microbatch_index, peer))
+                receives[peer].append(Message(kind, stage, action.microbatch_index, rank))
         for schedule, action, sent, received in zip(schedules, actions, sends, receives, strict=True):
             schedule.append(ScheduleStep(action, tuple(sent), tuple(received)))
     return [_without_idle_end(schedule) for schedule in schedules]

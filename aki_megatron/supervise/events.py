@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from aki_megatron.supervise.jsonl import append_line, read_lines
 from aki_megatron.supervise.run_paths import RunPaths
 
-EventKind = Literal["loss_spike", "non_finite", "rollback", "hang", "save_failed", "save", "stop"]
+EventKind = Literal["loss_spike", "non_finite", "rollback", "hang", "save_failed", "save", "stop", "change"]
 
 EVENT_KINDS: tuple[EventKind, ...] = get_args(EventKind)
 

@@ -10,10 +10,10 @@ from rich.console import Console
 
 from aki_megatron.checkpoint.checkpointer import Checkpointer
 from aki_megatron.checkpoint.initial_weights import weight_initializer
-from aki_megatron.config.batch_sizes import micro_batch_size, num_micro_batches
+from aki_megatron.config.batch_sizes import micro_batch_size, num_microbatches
 from aki_megatron.config.deepspeed import offload_device, settings_for_engine
 from aki_megatron.config.run import RunConfig
-from aki_megatron.config.save import dump_run
+from aki_megatron.config.save import dump_run, public_values
 from aki_megatron.data.loader import EmptyStepLoader, StepLoader
 from aki_megatron.data.pipeline import build_step_loader, build_tokenizer
 from aki_megatron.data.tokenizer import Tokenizer
@@ -28,6 +28,7 @@ from aki_megatron.model.stage import Stage, build_stage
 from aki_megatron.parallel.megatron import build_linears
 from aki_megatron.parallel.pipeline_partition import layers_of_stages
 from aki_megatron.parallel.topology import Topology
+from aki_megatron.supervise.attempts import newest_step
 from aki_megatron.supervise.control import ControlSignals
 from aki_megatron.supervise.events import EventRecorder, ignore_event, record_event
 from aki_megatron.supervise.loss_spikes import LossSpikeGuard
@@ -45,6 +46,7 @@ from aki_megatron.train.callbacks import (
     TensorBoardCallback,
 )
 from aki_megatron.train.checkpoint_callback import CheckpointCallback
+from aki_megatron.train.continuation import record_configuration
 from aki_megatron.train.loop import Callback, Trainer, TrainState
 from aki_megatron.train.run_summary import summary_lines, uses_recompute
 from aki_megatron.train.sample_audit import SampleAuditCallback
@@ -142,7 +144,7 @@ def build_engine(
     return PipelineEngine(
         sharded_stages,
         topology,
-        num_micro_batches=num_micro_batches(config, topology.world_size),
+        num_microbatches=num_microbatches(config, topology.world_size),
         precision=config.train.precision,
         max_grad_norm=config.optimizer.max_grad_norm,
         mask_check_interval=config.parallel.mask_check_interval,
@@ -247,7 +249,7 @@ def build_callbacks(
     if log.tensorboard:
         callbacks.append(TensorBoardCallback(paths.tensorboard, log.interval))
     if log.wandb != "disabled":
-        values = config.model_dump(mode="json")
+        values = public_values(config)
         callbacks.append(
             WandbCallback(paths.path, project=log.wandb_project, mode=log.wandb, interval=log.interval, config=values)
         )
@@ -274,8 +276,18 @@ def build_trainer(
     checkpointer = build_checkpointer(config, topology)
     checkpoint = checkpointer.latest()
     stages = partition_layers(config)
+    event_recorder: EventRecorder = partial(record_event, paths) if is_rank_zero else ignore_event
     if is_rank_zero:
-        paths.config.write_text(dump_run(config))
+        step = newest_step(paths)
+        changed = record_configuration(
+            paths,
+            config,
+            step=step,
+            learning_rate=lambda run: build_lr_schedule(run)(step),
+            record_event=event_recorder,
+        )
+        for line in changed:
+            console.print(line, markup=False)
         for line in summary_lines(config, stages, world_size=topology.world_size):
             console.print(line)
     loader = build_loader(config, tokenizer, topology, console)
@@ -290,7 +302,6 @@ def build_trainer(
         set_phase=tracker.set_phase,
     )
     extra = load_checkpoint(engine, checkpointer, checkpoint) if checkpoint else {}
-    event_recorder: EventRecorder = partial(record_event, paths) if is_rank_zero else ignore_event
     guard = LossSpikeGuard(config.watch, extra.get("loss_spike_guard"), record_event=event_recorder)
     state = TrainState(extra["step"], extra["data_step"], extra["data"]) if extra else TrainState()
     control = ControlSignals(paths, stop_signals, checks_files=is_rank_zero)

@@ -32,19 +32,30 @@ def run_launcher(launcher: str, argv: Sequence[str], environ: Mapping[str, str])
     stop_signals = StopSignals()
     stop_signals.listen()
     try:
-        from aki_megatron.config.load import load_run
+        from aki_megatron.config.flags import repeated_flags
+        from aki_megatron.config.load import load_run, read_command_line
 
+        default_config = Path(os.path.relpath(ROOT / f"configs/aki4b/{launcher}.yaml"))
         run = load_run(
             argv,
-            default_config=Path(os.path.relpath(ROOT / f"configs/aki4b/{launcher}.yaml")),
+            default_config=default_config,
             prog=f"launcher/{launcher}.py",
             description=DESCRIPTIONS[launcher],
         )
+        command = read_command_line(argv, default_config)
+        if rank_of(environ) == "0":
+            for line in repeated_flags(command.overrides):
+                print(f"note: {line}", file=sys.stderr, flush=True)
         from aki_megatron.train.main import main
 
-        return main(run, environ, stop_signals)
+        return main(run, environ, stop_signals, command.allow_change)
     except UserError as error:
         return report_user_error(error, environ, stop_signals)
+
+
+def rank_of(environ: Mapping[str, str]) -> str:
+    """Return the rank of this process as its launcher writes it; "0" for a process that was started alone."""
+    return next((environ[name] for name in RANK_VARIABLES if name in environ), "0")
 
 
 def report_user_error(
@@ -60,7 +71,7 @@ def report_user_error(
     another rank waits ``grace_seconds`` for SIGTERM first: it reports only a mistake of its own, such as a node without
     the data.
     """
-    rank = next((environ[name] for name in RANK_VARIABLES if name in environ), "0")
+    rank = rank_of(environ)
     if rank != "0" and stop_signals.wait(grace_seconds):
         return USER_ERROR
     print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)

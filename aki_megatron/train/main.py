@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,10 +11,10 @@ from rich.console import Console
 from aki_megatron.config.batch_sizes import check_world
 from aki_megatron.config.cross_checks import check_run
 from aki_megatron.config.run import RunConfig
-from aki_megatron.config.save import check_resume
 from aki_megatron.data.shards import missing_shards
 from aki_megatron.data.sources import missing_files
 from aki_megatron.errors import DataError
+from aki_megatron.masking import mask_text
 from aki_megatron.parallel.topology import Launch, discover_launch, init_distributed
 from aki_megatron.supervise.attempts import newest_step, record_end, record_start
 from aki_megatron.supervise.failure import FailureReporter, exit_now
@@ -23,6 +23,7 @@ from aki_megatron.supervise.run_paths import RunPaths
 from aki_megatron.supervise.signals import StopSignals
 from aki_megatron.supervise.watchdog import Watchdog, collective_timeout
 from aki_megatron.train.build import build_trainer
+from aki_megatron.train.continuation import check_continuation, reason_not_to_start
 
 logger = logging.getLogger("aki_megatron")
 
@@ -52,12 +53,19 @@ def check_inputs(config: RunConfig) -> None:
         )
 
 
+class MaskingFormatter(logging.Formatter):
+    """Format records and their tracebacks without the secrets of commands and URLs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return mask_text(super().format(record))
+
+
 def log_to_file(paths: RunPaths, rank: int) -> None:
     """Write this rank's log to its own file."""
     path = paths.log(rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(MaskingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     logger.setLevel(logging.INFO)
 
@@ -66,7 +74,6 @@ def check_before_start(config: RunConfig, launch: Launch) -> None:
     """Run every check that needs neither data nor model."""
     check_run(config)
     check_world(config, launch.world_size)
-    check_resume(RunPaths(config.run.dir).config, config)
     check_inputs(config)
 
 
@@ -140,17 +147,12 @@ def train_supervised(config: RunConfig, launch: Launch, console: Console, stop_s
     return 0
 
 
-def reason_not_to_start(paths: RunPaths) -> str:
-    """Return why a run is not started, in one sentence; empty where it is."""
-    if paths.done.exists():
-        return f"{paths.path} is done already ({paths.done} exists). --run.dir starts another run."
-    if paths.stop.exists():
-        return f"{paths.path} was stopped by a user ({paths.stop} exists): remove the file to resume."
-    return ""
-
-
-def main(config: RunConfig, environ: Mapping[str, str], stop_signals: StopSignals) -> int:
+def main(
+    config: RunConfig, environ: Mapping[str, str], stop_signals: StopSignals, allow_change: Sequence[str] = ()
+) -> int:
     """Train a run in the world that the environment describes; return the exit code: 0, or that of the failure.
+
+    allow_change  keys that may differ from those of the run in the folder (--allow_change)
 
     0 does not mean that the run is done: the file DONE does. Raises UserError for a mistake that is found before the
     ranks join; whatever fails later is reported once (supervise/failure.py).
@@ -158,7 +160,7 @@ def main(config: RunConfig, environ: Mapping[str, str], stop_signals: StopSignal
     console = Console(file=sys.stdout, width=160 if not sys.stdout.isatty() else None, highlight=False)
     paths = RunPaths(config.run.dir)
     launch = discover_launch(environ)
-    if reason := reason_not_to_start(paths):
+    if reason := reason_not_to_start(paths) or check_continuation(paths, config, allow_change):
         if launch.rank == 0:
             console.print(reason, soft_wrap=True)
         return 0

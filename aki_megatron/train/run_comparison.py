@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
+from aki_megatron.config.changes import MAY_CHANGE
 from aki_megatron.config.field_info import format_value
 from aki_megatron.config.nested import flatten
-from aki_megatron.config.save import MAY_CHANGE
 from aki_megatron.errors import DataError
 from aki_megatron.supervise.metrics import read_metrics
 from aki_megatron.supervise.run_paths import RunPaths

@@ -7,7 +7,7 @@ from aki_megatron.config.batch_sizes import (
     data_parallel_size,
     divisors,
     micro_batch_size,
-    num_micro_batches,
+    num_microbatches,
     rank_batch_size,
 )
 from aki_megatron.config.run import RunConfig
@@ -40,7 +40,7 @@ def step_line(config: RunConfig, world_size: int) -> str:
     return (
         f"step: {config.train.global_batch_size} {samples} = "
         f"{plural(data_parallel_size(config, world_size), 'data rank', 'data ranks')} x "
-        f"{plural(num_micro_batches(config, world_size), 'micro-batch', 'micro-batches')} x "
+        f"{plural(num_microbatches(config, world_size), 'micro-batch', 'micro-batches')} x "
         f"{micro_batch_size(config, world_size)}; {layout}, "
         f"ZeRO-{parallel.zero_stage}, {config.train.precision}, rule {config.attention.rule}"
     )
@@ -59,9 +59,9 @@ def stages_line(config: RunConfig, stages: Sequence[range]) -> str:
 
 def bubble_lines(config: RunConfig, world_size: int) -> Iterator[str]:
     """Yield how long pipeline ranks are idle if all stages take equally long, and a hint to reduce it."""
-    pipeline, count = config.parallel.pipeline, num_micro_batches(config, world_size)
+    pipeline, count = config.parallel.pipeline, num_microbatches(config, world_size)
     virtual_stages = config.parallel.virtual_stages
-    schedules = build_schedule(pipeline=pipeline, virtual_stages=virtual_stages, num_micro_batches=count)
+    schedules = build_schedule(pipeline=pipeline, virtual_stages=virtual_stages, num_microbatches=count)
     batches = plural(count, "micro-batch", "micro-batches")
     idle = bubble_fraction(schedules)
     yield f"pipeline: {batches} through {pipeline} ranks; each is idle {idle:.0%} of the time (the bubble)"

@@ -7,7 +7,7 @@ from aki_megatron.config.batch_sizes import (
     check_world,
     data_parallel_size,
     micro_batch_size,
-    num_micro_batches,
+    num_microbatches,
     num_replicas,
 )
 from aki_megatron.errors import ConfigError
@@ -67,5 +67,5 @@ def test_sizes_that_do_not_divide_the_world(tensor: int, pipeline: int) -> None:
 def test_the_factors_of_a_global_batch() -> None:
     run = load("--train.global_batch_size", "96", "--train.micro_batch_size", "10", "--parallel.tensor", "2")
     for ranks in (2, 4, 8, 16):
-        factors = data_parallel_size(run, ranks), num_micro_batches(run, ranks), micro_batch_size(run, ranks)
+        factors = data_parallel_size(run, ranks), num_microbatches(run, ranks), micro_batch_size(run, ranks)
         assert factors[0] * factors[1] * factors[2] == 96, factors

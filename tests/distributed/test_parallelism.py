@@ -250,7 +250,7 @@ def test_collectives_and_memory_bounds(run_on, pipeline, data, virtual_stages):
     sizes = {
         "pipeline": pipeline,
         "virtual_stages": virtual_stages,
-        "num_micro_batches": MICRO_BATCHES // data,
+        "num_microbatches": MICRO_BATCHES // data,
     }
     schedules = build_schedule(**sizes)
     answers = run_on(pipeline * data, train_and_count, Setting(virtual_stages=virtual_stages), pipeline=pipeline)
@@ -258,11 +258,11 @@ def test_collectives_and_memory_bounds(run_on, pipeline, data, virtual_stages):
         pipeline_rank = rank // data
         # every stage gathers all its parameters at once, and reduces its gradients once per micro-batch
         gathers = {"all_gather_into_tensor": num_stages} if data > 1 else {}  # a single data rank has them
-        assert counts == gathers | {"reduce_scatter_tensor": num_stages * sizes["num_micro_batches"]}
+        assert counts == gathers | {"reduce_scatter_tensor": num_stages * sizes["num_microbatches"]}
         assert in_flight == num_in_flight(rank_actions(pipeline_rank, **sizes))
         assert buffered == num_buffered(schedules[pipeline_rank])
         if virtual_stages == 1:
-            assert in_flight == min(pipeline - pipeline_rank, sizes["num_micro_batches"])
+            assert in_flight == min(pipeline - pipeline_rank, sizes["num_microbatches"])
 
 
 class _SavedActivation:

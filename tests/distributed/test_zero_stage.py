@@ -68,22 +68,22 @@ def run_order(sharded_stages: list[Sharded], topology: Topology, batches: list[B
     outputs: dict[tuple[int, int], Tensor] = {}
     for sharded in sharded_stages:
         sharded.begin_step()
-    for index, kind, micro_batch_index in ORDER:
-        sharded, batch = sharded_stages[index], batches[micro_batch_index]
-        last = micro_batch_index == MICRO_BATCHES - 1
+    for index, kind, microbatch_index in ORDER:
+        sharded, batch = sharded_stages[index], batches[microbatch_index]
+        last = microbatch_index == MICRO_BATCHES - 1
         if kind == "F":
             inputs = batch.token_ids
             if index:
-                inputs = hidden[index, micro_batch_index] = outputs[0, micro_batch_index].detach().requires_grad_()
+                inputs = hidden[index, microbatch_index] = outputs[0, microbatch_index].detach().requires_grad_()
             ids = stack_ids(batch)
-            outputs[index, micro_batch_index] = sharded.forward(
+            outputs[index, microbatch_index] = sharded.forward(
                 inputs, ids, batch.pixels, sharded.module.build_mask(ids)
             )
         elif index:
-            sharded.backward(outputs[index, micro_batch_index] * scale, None, is_last=last)
+            sharded.backward(outputs[index, microbatch_index] * scale, None, is_last=last)
         else:
-            sharded.backward(outputs[index, micro_batch_index], hidden[1, micro_batch_index].grad, is_last=last)
-    return torch.stack([outputs[1, micro_batch_index].detach() for micro_batch_index in range(MICRO_BATCHES)]).sum()
+            sharded.backward(outputs[index, microbatch_index], hidden[1, microbatch_index].grad, is_last=last)
+    return torch.stack([outputs[1, microbatch_index].detach() for microbatch_index in range(MICRO_BATCHES)]).sum()
 
 
 class Reference:
@@ -304,18 +304,18 @@ def recorded(calls: list[str]) -> Iterator[None]:
             setattr(dist, name, original)
 
 
-def step_alone(sharded: Sharded, first: bool, micro_batch_index: int, topology: Topology) -> None:
+def step_alone(sharded: Sharded, first: bool, microbatch_index: int, topology: Topology) -> None:
     """One step of one stage; what the other would send is random."""
     sharded.begin_step()
     outputs = []
-    for number in range(micro_batch_index):
+    for number in range(microbatch_index):
         batch = draw_batch(0, number).to(topology.device)
         ids = stack_ids(batch)
         hidden = torch.randn(*batch.token_ids.shape, MODEL.decoder.hidden_size, device=topology.device)
         inputs = batch.token_ids if first else hidden.to(next(sharded.module.parameters()).dtype).requires_grad_()
         outputs.append(sharded.forward(inputs, ids, batch.pixels if first else None, sharded.module.build_mask(ids)))
     for number, output in enumerate(outputs):
-        sharded.backward(output, torch.randn_like(output) if first else None, is_last=number == micro_batch_index - 1)
+        sharded.backward(output, torch.randn_like(output) if first else None, is_last=number == microbatch_index - 1)
 
 
 def run_at_different_times(topology: Topology, kind: Kind) -> tuple[list[str], list[str]]:

@@ -126,7 +126,7 @@ def tiny_engine(topology: Topology, setting: Setting = Setting(), **more: Any) -
     return PipelineEngine(
         sharded_stages,
         topology,
-        num_micro_batches=MICRO_BATCHES // topology.data,
+        num_microbatches=MICRO_BATCHES // topology.data,
         precision=setting.precision,
         max_grad_norm=setting.max_grad_norm,
         mask_check_interval=setting.mask_check_interval,

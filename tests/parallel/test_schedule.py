@@ -25,38 +25,38 @@ MICRO_BATCHES = range(1, 18)
 def simulate(ranks: list[RankSchedule], pipeline: int, virtual_stages: int) -> None:
     """Run the schedules of all ranks in lockstep; a pass may use only what was delivered before it."""
     last = pipeline * virtual_stages - 1
-    done: set[tuple[str, int, int]] = set()  # (kind, stage, micro_batch_index) of every pass of an earlier step
+    done: set[tuple[str, int, int]] = set()  # (kind, stage, microbatch_index) of every pass of an earlier step
     delivered: list[set[tuple[str, int, int]]] = [set() for _ in ranks]
     for now in range(max(map(len, ranks))):
         sent, received = [], []
         fresh: set[tuple[str, int, int]] = set()
         for rank, own in enumerate(ranks):
             step = own[now] if now < len(own) else ScheduleStep(None, (), ())
-            sent += [(rank, m.peer, m.kind, m.stage, m.micro_batch_index) for m in step.sends]
-            received += [(m.peer, rank, m.kind, m.stage, m.micro_batch_index) for m in step.receives]
+            sent += [(rank, m.peer, m.kind, m.stage, m.microbatch_index) for m in step.sends]
+            received += [(m.peer, rank, m.kind, m.stage, m.microbatch_index) for m in step.receives]
             outgoing: list[Message] = []
             if step.action is not None:
-                kind, micro_batch_index = step.action.kind, step.action.micro_batch_index
+                kind, microbatch_index = step.action.kind, step.action.microbatch_index
                 stage = step.action.virtual_stage * pipeline + rank
-                assert (kind, stage, micro_batch_index) not in done | fresh, "twice"
-                fresh.add((kind, stage, micro_batch_index))
+                assert (kind, stage, microbatch_index) not in done | fresh, "twice"
+                fresh.add((kind, stage, microbatch_index))
                 before = stage - 1 if kind == "forward" else stage + 1
                 if kind == "backward":
-                    assert ("forward", stage, micro_batch_index) in done
+                    assert ("forward", stage, microbatch_index) in done
                 if 0 <= before <= last:
-                    assert (kind, before, micro_batch_index) in done
+                    assert (kind, before, microbatch_index) in done
                     if before % pipeline != rank:
-                        delivered[rank].remove((kind, stage, micro_batch_index))
+                        delivered[rank].remove((kind, stage, microbatch_index))
                 after = stage + 1 if kind == "forward" else stage - 1
                 if 0 <= after <= last and after % pipeline != rank:
-                    outgoing = [Message(kind, after, micro_batch_index, after % pipeline)]
+                    outgoing = [Message(kind, after, microbatch_index, after % pipeline)]
             # the output of a pass is sent in its own step, and nothing else is
             assert list(step.sends) == outgoing
         assert sorted(sent) == sorted(received)
         pairs = [(source, target) for source, target, *_ in sent]
         assert len(set(pairs)) == len(pairs), "two messages in one direction between two ranks could be confused"
-        for _, rank, kind, stage, micro_batch_index in received:
-            delivered[rank].add((kind, stage, micro_batch_index))
+        for _, rank, kind, stage, microbatch_index in received:
+            delivered[rank].add((kind, stage, microbatch_index))
         done |= fresh
     assert not any(delivered)
 
@@ -64,7 +64,7 @@ def simulate(ranks: list[RankSchedule], pipeline: int, virtual_stages: int) -> N
 @pytest.mark.parametrize(("pipeline", "virtual_stages"), GRID)
 def test_every_schedule_completes_with_what_was_delivered(pipeline: int, virtual_stages: int) -> None:
     for count in MICRO_BATCHES:
-        ranks = build_schedule(pipeline=pipeline, virtual_stages=virtual_stages, num_micro_batches=count)
+        ranks = build_schedule(pipeline=pipeline, virtual_stages=virtual_stages, num_microbatches=count)
         simulate(ranks, pipeline, virtual_stages)
         for own in ranks:
             everything = {
@@ -73,7 +73,7 @@ def test_every_schedule_completes_with_what_was_delivered(pipeline: int, virtual
             assert set(actions_of(own)) == everything and len(actions_of(own)) == len(everything)
             for kind, virtual_stage in product(("forward", "backward"), range(virtual_stages)):
                 micros = [
-                    action.micro_batch_index
+                    action.microbatch_index
                     for action in actions_of(own)
                     if (action.kind, action.virtual_stage) == (kind, virtual_stage)
                 ]
@@ -83,11 +83,11 @@ def test_every_schedule_completes_with_what_was_delivered(pipeline: int, virtual
 
 def test_the_simulation_notices_mistakes() -> None:
     def spoiled(rank: int, now: int, **changes: object) -> list[RankSchedule]:
-        ranks = build_schedule(pipeline=2, virtual_stages=2, num_micro_batches=4)
+        ranks = build_schedule(pipeline=2, virtual_stages=2, num_microbatches=4)
         ranks[rank][now] = replace(ranks[rank][now], **changes)  # type: ignore[arg-type]
         return ranks
 
-    ranks = build_schedule(pipeline=2, virtual_stages=2, num_micro_batches=4)
+    ranks = build_schedule(pipeline=2, virtual_stages=2, num_microbatches=4)
     simulate(ranks, 2, 2)
     sending = next(now for now, step in enumerate(ranks[0]) if step.sends)
     receiving = next(now for now, step in enumerate(ranks[0]) if step.receives)
@@ -106,9 +106,9 @@ def test_the_simulation_notices_mistakes() -> None:
 @pytest.mark.parametrize(("pipeline", "virtual_stages"), GRID)
 def test_memory_stays_within_its_bound(pipeline: int, virtual_stages: int) -> None:
     for count in MICRO_BATCHES:
-        ranks = build_schedule(pipeline=pipeline, virtual_stages=virtual_stages, num_micro_batches=count)
+        ranks = build_schedule(pipeline=pipeline, virtual_stages=virtual_stages, num_microbatches=count)
         for rank, own in enumerate(ranks):
-            limit = in_flight_limit(rank, pipeline=pipeline, virtual_stages=virtual_stages, num_micro_batches=count)
+            limit = in_flight_limit(rank, pipeline=pipeline, virtual_stages=virtual_stages, num_microbatches=count)
             assert num_in_flight(actions_of(own)) <= limit <= virtual_stages * count
             if virtual_stages == 1:
                 assert limit == min(pipeline - rank, count)
@@ -124,9 +124,9 @@ def megatron(rank: int, pipeline: int, virtual_stages: int, count: int) -> list[
 
     def nth(kind: Kind, index: int) -> Action:
         virtual_stage = index % group // pipeline
-        micro_batch_index = index // group * pipeline + index % pipeline
+        microbatch_index = index // group * pipeline + index % pipeline
         return Action(
-            kind, virtual_stage if kind == "forward" else virtual_stages - 1 - virtual_stage, micro_batch_index
+            kind, virtual_stage if kind == "forward" else virtual_stages - 1 - virtual_stage, microbatch_index
         )
 
     warm = min(2 * (pipeline - rank - 1) + (virtual_stages - 1) * pipeline, total)
@@ -139,7 +139,7 @@ def megatron(rank: int, pipeline: int, virtual_stages: int, count: int) -> list[
 @pytest.mark.parametrize(("pipeline", "virtual_stages", "groups"), list(product((2, 3), (2, 3, 4), (1, 2, 5))))
 def test_the_interleaved_order_is_megatrons(pipeline: int, virtual_stages: int, groups: int) -> None:
     for rank in range(pipeline):
-        got = rank_actions(rank, pipeline=pipeline, virtual_stages=virtual_stages, num_micro_batches=groups * pipeline)
+        got = rank_actions(rank, pipeline=pipeline, virtual_stages=virtual_stages, num_microbatches=groups * pipeline)
         assert got == megatron(rank, pipeline, virtual_stages, groups * pipeline)
 
 
@@ -149,7 +149,7 @@ def test_a_longer_pipeline_does_what_megatrons_does_sometimes_earlier(pipeline: 
     count = 3 * pipeline
     for rank in range(pipeline):
         got, megatron_actions = (
-            rank_actions(rank, pipeline=pipeline, virtual_stages=2, num_micro_batches=count),
+            rank_actions(rank, pipeline=pipeline, virtual_stages=2, num_microbatches=count),
             megatron(rank, pipeline, 2, count),
         )
         for kind in ("forward", "backward"):
@@ -162,8 +162,8 @@ def test_a_longer_pipeline_does_what_megatrons_does_sometimes_earlier(pipeline: 
 def test_the_1f1b_order_by_hand() -> None:
     def letters(rank: int, count: int) -> str:
         return " ".join(
-            f"{w.kind[0].upper()}{w.micro_batch_index}"
-            for w in rank_actions(rank, pipeline=3, virtual_stages=1, num_micro_batches=count)
+            f"{w.kind[0].upper()}{w.microbatch_index}"
+            for w in rank_actions(rank, pipeline=3, virtual_stages=1, num_microbatches=count)
         )
 
     assert letters(0, 4) == "F0 F1 F2 B0 F3 B1 B2 B3"
@@ -173,7 +173,7 @@ def test_the_1f1b_order_by_hand() -> None:
 
 
 def test_the_schedule_of_two_ranks_by_hand() -> None:
-    first, second = build_schedule(pipeline=2, virtual_stages=1, num_micro_batches=1)
+    first, second = build_schedule(pipeline=2, virtual_stages=1, num_microbatches=1)
     assert first == [
         ScheduleStep(Action("forward", 0, 0), (Message("forward", 1, 0, peer=1),), ()),
         ScheduleStep(None, (), ()),
@@ -189,7 +189,7 @@ def test_the_schedule_of_two_ranks_by_hand() -> None:
 
 def test_one_rank_sends_nothing() -> None:
     for virtual_stages in (1, 3):
-        (own,) = build_schedule(pipeline=1, virtual_stages=virtual_stages, num_micro_batches=4)
+        (own,) = build_schedule(pipeline=1, virtual_stages=virtual_stages, num_microbatches=4)
         assert all(step.action is not None and not step.sends and not step.receives for step in own)
         assert bubble_fraction([own]) == 0
         assert num_buffered(own) == 0
@@ -198,9 +198,7 @@ def test_one_rank_sends_nothing() -> None:
 @pytest.mark.parametrize(("pipeline", "virtual_stages"), GRID)
 def test_the_bubble_is_that_of_the_papers(pipeline: int, virtual_stages: int) -> None:
     for count in MICRO_BATCHES:
-        idle = bubble_fraction(
-            build_schedule(pipeline=pipeline, virtual_stages=virtual_stages, num_micro_batches=count)
-        )
+        idle = bubble_fraction(build_schedule(pipeline=pipeline, virtual_stages=virtual_stages, num_microbatches=count))
         least = (pipeline - 1) / (virtual_stages * count + pipeline - 1)
         if virtual_stages == 1 or count % pipeline == 0:
             assert idle == pytest.approx(least)
@@ -222,7 +220,7 @@ def test_counting() -> None:
 
 def test_a_large_schedule_is_built_quickly() -> None:
     started = time.process_time()
-    ranks = build_schedule(pipeline=8, virtual_stages=4, num_micro_batches=512)
+    ranks = build_schedule(pipeline=8, virtual_stages=4, num_microbatches=512)
     assert time.process_time() - started < 3
     assert bubble_fraction(ranks) == pytest.approx(7 / (4 * 512 + 7))
 
@@ -235,7 +233,7 @@ def duration(ranks: list[RankSchedule], *, lazily: bool, forward: int = 1, backw
         present = [(rank, own[now]) for rank, own in enumerate(ranks) if now < len(own)]
         for rank, step in present:
             if (action := step.action) is not None:
-                start = max(clock[rank], arrived[rank].pop((action.kind, action.micro_batch_index), 0))
+                start = max(clock[rank], arrived[rank].pop((action.kind, action.microbatch_index), 0))
                 clock[rank] = start + (forward if action.kind == "forward" else backward)
         posted = [max(done, ended) for done, ended in zip(clock, batch, strict=True)]
         for rank, step in present:
@@ -243,7 +241,7 @@ def duration(ranks: list[RankSchedule], *, lazily: bool, forward: int = 1, backw
             if messages:
                 batch[rank] = max(posted[rank], *(posted[message.peer] for message in messages))
             for message in step.receives:
-                arrived[rank][message.kind, message.micro_batch_index] = batch[rank]
+                arrived[rank][message.kind, message.microbatch_index] = batch[rank]
             if not lazily:
                 clock[rank] = max(clock[rank], batch[rank])
     return max(clock)
@@ -254,7 +252,7 @@ def test_steps_of_unequal_length_cost_nothing_when_messages_are_waited_for_late(
     pipeline: int, virtual_stages: int
 ) -> None:
     for count in (pipeline, 2 * pipeline, 4 * pipeline):
-        ranks = build_schedule(pipeline=pipeline, virtual_stages=virtual_stages, num_micro_batches=count)
+        ranks = build_schedule(pipeline=pipeline, virtual_stages=virtual_stages, num_microbatches=count)
         ideal = 3 * (virtual_stages * count + pipeline - 1)
         assert duration(ranks, lazily=True) == ideal
         assert (duration(ranks, lazily=False) > ideal) == (virtual_stages > 1)

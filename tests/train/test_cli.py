@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,6 +44,7 @@ def test_help_shows_usage_and_every_key(name: str) -> None:
         f"python launcher/{name}.py --config configs/demo/{name}.yaml",
         "--config FILE",
         "--ds_config FILE",
+        "--allow_change KEY[,KEY...]",
         "Samples per optimizer step over all ranks;",
         "(default: 192)" if name == "pretrain" else "(default: 8)",
         "bf16|fp32",
@@ -118,12 +119,21 @@ def test_a_rank_that_receives_sigterm_leaves_the_report_to_rank_0(capsys: pytest
 
 
 @pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
+def allowed() -> list[tuple[str, ...]]:
+    """The keys that each run may change."""
+    return []
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch, allowed: list[tuple[str, ...]]) -> list[RunConfig]:
     """The runs that launchers hand over, instead of training them."""
     runs: list[RunConfig] = []
 
-    def main(config: RunConfig, environ: Mapping[str, str], stop_signals: StopSignals) -> int:
+    def main(
+        config: RunConfig, environ: Mapping[str, str], stop_signals: StopSignals, allow_change: Sequence[str]
+    ) -> int:
         runs.append(config)
+        allowed.append(tuple(allow_change))
         if config.data.root == Path("nowhere"):
             raise DataError("no data")
         return 7
@@ -137,6 +147,18 @@ def test_the_run_is_handed_over(trained: list[RunConfig]) -> None:
     argv = ["--config", str(ROOT / "configs/demo/sft.yaml"), "--train.steps", "60", "--local_rank=0"]
     assert run_launcher("sft", argv, {}) == 7
     assert [config.train.steps for config in trained] == [60]
+
+
+def test_what_may_change_is_handed_over(
+    trained: list[RunConfig], allowed: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--allow_change", "train.steps,optimizer.lr", "--train.steps", "60", "--train.steps", "70"]
+    argv = ["--config", str(ROOT / "configs/demo/sft.yaml"), *flags]
+    assert run_launcher("sft", argv, {"RANK": "0"}) == 7
+    assert allowed == [("train.steps", "optimizer.lr")] and trained[0].train.steps == 70
+    assert capsys.readouterr().err == 'note: --train.steps is given 2 times; the last one counts: "70"\n'
+    assert run_launcher("sft", argv, {"RANK": "1"}) == 7
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("name", "kind"), [("pretrain", "captions"), ("sft", "conversations")])

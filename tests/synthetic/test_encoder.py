@@ -116,7 +116,7 @@ def test_every_parameter_but_the_pooling_head_is_trained(train_set: LabeledImage
 def test_the_folder_is_a_siglip_folder(folder: Path, data: Path) -> None:
     paths = sorted((data / "VQA/train2014").iterdir())[:12]
     pixels = normalize([decode_image(path, 36, key="") for path in paths], 36)
-    theirs, report = SiglipVisionModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    external, report = SiglipVisionModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     with safe_open(folder / "model.safetensors", "pt") as tensors:
         names = set(tensors.keys())
@@ -138,7 +138,7 @@ def test_the_folder_is_a_siglip_folder(folder: Path, data: Path) -> None:
     fresh = load_pretrained(ours, vision=folder)
     assert not [name for name in fresh if "vision" in name]
     with torch.no_grad():
-        expected = theirs(pixel_values=pixels).last_hidden_state
+        expected = external(pixel_values=pixels).last_hidden_state
         actual = ours.input_embedder.vision_encoder(pixels)
     assert expected.shape == (12, 36, DEMO_ENCODER.hidden_size)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
@@ -148,8 +148,8 @@ def test_the_folders_preprocessor_is_ours(folder: Path, data: Path) -> None:
     processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, use_fast=False)
     for path in sorted((data / "VQA/train2014").iterdir())[:5]:
         with Image.open(path) as image:
-            theirs = processor(image, return_tensors="pt")["pixel_values"][0]
-        torch.testing.assert_close(normalize([decode_image(path, 36, key="")], 36)[0], theirs, rtol=0, atol=1e-6)
+            external = processor(image, return_tensors="pt")["pixel_values"][0]
+        torch.testing.assert_close(normalize([decode_image(path, 36, key="")], 36)[0], external, rtol=0, atol=1e-6)
 
 
 def test_a_second_run_does_nothing_and_another_recipe_trains_anew(

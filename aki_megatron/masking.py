@@ -29,6 +29,7 @@ _SECRET_NAME = re.compile(
 )
 _SECRET_OPTIONS = frozenset({"-u", "-U", "-p", "-P", "-H", "-b", "-d", "-F", "-k", "-K", "-a", "-A"})
 _VARIABLE = re.compile(r"\$\{\w+\}|\$\w+|\$\([^()]*\)")
+_HEADER_NAME = re.compile(r"^[\w-]+: ")
 _TOKEN = re.compile(r"[A-Za-z0-9]{20,}")
 _HEX = re.compile(r"[0-9a-fA-F]{32,}")
 _SEPARATOR = re.compile(r"\s+|[|&;<>()]+")
@@ -221,7 +222,8 @@ def _mask_tokens(text: str) -> str:
 
 def _remember(secret: str) -> str:
     """Return the mask in place of a secret, which mask_text knows from now on."""
-    for part in (secret.strip("'\""), *re.split(r"[\s'\":=]+", secret)):
+    bare = secret.strip("'\"")
+    for part in (bare, *re.split(r"[\s'\":=]+", _HEADER_NAME.sub("", bare))):
         ordinary = (part.isalpha() and len(part) < 12) or (part.isdigit() and len(part) < 10)
         if len(part) >= SHORTEST_KNOWN and not ordinary:
             _known.add(part)

@@ -214,6 +214,13 @@ refuse_flags() {
   done
 }
 
+may_change() {
+  case " $* " in
+    *" --allow_change"[\ =]* | *" --allow-change"[\ =]*) return 0 ;;
+  esac
+  return 1
+}
+
 train() {
   local launcher=$1 config=${AKI_CONFIG:-$2} answer count
   run=${AKI_RUN:-$3} attempt=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0} requeue=${AKI_REQUEUE:-yes} stop_asked='' bad=''
@@ -221,7 +228,7 @@ train() {
   shift 3
   refuse_flags "$@"
   say "run $run, attempt $attempt, nodes $SLURM_JOB_NODELIST, logs of its ranks in $logs"
-  if [ -e "$run/DONE" ]; then
+  if [ -e "$run/DONE" ] && ! may_change "$@"; then  # a run that is done may go on, which the launcher decides
     say "the run is done"
     cancel_successors
     exit 0

@@ -121,7 +121,7 @@ def changed_options(attention: AttentionConfig) -> list[str]:
     return [name for name, info in fields.items() if name != "rule" and getattr(attention, name) != info.default]
 
 
-def rules_where(names: Iterable[str]) -> str:
+def _join_or(names: Iterable[str]) -> str:
     """``causal, mixed or cca``"""
     *first, last = names
     return f"{', '.join(first)} or {last}" if first else last
@@ -129,7 +129,7 @@ def rules_where(names: Iterable[str]) -> str:
 
 def rules_for_supervised_text() -> str:
     """The rules that a model may be trained under where text after an image, or all text, is supervised."""
-    return rules_where(name for name, rule in ATTENTION_RULES.items() if not rule.needs_prompt_after_image)
+    return _join_or(name for name, rule in ATTENTION_RULES.items() if not rule.needs_prompt_after_image)
 
 
 def export_refusal(attention: AttentionConfig) -> str:

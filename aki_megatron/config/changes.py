@@ -133,12 +133,11 @@ def check_progress(saved: RunConfig, new: RunConfig, *, step: int, data_step: in
     for number, before in enumerate(old):
         if first >= data_step:
             return
-        after = changed[number] if number < len(changed) else None
         last = first + before.steps
-        if (
-            after is None
-            or not _same_so_far(before, after, is_over=last <= data_step and number < len(old) - 1)
-            or (first + after.steps < data_step and number < len(changed) - 1)
+        is_over = last <= data_step and number < len(old) - 1
+        is_last = number == len(changed) - 1
+        if number >= len(changed) or not _continues(
+            before, changed[number], is_over=is_over, used=data_step - first, is_last=is_last
         ):
             raise ConfigError(
                 f"data.phases[{number}] cannot be changed like this: it began after step {first}, and the data of "
@@ -147,9 +146,11 @@ def check_progress(saved: RunConfig, new: RunConfig, *, step: int, data_step: in
         first = last
 
 
-def _same_so_far(before: PhaseConfig, after: PhaseConfig, *, is_over: bool) -> bool:
-    same_steps = before.steps == after.steps or not is_over
-    return (before.sources, before.order) == (after.sources, after.order) and same_steps
+def _continues(before: PhaseConfig, after: PhaseConfig, *, is_over: bool, used: int, is_last: bool) -> bool:
+    """Return whether a phase of which ``used`` steps' worth of data is used may become ``after``."""
+    if (before.sources, before.order) != (after.sources, after.order):
+        return False
+    return before.steps == after.steps if is_over else is_last or after.steps >= used
 
 
 def _phases(run: RunConfig) -> tuple[PhaseConfig, ...]:

@@ -11,6 +11,10 @@ from aki_megatron.config.deepspeed import problems_of_settings
 from aki_megatron.config.field_info import list_problems
 from aki_megatron.config.run import RunConfig
 from aki_megatron.errors import ConfigError
+from aki_megatron.families.base import ENDOFCHUNK_TOKEN, IMAGE_TOKEN, PAD_TOKEN
+from aki_megatron.families.registry import FAMILIES
+
+ADDED_TOKENS = (PAD_TOKEN, IMAGE_TOKEN, ENDOFCHUNK_TOKEN)
 
 
 class ContradictionError(ConfigError):
@@ -62,6 +66,17 @@ def data_problems(run: RunConfig) -> Iterator[str]:
                 f"data.sources {source.name}: split_turns=false is for llava150k, the source that has "
                 "conversations; remove it."
             )
+
+
+def system_message_problems(run: RunConfig) -> Iterator[str]:
+    """Check that the system message holds no marker of the chat format, which is written around it."""
+    chat = FAMILIES[run.model.decoder.family].chat
+    found = [token for token in (*chat.special_tokens, *ADDED_TOKENS) if token in run.data.system_message]
+    if found:
+        yield (
+            f"data.system_message contains {', '.join(found)}, which would end or begin a message; remove it: the "
+            f"markers of model.decoder.family={run.model.decoder.family} are written around the system message."
+        )
 
 
 def phase_problems(run: RunConfig) -> Iterator[str]:
@@ -221,6 +236,7 @@ def watch_problems(run: RunConfig) -> Iterator[str]:
 
 CHECKS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     data_problems,
+    system_message_problems,
     phase_problems,
     packing_problems,
     length_problems,

@@ -44,7 +44,8 @@ The usual commands:
                   --allow_change train.steps --train.steps 2000. Can change: {changeable}
 
 Every key below can be written as a flag; a flag wins over the file, and the last of several over the others. Values are
-written as in YAML, lists in quotes: --parallel.layers_per_stage '[7, 9, 9, 7]'. The values in brackets are those of {shown}.
+written as in YAML, lists in quotes: --parallel.layers_per_stage '[7, 9, 9, 7]'. The values in brackets are
+those of {shown}.
 """
 
 

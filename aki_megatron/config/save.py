@@ -119,10 +119,11 @@ def how_to_go_on(config_file: Path, refused: Sequence[Change]) -> str:
 def write_config(config_file: Path, run: RunConfig, step: int) -> list[Change]:
     """Write config.yaml of a run that starts or goes on after ``step``; return what is changed, which is recorded.
 
-    What an earlier start changed stays in the comments. The file is replaced at once, so that nobody reads half of it.
+    Before the first step nothing counts as changed. What an earlier start changed stays in the comments. The file is
+    replaced at once, so that nobody reads half of it.
     """
     changes, history = [], list[str]()
-    if config_file.exists():
+    if config_file.exists() and step:
         changes = compare_for_resume(load_saved(config_file), run)
         history = [
             line.removeprefix(HISTORY)

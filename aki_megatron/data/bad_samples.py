@@ -28,13 +28,15 @@ class BadSample:
 class BadSampleBudget:
     """Count the bad samples that this rank has met since it started, by source.
 
-    ``record`` raises BadSampleBudgetExceeded as soon as more than max(8, max_bad_fraction x samples requested) were
-    bad; with max_bad_fraction = 0 at the first. An item that is met again counts again: the budget is a fraction of
-    what is trained on. Every rank counts what it reads itself.
+    ``record`` raises BadSampleBudgetExceeded as soon as more than max(8, max_bad_fraction x samples asked for) were
+    bad, of which the bad ones are a part; with max_bad_fraction = 0 at the first. An item that is met again counts
+    again. Every rank counts what it reads itself.
+
+    num_good  samples that were trained on
     """
 
     max_bad_fraction: float
-    num_requested: int = 0
+    num_good: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     first_reasons: list[str] = field(default_factory=list)
     latest_reason: str = ""
@@ -45,12 +47,17 @@ class BadSampleBudget:
             return ""
         return f"{self._totals()}; the latest: {self.latest_reason}"
 
-    def record(self, num_requested: int, bad_samples: Iterable[BadSample]) -> None:
-        """Count samples requested and the bad samples met on the way.
+    @property
+    def num_requested(self) -> int:
+        """Samples that were asked for, good and bad: every bad one is replaced by another."""
+        return self.num_good + self.counts.total()
+
+    def record(self, num_good: int, bad_samples: Iterable[BadSample]) -> None:
+        """Count samples to train on and the bad samples met on the way.
 
         Raises BadSampleBudgetExceeded when the budget is spent.
         """
-        self.num_requested += num_requested
+        self.num_good += num_good
         for bad in bad_samples:
             self.counts[bad.source] += 1
             self.latest_reason = bad.reason

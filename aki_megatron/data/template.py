@@ -66,6 +66,11 @@ class Template:
                 f"data.max_text_tokens={self.max_text_tokens} leaves no room for text beside the markers; "
                 f"set it to {MIN_TEXT_TOKENS} or more (papers: 128 for captions, 512 for conversations)."
             )
+        if (found := self.tokenizer.find_special(self.system_message)) is not None:
+            raise ConfigError(
+                f"data.system_message contains the special token {found} of {self.tokenizer.folder}, which would "
+                "become that token; remove it: the markers around the system message are written by themselves."
+            )
 
     def conversation_parts(self, conversation: Conversation) -> list[Part]:
         """Return the string of a conversation in parts; the token that ends a response belongs to it.

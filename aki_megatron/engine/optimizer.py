@@ -68,7 +68,8 @@ def init_moments(optimizer: torch.optim.AdamW, parameters: Iterable[Tensor]) -> 
 def learning_rate(step: int, *, lr: float, min_lr: float, warmup_steps: int, steps: int) -> float:
     """Return the rate of 0-based ``step``: linear from min_lr to lr at warmup_steps, cosine to min_lr at ``steps``.
 
-    Past the end it stays at min_lr, where the official code's curve rises again.
+    Without warm-up steps the first step has lr. Past the end it stays at min_lr, where the official code's curve rises
+    again.
     """
     if step < warmup_steps:
         fraction = step / warmup_steps

@@ -10,6 +10,7 @@ RANK, WORLD_SIZE, ... set by hand must agree with the launcher that started the 
 import os
 import platform
 import re
+import socket
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -44,6 +45,10 @@ FindMaster = Callable[[int], tuple[str, int]]
 
 FIRST_PORT, NUM_PORTS = 20000, 12000
 """Range of rendezvous ports derived from a job's id, below Linux's ephemeral ports."""
+
+
+RESOLVE_SECONDS = 20
+"""How long the name of the master is looked up before it is refused."""
 
 
 @dataclass(frozen=True)
@@ -145,20 +150,54 @@ def _master(
         address = "127.0.0.1"
     if not address and name == "mpirun":
         address, port = find_master(values["world_size"])
-        return address, _number(environ, "MASTER_PORT") if "MASTER_PORT" in environ else port
+        return address, _port(environ) if "MASTER_PORT" in environ else port
     if not address:
         raise ConfigError(
             f"{name} starts {values['world_size']} processes on several machines but MASTER_ADDR is not set "
             f"({_listed(environ)}): export MASTER_ADDR=<host of rank 0>."
         )
     if "MASTER_PORT" in environ:
-        return address, _number(environ, "MASTER_PORT")
+        return address, _port(environ)
     # all processes of a job must derive the same port, other jobs and requeues another one
     job = "-".join(
         environ.get(variable, "") for variable in ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "SLURM_JOB_ID")
     )
     job += "-" + "-".join(environ.get(variable, "") for variable in ("SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
     return address, FIRST_PORT + zlib.crc32(job.encode()) % NUM_PORTS
+
+
+def _port(environ: Mapping[str, str]) -> int:
+    port = _number(environ, "MASTER_PORT")
+    if not 0 < port < 2**16:
+        raise ConfigError(
+            f"MASTER_PORT={port} must be a free port of rank 0's host, from 1 to 65535 ({_listed(environ)})."
+        )
+    return port
+
+
+def check_master(
+    launch: Launch,
+    *,
+    resolve: Callable[[str, int], object] = socket.getaddrinfo,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Raise ConfigError where the master of several processes has no address; torch would wait for it for minutes.
+
+    A name server that is slow at the start of a job gets RESOLVE_SECONDS.
+    """
+    if launch.world_size == 1:
+        return
+    for _ in range(RESOLVE_SECONDS):
+        try:
+            resolve(launch.master_address, launch.master_port)
+            return
+        except (OSError, UnicodeError) as error:
+            reason = error
+            sleep(1.0)
+    raise ConfigError(
+        f"MASTER_ADDR={launch.master_address} has no address on {platform.node()} ({reason}): set it to the host name "
+        "or IP address of rank 0, as the other hosts know it."
+    )
 
 
 def first_host(hosts: str) -> str:

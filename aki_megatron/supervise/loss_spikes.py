@@ -17,6 +17,9 @@ from aki_megatron.errors import UserError
 from aki_megatron.supervise.events import EventRecorder, ignore_event
 from aki_megatron.types import StepReport
 
+LOWER_LR = "--allow_change optimizer.lr --optimizer.lr LOWER"
+"""Flags with which a run goes on at another learning rate."""
+
 MAX_CONSECUTIVE_SPIKES = 10
 """After this many consecutive skipped spikes, treat them as a level shift and stop: the median would never adapt."""
 
@@ -82,14 +85,14 @@ class LossSpikeGuard:
         if fault.policy == "stop":
             raise LossSpikeError(
                 f"Step {step}: {fault.text}, and watch.on_{fault.kind} is stop. Check the data of the step, lower "
-                f"optimizer.lr, or resume from the last checkpoint with --watch.on_{fault.kind} rollback."
+                f"optimizer.lr ({LOWER_LR}), or resume from the last checkpoint with --watch.on_{fault.kind} rollback."
             )
         self._consecutive_spikes += fault.kind == "loss_spike"
         if self._consecutive_spikes >= MAX_CONSECUTIVE_SPIKES:
             raise LossSpikeError(
                 f"Step {step}: {fault.text}, as in {self._consecutive_spikes} steps in a row, all of them skipped. "
-                "This is a level shift rather than a spike: lower optimizer.lr and resume from an earlier checkpoint, "
-                "or raise watch.loss_spike_factor if the data have changed."
+                f"This is a level shift rather than a spike: lower optimizer.lr ({LOWER_LR}) and resume from an "
+                "earlier checkpoint (remove the newer ones), or raise watch.loss_spike_factor if the data have changed."
             )
         return LossSpikeAction.CONTINUE
 
@@ -106,7 +109,7 @@ class LossSpikeGuard:
             raise LossSpikeError(
                 f"Step {self._bad_step}: the run rolled back to the checkpoint of step {step} {limit} times already "
                 f"(watch.max_rollbacks={limit}), each time with other data, so the data are not the cause: lower "
-                "optimizer.lr, or resume from an earlier checkpoint (remove the newest)."
+                f"optimizer.lr ({LOWER_LR}), or resume from an earlier checkpoint (remove the newest)."
             )
         self._record_event(
             self._bad_step,

@@ -39,7 +39,7 @@ def check_continuation(paths: RunPaths, config: RunConfig, allow_change: Sequenc
         raise ConfigError(
             f"{paths.path} is done already after {step} steps ({paths.done} exists), so that "
             f"{', '.join(change.key for change in changes)} can change nothing; to train on, add "
-            f"--allow_change train.steps --train.steps {step + max(step // 10, 1)}, or give this run a folder of its own "
+            f"--allow_change train.steps and a --train.steps above {step}, or give this run a folder of its own "
             "(--run.dir)."
         )
     return (

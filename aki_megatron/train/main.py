@@ -15,6 +15,7 @@ from aki_megatron.data.shards import missing_shards
 from aki_megatron.data.sources import missing_files
 from aki_megatron.errors import DataError
 from aki_megatron.masking import mask_text
+from aki_megatron.parallel.launch import check_master
 from aki_megatron.parallel.topology import Launch, discover_launch, init_distributed
 from aki_megatron.supervise.attempts import newest_step, record_end, record_start
 from aki_megatron.supervise.failure import FailureReporter, exit_now
@@ -74,6 +75,7 @@ def check_before_start(config: RunConfig, launch: Launch) -> None:
     """Run every check that needs neither data nor model."""
     check_run(config)
     check_world(config, launch.world_size)
+    check_master(launch)
     check_inputs(config)
 
 

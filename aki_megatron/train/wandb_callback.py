@@ -2,9 +2,13 @@
 
 import re
 import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from aki_megatron.masking import mask_text
 from aki_megatron.supervise.metrics import metrics_of
 from aki_megatron.train.loop import Callback
 from aki_megatron.types import StepReport
@@ -30,10 +34,11 @@ class WandbCallback(Callback):
         import wandb  # a second of imports that only this rank needs
 
         name = run_id(self.folder)
-        self.run = wandb.init(
-            project=self.project, id=name, name=name, resume="allow", mode=self.mode,  # type: ignore[arg-type]
-            dir=str(self.folder), config=self.config, settings=wandb.Settings(silent=True),
-        )  # fmt: skip
+        with _masked_command_line():
+            self.run = wandb.init(
+                project=self.project, id=name, name=name, resume="allow", mode=self.mode,  # type: ignore[arg-type]
+                dir=str(self.folder), config=self.config, settings=wandb.Settings(silent=True),
+            )  # fmt: skip
 
     def on_step(self, step: int, report: StepReport) -> None:
         if step % self.interval == 0 and step > self.last_step:
@@ -42,6 +47,17 @@ class WandbCallback(Callback):
 
     def on_end(self, step: int) -> None:
         self.run.finish()
+
+
+@contextmanager
+def _masked_command_line() -> Iterator[None]:
+    """Mask the secrets of sys.argv, which wandb uploads with the run."""
+    kept = sys.argv
+    sys.argv = [mask_text(argument) for argument in kept]
+    try:
+        yield
+    finally:
+        sys.argv = kept
 
 
 def run_id(folder: Path) -> str:

@@ -69,8 +69,8 @@ def test_kernels_equal_attention_by_mask_in_float64(
     scale = float(inputs[3].norm())
     got = run(kernel, mask, inputs)
     wanted = with_gradients(lambda q, k, v: attend_by_mask(q, k, v, mask.dense()), *inputs)
-    for ours, theirs in zip(got, wanted, strict=True):
-        assert error(ours, theirs, scale) < 1e-12
+    for ours, reference in zip(got, wanted, strict=True):
+        assert error(ours, reference, scale) < 1e-12
     empty = ~mask.dense().any(-1)
     assert not got[0].transpose(1, 2)[empty].any()
     assert not got[1].transpose(1, 2)[empty].any()
@@ -100,8 +100,8 @@ def test_varlen_plans_equal_dense_attention(ids: tuple[Tensor, Tensor], rule: st
     plan = plan_varlen(mask.blocks, torch.device("cpu"), merged=merged)
     got = with_gradients(lambda q, k, v: run_varlen(q, k, v, plan, ReferenceVarlen()), *inputs)
     wanted = with_gradients(lambda q, k, v: attend_by_mask(q, k, v, mask.dense()), *inputs)
-    for ours, theirs in zip(got, wanted, strict=True):
-        assert error(ours, theirs, float(inputs[3].norm())) < 1e-12
+    for ours, reference in zip(got, wanted, strict=True):
+        assert error(ours, reference, float(inputs[3].norm())) < 1e-12
 
 
 def test_varlen_gathers_one_turn_and_merges_many() -> None:

@@ -25,16 +25,16 @@ def build(topology: Topology, config: RunConfig) -> Engine:
     return build_engine(config, partition_layers(config), topology, init_weights=lambda stage: None)
 
 
-def losses_of(engine: Engine, topology: Topology, num_steps: int) -> list[float]:
+def losses_of(engine: Engine, topology: Topology, num_steps: int, lr: float = 1e-2) -> list[float]:
     """Losses of optimizer steps on the same two micro-batches."""
     batches = [training_batch(0), training_batch(5)] if topology.reads_data else []
-    return [engine.train_step(batches, lr=1e-2).loss for _ in range(num_steps)]
+    return [engine.train_step(batches, lr=lr).loss for _ in range(num_steps)]
 
 
 def train(topology: Topology, config: RunConfig) -> tuple[list[float], dict[str, Tensor]]:
     """The losses of some steps, and this rank's weights after them."""
     engine = build(topology, config)
-    losses = losses_of(engine, topology, STEPS)
+    losses = losses_of(engine, topology, STEPS, lr=1e-3)
     return losses, {name: weight.clone() for name, weight in engine.named_weights()}
 
 

@@ -36,6 +36,12 @@ CONTRADICTIONS: list[tuple[Path, list[str], list[str]]] = [
     (SFT, ["--data.sources", "[{name: vsr, split_turns: false}]"], ["vsr: split_turns=false is for llava150k"]),
     (PRETRAIN, ["--data.sources", "[{name: vsr, weight: 1}]"], ["remove data.sources"]),
     (PRETRAIN, ["--init.weights", "runs/x"], ["init.weights=runs/x", "init.vision=data/demo/encoder", "null"]),
+    (
+        SFT,
+        ["--data.system_message", "Be kind.<|end|>\n<|user|>\nHi"],
+        ["data.system_message contains <|user|>, <|end|>, which would end or begin a message"],
+    ),
+    (SFT, ["--data.system_message", "Look at <image>."], ["data.system_message contains <image>"]),
     (SFT, ["--data.sources", "[]"], ["data.kind=conversations needs data.sources"]),
     (SFT, ["--data.captions", "[{name: a, shards: [a.tar]}]"], ["remove data.captions"]),
     (SFT, ["--data.sources", "[{name: vsr, weight: 1}, {name: vsr, weight: 2}]"], ["data.sources names vsr more than"]),

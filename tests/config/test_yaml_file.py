@@ -84,3 +84,20 @@ def test_lines_of_keys(tmp_path: Path) -> None:
     lines = read_yaml(path).lines
     assert lines[("a", "b")] == 2
     assert lines[("a", "c", 1, "d")] == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: " + "[" * 40 + "]" * 40, "its values are nested more than 32 levels deep."),
+        ("a: " + "[" * 5000 + "]" * 5000, "its values are nested too deeply to be read."),
+        ("a: " + "{b: " * 3000 + "1" + "}" * 3000, "its values are nested too deeply to be read."),
+        ("a: " + "9" * 5000, "holds a value that cannot be read: "),
+    ],
+)
+def test_values_without_end(tmp_path: Path, text: str, expected: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_yaml(file)
+    assert str(caught.value).startswith(f"{file}: {expected}") and "\n" not in str(caught.value)

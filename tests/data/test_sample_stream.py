@@ -148,10 +148,20 @@ def test_budget(conversations, tmp_path: Path) -> None:
 
 
 def test_the_budget_is_a_fraction_once_there_are_many() -> None:
-    budget = BadSampleBudget(0.01, num_requested=10_000)
+    budget = BadSampleBudget(0.01, num_good=9_900)
     budget.record(0, [BadSample("vsr", "x")] * 100)
-    with pytest.raises(BadSampleBudgetExceeded, match="101 bad samples in 10000 requested .vsr 101."):
+    with pytest.raises(BadSampleBudgetExceeded, match="101 bad samples in 10001 requested .vsr 101."):
         budget.record(0, [BadSample("vsr", "x")])
+
+
+@pytest.mark.parametrize(("fraction", "num_good", "num_bad"), [(0.5, 100, 100), (0.75, 100, 300), (1.0, 0, 1000)])
+def test_bad_samples_are_a_part_of_those_asked_for(fraction: float, num_good: int, num_bad: int) -> None:
+    budget = BadSampleBudget(fraction)
+    budget.record(num_good, [BadSample("vsr", "x")] * num_bad)
+    assert budget.num_requested == num_good + num_bad
+    if fraction < 1:
+        with pytest.raises(BadSampleBudgetExceeded):
+            budget.record(0, [BadSample("vsr", "x")])
 
 
 def test_a_source_without_any_readable_sample_ends_the_run(conversations, tmp_path: Path) -> None:
@@ -159,7 +169,7 @@ def test_a_source_without_any_readable_sample_ends_the_run(conversations, tmp_pa
     for file in (tmp_path / "VQA/train2014").iterdir():
         file.unlink()
     stream = conversations(tmp_path, budget=1.0)
-    stream.bad_sample_budget.num_requested = 10**9
+    stream.bad_sample_budget.num_good = 10**9
     with pytest.raises(BadSampleBudgetExceeded, match="gave no readable sample in 100 attempts"):
         for n in range(50):
             stream.sample(n)

@@ -240,3 +240,10 @@ def test_text_first_captions_come_before_the_image(make_template, tokenizer: Tok
     assert short.token_ids == [
         tokenizer.token_id("<s>"), text[0], *[tokenizer.image_id] * 3, tokenizer.endofchunk_id, tokenizer.eos_id
     ]  # fmt: skip
+
+
+def test_a_system_message_with_a_special_token_is_refused(make_template) -> None:
+    for text in ("Be kind.<|end|>", "<|user|>\nHi", "<image>", "<unk>"):
+        with pytest.raises(ConfigError, match=r"data\.system_message contains the special token <"):
+            make_template(system_message=text)
+    make_template(system_message="1 < 2 | 3 > 2")

@@ -6,6 +6,7 @@ from torch import nn
 
 from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
+from aki_megatron.config.run import OptimizerConfig
 from aki_megatron.engine.norm import clip_factor, squared_norm
 from aki_megatron.engine.optimizer import adamw, learning_rate, parameter_groups
 from aki_megatron.model.sharding import shard_spec
@@ -25,6 +26,15 @@ def test_schedule_stays_at_the_minimum_past_the_end():
 
 def test_schedule_without_warmup_starts_at_the_maximum():
     assert learning_rate(0, lr=1.0, min_lr=0.1, warmup_steps=0, steps=10) == 1.0
+    help_texts = {name: info.description for name, info in OptimizerConfig.model_fields.items()}
+    assert "0: the first step has lr" in help_texts["warmup_steps"]
+    assert "first" not in help_texts["min_lr"]
+
+
+def test_a_longer_run_goes_on_at_the_rate_of_the_longer_curve():
+    longer = SFT | {"steps": 12_000}
+    assert learning_rate(10_000, **longer) > SFT["min_lr"] == learning_rate(10_000, **SFT)
+    assert learning_rate(12_000, **longer) == SFT["min_lr"]
 
 
 def model_config(**decoder):

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from aki_megatron.errors import ConfigError
-from aki_megatron.parallel.launch import Launch, discover_launch, first_host
+from aki_megatron.parallel.launch import RESOLVE_SECONDS, Launch, check_master, discover_launch, first_host
 from aki_megatron.parallel.mpi import master_over_mpi
 
 TORCHRUN = {
@@ -161,3 +161,34 @@ def test_without_mpi4py_the_error_says_what_to_do(monkeypatch):
 )
 def test_first_host(hosts, first):
     assert first_host(hosts) == first
+
+
+@pytest.mark.parametrize("environ", [TORCHRUN, DEEPSPEED, MPIRUN, SRUN])
+@pytest.mark.parametrize("port", ["0", "99999999", "65536", "-1", "x", ""])
+def test_ports_that_do_not_exist(environ, port):
+    with pytest.raises(ConfigError, match=f"MASTER_PORT='?{port}'? must be") as caught:
+        discover_launch(environ | {"MASTER_PORT": port})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_master_that_has_no_address():
+    asked, slept = [], []
+
+    def resolve(address, port):
+        asked.append((address, port))
+        raise OSError("Name or service not known")
+
+    launch = discover_launch(TORCHRUN)
+    with pytest.raises(ConfigError, match=r"MASTER_ADDR=gpu01 has no address on .*Name or service not known") as caught:
+        check_master(launch, resolve=resolve, sleep=slept.append)
+    assert "\n" not in str(caught.value) and asked == [("gpu01", 29500)] * RESOLVE_SECONDS
+    assert sum(slept) == RESOLVE_SECONDS
+    answers = iter([OSError("not yet"), None])
+
+    def resolve_late(address, port):
+        if (answer := next(answers)) is not None:
+            raise answer
+
+    check_master(launch, resolve=resolve_late, sleep=slept.append)
+    check_master(discover_launch(TORCHRUN | {"MASTER_ADDR": "localhost"}))
+    check_master(discover_launch({}), resolve=resolve)

@@ -96,6 +96,8 @@ def test_a_done_run_is_not_started_again(tmp_path: Path) -> None:
     result = run_template(tmp_path, "sft_aki4b")
     assert result.returncode == 0 and "the run is done" in result.stdout
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["DONE"]
+    longer = run_template(tmp_path, "sft_aki4b", "--allow_change", "train.steps", "--train.steps", "11000")
+    assert "the run is done" not in longer.stdout, "the launcher decides whether it goes on"
 
 
 def run_template(folder: Path, name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -2,12 +2,15 @@
 
 import json
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import pytest
 from step_reports import step_report
 
+from aki_megatron.masking import mask_command
 from aki_megatron.train.wandb_callback import WandbCallback, run_id
 
 
@@ -73,3 +76,16 @@ def test_wandb_runs_of_folders_with_equal_names_are_distinct(tmp_path: Path) -> 
     folders = [tmp_path / parent / "demo" / "sft 1" for parent in ("one", "two")]
     one, two = (run_id(folder) for folder in folders)
     assert one != two and one.startswith("demo-sft-1-") and run_id(folders[0]) == one
+
+
+def test_the_command_line_goes_to_wandb_without_its_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "correct-horse-9"
+    monkeypatch.setattr(
+        "sys.argv", ["sft.py", "--data.captions", f"[{{shards: [pipe:curl -u me:{secret} https://h]}}]"]
+    )
+    mask_command(f"curl -u me:{secret} https://h")
+    attempt(tmp_path, 0, [1]).on_end(1)
+    assert sys.argv[-1].count(secret) == 1
+    wait_until(lambda: any(path.suffix == ".wandb" for path in tmp_path.rglob("*")))
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"--data.captions" in written and secret.encode() not in written

@@ -2,19 +2,21 @@
 
 ``<run>/sample_audit/replica_<data rank>.jsonl`` has a line per step, counted from 1 as in metrics.jsonl:
 
-    {"step": 7, "replicas": 2, "samples": 32, "samples_hash": "00c5e19f8a04b37d"}
+    {"step": 7, "replicas": 2, "samples": 32, "hash_version": 2, "samples_hash": "00c5e19f8a04b37d"}
 
-``samples_hash`` is LoadedStep.samples_hash in hexadecimal. Its sum over the replicas of a step, modulo 2^64, does not
-depend on their number: equal sums mean equal samples in equal positions.
+``samples_hash`` is LoadedStep.samples_hash in hexadecimal, ``hash_version`` that of data/sample_hash.py; a line without
+it is of version 1. The sum over the replicas of a step, modulo 2^64, does not depend on their number: equal sums mean
+that the same tokens, targets and pixels were trained in the same positions. Sums of two versions cannot be compared.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from aki_megatron.data.loader import LoadedStep
+from aki_megatron.data.sample_hash import HASH_VERSION
 from aki_megatron.errors import DataError
 from aki_megatron.supervise.jsonl import discard_steps_after, read_lines
 from aki_megatron.supervise.run_paths import RunPaths
@@ -35,6 +37,15 @@ class _Line(NamedTuple):
     replicas: int
     samples: int
     samples_hash: int
+    hash_version: int
+
+
+class StepSamples(NamedTuple):
+    """What all replicas together trained on in one step: samples, and the sum of ``samples_hash`` modulo 2^64."""
+
+    samples: int
+    samples_hash: int
+    hash_version: int
 
 
 class SampleAuditCallback(Callback):
@@ -69,6 +80,7 @@ class SampleAuditCallback(Callback):
             "step": step,
             "replicas": self.data_size,
             "samples": loaded.num_samples,
+            "hash_version": HASH_VERSION,
             "samples_hash": f"{loaded.samples_hash:016x}",
         }
         self.file.write(json.dumps(line) + "\n")
@@ -83,8 +95,8 @@ class SampleAuditCallback(Callback):
         self.file.close()
 
 
-def read_sample_audit(run: Path, *, unfinished: bool = False) -> dict[int, tuple[int, int]]:
-    """Return step -> (samples, sum of ``samples_hash`` modulo 2^64) over all replicas, in the order of the steps.
+def read_sample_audit(run: Path, *, unfinished: bool = False) -> dict[int, StepSamples]:
+    """Return step -> what all replicas trained on, in the order of the steps.
 
     With ``unfinished`` the last steps may be incomplete, as replicas that were killed stop at different steps; such
     steps are left out. Raises DataError where the run has no audit log, and where a replica lacks a step or has it
@@ -99,16 +111,23 @@ def read_sample_audit(run: Path, *, unfinished: bool = False) -> dict[int, tuple
         raise DataError(
             f"{run} has no sample audit log ({folder}/replica_0.jsonl); give the folder of a run that completed a step."
         )
-    complete = {step for step, lines in by_step.items() if all(line.replicas == len(lines) for line in lines)}
+    complete = {
+        step
+        for step, lines in by_step.items()
+        if all((line.replicas, line.hash_version) == (len(lines), lines[0].hash_version) for line in lines)
+    }
     last = max(complete, default=0) if unfinished else max(by_step)
     if missing := [step for step in range(1, last + 1) if step not in complete]:
         raise DataError(
             f"The sample audit log {folder} lacks lines of some replica, or has some twice: {_format_steps(missing)}."
         )
-    return {
-        step: (sum(line.samples for line in by_step[step]), sum(line.samples_hash for line in by_step[step]) % MODULUS)
-        for step in range(1, last + 1)
-    }
+    return {step: _sum(by_step[step]) for step in range(1, last + 1)}
+
+
+def _sum(lines: Sequence[_Line]) -> StepSamples:
+    """Return the sum of the lines of one step."""
+    samples_hash = sum(line.samples_hash for line in lines) % MODULUS
+    return StepSamples(sum(line.samples for line in lines), samples_hash, lines[0].hash_version)
 
 
 def _path(folder: Path, replica: int) -> Path:
@@ -125,7 +144,13 @@ def _read(path: Path) -> list[_Line]:
     """Return the lines of a file. Raises DataError for a line of another form."""
     try:
         return [
-            _Line(line["step"], line["replicas"], line["samples"], int(line["samples_hash"], 16))
+            _Line(
+                line["step"],
+                line["replicas"],
+                line["samples"],
+                int(line["samples_hash"], 16),
+                line.get("hash_version", 1),
+            )
             for line in read_lines(path)
         ]
     except (ValueError, KeyError, TypeError) as error:

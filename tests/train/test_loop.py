@@ -143,7 +143,7 @@ def logged_steps(folder: Path) -> list[int]:
 
 def audited_data(folder: Path) -> list[int]:
     """Data of every step, by the sample audit log, which holds each step once."""
-    return [number for _, number in read_sample_audit(folder).values()]
+    return [step.samples_hash for step in read_sample_audit(folder).values()]
 
 
 def test_an_uninterrupted_run(simulate: Callable[..., SimulatedRun]) -> None:

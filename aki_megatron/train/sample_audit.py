@@ -9,17 +9,17 @@ it is of version 1. The sum over the replicas of a step, modulo 2^64, does not d
 that the same tokens, targets and pixels were trained in the same positions. Sums of two versions cannot be compared.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 from aki_megatron.data.loader import LoadedStep
 from aki_megatron.data.sample_hash import HASH_VERSION
 from aki_megatron.errors import DataError
 from aki_megatron.supervise.jsonl import discard_steps_after, read_lines
 from aki_megatron.supervise.run_paths import RunPaths
+from aki_megatron.supervise.step_log import StepLog
 from aki_megatron.train.loop import Callback
 from aki_megatron.types import StepReport
 
@@ -52,29 +52,36 @@ class SampleAuditCallback(Callback):
     """Write the file of this data rank; on one rank per replica, one that reads data.
 
     last_loaded  returns the step that was trained on last; called once after every step
+    open_log     returns what writes the file
     """
 
-    def __init__(self, folder: Path, last_loaded: Callable[[], LoadedStep], *, data_rank: int, data_size: int) -> None:
+    required = True
+
+    def __init__(
+        self,
+        folder: Path,
+        last_loaded: Callable[[], LoadedStep],
+        *,
+        data_rank: int,
+        data_size: int,
+        open_log: Callable[[Path], StepLog] = StepLog,
+    ) -> None:
         assert 0 <= data_rank < data_size, (data_rank, data_size)
         self.folder = folder
         self.last_loaded = last_loaded
         self.data_rank = data_rank
         self.data_size = data_size
-        self.file: TextIO | None = None
+        self.log = open_log(_path(folder, data_rank))
 
     def on_start(self, step: int) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        own = _path(self.folder, self.data_rank)
-        discard_steps_after(own, step)
+        self.log.start(step)
         if self.data_rank == 0:
             # an earlier attempt may have had more replicas
             for replica, path in _paths(self.folder):
                 if replica >= self.data_size:
                     discard_steps_after(path, step)
-        self.file = own.open("a")
 
     def on_step(self, step: int, report: StepReport) -> None:
-        assert self.file is not None
         loaded = self.last_loaded()
         line = {
             "step": step,
@@ -83,16 +90,16 @@ class SampleAuditCallback(Callback):
             "hash_version": HASH_VERSION,
             "samples_hash": f"{loaded.samples_hash:016x}",
         }
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()  # to the operating system, so that a killed process loses no line
+        self.log.write(line)
 
     def on_rollback(self, step: int) -> None:
-        self.on_end(step)
         self.on_start(step)
 
+    def on_stop(self, step: int) -> None:
+        self.log.close(in_checkpoint=True)
+
     def on_end(self, step: int) -> None:
-        assert self.file is not None
-        self.file.close()
+        self.log.close()
 
 
 def read_sample_audit(run: Path, *, unfinished: bool = False) -> dict[int, StepSamples]:

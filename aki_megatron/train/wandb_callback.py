@@ -2,6 +2,7 @@
 
 import re
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,13 @@ class WandbCallback(Callback):
 
     def on_end(self, step: int) -> None:
         self.run.finish()
+
+    def on_failure(self) -> None:
+        """Forget wandb's service, a process that SIGTERM ends: at exit wandb would try to reach it, and fail again."""
+        import wandb
+
+        with suppress(Exception):
+            wandb.teardown()
 
 
 def run_id(folder: Path) -> str:

@@ -93,7 +93,7 @@ class SimulatedRun:
             self.rates.append(lr)
         return step_report(loss, grad_norm=1.0, lr=lr, skipped=not applied, control=control)
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, keep_older: bool) -> None:
         self.saved[step] = (list(self.weights), json.dumps(checkpoint_extra(self.state, self.guard)))
 
     def load_latest(self) -> Mapping[str, Any]:

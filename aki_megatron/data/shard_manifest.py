@@ -37,7 +37,7 @@ from aki_megatron.errors import DataError
 
 MANIFEST = "tars.manifest"
 
-VERIFIED_SAMPLES = 200_000
+VERIFIED_SAMPLES = 1_000_000
 """Samples of copied tars that a start verifies at most: some ten seconds."""
 
 Item = TypeVar("Item")

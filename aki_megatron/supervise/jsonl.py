@@ -112,12 +112,12 @@ def discard_steps_after(path: Path, step: int) -> None:
     if damaged:
         with damaged_file(path).open("ab") as file:
             file.write(_joined(damaged))
-    content = _joined(kept)
-    if path.exists() and path.read_bytes().startswith(content):  # needs no room on a full disk
-        os.truncate(path, len(content))
+    joined = _joined(kept)
+    if path.exists() and path.read_bytes().startswith(joined):  # needs no space on a full disk
+        os.truncate(path, len(joined))
         return
     temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(content)
+    temporary.write_bytes(joined)
     os.replace(temporary, path)
 
 

@@ -30,7 +30,7 @@ from aki_megatron.supervise.signals import StopSignals
 from aki_megatron.supervise.watchdog import Watchdog, collective_timeout
 from aki_megatron.train.build import build_trainer
 from aki_megatron.train.continuation import check_continuation, reason_not_to_start
-from aki_megatron.train.history import read_history
+from aki_megatron.train.history import read_history, with_saved_init
 
 logger = logging.getLogger("aki_megatron")
 
@@ -247,6 +247,7 @@ def main(
     paths = RunPaths(config.run.dir)
     launch = discover_launch(environ)
     check_run_dir(paths)
+    config = with_saved_init(paths, config)
     if reason := reason_not_to_start(paths) or check_continuation(paths, config, allow_change):
         if launch.rank == 0:
             console.print(reason, soft_wrap=True)

@@ -4,7 +4,7 @@ Letters: B sequences, T positions, N images, Q latents per image, D hidden size,
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
 from pathlib import Path
 from typing import Any, ClassVar
@@ -64,10 +64,14 @@ class Caption:
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """An image at the encoder's size: ``size`` x ``size`` pixels in row-major order, 3 bytes (RGB) each."""
+    """An image at the encoder's size: ``size`` x ``size`` pixels in row-major order, 3 bytes (RGB) each.
+
+    ``checksum`` is of what the pixels were made from: the encoded file, and the seed of the augmentation if any.
+    """
 
     rgb: bytes
     size: int
+    checksum: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "aki_megatron"
 
 LAYERS = (
-    {"masking"},
+    {"masking", "console"},
     {"errors"},
     {"types", "families", "hashing"},
     {"config"},
@@ -37,6 +37,7 @@ ADAPTERS = {
         "checkpoint/processing_aki.py",
     },
     "wandb": {"train/wandb_callback.py"},
+    "rich": {"console.py"},
     "mpi4py": {"parallel/mpi.py"},
 }
 """Vendor -> the files of the package that import it."""
@@ -191,6 +192,7 @@ def test_the_layer_guard_fires(path: str, source: str, said: str) -> None:
         ("data/loader.py", "def f():\n    import webdataset as wds"),
         ("model/decoder.py", "from transformers.models.phi3 import modeling_phi3"),
         ("train/callbacks.py", "import wandb"),
+        ("train/build.py", "from rich.console import Console"),
     ],
 )
 def test_the_adapter_guard_fires(path: str, source: str) -> None:

@@ -14,8 +14,8 @@ decide  Run it when the ranks have ended, however they have ended. Prints ``deci
                         Attempts that a user starts after that count from one again
          30  stop-file  a user created RUN/STOP: do not start the run again while it exists
 
-2 is a mistake in the command. An attempt has a name of its own, the same for all its ranks: under Slurm
-SLURM_JOB_ID.SLURM_RESTART_COUNT.
+2 is a mistake in the command, or a run folder that cannot be read or written. An attempt has a name of its own, the
+same for all its ranks: under Slurm SLURM_JOB_ID.SLURM_RESTART_COUNT.
 """
 
 import argparse
@@ -23,8 +23,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from aki_megatron.errors import UserError
 from aki_megatron.supervise.attempts import Decision, begin_attempt, decide_restart
 from aki_megatron.supervise.run_paths import RunPaths
+
+MISTAKE = 2
 
 EXIT_CODES: dict[Decision, int] = {"begin": 0, "done": 0, "stopped": 10, "retry": 10, "give up": 20, "stop-file": 30}
 
@@ -53,10 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Record or decide; return the exit code."""
     arguments = parse(argv)
     paths = RunPaths(arguments.run)
-    if arguments.command == "begin":
-        decision = begin_attempt(paths, arguments.attempt)
-    else:
-        decision = decide_restart(paths, arguments.attempt, give_up_after=arguments.give_up_after)
+    try:
+        if arguments.command == "begin":
+            decision = begin_attempt(paths, arguments.attempt)
+        else:
+            decision = decide_restart(paths, arguments.attempt, give_up_after=arguments.give_up_after)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return MISTAKE
     print(f"{decision.decision}: {decision.reason}")
     return EXIT_CODES[decision.decision]
 

@@ -5,9 +5,10 @@
     python tools/compare_runs.py runs/a runs/b --only samples       # proves that a resume was exact
     python tools/compare_runs.py runs/a runs/b --json > comparison.json
 
-samples   The sample audit logs of both runs (<run>/sample_audit/): for every optimizer step a hash over the keys of the
-          samples and their positions, which does not depend on the number of GPUs. Equal hashes mean the same samples
-          in the same sequences. The first step that differs is where the runs diverge.
+samples   The sample audit logs of both runs (<run>/sample_audit/): for every optimizer step a hash over the content of
+          the samples (token ids, targets, pixels) and their positions, which does not depend on the number of GPUs.
+          Equal hashes mean the same samples in the same sequences. The first step that differs is where the runs
+          diverge. Logs of earlier releases, which hashed the samples' keys only, cannot be compared with later ones.
 metrics   metrics.jsonl: the largest relative difference of loss and grad_norm, |a - b| / max(|a|, |b|), and the
           first step past --tolerance. Runs of one configuration on the same number of GPUs agree exactly; on another
           number to about 1e-5 in fp32, since sums are taken in another order. A skipped step has no loss.
@@ -25,8 +26,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
-
+from aki_megatron.console import Console
 from aki_megatron.errors import UserError
 from aki_megatron.train.run_comparison import PARTS, Comparison, compare_runs
 
@@ -35,11 +35,11 @@ EQUAL, DIFFERENT, MISTAKE = 0, 1, 2
 
 def show(a: Path, b: Path, comparisons: Sequence[Comparison], console: Console) -> None:
     """Print one paragraph per comparison, and the result."""
-    console.print(f"A {a}\nB {b}", markup=False)
+    console.print(f"A {a}\nB {b}")
     for comparison in comparisons:
         style = "green" if comparison.equal else "red"
         console.print(f"{comparison.part:10}", style=style, end="")
-        console.print(comparison.text, markup=False, soft_wrap=True)
+        console.print(comparison.text, soft_wrap=True)
     different = [comparison.part for comparison in comparisons if not comparison.equal]
     result = f"different: {', '.join(different)}" if different else "equal"
     console.print(f"{'result':10}{result}", style="bold red" if different else "bold green")
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs = {"a": str(arguments.a), "b": str(arguments.b), "equal": equal}
         print(json.dumps(runs | {"comparisons": [asdict(comparison) for comparison in comparisons]}, indent=1))
     else:
-        show(arguments.a, arguments.b, comparisons, Console(highlight=False))
+        show(arguments.a, arguments.b, comparisons, Console())
     return EQUAL if equal else DIFFERENT
 
 

@@ -17,14 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
+
+from aki_megatron.console import Console, styled
 
 DATA = Path("data/demo")
 RUNS = Path("runs/demo")
 PRETRAIN, SFT = RUNS / "pretrain", RUNS / "sft"
 REPORT = RUNS / "report.html"
 
-console = Console(highlight=False)
+console = Console()
 
 
 @dataclass(frozen=True)
@@ -86,19 +87,19 @@ def main() -> int:
     steps = demo_steps(arguments.ranks)
     for number, step in enumerate(steps, start=1):
         if step.output and step.output.exists():
-            console.print(f"[green]done already[/green] {number}/{len(steps)}: {step.title}")
+            console.print(styled(("done already", "green"), f" {number}/{len(steps)}: {step.title}"))
             continue
-        console.print(f"\n[bold blue]{number}/{len(steps)} {step.title}[/bold blue]")
-        console.print(f"[dim]$ {' '.join(step.command)}[/dim]")
+        console.print(f"\n{number}/{len(steps)} {step.title}", style="bold blue")
+        console.print(f"$ {' '.join(step.command)}", style="dim")
         step_start = time.monotonic()
         code = subprocess.run(step.command, env=environment).returncode
         if code or (step.output and not step.output.exists()):
-            console.print(f"[red]step {number} failed[/red] with exit code {code}; its messages are above.")
+            console.print(styled((f"step {number} failed", "red"), f" with exit code {code}; its messages are above."))
             console.print("`make demo` continues from here.")
             return code or 1
-        console.print(f"[green]done[/green] in {time.monotonic() - step_start:.0f} s")
-    console.print(f"\n[bold green]The demo is done[/bold green] in {time.monotonic() - demo_start:.0f} s.")
-    console.print(f"Open [bold]{REPORT}[/bold]")
+        console.print(styled(("done", "green"), f" in {time.monotonic() - step_start:.0f} s"))
+    console.print(styled(("\nThe demo is done", "bold green"), f" in {time.monotonic() - demo_start:.0f} s."))
+    console.print(styled("Open ", (str(REPORT), "bold")))
     console.print(f"To repeat it from the start: rm -r {RUNS} {DATA}")
     return 0
 

@@ -16,14 +16,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
 from aki_megatron.attention import AttentionMask
 from aki_megatron.checkpoint.initial_weights import load_weights
 from aki_megatron.config.run import RunConfig
 from aki_megatron.config.save import load_saved
+from aki_megatron.console import Console, Table, progress_bar
 from aki_megatron.data.pipeline import build_template, build_tokenizer
 from aki_megatron.data.sources import open_sources, with_split
 from aki_megatron.data.template import Template
@@ -37,7 +35,7 @@ from aki_megatron.supervise.metrics import read_metrics
 from aki_megatron.supervise.run_paths import RunPaths
 from aki_megatron.types import IGNORE, Conversation
 
-console = Console(highlight=False)
+console = Console()
 
 
 def load_model(config: RunConfig, folder: Path) -> Stage:
@@ -99,8 +97,8 @@ def evaluate(run: Path, *, per_task: int, other_runs: list[Path], report: Path |
         raise ConfigError(f"None of the sources {names} of {run} has a val split to evaluate on.")
     questions = select_questions(open_sources(config.data.root, val_names, "val"), per_task)
     model = load_model(config, paths.path)
-    with Progress(console=console) as bar:
-        task = bar.add_task("answering", total=len(questions))
+    with progress_bar("answering", console=console) as bar:
+        task = bar.add_task("questions", total=len(questions))
         predictions = list(predict(model, template, questions, progress=lambda done: bar.update(task, completed=done)))
     scores = score_by_task(predictions)
     out = paths.path / "evaluation"
@@ -112,7 +110,7 @@ def evaluate(run: Path, *, per_task: int, other_runs: list[Path], report: Path |
     report = report or paths.report
     mask = plot_mask(questions[0], template, config)
     write_report(report, f"AKI: {run}", records, scores=scores, predictions=predictions, mask=mask)
-    console.print(f"report: {report}", markup=False)
+    console.print(f"report: {report}")
 
 
 def main() -> int:

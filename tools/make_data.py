@@ -22,8 +22,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+from aki_megatron.console import progress_bar
 from aki_megatron.data.shard_writer import brace_pattern, pairs_from_folder, pairs_from_table, write_shards
 from aki_megatron.data.shards import expand_shards, missing_shards
 from aki_megatron.data.tar_index import index_matches, index_path, read_header, write_index
@@ -66,7 +65,7 @@ def write_demo_data(root: Path, size: DatasetSize) -> None:
     if was_interrupted(root):
         print(f"{root}: an earlier write did not finish; starting again.")
     start = time.monotonic()
-    with _bar("writing scenes") as bar:
+    with progress_bar("writing scenes") as bar:
         task = bar.add_task("scenes", total=size.total)
 
         def progress(done: int) -> None:
@@ -119,13 +118,13 @@ def shards_command(argv: Sequence[str]) -> int:
         columns = arguments.image_column, arguments.caption_column
         rows = pairs_from_table(arguments.table, *columns, arguments.image_root)
     start = time.monotonic()
-    with _bar("packing") as bar:
+    with progress_bar("packing") as bar:
         task = bar.add_task("rows", total=rows.total)
 
         def report(done: int, trouble: str) -> None:
             bar.update(task, completed=done)
             if trouble:
-                bar.console.print(f"left out: {trouble}", markup=False, highlight=False)
+                bar.console.print(f"left out: {trouble}")
 
         written = write_shards(
             rows,
@@ -176,7 +175,7 @@ def index_command(argv: Sequence[str]) -> int:
 def _index_all(tars: Sequence[Path], workers: int) -> tuple[int, list[str]]:
     """Index in worker processes; return the number of samples and the error messages."""
     samples, failed = 0, []
-    with _bar("indexing") as bar, ProcessPoolExecutor(min(workers, max(1, len(tars)))) as pool:
+    with progress_bar("indexing") as bar, ProcessPoolExecutor(min(workers, max(1, len(tars)))) as pool:
         task = bar.add_task("tars", total=len(tars))
         for future in as_completed([pool.submit(write_index, tar) for tar in tars]):
             try:
@@ -192,10 +191,6 @@ def _index_all(tars: Sequence[Path], workers: int) -> tuple[int, list[str]]:
 def _is_indexed(tar: Path) -> bool:
     header, state = read_header(index_path(tar)), tar.stat()
     return header is not None and index_matches(header, tar, state.st_size, state.st_mtime_ns)
-
-
-def _bar(what: str) -> Progress:
-    return Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"shards": shards_command, "index": index_command}

@@ -25,12 +25,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.text import Text
 
 from aki_megatron.config.batch_sizes import micro_batch_size
 from aki_megatron.config.load import load_run
 from aki_megatron.config.run import RunConfig
+from aki_megatron.console import Console, Text
 from aki_megatron.data.batch_planner import BatchPlanner, StepPlan
 from aki_megatron.data.loader import LoadedMicrobatch
 from aki_megatron.data.pipeline import build_data_pipeline, build_tokenizer
@@ -259,7 +258,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Show one sequence; return the exit code."""
     arguments, overrides = parse(argv)
-    console = Console(highlight=False, no_color=True if arguments.no_color else None)
+    console = Console(no_color=True if arguments.no_color else None)
     try:
         config = load_run(overrides, default_config=arguments.config, prog="tools/show_batch.py", description="")
         show(config, arguments, console)

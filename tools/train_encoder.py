@@ -8,8 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+from aki_megatron.console import progress_bar
 from aki_megatron.errors import UserError
 from aki_megatron.synthetic.encoder import EncoderRecipe
 from aki_megatron.synthetic.encoder_folder import completed_accuracy, write_encoder_folder
@@ -45,8 +44,7 @@ def run(data: Path, out: Path, recipe: EncoderRecipe, *, min_accuracy: float) ->
         return
     start = time.monotonic()
     print("reading images and captions ...")
-    columns = (TextColumn("training the encoder"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}")) as bar:
+    with progress_bar("training the encoder", "loss {task.fields[loss]:.3f}") as bar:
         task = bar.add_task("steps", total=recipe.steps, loss=float("nan"))
 
         def progress(step: int, loss: float) -> None:

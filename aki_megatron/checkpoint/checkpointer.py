@@ -23,6 +23,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
 from aki_megatron.checkpoint import files
 from aki_megatron.checkpoint.collectives import RankGroup
@@ -46,6 +47,16 @@ class SavedCheckpoint:
     path: Path
     seconds: float
     """From the state in host memory to ``latest`` updated. Training waits for it only if saving is synchronous."""
+
+
+@dataclass(frozen=True)
+class _Extras:
+    """What a rank saves besides tensors."""
+
+    extra_json: str
+    rng_state: Mapping[str, Any]
+    rank_files: Mapping[str, str]
+    keep_older: bool
 
 
 class Checkpointer:
@@ -82,28 +93,38 @@ class Checkpointer:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if async_save else None
         self._in_progress: Future[SavedCheckpoint] | None = None
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], extra: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        extra: Mapping[str, Any],
+        *,
+        rank_files: Mapping[str, str] | None = None,
+        keep_older: bool = False,
+    ) -> None:
         """Write a checkpoint and remove old ones, or with async_save start to.
 
-        tensors  this rank's part of the global state: DTensors over the ranks with the same names, written by their
-                 owners. What several ranks hold under one name is the same and is written once. With async_save they
-                 belong to the checkpointer: tensors in host memory are not copied and must not change any more.
-        extra    further state that JSON can hold; rank 0's is kept
+        tensors     this rank's part of the global state: DTensors over the ranks with the same names, written by their
+                    owners. What several ranks hold under one name is the same and is written once. With async_save
+                    they belong to the checkpointer: tensors in host memory are not copied and must not change any more.
+        extra       further state that JSON can hold; rank 0's is kept
+        rank_files  texts of this rank by the path of their file inside the checkpoint; no two ranks name one path
+        keep_older  remove no old checkpoint: this one may be worse
 
-        Raises CheckpointError on every rank when any rank cannot write (full disk); earlier checkpoints stay. With
-        async_save the next ``poll``, ``wait``, ``save`` or ``load`` raises it.
+        Raises CheckpointError on every rank when any rank cannot write (full disk), or holds values that are not
+        finite; earlier checkpoints stay. With async_save the next ``poll``, ``wait``, ``save`` or ``load`` raises it.
         """
         self.wait()
-        extra_json, rng_state = json.dumps(dict(extra)), _get_rng_state()
+        extras = _Extras(json.dumps(dict(extra)), _get_rng_state(), dict(rank_files or {}), keep_older)
         if self._executor is None:
-            saved = self._write(step, tensors, extra_json, rng_state)
+            saved = self._write(step, tensors, extras)
             self._in_progress = Future()
             self._in_progress.set_result(saved)
             return
         on_host = {
             name: tensor if tensor.device.type == "cpu" else tensor.to("cpu") for name, tensor in tensors.items()
         }
-        self._in_progress = self._executor.submit(self._write, step, on_host, extra_json, rng_state)
+        self._in_progress = self._executor.submit(self._write, step, on_host, extras)
 
     def poll(self) -> SavedCheckpoint | None:
         """The save that was completed since the last call; None while it is in progress, and once it was returned.
@@ -145,32 +166,52 @@ class Checkpointer:
             _set_rng_state(content["rng_states"][ranks.rank])
         return content["extra"]
 
-    def _write(
-        self, step: int, tensors: Mapping[str, Tensor], extra_json: str, rng_state: Mapping[str, Any]
-    ) -> SavedCheckpoint:
+    def _write(self, step: int, tensors: Mapping[str, Tensor], extras: "_Extras") -> SavedCheckpoint:
         """Write, verify and publish a checkpoint; collective, in the caller's thread or the executor's."""
         started, ranks = time.monotonic(), self._ranks
         name = files.checkpoint_name(step)
         staging = self.folder / f"{files.WRITING}{name}"
+        ranks.run_on_all(lambda: _check_finite(tensors, step))
         try:
             ranks.run_on_rank_zero(lambda: files.create_staging_dir(self.folder, step))
+            ranks.run_on_all(lambda: _write_rank_files(staging, extras.rank_files))
             writer = VerifyingWriter(staging)
             dcp.save(dict(tensors), storage_writer=writer, process_group=ranks.group, no_dist=ranks.size == 1)
-            by_rank = ranks.gather((writer.written, rng_state))
+            by_rank = ranks.gather((writer.written, extras.rng_state))
             written = {file: entry for entries, _ in by_rank for file, entry in entries.items()}
-            content = {"extra": json.loads(extra_json), "rng_states": [state for _, state in by_rank]}
-            ranks.run_on_rank_zero(lambda: self._publish(staging, step, written, content))
+            content = {"extra": json.loads(extras.extra_json), "rng_states": [state for _, state in by_rank]}
+            ranks.run_on_rank_zero(lambda: self._publish(staging, step, written, content, extras.keep_older))
         except (CheckpointError, dcp.api.CheckpointException) as error:
             if ranks.rank == 0:
                 shutil.rmtree(staging, ignore_errors=True)  # the next save needs its disk space
             raise write_error(staging, error) from None
         return SavedCheckpoint(step, self.folder / name, time.monotonic() - started)
 
-    def _publish(self, staging: Path, step: int, written: Mapping[str, Any], content: Mapping[str, Any]) -> None:
+    def _publish(
+        self, staging: Path, step: int, written: Mapping[str, Any], content: Mapping[str, Any], keep_older: bool
+    ) -> None:
         files.write_json(staging / files.EXTRA, content)
         files.write_text(staging / files.CONFIG, self.config_yaml)
         files.finalize(staging, step, written)
-        files.prune(self.folder, keep_last=self.keep_last, keep_every=self.keep_every)
+        if not keep_older:
+            files.prune(self.folder, keep_last=self.keep_last, keep_every=self.keep_every)
+
+
+def _check_finite(tensors: Mapping[str, Tensor], step: int) -> None:
+    """Raise CheckpointError for a state that no run should resume from."""
+    for name, tensor in tensors.items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if local.is_floating_point() and not local.isfinite().all():
+            raise CheckpointError(
+                f"the state after step {step} is not finite ({name}), so it is not saved: it would displace a good "
+                "one. Lower optimizer.lr and resume from the last checkpoint."
+            )
+
+
+def _write_rank_files(staging: Path, texts: Mapping[str, str]) -> None:
+    for name, text in texts.items():
+        (staging / name).parent.mkdir(parents=True, exist_ok=True)
+        files.write_text(staging / name, text)
 
 
 def _stored_shapes(reader: RestrictedIndexReader) -> dict[str, tuple[int, ...]]:

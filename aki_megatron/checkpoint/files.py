@@ -52,10 +52,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint that ``latest`` names; where it names none, the one of the highest step."""
-    pointer = folder / LATEST
-    if pointer.is_file() and (named := folder / pointer.read_text().strip()) in list_checkpoints(folder):
-        return named
-    return next(reversed(list_checkpoints(folder)), None)
+    found = list_checkpoints(folder)
+    try:
+        name = (folder / LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):  # missing or damaged
+        name = ""
+    return next((path for path in found if path.name == name), next(reversed(found), None))
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -5,6 +5,7 @@ Resize to a square ignoring the aspect ratio (bicubic, antialiased), RGB, mean 0
 
 import math
 import random
+import zlib
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -58,7 +59,7 @@ def decode_image(image: Path | bytes, size: int, *, key: str) -> DecodedImage:
             rgb = opened if opened.mode == "RGB" else opened.convert("RGB")
             if rgb.size != (size, size):
                 rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
-            return DecodedImage(rgb.tobytes(), size)
+            return DecodedImage(rgb.tobytes(), size, zlib.crc32(data))
     except _MALFORMED as error:
         raise UnreadableImage(f"{_name(image, key)} is not a readable JPEG, PNG or GIF: {error}") from error
 
@@ -78,7 +79,7 @@ def augment(image: DecodedImage, seed: int) -> DecodedImage:
         rgb = rgb.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BICUBIC)
     if flip:
         rgb = rgb.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return DecodedImage(rgb.tobytes(), size)
+    return DecodedImage(rgb.tobytes(), size, zlib.crc32(f"augment {seed}".encode(), image.checksum))
 
 
 def _crop(rng: random.Random, size: int) -> tuple[int, int, int, int]:

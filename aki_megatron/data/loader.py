@@ -3,29 +3,36 @@
 BatchPlanner decides what a step holds; this module decodes it in order, counts bad samples, and hashes what was loaded.
 """
 
+import multiprocessing.queues
 import os
 import queue
 import signal
+import sys
 import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from aki_megatron.data.bad_samples import BadSample, BadSampleBudget
 from aki_megatron.data.batch_planner import BatchPlanner, DataState, MicrobatchPlan, StepPlan
 from aki_megatron.data.collate import collate
+from aki_megatron.data.sample_hash import sample_hash
 from aki_megatron.data.sample_stream import SampleStream
 from aki_megatron.errors import DataError, UserError
 from aki_megatron.types import Batch, Sample
 
 _POLL_SECONDS = 0.1
 _MODULUS = 2**64
+
+SHARED_MEMORY = "/dev/shm"
+"""Where worker processes hand batches over; containers often give it 64 MB (docker run --shm-size)."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,8 @@ class LoadedMicrobatch:
 class LoadedStep:
     """One optimizer step of one data rank.
 
-    samples_hash  sum modulo 2^64 over the samples of a hash of (sequence of the step, index in the sequence, key): its
-                  sum over all data ranks does not depend on their number
+    samples_hash  sum modulo 2^64 over the samples of a hash of (sequence of the step, index in the sequence, content):
+                  its sum over all data ranks does not depend on their number
     num_samples   samples of this data rank
     next_state    the state that the next step starts from
     """
@@ -75,9 +82,14 @@ class MicrobatchDataset(Dataset[LoadedMicrobatch | UserError]):
     def __getitem__(self, plan: MicrobatchPlan) -> LoadedMicrobatch | UserError:
         """Decode and collate. A UserError is returned: raised in a worker process, torch would rewrite its message."""
         try:
-            return self._load(plan)
+            loaded = self._load(plan)
+            return loaded if get_worker_info() is None else _in_shared_memory(loaded)
         except UserError as error:
             return error
+        except RuntimeError as error:
+            if get_worker_info() is None or "shared memory" not in str(error):
+                raise
+            return _worker_error("A worker process that decodes images cannot hand over a micro-batch", error)
 
     def _load(self, plan: MicrobatchPlan) -> LoadedMicrobatch:
         stream = self._streams[plan.phase]
@@ -91,7 +103,7 @@ class MicrobatchDataset(Dataset[LoadedMicrobatch | UserError]):
                 bad_samples += loaded.bad_samples
                 if loaded.sample is not None:
                     sequences[-1].append(loaded.sample)
-                    samples_hash += sample_hash(sequence, index, loaded.sample.key)
+                    samples_hash += sample_hash(sequence, index, loaded.sample)
                     num_samples += 1
         batch = collate(
             sequences,
@@ -101,12 +113,6 @@ class MicrobatchDataset(Dataset[LoadedMicrobatch | UserError]):
             num_bad_samples=len(bad_samples),
         )
         return LoadedMicrobatch(batch, samples_hash % _MODULUS, num_samples, tuple(bad_samples))
-
-
-def sample_hash(sequence: int, index: int, key: str) -> int:
-    """Return a 64-bit hash of a sample's key, its sequence in the step and its index in the sequence."""
-    text = f"{sequence}\x1f{index}\x1f{key}"
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 class StepLoader:
@@ -180,32 +186,46 @@ class StepLoader:
                 pending.append(plan)
                 yield from plan.microbatches
 
-        count = self.planner.num_microbatches
+        workers = self._start_workers(microbatch_plans())
+        try:
+            while True:
+                loaded = [_checked(_next_result(workers)) for _ in range(self.planner.num_microbatches)]
+                yield pending.popleft(), loaded
+        finally:
+            del workers  # ends the processes, although an error that is raised keeps this frame alive
+
+    def _start_workers(self, plans: Iterator[MicrobatchPlan]) -> Iterator[LoadedMicrobatch | UserError]:
+        """Start the worker processes; return an iterator over their results in the order of the plans."""
         # torch advises against more processes than cores; how many is the user's choice
         warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")
-        ready = iter(
-            DataLoader(
-                self.dataset,
-                sampler=_PlanSampler(microbatch_plans()),
-                batch_size=None,
-                num_workers=self.num_workers,
-                prefetch_factor=max(1, -(-self.prefetch_steps * count // self.num_workers)),
-                pin_memory=self.pin_memory,
-                # records of the sources are shared with the parent's memory, not copied
-                multiprocessing_context="fork",
-                worker_init_fn=init_worker,
-            )
+        num_ahead = self.prefetch_steps * self.planner.num_microbatches
+        data_loader = DataLoader(
+            self.dataset,
+            sampler=_PlanSampler(plans),
+            batch_size=None,
+            num_workers=self.num_workers,
+            prefetch_factor=max(1, -(-num_ahead // self.num_workers)),
+            pin_memory=self.pin_memory,
+            # records of the sources are shared with the parent's memory, not copied
+            multiprocessing_context="fork",
+            worker_init_fn=init_worker,
         )
-        while True:
-            try:
-                loaded = [_checked(next(ready)) for _ in range(count)]
-            except (EOFError, ConnectionError, RuntimeError) as error:
-                raise DataError(
-                    "A worker process that decodes images ended without an error message (killed? out of memory?): "
-                    f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. "
-                    "Lower data.num_workers or data.prefetch_steps; data.num_workers 0 decodes in this process."
-                ) from error
-            yield pending.popleft(), loaded
+        try:
+            return iter(data_loader)
+        except OSError as error:
+            raise _worker_error("The worker processes that decode images cannot be started", error) from None
+
+
+def _next_result(workers: Iterator[LoadedMicrobatch | UserError]) -> LoadedMicrobatch | UserError:
+    """Return the next result. Raises DataError when a worker process has ended, or when its result cannot be read."""
+    try:
+        return next(workers)
+    except (EOFError, OSError, RuntimeError) as error:
+        if str(error).startswith("Caught "):  # torch repeats an error that was raised in a worker process
+            raise
+        error.__traceback__ = None  # its frames would keep the worker processes alive
+        what = "A worker process that decodes images ended without an error message (killed? out of memory?)"
+        raise _worker_error(what, error) from None
 
 
 def _checked(loaded: LoadedMicrobatch | UserError) -> LoadedMicrobatch:
@@ -228,15 +248,48 @@ def init_worker(_worker: int) -> None:
     """Set up a worker process: one thread, and signals are left to the rank.
 
     A scheduler may send SIGTERM to all processes of a job, and a rank that saves its state needs batches until it
-    stops: the first SIGTERM is ignored, the second ends this process.
+    stops. So the worker obeys the SIGTERM of its rank only, which is how multiprocessing ends a worker at exit.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, _exit_on_signal))
+    # blocked before any other thread starts, so that the signal waits for the thread that asks who sent it
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_exit_with_rank, args=(os.getppid(),), name="sigterm", daemon=True).start()
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_exit_on_lost_result)  # type: ignore[method-assign,assignment]
 
 
-def _exit_on_signal(number: int, _frame: Any) -> None:
-    os._exit(128 + number)
+def _exit_with_rank(rank_pid: int) -> None:
+    """End this process at the SIGTERM of process ``rank_pid``, or at any once that process has ended."""
+    while True:
+        sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
+        if sender == rank_pid or os.getppid() != rank_pid:
+            os._exit(128 + signal.SIGTERM)
+
+
+def _exit_on_lost_result(error: Exception, _result: object) -> None:
+    """End this process: multiprocessing would drop a result that it cannot send, and the rank would wait for ever."""
+    with suppress(OSError):
+        sys.stderr.write(f"a loader worker cannot send a micro-batch: {type(error).__name__}: {error}\n")
+        sys.stderr.flush()
+    os._exit(1)
+
+
+def _in_shared_memory(loaded: LoadedMicrobatch) -> LoadedMicrobatch:
+    """Move the tensors where the rank can read them; done here, where an error can be reported."""
+    for tensor in vars(loaded.batch).values():
+        if isinstance(tensor, Tensor):
+            tensor.share_memory_()
+    return loaded
+
+
+def _worker_error(what: str, error: BaseException) -> DataError:
+    text = str(error).strip()
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror
+    return DataError(
+        f"{what}: {text.splitlines()[0] if text else type(error).__name__}. Lower data.num_workers or "
+        f"data.prefetch_steps, or enlarge {SHARED_MEMORY}; data.num_workers 0 decodes in this process."
+    )
 
 
 class _Prefetcher:

@@ -10,6 +10,7 @@ from aki_megatron.config.run import RunConfig
 from aki_megatron.data.bad_samples import BadSampleBudget
 from aki_megatron.data.batch_planner import BatchPlanner, Phase
 from aki_megatron.data.captions import TextFormat
+from aki_megatron.data.fingerprint import FileFingerprints, Fingerprint, tokenizer_fingerprint
 from aki_megatron.data.loader import MicrobatchDataset, StepLoader
 from aki_megatron.data.mixture import Mixture
 from aki_megatron.data.packing import PackedSampler, PackingLimits
@@ -18,10 +19,16 @@ from aki_megatron.data.sample_stream import MixtureStream, SampleStream, Source
 from aki_megatron.data.shard_cache import ShardCache
 from aki_megatron.data.shard_order import ShardOrder
 from aki_megatron.data.shards import CaptionDataset
-from aki_megatron.data.sources import open_sources
+from aki_megatron.data.sources import dataset_reader, open_sources
 from aki_megatron.data.template import Template
 from aki_megatron.data.tokenizer import Tokenizer
 from aki_megatron.families.registry import FAMILIES
+
+TOKENIZER_NAME = "tokenizer"
+"""Name of the tokenizer's fingerprint; those of sources are ``source NAME``."""
+
+SPLIT = "train"
+"""Split of the datasets that a run reads."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +88,25 @@ def build_sources(config: DataConfig, progress: Callable[[str], None]) -> dict[s
         }
     multi_turn = [source.name for source in config.sources if not source.split_turns]
     names = [source.name for source in config.sources]
-    opened = open_sources(config.root, names, "train", multi_turn=multi_turn)
+    opened = open_sources(config.root, names, SPLIT, multi_turn=multi_turn)
     return {source.name: Source(opened[source.name], augment=source.augment == "official") for source in config.sources}
+
+
+def data_fingerprints(
+    config: DataConfig, tokenizer: Tokenizer, sources: Mapping[str, Source[Any]]
+) -> dict[str, Fingerprint]:
+    """Return the fingerprints of the tokenizer and of every source of build_sources, by name.
+
+    Raises DataError where a file cannot be read.
+    """
+    found = {TOKENIZER_NAME: tokenizer_fingerprint(tokenizer.folder, tokenizer.num_tokens)}
+    files = FileFingerprints(config.root)
+    for name, source in sources.items():
+        if isinstance(source.items, CaptionDataset):
+            found[f"source {name}"] = source.items.fingerprint
+        else:
+            found[f"source {name}"] = files.fingerprint(dataset_reader(name).files[SPLIT], len(source.items))
+    return found
 
 
 def source_weights(config: DataConfig, sources: Mapping[str, Source[Any]]) -> dict[str, float]:
@@ -134,10 +158,16 @@ def build_data_pipeline(
     micro_batch_size: int,
     data_rank: int = 0,
     data_size: int = 1,
+    sources: Mapping[str, Source[Any]] | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> DataPipeline:
-    """Build everything that data rank ``data_rank`` of ``data_size`` reads; ``progress`` as in open_captions."""
-    sources = build_sources(config.data, progress)
+    """Build everything that data rank ``data_rank`` of ``data_size`` reads.
+
+    sources   of build_sources; None opens them
+    progress  as in open_captions
+    """
+    if sources is None:
+        sources = build_sources(config.data, progress)
     streams = [build_stream(config, tokenizer, sources, phase) for phase in range(len(run_phases(config)))]
     phases = [
         Phase(phase_config.steps, stream, build_packed_sampler(config, stream, phase))
@@ -169,6 +199,7 @@ def build_step_loader(
     data_rank: int,
     data_size: int,
     pin_memory: bool,
+    sources: Mapping[str, Source[Any]] | None = None,
     progress: Callable[[str], None],
 ) -> StepLoader:
     """Build the loader of one data rank; arguments as in build_data_pipeline and StepLoader."""
@@ -178,6 +209,7 @@ def build_step_loader(
         micro_batch_size=micro_batch_size,
         data_rank=data_rank,
         data_size=data_size,
+        sources=sources,
         progress=progress,
     )
     return StepLoader(

@@ -1,14 +1,17 @@
-"""The manifest of a set of tars: the index and the number of samples of each, at the cost of one stat per tar.
+"""The manifest of a set of tars: index, number of samples and fingerprint of each, at the cost of one stat per tar.
 
-The counts of a folder's indices are kept in one manifest file beside them, so that a start reads that one file and
-stats each tar: 10,000 tars take a second or so. What the manifest lacks is read from the index headers; a tar without
-an index gets one. A manifest that is lost or stale costs time, never correctness.
+What the headers of a folder's indices say is kept in one manifest file beside them, so that a start reads that one
+file and stats each tar: 10,000 tars take a second or so. What the manifest lacks is read from the index headers; a tar
+without an index gets one. A manifest that is lost or stale costs time, never correctness.
+
+A tar that is not of its index's time was copied, or edited in place. Up to VERIFIED_SAMPLES samples of such tars are
+compared with their indices; of larger sets only the 16 blocks of ``tar_digest``.
 """
 
 import json
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,17 +22,28 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from aki_megatron.data.fingerprint import Part
 from aki_megatron.data.shard_cache import ShardCache, command_digest
-from aki_megatron.data.tar_index import SUFFIX, index_matches, index_path, read_header, write_atomically
+from aki_megatron.data.tar_index import (
+    SUFFIX,
+    index_matches,
+    index_path,
+    read_header,
+    samples_match,
+    write_atomically,
+)
 from aki_megatron.data.tar_index_builder import IN_PROCESS_BYTES, IndexJob, build_indices
 from aki_megatron.errors import DataError
 
 MANIFEST = "tars.manifest"
 
+VERIFIED_SAMPLES = 1_000_000
+"""Samples of copied tars that a start verifies at most: some ten seconds."""
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_VERSION = 1
+_VERSION = 2
 _NUM_THREADS, _CHUNK = 16, 128  # a network disk serves many requests at once, one at a time slowly
 
 
@@ -45,18 +59,30 @@ class Shard:
         return str(self.tar) if self.tar is not None else f"pipe:{self.command}"
 
 
-class _IndexInfo(NamedTuple):
-    path: Path
+class _Entry(NamedTuple):
+    """What a manifest holds of one tar."""
+
+    tar_bytes: int
+    tar_mtime_ns: int
     num_samples: int
     num_readable: int
+    digest: str
+
+
+class _IndexInfo(NamedTuple):
+    path: Path
+    entry: _Entry
+    is_copy: bool = False
+    """Whether only the 16 blocks of the digest say that the tar is the one that was indexed."""
 
 
 @dataclass(frozen=True)
 class ShardManifest:
-    """The index and the number of samples of every shard, and how many samples are readable by the index headers."""
+    """Of every shard the index, the number of samples and the fingerprint; how many samples are readable in all."""
 
     index_paths: list[Path]
     counts: NDArray[np.int64]
+    fingerprints: list[Part]
     num_readable: int
 
 
@@ -93,6 +119,9 @@ def open_shard_manifest(
         return [_find_index(shard, found, cache, folders) for shard, found in chunk]
 
     infos = _map_chunks(find_chunk, pairs)
+    for number in _find_edited(shards, infos):
+        _discard(infos[number], folders)
+        infos[number] = _find_index(*pairs[number], cache, folders)
     missing = [number for number, info in enumerate(infos) if info is None]
     if missing:
         jobs = [_index_job(shards[number], cache) for number in missing]
@@ -109,8 +138,37 @@ def open_shard_manifest(
     if len(complete) < len(infos):
         number = infos.index(None)
         raise DataError(f"Tar {shards[number]} changed while it was being indexed; wait until it is finished.")
-    counts = np.fromiter((info.num_samples for info in complete), dtype=np.int64, count=len(complete))
-    return ShardManifest([info.path for info in complete], counts, sum(info.num_readable for info in complete))
+    entries = [info.entry for info in complete]
+    counts = np.fromiter((entry.num_samples for entry in entries), dtype=np.int64, count=len(entries))
+    fingerprints = [
+        Part(entry.digest, {"samples": entry.num_samples}, str(shard))
+        for entry, shard in zip(entries, shards, strict=True)
+    ]
+    num_readable = sum(entry.num_readable for entry in entries)
+    return ShardManifest([info.path for info in complete], counts, fingerprints, num_readable)
+
+
+def _find_edited(shards: Sequence[Shard], infos: Sequence[_IndexInfo | None]) -> list[int]:
+    """Return the numbers of the tars whose samples are not those of their index, though its digest matches."""
+    copies = [(number, info) for number, info in enumerate(infos) if info is not None and info.is_copy]
+    if sum(info.entry.num_samples for _, info in copies) > VERIFIED_SAMPLES:
+        return []
+
+    def verify_chunk(chunk: Sequence[tuple[int, _IndexInfo]]) -> list[int]:
+        tars = ((number, info.path, shards[number].tar) for number, info in chunk)
+        return [number for number, index, tar in tars if tar is not None and not samples_match(index, tar)]
+
+    return _map_chunks(verify_chunk, copies)
+
+
+def _discard(info: _IndexInfo | None, folders: Mapping[Path, "_IndexFolder"]) -> None:
+    """Remove an index that is not that of its tar; where the folder cannot be written, this start ignores it."""
+    assert info is not None
+    folder = folders[info.path.parent]
+    folder.names.discard(info.path.name)
+    folder.entries.pop(info.path.name, None)
+    with suppress(OSError):
+        info.path.unlink()
 
 
 class _IndexFolder:
@@ -123,7 +181,7 @@ class _IndexFolder:
         self.names: set[str] = set()
         with suppress(OSError):  # the folder is created with the first index
             self.names = {entry.name for entry in os.scandir(folder) if entry.name.endswith(SUFFIX)}
-        self.entries: dict[str, tuple[int, int, int, int]] = {}
+        self.entries: dict[str, _Entry] = {}
         for manifest in self.manifests if self.names else ():
             self.entries |= _read_manifest(manifest)
         self.changed = False
@@ -144,13 +202,16 @@ class _IndexFolder:
             progress(f"The counts of {len(entries):,} tars could not be saved, so every start will be slow: {reason}")
 
 
-def _read_manifest(path: Path) -> dict[str, tuple[int, int, int, int]]:
-    """Return index name -> (bytes of the tar, its mtime in ns, samples, readable ones); empty for any other file."""
+def _read_manifest(path: Path) -> dict[str, _Entry]:
+    """Return the entries by the names of the indices; empty for any other file."""
     try:
         found = json.loads(path.read_bytes())
         if found["version"] != _VERSION:
             return {}
-        return {str(name): (int(a), int(b), int(c), int(d)) for name, (a, b, c, d) in found["tars"].items()}
+        return {
+            str(name): _Entry(int(a), int(b), int(c), int(d), str(digest))
+            for name, (a, b, c, d, digest) in found["tars"].items()
+        }
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}  # no manifest, or a damaged one: the headers are read instead
 
@@ -181,7 +242,7 @@ def _find_index(
             continue
         entry = folder.entries.get(index.name)
         if entry is not None and (found is None or entry[:2] == (found.st_size, found.st_mtime_ns)):
-            return _IndexInfo(index, entry[2], entry[3])
+            return _IndexInfo(index, entry)
         header = read_header(index)
         if header is None:
             continue
@@ -191,9 +252,11 @@ def _find_index(
             mtime_ns = found.st_mtime_ns
         else:
             mtime_ns = header.tar_mtime_ns
-        folder.entries[index.name] = (header.tar_bytes, mtime_ns, header.num_samples, header.num_readable)
+        digest = header.samples_digest.hex()
+        entry = _Entry(header.tar_bytes, mtime_ns, header.num_samples, header.num_readable, digest)
+        folder.entries[index.name] = entry
         folder.changed = True
-        return _IndexInfo(index, header.num_samples, header.num_readable)
+        return _IndexInfo(index, entry, is_copy=mtime_ns != header.tar_mtime_ns)
     return None
 
 

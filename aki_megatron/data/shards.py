@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from webdataset.shardlists import expand_urls
 
 from aki_megatron.data.captions import TextFormat, caption_text
+from aki_megatron.data.fingerprint import Fingerprint, tars_fingerprint
 from aki_megatron.data.shard_cache import ShardCache, command_name
 from aki_megatron.data.shard_manifest import Shard, open_shard_manifest, stat_tars
 from aki_megatron.data.tar_index import TarIndex, tar_digest
@@ -63,6 +64,7 @@ class CaptionDataset:
         manifest = open_shard_manifest(self.shards, stats, self._cache, num_workers=num_workers, progress=progress)
         self.counts: NDArray[np.int64] = manifest.counts
         """Samples of each tar."""
+        self.fingerprint: Fingerprint = tars_fingerprint(manifest.fingerprints, int(manifest.counts.sum()))
         self._index_paths = manifest.index_paths
         self._starts = np.concatenate(([0], np.cumsum(manifest.counts)))
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()

@@ -3,14 +3,16 @@
 ``00000.tar.index`` is, all little-endian:
 
     header    96 bytes: magic (8), format version (4), bytes per record (4), size of the tar (8), its modification time
-              in ns (8), digest (16), number of samples (8), number of readable samples (8), bytes of strings (8), zeros
+              in ns (8), digest of the tar (16), number of samples (8), number of readable samples (8), bytes of strings
+              (8), digest of the samples (16), zeros
     records   56 bytes per sample: offsets of text, image and json in the tar (8 each), sizes of text, image and json
               (4 each; json 0: none), offsets of key and error in the strings (4 each), sizes of key and error (2 each;
               error > 0: unreadable), suffix of the image (4), zeros (4)
     strings   UTF-8: keys, and the errors of samples that cannot be read
 
 An index belongs to a tar of the same size and the same modification time; where only the time differs (the dataset was
-copied) the digest decides, which is taken of 16 blocks spread over the tar and so costs 16 small reads.
+copied) the digest of the tar decides, which is taken of 16 blocks spread over it and so costs 16 small reads.
+The digest of the samples costs reads of every sample; it is the fingerprint of a tar's content.
 """
 
 import os
@@ -25,12 +27,13 @@ from aki_megatron.data.tar_scan import ByteRange, TarSample, scan_tar
 from aki_megatron.errors import DataError
 
 SUFFIX = ".index"
-VERSION = 1
+VERSION = 2
 
 _RECORD = struct.Struct("<QQQIIIIIHH4sI")
-_HEADER = struct.Struct("<8sIIQq16sQQQ24x")
+_HEADER = struct.Struct("<8sIIQq16sQQQ16s8x")
 _MAGIC = b"AKITARIX"
 _DIGEST_BLOCKS, _DIGEST_BLOCK_BYTES = 16, 4096
+_IMAGE_EDGE_BYTES = 512
 _MAX_STRING_BYTES = 2**16 - 1
 
 assert _RECORD.size == 56 and _HEADER.size == 96
@@ -45,6 +48,7 @@ class IndexHeader(NamedTuple):
     num_samples: int
     num_readable: int
     strings_bytes: int
+    samples_digest: bytes
 
 
 def index_path(tar: Path) -> Path:
@@ -66,6 +70,7 @@ def write_index(tar: Path, index: Path | None = None, *, require_complete: bool 
             before = os.fstat(handle)
             samples = list(scan_tar(tar))
             digest = tar_digest(handle, before.st_size)
+            content = samples_digest(handle, samples)
         finally:
             os.close(handle)
         after = tar.stat()
@@ -75,14 +80,14 @@ def write_index(tar: Path, index: Path | None = None, *, require_complete: bool 
         raise DataError(f"Tar {tar} was written to while it was being indexed; wait until it is finished.")
     if require_complete and samples and samples[-1].truncated:
         raise DataError(f"Tar {tar}, key {samples[-1].key or '(first)'}: {samples[-1].error}")
-    write_samples(index, samples, tar_bytes=before.st_size, tar_mtime_ns=before.st_mtime_ns, digest=digest)
+    _write_samples(index, samples, before, digest, content)
     return len(samples)
 
 
-def write_samples(
-    index: Path, samples: Iterable[TarSample], *, tar_bytes: int, tar_mtime_ns: int, digest: bytes
+def _write_samples(
+    index: Path, samples: Iterable[TarSample], tar: os.stat_result, digest: bytes, content: bytes
 ) -> None:
-    """Write an index of the given samples, atomically. Raises DataError where its folder cannot be written."""
+    """Write an index of the samples of a tar, atomically. Raises DataError where its folder cannot be written."""
     records, strings = bytearray(), bytearray()
     num_samples = num_readable = 0
     for sample in samples:
@@ -97,7 +102,8 @@ def write_samples(
         num_samples += 1
         num_readable += not sample.error
     header = _HEADER.pack(
-        _MAGIC, VERSION, _RECORD.size, tar_bytes, tar_mtime_ns, digest, num_samples, num_readable, len(strings)
+        _MAGIC, VERSION, _RECORD.size, tar.st_size, tar.st_mtime_ns, digest,
+        num_samples, num_readable, len(strings), content,
     )  # fmt: skip
     write_atomically(index, header + records + strings)
 
@@ -126,6 +132,42 @@ def tar_digest(handle: int, size: int) -> bytes:
     for number in range(_DIGEST_BLOCKS):
         digest.update(os.pread(handle, _DIGEST_BLOCK_BYTES, last * number // (_DIGEST_BLOCKS - 1)))
     return digest.digest()
+
+
+def samples_digest(handle: int, samples: Iterable[TarSample]) -> bytes:
+    """Return 16 bytes that tell the samples of an open tar from others: whole texts, sizes and both ends of the images.
+
+    An image that is encoded anew almost never keeps its size and its last bytes. Names and times are left out: they
+    change nothing that is trained.
+    """
+    digest = blake2b(digest_size=16)
+    for sample in samples:
+        if sample.error:
+            digest.update(b"unreadable ")
+            continue
+        text, image = sample.text, sample.image
+        edge = min(image.size, _IMAGE_EDGE_BYTES)
+        digest.update(f"{text.size} {image.size} ".encode())
+        digest.update(os.pread(handle, text.size, text.offset))
+        digest.update(os.pread(handle, edge, image.offset))
+        digest.update(os.pread(handle, edge, image.offset + image.size - edge))
+    return digest.digest()
+
+
+def samples_match(index: Path, tar: Path) -> bool:
+    """Return whether the samples at an index's offsets in a tar have the content that was indexed."""
+    try:
+        opened = TarIndex(index)
+        handle = os.open(tar, os.O_RDONLY)
+    except (OSError, DataError):
+        return False
+    try:
+        samples = (opened.sample(number) for number in range(opened.header.num_samples))
+        return samples_digest(handle, samples) == opened.header.samples_digest
+    except (OSError, DataError):
+        return False
+    finally:
+        os.close(handle)
 
 
 def read_header(index: Path) -> IndexHeader | None:

@@ -40,6 +40,11 @@ MPIRUN = {
 SRUN = {"rank": "SLURM_PROCID", "world_size": "SLURM_STEP_NUM_TASKS", "local_rank": "SLURM_LOCALID"}
 """SLURM_STEP_NUM_TASKS exists only inside ``srun``; the batch script itself has SLURM_PROCID and SLURM_NTASKS too."""
 
+JOB_VARIABLES = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+"""Together they differ between starts, and are the same for all processes of one."""
+
+TORCHRUN_VARIABLES = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+
 FindMaster = Callable[[int], tuple[str, int]]
 """World size -> address and port of rank 0; every rank calls it."""
 
@@ -67,6 +72,8 @@ class Launch:
     master_port: int = 0
     attempt: str = field(default="", compare=False)
     """Id of this attempt of the run: under Slurm the job id and its restart count, for all ranks the same."""
+    start_id: str = field(default="", compare=False)
+    """What the ranks of this start have in common, whatever started them; part of file names."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -94,7 +101,8 @@ def discover_launch(environ: Mapping[str, str], *, find_master: FindMaster = mas
             return _launch(name, environ, variables, find_master)  # type: ignore[arg-type]
     if "RANK" in environ or "WORLD_SIZE" in environ:
         return _launch("environment", environ, GENERIC, find_master)
-    return Launch(rank=0, local_rank=0, world_size=1, local_world_size=1, launcher="single", attempt=_attempt(environ))
+    attempt = _attempt(environ)
+    return Launch(0, 0, 1, 1, launcher="single", attempt=attempt, start_id=attempt)
 
 
 def _launch(
@@ -117,6 +125,7 @@ def _launch(
         master_address=address,
         master_port=port,
         attempt=_attempt(environ),
+        start_id=_start_id(environ, address, port),
     )
 
 
@@ -125,6 +134,14 @@ def _attempt(environ: Mapping[str, str]) -> str:
     if job := environ.get("SLURM_JOB_ID"):
         return f"{job}.{environ.get('SLURM_RESTART_COUNT', '0')}"
     return f"{platform.node()}-{os.getpid()}-{time.time():.0f}"
+
+
+def _start_id(environ: Mapping[str, str], address: str, port: int) -> str:
+    """Name a start by its job and by where its ranks meet: all of them know that before they meet."""
+    host = platform.node() if address in ("127.0.0.1", "localhost", "::1") else address
+    job = "-".join(environ.get(variable, "") for variable in (*JOB_VARIABLES, *TORCHRUN_VARIABLES))
+    readable = re.sub(r"[^A-Za-z0-9.-]+", "-", f"{host}-{port}")[-60:]
+    return f"{readable}-{zlib.crc32(f'{host}-{port}-{job}'.encode()):08x}"
 
 
 def _refuse_contradiction(name: LauncherName, values: Mapping[str, int], environ: Mapping[str, str]) -> None:
@@ -159,10 +176,7 @@ def _master(
     if "MASTER_PORT" in environ:
         return address, _port(environ)
     # all processes of a job must derive the same port, other jobs and requeues another one
-    job = "-".join(
-        environ.get(variable, "") for variable in ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "SLURM_JOB_ID")
-    )
-    job += "-" + "-".join(environ.get(variable, "") for variable in ("SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+    job = "-".join(environ.get(variable, "") for variable in JOB_VARIABLES)
     return address, FIRST_PORT + zlib.crc32(job.encode()) % NUM_PORTS
 
 

@@ -12,17 +12,20 @@ this through tools/attempt.py.
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from aki_megatron.checkpoint import files
-from aki_megatron.supervise.first_failure import read_first_failure
-from aki_megatron.supervise.jsonl import append_line, read_lines
+from aki_megatron.errors import DataError
+from aki_megatron.supervise.first_failure import last_first_failure
+from aki_megatron.supervise.jsonl import append_line, read_intact_lines
+from aki_megatron.supervise.run_folder import describe_os_error
 from aki_megatron.supervise.run_paths import RunPaths
 
-End = Literal["done", "stopped", "failed", "given up"]
-"""``given up``: no further attempt is worthwhile. Attempts that a user starts after that count from one again."""
+End = Literal["done", "stopped", "interrupted", "failed", "given up"]
+"""``interrupted``: by Ctrl-C, without another checkpoint. ``given up``: no further attempt is worthwhile. Attempts that
+a user starts after that count from one again."""
 
 Decision = Literal["begin", "done", "stopped", "retry", "give up", "stop-file"]
 
@@ -76,9 +79,9 @@ def record_end(paths: RunPaths, attempt: str, *, step: int | None, end: End, rea
 
 
 def read_attempts(paths: RunPaths) -> list[Attempt]:
-    """Return all attempts, oldest first."""
+    """Return all attempts, oldest first; damaged lines are left out."""
     found: dict[str, dict[str, Any]] = {}
-    for line in read_lines(paths.attempts):
+    for line in read_intact_lines(paths.attempts, _is_attempt_line):
         start = {"name": line["attempt"], "began": line["time"], "from_step": line.get("from_step", 0)}
         fields = found.setdefault(line["attempt"], start)
         if "end" in line:
@@ -86,6 +89,17 @@ def read_attempts(paths: RunPaths) -> list[Attempt]:
         elif "world_size" in line:
             fields |= {"world_size": line["world_size"], "hosts": tuple(line["hosts"])}
     return [Attempt(**fields) for fields in found.values()]
+
+
+def _is_attempt_line(line: Mapping[str, Any]) -> bool:
+    step, numbers = line.get("step"), [line["time"], line.get("from_step", 0), line.get("world_size", 0)]
+    return (
+        isinstance(line["attempt"], str)
+        and all(isinstance(number, int | float) for number in numbers)
+        and isinstance(line.get("hosts", []), list)
+        and ("end" not in line or (line["end"] in get_args(End) and isinstance(line["reason"], str)))
+        and (step is None or isinstance(step, int))
+    )
 
 
 def count_without_progress(attempts: Sequence[Attempt], newest: int) -> int:
@@ -102,12 +116,18 @@ def count_without_progress(attempts: Sequence[Attempt], newest: int) -> int:
 
 
 def begin_attempt(paths: RunPaths, attempt: str) -> RestartDecision:
-    """Record the start of an attempt before any rank runs, unless the file STOP forbids it (``stop-file``)."""
+    """Record the start of an attempt before any rank runs, unless the file STOP forbids it (``stop-file``).
+
+    Raises DataError where the run folder cannot be written to.
+    """
     if paths.stop.exists():
         return RestartDecision("stop-file", f"{paths.stop} exists; remove it to continue the run")
     step = newest_step(paths)
-    paths.path.mkdir(parents=True, exist_ok=True)
-    record_start(paths, attempt, from_step=step)
+    try:
+        paths.path.mkdir(parents=True, exist_ok=True)
+        record_start(paths, attempt, from_step=step)
+    except OSError as error:
+        raise DataError(f"The run folder {paths.path} cannot be written to: {describe_os_error(error)}.") from error
     return RestartDecision("begin", f"attempt {attempt} from step {step}")
 
 
@@ -136,6 +156,8 @@ def _decide(paths: RunPaths, attempt: str, give_up_after: int) -> RestartDecisio
         attempts.append(own)
     if own.end == "given up":
         return RestartDecision("give up", own.reason)
+    if own.end == "interrupted":
+        return RestartDecision("stopped", own.reason)
     count, error = count_without_progress(attempts, newest), _last_error(paths, own)
     if count >= give_up_after:
         return RestartDecision(
@@ -151,13 +173,13 @@ def _stop_reason(paths: RunPaths, attempt: str) -> str:
     try:
         fields = json.loads(paths.stopped(attempt).read_text())
         return f"after step {fields['step']}: {fields['reason']}"
-    except (ValueError, KeyError):  # the file was truncated by a full disk; that it exists is what counts
+    except (OSError, ValueError, KeyError, TypeError):  # truncated by a full disk; that it exists is what counts
         return f"{paths.stopped(attempt)} exists"
 
 
 def _last_error(paths: RunPaths, attempt: Attempt) -> str:
     """Return what ended an attempt, on one line."""
-    cause = read_first_failure(paths.first_failure)
+    cause = last_first_failure(paths)
     if cause is not None and cause.time >= attempt.began:
         return f"last error, on rank {cause.rank}: {_one_line(cause.text)}"
     return _one_line(attempt.reason) or "no rank left an error message (killed? the log of the job may say more)"

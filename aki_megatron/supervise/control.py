@@ -2,6 +2,7 @@
 
 import time
 
+from aki_megatron.errors import DataError
 from aki_megatron.supervise.run_paths import RunPaths
 from aki_megatron.supervise.signals import StopSignals
 from aki_megatron.types import ControlRequest
@@ -23,7 +24,12 @@ class ControlSignals:
         self._next_poll = 0.0
 
     def poll(self) -> ControlRequest:
-        """Return what this rank wants done after the step that begins; called at every step."""
+        """Return what this rank wants done after the step that begins; called at every step.
+
+        Raises DataError where another thread has found that training cannot go on.
+        """
+        if self.stop_signals.failure:
+            raise DataError(self.stop_signals.failure)
         request = ControlRequest.STOP if self.stop_signals.reason else ControlRequest.NONE
         if self.checks_files and time.monotonic() >= self._next_poll:
             self._next_poll = time.monotonic() + POLL_SECONDS

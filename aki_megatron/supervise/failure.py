@@ -3,7 +3,8 @@
 When a rank ends, the others fail too: their collectives break, or the launcher sends them SIGTERM. Such a *secondary
 failure* is never the cause, so a rank that meets one looks for the cause before it reports. SIGTERM without a cause
 asks for a stop: the run saves a checkpoint and ends in an orderly way. Ranks share what they know through files in
-<run.dir>/logs, because files outlive a process and work under every launcher:
+<run.dir>/logs/start_<id>, because files outlive a process and work under every launcher; the folder belongs to the
+ranks of one start, so that no other start takes its files for its own:
 
 rank_N.process      identifies the process of rank N; removed on an orderly exit, so it reveals a rank that was killed
 first_failure.json  the cause. The rank that creates it prints the error; the others stay quiet, so there is one error
@@ -12,6 +13,7 @@ first_failure.json  the cause. The rank that creates it prints the error; the ot
 import faulthandler
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -20,7 +22,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
-from aki_megatron.errors import UserError
+from aki_megatron.errors import ConfigError, UserError
 from aki_megatron.supervise.exit_codes import FAILED, USER_ERROR, USER_ERROR_GRACE_SECONDS
 from aki_megatron.supervise.first_failure import FirstFailure, read_first_failure
 from aki_megatron.supervise.process import RankProcess, is_alive, this_process
@@ -63,21 +65,27 @@ class FailureReporter:
         world_size: int,
         stop_signals: StopSignals,
         *,
+        start_id: str,
         sigterm_from_scheduler: bool = False,
         on_failure: Callable[[str], None] = lambda text: None,
+        on_exit: Callable[[], None] = lambda: None,
     ) -> None:
         """Create the reporter of one rank.
 
+        start_id                what the ranks of this start have in common; names the folder of their files
         sigterm_from_scheduler  SIGTERM comes from Slurm itself, which preempts jobs by it; other launchers mostly send
                                 it when a rank has failed
         on_failure              called with the cause of the failure, before this process ends
+        on_exit                 called before this process ends at once; interpreters run nothing then
         """
         self.paths = paths
+        self.files = paths.start(start_id)
         self.rank = rank
         self.world_size = world_size
         self.stop_signals = stop_signals
         self.sigterm_from_scheduler = sigterm_from_scheduler
         self.on_failure = on_failure
+        self.on_exit = on_exit
         self.training_started = False
         """Before training all ranks usually meet the same user error; rank 0 reports it without naming a rank."""
         self._joined = False
@@ -86,22 +94,38 @@ class FailureReporter:
         self._ending = threading.Lock()
 
     def begin(self) -> None:
-        """Write this rank's process file and remove what earlier attempts left. Call it before joining other ranks."""
-        self.paths.logs.mkdir(parents=True, exist_ok=True)
+        """Write this rank's process file and remove what earlier starts left. Call it before joining other ranks.
+
+        Raises ConfigError where a live process of another start has the file of this rank.
+        """
+        if self.rank == 0:
+            for other in self.paths.starts():
+                if self.world_size == 1 or other != self.files:
+                    shutil.rmtree(other.path, ignore_errors=True)
         if self.world_size == 1:
-            self.paths.first_failure.unlink(missing_ok=True)
+            self.paths.logs.mkdir(parents=True, exist_ok=True)
             return
-        this_process().write(self.paths.process(self.rank))
-        self._begun = self.paths.process(self.rank).stat().st_mtime
+        self.files.path.mkdir(parents=True, exist_ok=True)
+        self._check_not_running()
+        this_process().write(self.files.process(self.rank))
+        self._begun = self.files.process(self.rank).stat().st_mtime
         if self.rank == 0 and not self._cause():
-            self.paths.first_failure.unlink(missing_ok=True)
+            self.files.first_failure.unlink(missing_ok=True)
         # a crash in C++ leaves its stack in the rank's log
         self._crash_log = self.paths.log(self.rank).open("a")
         faulthandler.enable(self._crash_log)
         self._listener = SignalListener(HANDLED_SIGNALS, self._on_wakeup, poll_seconds=OTHER_RANKS_POLL_SECONDS)
         self._listener.begin()
         if self.stop_signals.sigterm_received and not self.sigterm_from_scheduler:  # nothing is lost yet
-            exit_now(self.paths, self.rank, 128 + signal.SIGTERM)
+            self.exit_now(128 + signal.SIGTERM)
+
+    def _check_not_running(self) -> None:
+        other, own = RankProcess.read(self.files.process(self.rank)), this_process()
+        if other is not None and other.machine == own.machine and other.pid != own.pid and is_alive(other):
+            raise ConfigError(
+                f"{self.paths.path} is in use: process {other.pid} on {other.host} is rank {self.rank} of a run that "
+                "trains there. Wait for its end, or give this run a folder of its own (--run.dir)."
+            )
 
     def mark_joined(self) -> None:
         """Note that all ranks have begun, so that their process files are of this attempt."""
@@ -116,7 +140,16 @@ class FailureReporter:
         self._listener.end()
         faulthandler.disable()
         self._crash_log.close()
-        self.paths.process(self.rank).unlink(missing_ok=True)
+        self.files.process(self.rank).unlink(missing_ok=True)
+        with suppress(OSError):  # not empty yet: the last rank removes the folder
+            self.files.path.rmdir()
+
+    def exit_now(self, code: int) -> None:
+        """End this process at once: an orderly exit would wait for dead ranks. All logs are on disk already."""
+        with suppress(OSError):
+            self.files.process(self.rank).unlink(missing_ok=True)
+        self.on_exit()
+        os._exit(code)
 
     def hosts(self) -> list[str]:
         """Return the names of the machines of all ranks, once all have joined."""
@@ -125,7 +158,7 @@ class FailureReporter:
     def report_rank_failure(self, rank: int, text: str) -> None:
         """End this process, and with it all others, because of ``rank``. May be called from any thread."""
         if self._ending.acquire(blocking=False):
-            exit_now(self.paths, self.rank, self._report(rank, text, FAILED))
+            self.exit_now(self._report(rank, text, FAILED))
 
     def report(self, error: BaseException) -> int:
         """Log an error of this rank, print it if this rank is to report; return the exit code.
@@ -151,7 +184,8 @@ class FailureReporter:
 
     def _secondary_failure(self, text: str, code: int) -> int:
         """Report a rank that was killed, or this one where no other is the cause; return the exit code."""
-        replace(this_process(), ending=True).write(self.paths.process(self.rank))
+        with suppress(OSError):  # a full disk, or the folder is gone
+            replace(this_process(), ending=True).write(self.files.process(self.rank))
         end = time.monotonic() + self._cause_timeout()
         while time.monotonic() < end:
             if cause := self._cause():
@@ -160,6 +194,9 @@ class FailureReporter:
                 which = f"ranks {', '.join(map(str, dead))}" if len(dead) > 1 else "it"
                 return self._report(dead[0], f"{which} ended without an error message (killed? out of memory?)", code)
             time.sleep(POLL_SECONDS)
+        if not self.files.path.exists():  # the run folder was removed, which rank 0 reports
+            logger.error("rank %d ended: %s", self.rank, text)
+            return code
         if waiting := [f"{rank} on {other.host}" for rank, other in self._other_ranks().items() if not other.ending]:
             text += f" (no response from rank {', rank '.join(waiting)})"
         return self._report(self.rank, text, code)
@@ -172,24 +209,24 @@ class FailureReporter:
     def _other_ranks(self) -> dict[int, RankProcess]:
         """Return the other ranks that have not ended in an orderly way."""
         ranks = (rank for rank in range(self.world_size) if rank != self.rank)
-        found = {rank: RankProcess.read(self.paths.process(rank)) for rank in ranks}
+        found = {rank: RankProcess.read(self.files.process(rank)) for rank in ranks}
         return {rank: process for rank, process in found.items() if process is not None}
 
     def _dead_ranks(self) -> list[int]:
         """Return the ranks of this machine that were killed."""
         dead = (rank for rank, other in self._local_ranks.items() if not is_alive(other))
         # check again: a rank that ends in an orderly way removes its file, then exits
-        return [rank for rank in dead if self.paths.process(rank).exists()]
+        return [rank for rank in dead if self.files.process(rank).exists()]
 
     def _cause(self) -> FirstFailure | None:
         """Return the first_failure.json of this attempt."""
         try:
             # both times are the file system's, whatever the clocks of the machines say
-            if self.paths.first_failure.stat().st_mtime < self._begun - STALE_SECONDS:
+            if self.files.first_failure.stat().st_mtime < self._begun - STALE_SECONDS:
                 return None
-        except FileNotFoundError:
+        except OSError:
             return None
-        return read_first_failure(self.paths.first_failure)
+        return read_first_failure(self.files.first_failure)
 
     def _wait_for_cause(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -204,12 +241,12 @@ class FailureReporter:
     def _report(self, rank: int, text: str, code: int, *, name_rank: bool = True) -> int:
         """Print the failure of ``rank`` unless a rank has reported before; return the exit code of the whole run."""
         try:
-            FirstFailure(rank, text, code, self.rank).write_once(self.paths.first_failure)
+            FirstFailure(rank, text, code, self.rank).write_once(self.files.first_failure)
         except FileExistsError:
             if earlier := self._cause():
                 return self._defer_to(earlier)
         except OSError as error:  # a full disk, for example: two reports are better than none
-            logger.error("cannot write %s: %s", self.paths.first_failure, error)
+            logger.error("cannot write %s: %s", self.files.first_failure, error)
         self._print_error(text + self._log_hint(rank) if name_rank else text, f" on rank {rank}" if name_rank else "")
         self.on_failure(f"rank {rank}: {text}" if name_rank else text)
         return code
@@ -228,7 +265,7 @@ class FailureReporter:
         """In the listener's thread: end this process when a signal says so, or when another rank has failed."""
         reason, code = self._exit_reason(signals)
         if code and self._ending.acquire(blocking=False):
-            exit_now(self.paths, self.rank, self._end_from_thread(reason, code))
+            self.exit_now(self._end_from_thread(reason, code))
 
     def _exit_reason(self, signals: bytes | None) -> tuple[str, int]:
         """Return why this process should end, and its exit code; 0 for no reason."""
@@ -264,10 +301,3 @@ class FailureReporter:
         faulthandler.dump_traceback(self._crash_log)
         # before the ranks have met, their files may be of an earlier attempt
         return self._secondary_failure(reason, code) if self._joined else code
-
-
-def exit_now(paths: RunPaths, rank: int, code: int) -> None:
-    """End this process at once: an orderly exit would wait for dead ranks. All logs are on disk already."""
-    with suppress(OSError):
-        paths.process(rank).unlink(missing_ok=True)
-    os._exit(code)

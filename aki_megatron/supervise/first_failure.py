@@ -3,8 +3,11 @@
 import json
 import os
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from aki_megatron.supervise.json_record import read_record
+from aki_megatron.supervise.run_paths import RunPaths
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,11 @@ class FirstFailure:
 
 
 def read_first_failure(path: Path) -> FirstFailure | None:
-    """Read the file; None where it is missing, or was truncated by a full disk."""
-    try:
-        content = json.loads(path.read_text())
-        return FirstFailure(**{each.name: content[each.name] for each in fields(FirstFailure)})
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
+    """Read the file; None where it is missing or damaged."""
+    return read_record(FirstFailure, path)
+
+
+def last_first_failure(paths: RunPaths) -> FirstFailure | None:
+    """Return the cause of the end of the last start; None where it did not fail, or left no cause."""
+    found = [read_first_failure(start.first_failure) for start in paths.starts()]
+    return max((failure for failure in found if failure is not None), key=lambda failure: failure.time, default=None)

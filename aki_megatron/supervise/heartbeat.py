@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from aki_megatron.supervise.json_record import read_record
 from aki_megatron.supervise.run_paths import RunPaths
 
 
@@ -43,11 +44,8 @@ class Heartbeat:
 
     @classmethod
     def read(cls, path: Path) -> "Heartbeat | None":
-        """Read a heartbeat; None where the file is missing, unreadable, or in the middle of being written."""
-        try:
-            return cls(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
-            return None
+        """Read a heartbeat; None where the file is missing, damaged, or in the middle of being written."""
+        return read_record(cls, path)
 
     def same_phase(self, other: "Heartbeat") -> bool:
         """Return whether two ranks are at the same point of the run."""

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aki_megatron.supervise.jsonl import read_lines
+from aki_megatron.supervise.jsonl import has_step, read_lines
 
 if TYPE_CHECKING:
     from aki_megatron.types import StepReport
@@ -27,5 +27,5 @@ def metrics_of(step: int, report: StepReport) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl, one per step."""
-    return read_lines(path)
+    """Return the lines of metrics.jsonl, one per step. Raises DataError that names a damaged line."""
+    return read_lines(path, has_step)

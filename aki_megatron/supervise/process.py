@@ -6,7 +6,8 @@ import platform
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+
+from aki_megatron.supervise.json_record import read_record
 
 _STATE, _START_TICKS = 0, 19
 """Fields of /proc/PID/stat, counted after the name of the program (man 5 proc)."""
@@ -31,12 +32,8 @@ class RankProcess:
 
     @classmethod
     def read(cls, path: Path) -> "RankProcess | None":
-        """Read the file; None where it is missing or in the middle of being written."""
-        try:
-            fields: dict[str, Any] = json.loads(path.read_text())
-        except (FileNotFoundError, ValueError):
-            return None
-        return cls(**fields)
+        """Read the file; None where it is missing, damaged, or in the middle of being written."""
+        return read_record(cls, path)
 
 
 def this_process() -> RankProcess:

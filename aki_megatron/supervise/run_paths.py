@@ -1,11 +1,15 @@
 """Where each file of a run is: the layout of a run folder.
 
 config.yaml  metrics.jsonl  sample_audit/replica_0.jsonl  checkpoints/step_000100/  logs/rank_0.log  report.html  DONE
-attempts.jsonl  events.jsonl  heartbeat/rank_0.json  STOPPED.<attempt>, and, created by the user, STOP and SAVE
+attempts.jsonl  events.jsonl  heartbeat/rank_0.json  STOPPED.<attempt>  RUNNING  SAVED, and, created by the user, STOP
+and SAVE
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+
+START_PREFIX = "start_"
+"""Of the names of folders of StartPaths."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,16 @@ class RunPaths:
         """Created by the user: a checkpoint is saved after the next step, then this file is removed."""
         return self.path / "SAVE"
 
+    @property
+    def running(self) -> Path:
+        """Names the process that trains here; exists while it does (supervise/run_lock.py)."""
+        return self.path / "RUNNING"
+
+    @property
+    def saved(self) -> Path:
+        """Step of the last checkpoint that was completed; outlives the folder of checkpoints (train/history.py)."""
+        return self.path / "SAVED"
+
     def stopped(self, attempt: str) -> Path:
         """Where and why an attempt stopped in an orderly way, to be resumed."""
         return self.path / f"STOPPED.{attempt}"
@@ -100,11 +114,26 @@ class RunPaths:
         """Stack traces of one rank when a hang was detected."""
         return self.logs / f"hang_rank_{rank}.txt"
 
+    def start(self, start_id: str) -> "StartPaths":
+        """Files of one start, whose ranks have ``start_id`` in common (Launch.start_id)."""
+        return StartPaths(self.logs / f"{START_PREFIX}{start_id}")
+
+    def starts(self) -> list["StartPaths"]:
+        """Files of every start that left some; those of earlier ones are removed when another begins."""
+        return [StartPaths(folder) for folder in sorted(self.logs.glob(f"{START_PREFIX}*")) if folder.is_dir()]
+
+
+@dataclass(frozen=True)
+class StartPaths:
+    """Where the ranks of one start tell each other that they run, and which failed first (supervise/failure.py)."""
+
+    path: Path
+
     def process(self, rank: int) -> Path:
-        """Exists while the process of a rank runs; left behind when it was killed (supervise/failure.py)."""
-        return self.logs / f"rank_{rank}.process"
+        """Exists while the process of a rank runs; left behind when it was killed."""
+        return self.path / f"rank_{rank}.process"
 
     @property
     def first_failure(self) -> Path:
-        """Which rank ended the last attempt, and why; exists only after a failure (supervise/first_failure.py)."""
-        return self.logs / "first_failure.json"
+        """Which rank ended the start, and why; exists only after a failure (supervise/first_failure.py)."""
+        return self.path / "first_failure.json"

@@ -19,15 +19,18 @@ class StopSignals:
     """Stop requests of this process.
 
     SIGUSR1 asks for a stop: a checkpoint after the next step, then the end. So does SIGTERM; a second one ends the
-    process at once. With several ranks supervise/failure.py takes SIGTERM over, because a failure of another rank may
-    have caused it.
+    process at once. SIGINT (Ctrl-C) raises KeyboardInterrupt once; a second one ends the process at once. With several
+    ranks supervise/failure.py takes SIGTERM and SIGINT over, because a failure of another rank may have caused them.
     """
 
     def __init__(self) -> None:
         self.reason = ""
         """Name of the signal that asked for a stop; empty without a request."""
+        self.failure = ""
+        """Why training cannot go on, found by another thread; empty while it can. The next step raises it."""
         self.sigterm_received = False
         self._first_sigterm = 0.0
+        self._first_sigint = 0.0
 
     def listen(self) -> None:
         """Install the handlers of both signals; call it in the main thread."""
@@ -35,6 +38,9 @@ class StopSignals:
         # a process that was started to outlive its terminal keeps ignoring SIGTERM
         if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
             signal.signal(signal.SIGTERM, self._on_sigterm)
+        # a shell without job control starts background processes that ignore SIGINT
+        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._on_sigint)
         os.register_at_fork(after_in_child=reset_handlers_in_child)
 
     def request_stop(self, reason: str) -> None:
@@ -64,8 +70,18 @@ class StopSignals:
             os.kill(os.getpid(), number)
         self.request_stop(signal.Signals(number).name)
 
+    def _on_sigint(self, number: int, _frame: Any) -> None:
+        now = time.monotonic()
+        if not self._first_sigint:
+            self._first_sigint = now
+            raise KeyboardInterrupt
+        if now - self._first_sigint > DUPLICATE_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
 
 def reset_handlers_in_child() -> None:
-    """In a forked child: let SIGTERM from the parent end it, and ignore a SIGUSR1 sent to the whole process group."""
+    """In a forked child: let SIGTERM from the parent end it, ignore SIGUSR1 and SIGINT sent to the process group."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

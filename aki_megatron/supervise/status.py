@@ -3,10 +3,10 @@
 Only reads; needs no torch.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,8 +19,9 @@ from aki_megatron.checkpoint import files
 from aki_megatron.errors import DataError
 from aki_megatron.supervise.attempts import Attempt, read_attempts
 from aki_megatron.supervise.events import read_events
-from aki_megatron.supervise.first_failure import FirstFailure, read_first_failure
+from aki_megatron.supervise.first_failure import FirstFailure, last_first_failure
 from aki_megatron.supervise.heartbeat import Heartbeat, format_ranks, straggler
+from aki_megatron.supervise.jsonl import parse_line
 from aki_megatron.supervise.run_paths import RunPaths
 
 FRESH_SECONDS = 30.0
@@ -74,7 +75,10 @@ class RunStatus:
 
 
 def read_status(path: Path, now: float) -> RunStatus:
-    """Read a run folder. Raises DataError where ``path`` is not one."""
+    """Read a run folder; damaged lines and files in it are left out.
+
+    Raises DataError where ``path`` is not one, or its config.yaml cannot be read.
+    """
     paths = RunPaths(path)
     if not paths.config.exists() and not paths.attempts.exists():
         raise DataError(f"{path} is not a run folder: it has neither {paths.config.name} nor {paths.attempts.name}.")
@@ -86,17 +90,31 @@ def read_status(path: Path, now: float) -> RunStatus:
         metrics=read_tail(paths.metrics)[-RECENT_STEPS:],
         heartbeats=[heartbeat for heartbeat in heartbeats if heartbeat is not None],
         attempts=read_attempts(paths),
-        failure=read_first_failure(paths.first_failure),
+        failure=last_first_failure(paths),
     )
 
 
 def _total_steps(config: Path) -> int:
-    # read as plain YAML: runs of other versions can be shown too
-    return int(yaml.safe_load(config.read_text())["train"]["steps"]) if config.exists() else 0
+    if not config.exists():
+        return 0
+    try:
+        # read as plain YAML: runs of other versions can be shown too
+        return int(yaml.safe_load(config.read_text(encoding="utf-8"))["train"]["steps"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:
+        text = " ".join(str(error).split())
+        raise DataError(
+            f"{config} is damaged ({type(error).__name__}: {text}); every checkpoint of the run holds a copy."
+        ) from error
+
+
+def _is_metrics_line(line: Mapping[str, Any]) -> bool:
+    numbers = [line[name] for name in ("step", "seconds", "tokens_per_second", "skipped", "lr")]
+    numbers += [line[name] or 0.0 for name in ("loss", "grad_norm")]
+    return all(isinstance(number, int | float) for number in numbers)
 
 
 def read_tail(path: Path) -> list[dict[str, Any]]:
-    """Return the complete lines within the last TAIL_BYTES of a file of JSON lines."""
+    """Return the complete lines of metrics within the last TAIL_BYTES of a file; damaged ones are left out."""
     if not path.exists():
         return []
     with path.open("rb") as file:
@@ -104,7 +122,11 @@ def read_tail(path: Path) -> list[dict[str, Any]]:
         file.seek(max(0, size - TAIL_BYTES))
         lines = file.read().split(b"\n")
     # the first may have lost its beginning, the last is empty or being written
-    return [json.loads(line) for line in lines[1 if size > TAIL_BYTES else 0 : -1] if line]
+    found = []
+    for line in lines[1 if size > TAIL_BYTES else 0 : -1]:
+        with suppress(DataError):
+            found.append(parse_line(path, 0, line, _is_metrics_line))
+    return found
 
 
 def state_of(run: RunStatus) -> tuple[State, str]:
@@ -113,7 +135,7 @@ def state_of(run: RunStatus) -> tuple[State, str]:
         return "done", ""
     last = run.attempts[-1] if run.attempts else None
     if last is not None and last.end is not None:
-        state: State = "stopped" if last.end == "stopped" else "failed"
+        state: State = "stopped" if last.end in ("stopped", "interrupted") else "failed"
         return state, f"{_ago(run.now - (last.ended or 0))}: {_first_line(last.reason)}"
     if run.failure is not None and run.failure.time > run.began:
         return "failed", f"{_ago(run.now - run.failure.time)}: see error"

@@ -90,9 +90,10 @@ class Watchdog:
         self._ended.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
-        self._stacks.close()
-        if not (path := self.paths.hang_stacks(self.rank)).stat().st_size:  # otherwise it is of an earlier attempt
-            path.unlink()
+        with suppress(OSError):  # a full disk, or the folder is gone
+            self._stacks.close()
+            if not (path := self.paths.hang_stacks(self.rank)).stat().st_size:  # otherwise it is of an earlier attempt
+                path.unlink()
 
     def _run(self) -> None:
         last_poll, logged = time.monotonic(), False

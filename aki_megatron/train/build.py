@@ -6,16 +6,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from aki_megatron.checkpoint.checkpointer import Checkpointer
 from aki_megatron.checkpoint.initial_weights import weight_initializer
 from aki_megatron.config.batch_sizes import micro_batch_size, num_microbatches
 from aki_megatron.config.deepspeed import offload_device, settings_for_engine
 from aki_megatron.config.run import RunConfig
 from aki_megatron.config.save import dump_run, public_values
+from aki_megatron.console import IsolatedConsole
+from aki_megatron.data.fingerprint import Fingerprint
 from aki_megatron.data.loader import EmptyStepLoader, StepLoader
-from aki_megatron.data.pipeline import build_step_loader, build_tokenizer
+from aki_megatron.data.pipeline import build_sources, build_step_loader, build_tokenizer
+from aki_megatron.data.sample_stream import Source
 from aki_megatron.data.tokenizer import Tokenizer
 from aki_megatron.engine.base import Engine, ShardedStage
 from aki_megatron.engine.ddp_stage import DDPStage
@@ -30,35 +31,47 @@ from aki_megatron.parallel.pipeline_partition import layers_of_stages
 from aki_megatron.parallel.topology import Topology
 from aki_megatron.supervise.attempts import newest_step
 from aki_megatron.supervise.control import ControlSignals
-from aki_megatron.supervise.events import EventRecorder, ignore_event, record_event
+from aki_megatron.supervise.events import EventLog, EventRecorder, ignore_event
 from aki_megatron.supervise.loss_spikes import LossSpikeGuard
 from aki_megatron.supervise.metrics import read_metrics
 from aki_megatron.supervise.progress import ProgressTracker
 from aki_megatron.supervise.run_paths import RunPaths
 from aki_megatron.supervise.signals import StopSignals
+from aki_megatron.supervise.step_log import StepLog, StepLogs, restore_unwritten
 from aki_megatron.supervise.watchdog import collective_timeout
 from aki_megatron.train.callbacks import (
     ConsoleCallback,
     LogCallback,
     MetricsCallback,
     ProgressCallback,
+    ReportCallback,
     RunFinalizer,
     TensorBoardCallback,
 )
 from aki_megatron.train.checkpoint_callback import CheckpointCallback
 from aki_megatron.train.continuation import record_configuration
+from aki_megatron.train.data_changes import EXTRA_KEY, fingerprint_run, fingerprints_to_json
+from aki_megatron.train.history import record_saved
 from aki_megatron.train.loop import Callback, Trainer, TrainState
 from aki_megatron.train.run_summary import summary_lines, uses_recompute
 from aki_megatron.train.sample_audit import SampleAuditCallback
+from aki_megatron.train.side_output import OutputFailures, isolate_side_outputs
 from aki_megatron.train.wandb_callback import WandbCallback
 
 logger = logging.getLogger("aki_megatron.train")
 
 
 def build_loader(
-    config: RunConfig, tokenizer: Tokenizer, topology: Topology, console: Console
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    topology: Topology,
+    console: IsolatedConsole,
+    sources: Mapping[str, Source[Any]] | None = None,
 ) -> StepLoader | EmptyStepLoader:
-    """Build the loader of this rank's batches; EmptyStepLoader where another rank of the replica reads them."""
+    """Build the loader of this rank's batches; EmptyStepLoader where another rank of the replica reads them.
+
+    ``sources`` as in build_data_pipeline.
+    """
     if not topology.reads_data:
         return EmptyStepLoader()
     return build_step_loader(
@@ -68,6 +81,7 @@ def build_loader(
         data_rank=topology.data_rank,
         data_size=topology.data,
         pin_memory=topology.device.type == "cuda",
+        sources=sources,
         progress=console.print if topology.rank == 0 else lambda line: None,
     )
 
@@ -166,13 +180,16 @@ def build_checkpointer(config: RunConfig, topology: Topology) -> Checkpointer:
     )
 
 
-def checkpoint_extra(state: TrainState, guard: LossSpikeGuard) -> dict[str, Any]:
+def checkpoint_extra(
+    state: TrainState, guard: LossSpikeGuard, fingerprints: Mapping[str, Fingerprint] | None = None
+) -> dict[str, Any]:
     """Return what a checkpoint holds besides the engine's state, as JSON values; ``load_checkpoint`` returns it."""
     return {
         "step": state.step,
         "data_step": state.data_step,
         "data": dict(state.data),
         "loss_spike_guard": guard.state_dict(),
+        EXTRA_KEY: fingerprints_to_json(fingerprints or {}),
     }
 
 
@@ -213,12 +230,15 @@ def build_lr_schedule(config: RunConfig) -> Callable[[int], float]:
 def build_checkpoint_callback(
     config: RunConfig,
     checkpointer: Checkpointer,
-    save: Callable[[int], None],
-    console: Console | None,
+    save: Callable[[int, bool], None],
+    console: IsolatedConsole | None,
     tracker: ProgressTracker,
     event_recorder: EventRecorder,
 ) -> CheckpointCallback:
-    """Build the callback that saves. A run that may roll back has a checkpoint from the beginning."""
+    """Build the callback that saves; ``console`` is that of rank 0, None on other ranks.
+
+    A run that may roll back has a checkpoint from the beginning.
+    """
     return CheckpointCallback(
         checkpointer,
         save,
@@ -228,24 +248,34 @@ def build_checkpoint_callback(
         save_at_start="rollback" in (config.watch.on_non_finite, config.watch.on_loss_spike),
         set_phase=tracker.set_phase,
         record_event=event_recorder,
+        on_saved=partial(record_saved, RunPaths(config.run.dir)) if console is not None else lambda step: None,
     )
 
 
 def build_callbacks(
-    config: RunConfig, loader: StepLoader | EmptyStepLoader, topology: Topology, console: Console
+    config: RunConfig,
+    loader: StepLoader | EmptyStepLoader,
+    topology: Topology,
+    console: IsolatedConsole,
+    open_log: Callable[[Path], StepLog],
 ) -> list[Callback]:
-    """Build the callbacks that log a step on this rank; they come before a checkpoint of the step is saved."""
+    """Build the callbacks that log a step on this rank; they come before a checkpoint of the step is saved.
+
+    open_log  returns what writes a file with a line per step
+    """
     paths, log = RunPaths(config.run.dir), config.log
     callbacks: list[Callback] = []
     if isinstance(loader, StepLoader):
         callbacks.append(LogCallback(loader.bad_sample_budget.summary, console))
         rank, size = topology.data_rank, topology.data
-        callbacks.append(SampleAuditCallback(paths.sample_audit, loader.last_step, data_rank=rank, data_size=size))
+        callbacks.append(
+            SampleAuditCallback(paths.sample_audit, loader.last_step, data_rank=rank, data_size=size, open_log=open_log)
+        )
     else:
         callbacks.append(LogCallback(str, console))
     if topology.rank != 0:
         return callbacks
-    callbacks += [MetricsCallback(paths.metrics), ConsoleCallback(config.train.steps, log.interval, console)]
+    callbacks += [MetricsCallback(paths.metrics, open_log), ConsoleCallback(config.train.steps, log.interval, console)]
     if log.tensorboard:
         callbacks.append(TensorBoardCallback(paths.tensorboard, log.interval))
     if log.wandb != "disabled":
@@ -259,15 +289,17 @@ def build_callbacks(
 def build_trainer(
     config: RunConfig,
     topology: Topology,
-    console: Console,
+    console: IsolatedConsole,
     *,
     attempt: str,
     stop_signals: StopSignals,
     tracker: ProgressTracker,
+    allow_change: Sequence[str] = (),
 ) -> Trainer:
     """Build every part of a run and resume from its newest checkpoint; collective.
 
     attempt       name of this start of the run
+    allow_change  keys that may differ from those of the run so far (--allow_change)
     stop_signals  signals that ask the run to stop
     tracker       told what this rank does
     """
@@ -275,8 +307,19 @@ def build_trainer(
     tokenizer = build_tokenizer(config)
     checkpointer = build_checkpointer(config, topology)
     checkpoint = checkpointer.latest()
+    progress = console.print if is_rank_zero else lambda line: None
+    sources = build_sources(config.data, progress) if topology.reads_data else {}
+    fingerprints: dict[str, Fingerprint] = {}
+    data_changes: list[str] = []
+    if is_rank_zero:
+        fingerprints, data_changes = fingerprint_run(config, tokenizer, sources, checkpoint, allow_change)
     stages = partition_layers(config)
-    event_recorder: EventRecorder = partial(record_event, paths) if is_rank_zero else ignore_event
+    event_recorder: EventRecorder = EventLog(paths).record if is_rank_zero else ignore_event
+    failures = OutputFailures(lambda: tracker.step, event_recorder, console)
+    console.on_failure = failures.report_console
+    logs = StepLogs(paths.path, report_failure=failures.report, request_stop=stop_signals.request_stop)
+    if is_rank_zero and checkpoint:
+        restore_unwritten(checkpoint, paths.path)
     if is_rank_zero:
         step = newest_step(paths)
         changed = record_configuration(
@@ -286,11 +329,13 @@ def build_trainer(
             learning_rate=lambda run: build_lr_schedule(run)(step),
             record_event=event_recorder,
         )
-        for line in changed:
+        for line in data_changes:
+            event_recorder(step, "change", line)
+        for line in [*changed, *data_changes]:
             console.print(line, markup=False)
         for line in summary_lines(config, stages, world_size=topology.world_size):
             console.print(line)
-    loader = build_loader(config, tokenizer, topology, console)
+    loader = build_loader(config, tokenizer, topology, console, sources)
     engine = build_engine(
         config,
         stages,
@@ -306,31 +351,26 @@ def build_trainer(
     state = TrainState(extra["step"], extra["data_step"], extra["data"]) if extra else TrainState()
     control = ControlSignals(paths, stop_signals, checks_files=is_rank_zero)
 
-    def save(step: int) -> None:
-        checkpointer.save(step, engine.state_dict(), checkpoint_extra(state, guard))
+    def save(step: int, keep_older: bool) -> None:
+        extra = checkpoint_extra(state, guard, fingerprints)
+        checkpointer.save(step, engine.state_dict(), extra, rank_files=logs.unwritten_files(), keep_older=keep_older)
 
     callbacks = [
         ProgressCallback(tracker),
-        *build_callbacks(config, loader, topology, console),
+        *build_callbacks(config, loader, topology, console, logs.open),
         build_checkpoint_callback(
             config, checkpointer, save, console if is_rank_zero else None, tracker, event_recorder
         ),
     ]
     if is_rank_zero:
-        callbacks.append(
-            RunFinalizer(
-                paths,
-                attempt,
-                stop_reason=control.stop_reason,
-                record_event=event_recorder,
-                write_report=write_run_report,
-                console=console,
-            )
-        )
+        callbacks += [
+            ReportCallback(paths, write_run_report),
+            RunFinalizer(paths, attempt, stop_reason=control.stop_reason, record_event=event_recorder, console=console),
+        ]
     return Trainer(
         engine=engine,
         loader=loader,
-        callbacks=callbacks,
+        callbacks=isolate_side_outputs(callbacks, failures.report),
         loss_spike_guard=guard,
         steps=config.train.steps,
         learning_rate=build_lr_schedule(config),

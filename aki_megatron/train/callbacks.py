@@ -5,18 +5,18 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TextIO
 
-from rich.console import Console
-
-from aki_megatron.supervise.attempts import record_end
+from aki_megatron.console import Console, styled
+from aki_megatron.errors import DataError
+from aki_megatron.supervise.attempts import End, record_end
 from aki_megatron.supervise.events import EventRecorder
-from aki_megatron.supervise.jsonl import discard_steps_after
 from aki_megatron.supervise.metrics import metrics_of
 from aki_megatron.supervise.progress import ProgressTracker
 from aki_megatron.supervise.run_paths import RunPaths
+from aki_megatron.supervise.step_log import StepLog
 from aki_megatron.train.loop import Callback
 from aki_megatron.types import ControlRequest, StepReport
 
@@ -31,6 +31,8 @@ CONSOLE_METRICS = (("loss", "7.4f"), ("grad_norm", "8.3f"), ("lr", ".2e"))
 
 class ProgressCallback(Callback):
     """Count the steps in the ProgressTracker; on every rank, the first of the callbacks."""
+
+    required = True
 
     def __init__(self, tracker: ProgressTracker) -> None:
         self.tracker = tracker
@@ -59,7 +61,7 @@ class ConsoleCallback(Callback):
 
     def on_start(self, step: int) -> None:
         text = f"resuming after step {step:,}" if step else "starting"
-        self.console.print(f"[bold]{text}[/bold], {self.steps:,} steps in all")
+        self.console.print(styled((text, "bold"), f", {self.steps:,} steps in all"))
         self.last_time = time.monotonic()
 
     def on_step(self, step: int, report: StepReport) -> None:
@@ -79,13 +81,12 @@ class ConsoleCallback(Callback):
             f"{self.tokens / max(self.seconds, 1e-9):9,.0f} tokens/s  "
             f"padding {1 - self.tokens / max(self.positions, 1):4.0%}  time left {left}"
         )
-        self.console.print(line + (f"  [red]skipped {self.skipped}[/red]" if self.skipped else ""))
+        self.console.print(styled(line, (f"  skipped {self.skipped}" if self.skipped else "", "red")))
         self.tokens, self.positions, self.seconds = 0, 0, 0.0
 
     def on_rollback(self, step: int) -> None:
-        self.console.print(
-            f"[bold yellow]rolled back to the checkpoint of step {step:,}[/]; the data of the steps since are skipped"
-        )
+        what = (f"rolled back to the checkpoint of step {step:,}", "bold yellow")
+        self.console.print(styled(what, "; the data of the steps since are skipped"))
         self.last_time = time.monotonic()  # the time to load is not part of a step
 
 
@@ -112,7 +113,7 @@ class LogCallback(Callback):
         if description and description.partition(" in ")[0] != self.last_description.partition(" in ")[0]:
             self.last_description = description
             logger.warning("step %d: %s", step, description)
-            self.console.print(f"[yellow]step {step}:[/yellow] {description}", soft_wrap=True)
+            self.console.print(styled((f"step {step}:", "yellow"), f" {description}"), soft_wrap=True)
 
     def on_rollback(self, step: int) -> None:
         logger.warning("rolled back to the checkpoint of step %d", step)
@@ -127,26 +128,27 @@ class LogCallback(Callback):
 class MetricsCallback(Callback):
     """Write metrics.jsonl: one object per step, each step once, whatever interrupted the run; rank 0 only."""
 
-    def __init__(self, path: Path) -> None:
+    required = True
+
+    def __init__(self, path: Path, open_log: Callable[[Path], StepLog] = StepLog) -> None:
+        """``open_log`` returns what writes the file."""
         self.path = path
-        self.file: TextIO | None = None
+        self.log = open_log(path)
 
     def on_start(self, step: int) -> None:
-        discard_steps_after(self.path, step)
-        self.file = self.path.open("a")
+        self.log.start(step)
 
     def on_step(self, step: int, report: StepReport) -> None:
-        assert self.file is not None
-        self.file.write(json.dumps(metrics_of(step, report), allow_nan=False) + "\n")
-        self.file.flush()  # to the operating system, so that a killed process loses no line
+        self.log.write(metrics_of(step, report))
 
     def on_rollback(self, step: int) -> None:
-        self.on_end(step)
-        self.on_start(step)
+        self.log.start(step)
+
+    def on_stop(self, step: int) -> None:
+        self.log.close(in_checkpoint=True)
 
     def on_end(self, step: int) -> None:
-        assert self.file is not None
-        self.file.close()
+        self.log.close()
 
 
 class TensorBoardCallback(Callback):
@@ -176,11 +178,27 @@ class TensorBoardCallback(Callback):
         self.writer.close()
 
 
+class ReportCallback(Callback):
+    """Write the report of a run that is done; rank 0 only. ``write_report`` does."""
+
+    def __init__(self, paths: RunPaths, write_report: Callable[[RunPaths], None]) -> None:
+        self.paths = paths
+        self.write_report = write_report
+
+    def on_stop(self, step: int) -> None:
+        pass
+
+    def on_end(self, step: int) -> None:
+        self.write_report(self.paths)
+
+
 class RunFinalizer(Callback):
     """Record how an attempt ended, after all other callbacks; rank 0 only, the last of the callbacks.
 
-    A run that is done gets its report and the file DONE, one that was asked to stop gets STOPPED.<attempt>.
+    A run that is done gets the file DONE, one that was asked to stop gets STOPPED.<attempt>.
     """
+
+    required = True
 
     def __init__(
         self,
@@ -189,20 +207,17 @@ class RunFinalizer(Callback):
         *,
         stop_reason: Callable[[], str],
         record_event: EventRecorder,
-        write_report: Callable[[RunPaths], None],
         console: Console,
     ) -> None:
         """Create the callback.
 
-        attempt       name of this attempt
-        stop_reason   returns what asked for the stop
-        write_report  writes the report of the run
+        attempt      name of this attempt
+        stop_reason  returns what asked for the stop
         """
         self.paths = paths
         self.attempt = attempt
         self.stop_reason = stop_reason
         self.record_event = record_event
-        self.write_report = write_report
         self.console = console
 
     def on_step(self, step: int, report: StepReport) -> None:
@@ -215,14 +230,30 @@ class RunFinalizer(Callback):
         reason = self.stop_reason()
         self.record_event(step, "stop", reason)
         # batch scripts look for this file; the checkpoint is complete
-        self.paths.stopped(self.attempt).write_text(json.dumps({"step": step, "reason": reason}) + "\n")
-        record_end(self.paths, self.attempt, step=step, end="stopped", reason=reason)
-        self.console.print(
-            f"[yellow]stopped[/yellow] after step {step:,} ({reason}); started again it resumes from there"
-        )
+        self._write(self.paths.stopped(self.attempt), json.dumps({"step": step, "reason": reason}))
+        self._record_end(step, "stopped", reason)
+        text = f" after step {step:,} ({reason}); started again it resumes from there"
+        self.console.print(styled(("stopped", "yellow"), text))
 
     def on_end(self, step: int) -> None:
-        self.write_report(self.paths)
-        self.paths.done.write_text(f"{step}\n")
-        record_end(self.paths, self.attempt, step=step, end="done", reason="")
-        self.console.print(f"[green]done[/green] after {step:,} steps: {self.paths.report}")
+        self._write(self.paths.done, str(step))
+        self._record_end(step, "done", "")
+        self.console.print(styled(("done", "green"), f" after {step:,} steps: {self.paths.report}"))
+
+    def _write(self, path: Path, line: str) -> None:
+        """Write a file that tells how the attempt ended. Raises DataError: without it the run has not ended well."""
+        try:
+            path.write_text(line + "\n")
+        except OSError as error:
+            with suppress(OSError):
+                path.unlink()
+            raise DataError(
+                f"{path} cannot be written: {error.strerror}. The last checkpoint is complete: start the run "
+                "again once the folder can be written."
+            ) from error
+
+    def _record_end(self, step: int, end: End, reason: str) -> None:
+        try:
+            record_end(self.paths, self.attempt, step=step, end=end, reason=reason)
+        except OSError as error:  # DONE or STOPPED is there, and that is what counts
+            logger.error("%s cannot be written: %s", self.paths.attempts, error)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from aki_megatron.errors import UserError
-from aki_megatron.supervise.exit_codes import USER_ERROR, USER_ERROR_GRACE_SECONDS
+from aki_megatron.supervise.exit_codes import INTERRUPTED, USER_ERROR, USER_ERROR_GRACE_SECONDS
 from aki_megatron.supervise.signals import StopSignals
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +27,8 @@ RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 def run_launcher(launcher: str, argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Train the run that the command line ``argv`` of a launcher asks for; return the exit code of the process.
 
-    0: done, or stopped in order and resumable; USER_ERROR after one message for a mistake of the user.
+    0: done, or stopped in order and resumable; USER_ERROR after one message for a mistake of the user; INTERRUPTED
+    after Ctrl-C in a single process.
     """
     stop_signals = StopSignals()
     stop_signals.listen()
@@ -51,6 +52,9 @@ def run_launcher(launcher: str, argv: Sequence[str], environ: Mapping[str, str])
         return main(run, environ, stop_signals, command.allow_change)
     except UserError as error:
         return report_user_error(error, environ, stop_signals)
+    except KeyboardInterrupt:
+        print("interrupted before training began", file=sys.stderr, flush=True)
+        return INTERRUPTED
 
 
 def rank_of(environ: Mapping[str, str]) -> str:

@@ -11,6 +11,8 @@ from aki_megatron.errors import ConfigError
 from aki_megatron.supervise.attempts import newest_step
 from aki_megatron.supervise.events import EventRecorder
 from aki_megatron.supervise.run_paths import RunPaths
+from aki_megatron.train.data_changes import movable_keys
+from aki_megatron.train.history import check_history, read_history
 
 
 def reason_not_to_start(paths: RunPaths) -> str:
@@ -28,19 +30,23 @@ def check_continuation(paths: RunPaths, config: RunConfig, allow_change: Sequenc
     Raises ConfigError where the folder is of another run, or a change is allowed that contradicts what is done.
     """
     is_done = paths.done.exists()
+    if not is_done and read_history(paths).is_empty:
+        return ""
     what = f"{paths.path} is done already ({paths.done} exists), and {paths.config}" if is_done else ""
-    changes = check_resume(paths.config, config, allow_change=allow_change, what=what)
+    free = movable_keys(paths, config)
+    changes = check_resume(paths.config, config, allow_change=allow_change, free=free, what=what)
     step = newest_step(paths)
     if changes and step:
         check_progress(load_saved(paths.config), config, step=step, data_step=_data_step(paths, step))
     if not is_done or (changes and config.train.steps > step):
+        check_history(paths, config, allow_change)
         return ""
     if changes:
         raise ConfigError(
             f"{paths.path} is done already after {step} steps ({paths.done} exists), so that "
             f"{', '.join(change.key for change in changes)} can change nothing; to train on, add "
-            f"--allow_change train.steps and a --train.steps above {step}, or give this run a folder of its own "
-            "(--run.dir)."
+            f"--allow_change train.steps --train.steps {step + max(step // 10, 1)}, or give this run a folder of its "
+            "own (--run.dir)."
         )
     return (
         f"{paths.path} is done already ({paths.done} exists). --run.dir starts another run; --allow_change train.steps "
@@ -53,7 +59,7 @@ def _data_step(paths: RunPaths, step: int) -> int:
     checkpoint = files.latest_checkpoint(paths.checkpoints)
     assert checkpoint is not None, step
     try:
-        return int(json.loads((checkpoint / files.EXTRA).read_text())["data_step"])
+        return int(json.loads((checkpoint / files.EXTRA).read_text())["extra"]["data_step"])
     except (OSError, ValueError, KeyError, TypeError):  # loading the checkpoint will name the file
         return step
 
@@ -72,6 +78,8 @@ def record_configuration(
 
     A run that was done goes on: DONE is removed. Call it on one rank, after the checks of every rank.
     """
+    if read_history(paths).is_empty:  # what a start that failed before its first step left binds nobody
+        paths.config.unlink(missing_ok=True)
     before = load_saved(paths.config) if paths.config.exists() else None
     changes = write_config(paths.config, config, step)
     lines = [f"changed after step {step:,}: {change.short()}" for change in changes]

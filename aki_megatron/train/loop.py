@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from aki_megatron.data.batch_planner import DataState
 from aki_megatron.data.loader import LoadedStep
@@ -14,6 +14,9 @@ from aki_megatron.types import ControlRequest, StepReport
 
 class Callback:
     """Base of what happens around steps. Methods are called on every rank; a callback that writes exists on one."""
+
+    required: ClassVar[bool] = False
+    """Whether an error of this callback ends the run; otherwise it ends this callback only (train/side_output.py)."""
 
     def on_start(self, step: int) -> None:
         """Before the first step of an attempt, when ``step`` optimizer steps are done."""
@@ -30,6 +33,9 @@ class Callback:
 
     def on_end(self, step: int) -> None:
         """After the last step of the run; not called when the run fails."""
+
+    def on_failure(self) -> None:
+        """After another method of a callback that is not required has failed; none is called any more."""
 
 
 class StepSource(Protocol):

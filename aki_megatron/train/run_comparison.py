@@ -14,7 +14,7 @@ from aki_megatron.config.nested import flatten
 from aki_megatron.errors import DataError
 from aki_megatron.supervise.metrics import read_metrics
 from aki_megatron.supervise.run_paths import RunPaths
-from aki_megatron.train.sample_audit import read_sample_audit
+from aki_megatron.train.sample_audit import StepSamples, read_sample_audit
 
 PARTS = ("samples", "metrics", "config")
 METRICS = ("loss", "grad_norm")
@@ -48,27 +48,42 @@ def compare_runs(a: Path, b: Path, parts: Sequence[str], tolerance: float) -> li
 
 
 def compare_samples(a: Path, b: Path) -> Comparison:
-    """Compare the sample audit logs. Raises DataError where one is missing or lacks steps."""
+    """Compare the sample audit logs. Raises DataError where one is missing or lacks steps, or is of another version."""
     first, second = (read_sample_audit(run, unfinished=True) for run in (a, b))
-    common = sorted(first.keys() & second.keys())
-    if not common:
+    both = sorted(first.keys() & second.keys())
+    if not both:
         raise DataError(f"The sample audit logs of {a} and {b} have no step in common: nothing can be compared.")
+    common = [step for step in both if first[step].hash_version == second[step].hash_version]
     diverged = next((step for step in common if first[step] != second[step]), None)
+    if diverged is None and len(common) < len(both):
+        raise DataError(_other_versions(first, second, both, len(common)))
     ends = (max(first), max(second))
     values = {"first_step": diverged, "common_steps": len(common), "last_steps": ends}
     if diverged is None:
         samples = sum(first[step][0] for step in common)
         text = f"equal in all {len(common):,} steps that both have ({samples:,} samples)"
         return Comparison("samples", ends[0] == ends[1], text + _unequal_ends(*ends), values)
-    (count_a, hash_a), (count_b, hash_b) = first[diverged], second[diverged]
+    (count_a, hash_a, _), (count_b, hash_b, _) = first[diverged], second[diverged]
     equal_again = sum(first[step] == second[step] for step in common if step > diverged)
     text = (
         f"they diverge at step {diverged:,}: A trained on {count_a:,} samples (hash {hash_a:016x}), "
         f"B on {count_b:,} (hash {hash_b:016x}). "
-        + (f"Steps 1 to {diverged - 1:,} are equal. " if diverged > 1 else "")
+        + (f"Steps {common[0]:,} to {diverged - 1:,} are equal. " if diverged > common[0] else "")
         + f"Of the {common[-1] - diverged:,} steps after it {equal_again:,} are equal{_unequal_ends(*ends)}"
     )
     return Comparison("samples", False, text, values)
+
+
+def _other_versions(
+    first: Mapping[int, StepSamples], second: Mapping[int, StepSamples], both: Sequence[int], num_equal: int
+) -> str:
+    """Return why samples cannot be compared: hashes of two versions differ even for the same samples."""
+    step = next(step for step in both if first[step].hash_version != second[step].hash_version)
+    return (
+        f"The samples of {len(both) - num_equal:,} steps cannot be compared, from step {step:,} on: the audit log of A "
+        f"has hashes of version {first[step].hash_version} there, that of B of version {second[step].hash_version} "
+        f"(version 1, of earlier releases, is of the samples' keys only). The {num_equal:,} other steps are equal."
+    )
 
 
 def compare_metrics(a: Path, b: Path, tolerance: float) -> Iterator[Comparison]:

@@ -2,22 +2,24 @@
 
 ``<run>/sample_audit/replica_<data rank>.jsonl`` has a line per step, counted from 1 as in metrics.jsonl:
 
-    {"step": 7, "replicas": 2, "samples": 32, "samples_hash": "00c5e19f8a04b37d"}
+    {"step": 7, "replicas": 2, "samples": 32, "hash_version": 2, "samples_hash": "00c5e19f8a04b37d"}
 
-``samples_hash`` is LoadedStep.samples_hash in hexadecimal. Its sum over the replicas of a step, modulo 2^64, does not
-depend on their number: equal sums mean equal samples in equal positions.
+``samples_hash`` is LoadedStep.samples_hash in hexadecimal, ``hash_version`` that of data/sample_hash.py; a line without
+it is of version 1. The sum over the replicas of a step, modulo 2^64, does not depend on their number: equal sums mean
+that the same tokens, targets and pixels were trained in the same positions. Sums of two versions cannot be compared.
 """
 
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 from aki_megatron.data.loader import LoadedStep
+from aki_megatron.data.sample_hash import HASH_VERSION
 from aki_megatron.errors import DataError
 from aki_megatron.supervise.jsonl import discard_steps_after, read_lines
 from aki_megatron.supervise.run_paths import RunPaths
+from aki_megatron.supervise.step_log import StepLog
 from aki_megatron.train.loop import Callback
 from aki_megatron.types import StepReport
 
@@ -35,56 +37,73 @@ class _Line(NamedTuple):
     replicas: int
     samples: int
     samples_hash: int
+    hash_version: int
+
+
+class StepSamples(NamedTuple):
+    """What all replicas together trained on in one step: samples, and the sum of ``samples_hash`` modulo 2^64."""
+
+    samples: int
+    samples_hash: int
+    hash_version: int
 
 
 class SampleAuditCallback(Callback):
     """Write the file of this data rank; on one rank per replica, one that reads data.
 
     last_loaded  returns the step that was trained on last; called once after every step
+    open_log     returns what writes the file
     """
 
-    def __init__(self, folder: Path, last_loaded: Callable[[], LoadedStep], *, data_rank: int, data_size: int) -> None:
+    required = True
+
+    def __init__(
+        self,
+        folder: Path,
+        last_loaded: Callable[[], LoadedStep],
+        *,
+        data_rank: int,
+        data_size: int,
+        open_log: Callable[[Path], StepLog] = StepLog,
+    ) -> None:
         assert 0 <= data_rank < data_size, (data_rank, data_size)
         self.folder = folder
         self.last_loaded = last_loaded
         self.data_rank = data_rank
         self.data_size = data_size
-        self.file: TextIO | None = None
+        self.log = open_log(_path(folder, data_rank))
 
     def on_start(self, step: int) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        own = _path(self.folder, self.data_rank)
-        discard_steps_after(own, step)
+        self.log.start(step)
         if self.data_rank == 0:
             # an earlier attempt may have had more replicas
             for replica, path in _paths(self.folder):
                 if replica >= self.data_size:
                     discard_steps_after(path, step)
-        self.file = own.open("a")
 
     def on_step(self, step: int, report: StepReport) -> None:
-        assert self.file is not None
         loaded = self.last_loaded()
         line = {
             "step": step,
             "replicas": self.data_size,
             "samples": loaded.num_samples,
+            "hash_version": HASH_VERSION,
             "samples_hash": f"{loaded.samples_hash:016x}",
         }
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()  # to the operating system, so that a killed process loses no line
+        self.log.write(line)
 
     def on_rollback(self, step: int) -> None:
-        self.on_end(step)
         self.on_start(step)
 
+    def on_stop(self, step: int) -> None:
+        self.log.close(in_checkpoint=True)
+
     def on_end(self, step: int) -> None:
-        assert self.file is not None
-        self.file.close()
+        self.log.close()
 
 
-def read_sample_audit(run: Path, *, unfinished: bool = False) -> dict[int, tuple[int, int]]:
-    """Return step -> (samples, sum of ``samples_hash`` modulo 2^64) over all replicas, in the order of the steps.
+def read_sample_audit(run: Path, *, unfinished: bool = False) -> dict[int, StepSamples]:
+    """Return step -> what all replicas trained on, in the order of the steps.
 
     With ``unfinished`` the last steps may be incomplete, as replicas that were killed stop at different steps; such
     steps are left out. Raises DataError where the run has no audit log, and where a replica lacks a step or has it
@@ -99,16 +118,23 @@ def read_sample_audit(run: Path, *, unfinished: bool = False) -> dict[int, tuple
         raise DataError(
             f"{run} has no sample audit log ({folder}/replica_0.jsonl); give the folder of a run that completed a step."
         )
-    complete = {step for step, lines in by_step.items() if all(line.replicas == len(lines) for line in lines)}
+    complete = {
+        step
+        for step, lines in by_step.items()
+        if all((line.replicas, line.hash_version) == (len(lines), lines[0].hash_version) for line in lines)
+    }
     last = max(complete, default=0) if unfinished else max(by_step)
     if missing := [step for step in range(1, last + 1) if step not in complete]:
         raise DataError(
             f"The sample audit log {folder} lacks lines of some replica, or has some twice: {_format_steps(missing)}."
         )
-    return {
-        step: (sum(line.samples for line in by_step[step]), sum(line.samples_hash for line in by_step[step]) % MODULUS)
-        for step in range(1, last + 1)
-    }
+    return {step: _sum(by_step[step]) for step in range(1, last + 1)}
+
+
+def _sum(lines: Sequence[_Line]) -> StepSamples:
+    """Return the sum of the lines of one step."""
+    samples_hash = sum(line.samples_hash for line in lines) % MODULUS
+    return StepSamples(sum(line.samples for line in lines), samples_hash, lines[0].hash_version)
 
 
 def _path(folder: Path, replica: int) -> Path:
@@ -125,7 +151,13 @@ def _read(path: Path) -> list[_Line]:
     """Return the lines of a file. Raises DataError for a line of another form."""
     try:
         return [
-            _Line(line["step"], line["replicas"], line["samples"], int(line["samples_hash"], 16))
+            _Line(
+                line["step"],
+                line["replicas"],
+                line["samples"],
+                int(line["samples_hash"], 16),
+                line.get("hash_version", 1),
+            )
             for line in read_lines(path)
         ]
     except (ValueError, KeyError, TypeError) as error:

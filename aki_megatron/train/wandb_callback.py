@@ -4,7 +4,7 @@ import re
 import secrets
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,13 @@ class WandbCallback(Callback):
 
     def on_end(self, step: int) -> None:
         self.run.finish()
+
+    def on_failure(self) -> None:
+        """Forget wandb's service, a process that SIGTERM ends: at exit wandb would try to reach it, and fail again."""
+        import wandb
+
+        with suppress(Exception):
+            wandb.teardown()
 
 
 @contextmanager

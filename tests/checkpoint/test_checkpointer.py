@@ -263,3 +263,26 @@ def test_a_full_disk_of_one_rank_fails_the_save_on_all(run_on, tmp_path):
     messages = run_on(2, one_rank_cannot_write, tmp_path / "run")
     assert all("No space left on device" in message for message in messages), messages
     assert Checkpointer(tmp_path / "run", keep_last=1).latest() is None
+
+
+@pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_state_that_is_not_finite_displaces_no_checkpoint(tmp_path, async_save, value):
+    checkpointer = Checkpointer(tmp_path, keep_last=1, async_save=async_save)
+    checkpointer.save(1, {"weight.a": torch.ones(4), "optimizer.step": torch.tensor(1)}, {})
+    checkpointer.wait()
+    with pytest.raises(CheckpointError, match=r"the state after step 2 is not finite \(weight.a\)"):
+        checkpointer.save(2, {"weight.a": torch.tensor([1.0, value]), "optimizer.step": torch.tensor(2)}, {})
+        checkpointer.wait()
+    assert checkpointer.latest() == tmp_path / "step_000001"
+
+
+def test_a_checkpoint_may_keep_older_ones_and_hold_files_of_the_ranks(tmp_path):
+    checkpointer = Checkpointer(tmp_path, keep_last=1)
+    checkpointer.save(1, {"a": torch.ones(4)}, {})
+    checkpointer.save(2, {"a": torch.ones(4)}, {}, rank_files={"unwritten/metrics.jsonl": "{}\n"}, keep_older=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_000001", "step_000002"]
+    assert (tmp_path / "step_000002/unwritten/metrics.jsonl").read_text() == "{}\n"
+    checkpointer.load(tmp_path / "step_000002", {"a": torch.zeros(4)})  # the file is in the manifest, and verified
+    checkpointer.save(3, {"a": torch.ones(4)}, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_000003"]

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from aki_megatron.checkpoint import files
 from aki_megatron.checkpoint.checkpointer import Checkpointer
 from aki_megatron.checkpoint.dcp_io import CheckpointSource
+from aki_megatron.console import Console
 from aki_megatron.errors import CheckpointError
 from aki_megatron.train.checkpoint_callback import CheckpointCallback
 from aki_megatron.types import StepReport
@@ -48,6 +48,7 @@ def verify_newest(folder: Path) -> int:
 
 def save_for_ever(folder: Path, async_save: bool) -> None:
     """Save steps after the newest, each twice: a checkpoint may be replaced by one of the same step."""
+    torch.set_num_threads(1)  # the threads of the parent do not survive the fork
     checkpointer, step = open_checkpointer(folder, async_save=async_save), verify_newest(folder)
     while True:
         step += 1
@@ -142,10 +143,10 @@ def test_a_full_disk_is_an_error_and_training_goes_on(small_disk, async_save):
     sizes = {2: 1000, 4: 10**6, 6: 1000, 7: 10**6}
     callback = CheckpointCallback(
         checkpointer,
-        lambda step: checkpointer.save(step, tensors(step, sizes[step]), {}),
+        lambda step, keep_older: checkpointer.save(step, tensors(step, sizes[step]), {}),
         2,
         7,
-        Console(file=out, width=500),
+        Console(out, width=500),
     )
     report = StepReport(0.0, 0.0, 0.0, 0, 0, 0, 0, 0, 0.0, False)
     for step in range(1, 6):

@@ -7,11 +7,11 @@ import pytest
 import torch
 from chat_folders import chat_folder
 from data_files import write_sources
-from rich.console import Console
 from toy_family import NAME, registered, tokenizer_folder
 
 from aki_megatron.config.load import load_run
 from aki_megatron.config.run import RunConfig
+from aki_megatron.console import IsolatedConsole
 from aki_megatron.data.pipeline import build_template, build_tokenizer
 from aki_megatron.data.sources import open_sources
 from aki_megatron.data.tokenizer import grow_tokenizer
@@ -52,7 +52,7 @@ def demo(root: Path, family: str) -> RunConfig:
 def train_and_answer(topology: Topology, config: RunConfig) -> tuple[list[float], list[str], list[str]]:
     """Losses of STEPS steps, the trained model's response to the question, and the first two tokens of it."""
     tokenizer = build_tokenizer(config)
-    loader = build_loader(config, tokenizer, topology, Console(quiet=True))
+    loader = build_loader(config, tokenizer, topology, IsolatedConsole(quiet=True))
     engine = build_engine(config, partition_layers(config), topology, init_weights=lambda stage: None)
     try:
         losses = [engine.train_step(step.batches, lr=3e-3).loss for step in islice(loader.steps(0), STEPS)]

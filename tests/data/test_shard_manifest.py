@@ -15,7 +15,7 @@ from aki_megatron.data import shard_manifest, tar_index_builder
 from aki_megatron.data.shard_cache import ShardCache
 from aki_megatron.data.shard_manifest import MANIFEST
 from aki_megatron.data.shards import CaptionDataset
-from aki_megatron.data.tar_index import index_path, read_header, write_index
+from aki_megatron.data.tar_index import index_matches, index_path, read_header, write_index
 from aki_megatron.data.tar_index_builder import IndexJob, build_indices
 from aki_megatron.errors import DataError
 
@@ -101,19 +101,70 @@ def test_a_copied_dataset_keeps_its_indices(folder: Path, tmp_path: Path, monkey
     assert texts(open_all(copied)) == texts(open_all(folder)) == EXPECTED
 
 
+def edit_in_place(tar: Path) -> None:
+    """Make a text one character shorter, between the blocks of the tar's digest; the size of the tar stays."""
+    before = tar.stat().st_size
+    members = pairs(200)
+    members[201] = (members[201][0], b"The red cat 10.\n")
+    write_tar(tar, members)
+    assert tar.stat().st_size == before
+
+
+def test_a_text_that_is_edited_in_place_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_tar(tmp_path / "c/0.tar", pairs(200)).parent
+    before = CaptionDataset(["0.tar"], folder)
+    edit_in_place(folder / "0.tar")
+    header, found = read_header(index_path(folder / "0.tar")), (folder / "0.tar").stat()
+    assert index_matches(header, folder / "0.tar", found.st_size, found.st_mtime_ns)  # by its digest
+    after = CaptionDataset(["0.tar"], folder)
+    assert [before.caption(99).text, after.caption(100).text, after.caption(101).text] == [
+        "The red cat 99.\n", "The red cat 10.\n", "The red cat 101.\n",
+    ]  # fmt: skip
+    assert after.fingerprint != before.fingerprint
+    assert CaptionDataset(["0.tar"], folder).fingerprint == after.fingerprint
+    monkeypatch.setattr(shard_manifest, "VERIFIED_SAMPLES", 199)  # more are trusted: a start must not take hours
+    write_tar(folder / "0.tar", pairs(200))
+    assert CaptionDataset(["0.tar"], folder).fingerprint == after.fingerprint
+
+
+def test_an_edited_tar_in_a_folder_without_write_access_gets_an_index_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, cache = write_tar(tmp_path / "c/0.tar", pairs(200)).parent, ShardCache(tmp_path / "cache")
+    before = CaptionDataset(["0.tar"], folder, cache=cache)
+    edit_in_place(folder / "0.tar")
+    (folder / MANIFEST).unlink()
+    refuse_writes(monkeypatch, folder)
+    for _ in range(2):
+        after = CaptionDataset(["0.tar"], folder, cache=cache)
+        assert after.caption(100).text == "The red cat 10.\n" and after.fingerprint != before.fingerprint
+    assert sorted(path.name for path in folder.iterdir()) == ["0.tar", "0.tar.index"]
+
+
+def refuse_writes(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let nothing be written into the folder, also by root."""
+    real_write, real_unlink = shard_manifest.write_atomically, Path.unlink
+
+    def write(path: Path, data: bytes) -> None:
+        if path.parent == folder:
+            raise DataError(f"{path} cannot be written: read-only")
+        real_write(path, data)
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.parent == folder:
+            raise OSError("read-only")
+        real_unlink(path, missing_ok)
+
+    monkeypatch.setattr(shard_manifest.os, "access", lambda path, mode: Path(path) != folder)
+    monkeypatch.setattr(shard_manifest, "write_atomically", write)
+    monkeypatch.setattr(Path, "unlink", unlink)
+
+
 def test_folders_without_write_access_have_their_indices_in_the_cache(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_headers: list[Path]
 ) -> None:
     write_index(folder / "0.tar")
-    real = shard_manifest.write_atomically
-
-    def refuse(path: Path, data: bytes) -> None:
-        if path.parent == folder:
-            raise DataError(f"{path} cannot be written: read-only")
-        real(path, data)
-
-    monkeypatch.setattr(shard_manifest.os, "access", lambda path, mode: Path(path) != folder)
-    monkeypatch.setattr(shard_manifest, "write_atomically", refuse)
+    refuse_writes(monkeypatch, folder)
     cache = ShardCache(tmp_path / "cache")
     before = sorted(folder.iterdir())
     assert texts(open_all(folder, cache=cache)) == EXPECTED

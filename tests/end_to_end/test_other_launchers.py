@@ -4,7 +4,6 @@ When the process that started the ranks is killed, deepspeed's ranks train on, m
 (docs/cluster.md).
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from launchers import MPIRUN_ENVIRONMENT, launcher_command
 from small_demo import ROOT, TIMEOUT_SECONDS, DemoWorkspace
 
 from aki_megatron.supervise.attempts import read_attempts
+from aki_megatron.supervise.first_failure import last_first_failure
 from aki_megatron.supervise.metrics import read_metrics
 from aki_megatron.supervise.process import RankProcess, is_alive
 from aki_megatron.supervise.run_paths import RunPaths
@@ -53,7 +53,7 @@ def wait_for_steps(paths: RunPaths, more: int) -> None:
 
 def training(paths: RunPaths) -> list[RankProcess]:
     """Return the processes of the live ranks."""
-    found = [RankProcess.read(paths.process(rank)) for rank in (0, 1)]
+    found = [RankProcess.read(start.process(rank)) for start in paths.starts() for rank in (0, 1)]
     return [process for process in found if process is not None and is_alive(process)]
 
 
@@ -99,10 +99,11 @@ def test_mpirun_killed_and_asked_to_stop(demo: DemoWorkspace) -> None:
     assert len(ranks) == 2
     killed.kill()
     assert killed.wait(TIMEOUT_SECONDS) == -signal.SIGKILL
-    wait_for(lambda: paths.first_failure.exists() and not any(map(is_alive, ranks)), "the end of the orphans")
+    wait_for(lambda: last_first_failure(paths) and not any(map(is_alive, ranks)), "the end of the orphans")
     # a terminal or a pipe without a reader
-    assert json.loads(paths.first_failure.read_text())["text"].startswith(("OSError", "BrokenPipeError"))
-    assert not paths.process(0).exists() and read_attempts(paths)[0].end == "failed"
+    failure = last_first_failure(paths)
+    assert failure is not None and failure.text.startswith(("OSError", "BrokenPipeError"))
+    assert not training(paths) and read_attempts(paths)[0].end == "failed"
 
     asked = start(demo, "mpirun_killed", *launcher)
     wait_for_steps(paths, 3)

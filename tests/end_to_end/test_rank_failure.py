@@ -11,6 +11,9 @@ import pytest
 from launchers import MPIRUN_ENVIRONMENT, launcher_command
 from small_demo import DemoWorkspace
 
+from aki_megatron.supervise.first_failure import last_first_failure
+from aki_megatron.supervise.run_paths import RunPaths
+
 pytestmark = pytest.mark.end_to_end
 
 FAILING_SFT = "tests/end_to_end/failing_sft.py"
@@ -46,11 +49,11 @@ def run_failing(demo: DemoWorkspace, launcher: str, ranks: int, fails: str) -> E
     assert f"\n  log of rank {rank}: {log}\n" in result.stderr
     assert result.returncode != 0
     assert "[rank" not in result.stderr, "a rank printed its traceback"
-    cause = json.loads((folder / "logs/first_failure.json").read_text())
-    assert cause["rank"] == rank
+    cause = last_first_failure(RunPaths(folder))
+    assert cause is not None and cause.rank == rank
     last = [line["step"] for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
     assert last == list(range(1, STEP))
-    failed = max(cause["time"], log.stat().st_mtime)
+    failed = max(cause.time, log.stat().st_mtime)
     return Ending(result.returncode, errors[0], log, ended - failed)
 
 

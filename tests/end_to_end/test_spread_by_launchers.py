@@ -7,11 +7,11 @@ from unittest.mock import patch
 
 import pytest
 from launchers import MPIRUN_ENVIRONMENT, launcher_command
-from rich.console import Console
 from small_demo import ROOT, DemoWorkspace
 
 from aki_megatron.checkpoint.dcp_io import CheckpointSource
 from aki_megatron.config.load import load_run
+from aki_megatron.console import IsolatedConsole
 from aki_megatron.supervise.progress import ProgressTracker
 from aki_megatron.supervise.signals import StopSignals
 
@@ -112,7 +112,7 @@ def num_loaded_batches(topology, flags: list[str]) -> tuple[bool, int]:
         trainer = build.build_trainer(
             config,
             topology,
-            Console(quiet=True),
+            IsolatedConsole(quiet=True),
             attempt="test",
             stop_signals=StopSignals(),
             tracker=ProgressTracker(config.watch),

@@ -1,5 +1,6 @@
 """One function tells which process of which world this is, under every launcher."""
 
+import re
 import sys
 
 import pytest
@@ -192,3 +193,22 @@ def test_a_master_that_has_no_address():
     check_master(launch, resolve=resolve_late, sleep=slept.append)
     check_master(discover_launch(TORCHRUN | {"MASTER_ADDR": "localhost"}))
     check_master(discover_launch({}), resolve=resolve)
+
+
+def test_a_start_has_one_id_on_all_ranks_and_another_than_others():
+    def start_id(**changes):
+        variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "gpu03", "MASTER_PORT": "29500"}
+        return discover_launch(variables | changes).start_id
+
+    assert start_id() == start_id(RANK="1", LOCAL_RANK="1") != ""
+    assert re.fullmatch(r"gpu03-29500-[0-9a-f]{8}", start_id())
+    others = [
+        {"MASTER_PORT": "29501"},
+        {"MASTER_ADDR": "127.0.0.1"},
+        {"SLURM_JOB_ID": "7"},
+        {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"},
+        {"TORCHELASTIC_RUN_ID": "a/../b", "TORCHELASTIC_RESTART_COUNT": "0"},
+        {"TORCHELASTIC_RUN_ID": "a/../b", "TORCHELASTIC_RESTART_COUNT": "1"},
+    ]
+    assert len({start_id(), *(start_id(**changes) for changes in others)}) == 1 + len(others)
+    assert discover_launch({}).start_id == discover_launch({}).attempt != ""

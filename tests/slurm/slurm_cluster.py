@@ -159,7 +159,8 @@ class Job:
 
     def rank(self, number: int) -> int:
         """Return the process id of a rank."""
-        return int(json.loads(self.paths.process(number).read_text())["pid"])
+        found = (start.process(number) for start in self.paths.starts())
+        return int(json.loads(next(path for path in found if path.exists()).read_text())["pid"])
 
     def events(self, kind: str) -> list[str]:
         """Return the texts of the run's events of a kind."""

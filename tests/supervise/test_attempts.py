@@ -62,9 +62,10 @@ def test_a_crash_loop_is_given_up_with_the_last_error(tmp_path: Path, capsys: py
     codes = []
     for number in range(3):
         assert begin(paths, f"1.{number}") == 0
-        paths.logs.mkdir(exist_ok=True)
-        paths.first_failure.unlink(missing_ok=True)
-        FirstFailure(4, "OSError: no\n  disk", 1, 4).write_once(paths.first_failure)
+        files = paths.start("a")
+        files.path.mkdir(parents=True, exist_ok=True)
+        files.first_failure.unlink(missing_ok=True)
+        FirstFailure(4, "OSError: no\n  disk", 1, 4).write_once(files.first_failure)
         codes.append(decide(paths, f"1.{number}"))
     assert codes == [10, 10, 20]
     printed = capsys.readouterr().out.splitlines()
@@ -95,8 +96,8 @@ def test_an_attempt_without_a_start_line_counts_too(tmp_path: Path) -> None:
 
 def test_an_error_of_an_earlier_attempt_is_not_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = RunPaths(tmp_path)
-    paths.logs.mkdir()
-    FirstFailure(0, "old", 1, 0, time.time() - 60).write_once(paths.first_failure)
+    paths.start("a").path.mkdir(parents=True)
+    FirstFailure(0, "old", 1, 0, time.time() - 60).write_once(paths.start("a").first_failure)
     begin(paths, "1.0")
     decide(paths, "1.0")
     assert "no rank left an error message" in capsys.readouterr().out
@@ -128,3 +129,37 @@ def test_a_wrong_number_of_attempts_is_refused(tmp_path: Path, number: str) -> N
     with pytest.raises(SystemExit) as refused:
         main(["decide", str(tmp_path), "--attempt", "1.0", "--give-up-after", number])
     assert refused.value.code == 2
+
+
+def test_a_run_folder_that_cannot_be_used_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
+    for path in (file, tmp_path / "link", tmp_path / ("x" * 300), Path("/proc/run")):
+        assert begin(RunPaths(path), "1.0") == 2
+        message = capsys.readouterr().err
+        assert message.startswith("error: ") and str(path) in message and message.count("\n") == 1, message
+
+
+def test_damaged_files_do_not_stop_a_batch_script(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    begin(paths, "1.0")
+    files = paths.start("a")
+    files.path.mkdir(parents=True)
+    for path in (paths.attempts, files.first_failure):
+        with path.open("ab") as file:
+            file.write(b"\xff\n[]\n{}\n")
+    paths.checkpoints.mkdir()
+    (paths.checkpoints / "latest").write_bytes(b"\xff")
+    assert decide(paths, "1.0") == 10
+    paths.stopped("1.0").write_bytes(b"\xff")
+    assert decide(paths, "1.0") == 10
+
+
+def test_an_attempt_that_ctrl_c_ended_is_no_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = RunPaths(tmp_path)
+    for number in range(4):
+        begin(paths, f"1.{number}")
+        record_end(paths, f"1.{number}", step=3, end="interrupted", reason="interrupted by Ctrl-C (SIGINT)")
+        assert decide(paths, f"1.{number}") == 10
+        assert "stopped: interrupted by Ctrl-C" in capsys.readouterr().out

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from aki_megatron.errors import DataError
 from aki_megatron.supervise import control
 from aki_megatron.supervise.control import ControlSignals
 from aki_megatron.supervise.run_paths import RunPaths
@@ -15,6 +16,15 @@ from aki_megatron.types import ControlRequest
 def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunPaths:
     monkeypatch.setattr(control, "POLL_SECONDS", 0.0)
     return RunPaths(tmp_path)
+
+
+def test_a_failure_that_another_thread_found_ends_training_at_the_next_step(paths: RunPaths) -> None:
+    stop_signals = StopSignals()
+    signals = ControlSignals(paths, stop_signals, checks_files=True)
+    signals.poll()
+    stop_signals.failure = "the run folder is gone"
+    with pytest.raises(DataError, match="^the run folder is gone$"):
+        signals.poll()
 
 
 def test_files_are_requests_of_the_rank_that_checks_them(paths: RunPaths) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from aki_megatron.errors import ConfigError, DataError
 from aki_megatron.supervise import failure
-from aki_megatron.supervise.failure import FailureReporter, exit_now
+from aki_megatron.supervise.failure import FailureReporter
 from aki_megatron.supervise.process import this_process
 from aki_megatron.supervise.run_paths import RunPaths
 from aki_megatron.supervise.signals import DUPLICATE_SECONDS, StopSignals
@@ -48,6 +48,7 @@ def run_ranks(
             rank,
             count,
             stop_signals,
+            start_id="a",
             sigterm_from_scheduler=sigterm_from_scheduler,
             on_failure=lambda text: (folder / f"note_{rank}").write_text(text),
         )
@@ -59,7 +60,7 @@ def run_ranks(
             behave(rank, reporter)
             barrier.wait()
         except BaseException as error:
-            exit_now(reporter.paths, rank, reporter.report(error))
+            reporter.exit_now(reporter.report(error))
         reporter.end()
         os._exit(0)
 
@@ -100,7 +101,7 @@ def test_blocked_ranks_end_when_another_raises(tmp_path: Path) -> None:
     codes, printed = run_ranks(tmp_path, 3, raising(KeyError("weight")))
     assert codes == [1, 1, 1]
     assert printed == ["error on rank 1: KeyError: 'weight'", f"  log of rank 1: {tmp_path}/logs/rank_1.log"]
-    assert json.loads((tmp_path / "logs/first_failure.json").read_text())["rank"] == 1
+    assert json.loads((tmp_path / "logs/start_a/first_failure.json").read_text())["rank"] == 1
     assert {(tmp_path / f"note_{rank}").read_text() for rank in range(3)} == {"rank 1: KeyError: 'weight'"}
 
 
@@ -195,7 +196,7 @@ def test_sigterm_caused_by_a_failure_ends_a_rank_at_once(tmp_path: Path, monkeyp
         reporter.training_started = True
         if rank == 1:
             raise ValueError("of rank 1")
-        while not reporter.paths.first_failure.exists():
+        while not reporter.files.first_failure.exists():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
         wait_for_ever()
@@ -224,7 +225,9 @@ def test_sigterm_before_the_ranks_have_joined(tmp_path: Path, sigterm_from_sched
         stop_signals = StopSignals()
         stop_signals.listen()
         os.kill(os.getpid(), signal.SIGTERM)
-        FailureReporter(RunPaths(tmp_path), 1, 2, stop_signals, sigterm_from_scheduler=sigterm_from_scheduler).begin()
+        FailureReporter(
+            RunPaths(tmp_path), 1, 2, stop_signals, start_id="a", sigterm_from_scheduler=sigterm_from_scheduler
+        ).begin()
         os._exit(0 if stop_signals.reason == "SIGTERM" else 1)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == (0 if sigterm_from_scheduler else 128 + signal.SIGTERM)
@@ -243,8 +246,8 @@ def test_rank_0_reports_an_error_of_all_ranks(tmp_path: Path, training: bool) ->
 
 
 def test_files_of_an_earlier_attempt_suppress_no_report(tmp_path: Path) -> None:
-    logs = tmp_path / "logs"
-    logs.mkdir()
+    logs = tmp_path / "logs/start_a"
+    logs.mkdir(parents=True)
     earlier = logs / "first_failure.json"
     earlier.write_text('{"rank": 0, "text": "", "code": 1}')
     os.utime(earlier, (time.time() - 10, time.time() - 10))
@@ -258,9 +261,40 @@ def test_a_single_process_returns_after_one_error(tmp_path: Path, capsys: pytest
         (ConfigError("that is wrong."), 2, "error: that is wrong.\n"),
         (OSError("disk\n  gone"), 1, f"error: OSError: disk gone\n  log of rank 0: {tmp_path}/logs/rank_0.log\n"),
     ):
-        reporter = FailureReporter(RunPaths(tmp_path), 0, 1, StopSignals())
+        reporter = FailureReporter(RunPaths(tmp_path), 0, 1, StopSignals(), start_id="a")
         before = signal.getsignal(signal.SIGTERM)
         reporter.begin()
         assert reporter.report(error) == code
         assert capsys.readouterr().err == text
         assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_files_of_earlier_starts_are_removed(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    for world_size in (1, 2):
+        old = paths.start("old")
+        old.path.mkdir(parents=True)
+        old.first_failure.write_text("{}")
+        child = os.fork()  # signal handlers are of the process
+        if child == 0:
+            reporter = FailureReporter(paths, 0, world_size, StopSignals(), start_id="new")
+            reporter.begin()
+            removed = not old.path.exists()
+            reporter.end()
+            os._exit(0 if removed else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert paths.starts() == []
+
+
+def test_a_rank_of_another_start_that_is_alive_is_not_overwritten(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    files = paths.start("a")
+    files.path.mkdir(parents=True)
+    own = this_process()
+    parent = os.getppid()
+    ticks = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19])
+    content = json.dumps(own.__dict__ | {"pid": parent, "start_ticks": ticks})
+    files.process(1).write_text(content)
+    with pytest.raises(ConfigError, match=f"is in use: process {parent} on .* is rank 1 of a run"):
+        FailureReporter(paths, 1, 2, StopSignals(), start_id="a").begin()
+    assert files.process(1).read_text() == content

@@ -62,6 +62,37 @@ def test_duplicate_sigterms_count_once_and_a_later_one_ends_the_process() -> Non
     assert exit_code(lambda stop_signals: (send(signal.SIGTERM), send(signal.SIGTERM))) == 0
 
 
+def interrupted(action: Callable[[], object]) -> bool:
+    """Return whether ``action`` raises KeyboardInterrupt."""
+    try:
+        action()
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+def test_ctrl_c_stops_once_and_a_later_one_ends_the_process() -> None:
+    def behave(stop_signals: StopSignals) -> bool:
+        first = interrupted(lambda: send(signal.SIGINT))
+        duplicate = interrupted(lambda: send(signal.SIGINT))  # forwarded by a launcher, while the run ends in order
+        if not first or duplicate or stop_signals.reason:
+            return False
+        time.sleep(DUPLICATE_SECONDS + 0.1)
+        send(signal.SIGINT)
+        return False
+
+    assert exit_code(behave) == -signal.SIGINT
+
+
+def test_a_process_that_ignores_sigint_keeps_ignoring_it() -> None:
+    def behave(stop_signals: StopSignals) -> bool:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        stop_signals.listen()
+        return not interrupted(lambda: send(signal.SIGINT))
+
+    assert exit_code(behave) == 0
+
+
 def test_a_process_that_ignores_sigterm_keeps_ignoring_it() -> None:
     def behave(stop_signals: StopSignals) -> bool:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -72,11 +103,12 @@ def test_a_process_that_ignores_sigterm_keeps_ignoring_it() -> None:
     assert exit_code(behave) == 0
 
 
-def test_children_are_ended_by_sigterm_and_not_by_sigusr1() -> None:
+def test_children_are_ended_by_sigterm_and_not_by_sigusr1_or_ctrl_c() -> None:
     def behave(stop_signals: StopSignals) -> bool:
         child = os.fork()
         if child == 0:
             send(signal.SIGUSR1)
+            send(signal.SIGINT)
             send(signal.SIGTERM)
             os._exit(0)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM

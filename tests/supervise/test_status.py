@@ -89,9 +89,11 @@ def test_an_unresponsive_rank_is_named_and_an_unresponsive_run_too(paths: RunPat
 
 
 def test_the_cause_of_the_end_is_shown(paths: RunPaths) -> None:
-    FirstFailure(1, "OSError: disk\ngone", 1, 1, time.time() + 1).write_once(paths.first_failure)
+    files = paths.start("a")
+    files.path.mkdir(parents=True)
+    FirstFailure(1, "OSError: disk\ngone", 1, 1, time.time() + 1).write_once(files.first_failure)
     assert state(paths) == "failed" and "rank 1: OSError: disk\ngone" in shown(paths)
-    paths.first_failure.unlink()
+    files.first_failure.unlink()
     record_end(paths, "7.1", step=240, end="stopped", reason="STOP exists")
     paths.stop.touch()
     assert state(paths) == "stopped" and "the run is not started again" in shown(paths)
@@ -127,3 +129,26 @@ def test_the_command(paths: RunPaths, tmp_path: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.splitlines()[1] == "state        done"
     assert main([str(tmp_path / "elsewhere")]) == 2
     assert "elsewhere is not a run folder" in capsys.readouterr().err
+
+
+def test_damaged_files_are_left_out(paths: RunPaths) -> None:
+    record_event(paths, 250, "stop", "STOP exists")
+    files = paths.start("a")
+    files.path.mkdir()
+    for path in (paths.metrics, paths.events, paths.attempts, files.first_failure, paths.heartbeat(1)):
+        with path.open("ab") as file:
+            file.write(b'{"step": 1}\n\xff\n[]\n{"attempt": 3, "time": ""}\n')
+    files.first_failure.write_text('{"rank": 0, "text": "x", "code": 1, "reported_by": 0, "time": "now"}')
+    (paths.checkpoints / "step_000200").mkdir(parents=True)
+    (paths.checkpoints / "latest").write_bytes(b"\xff")
+    text = shown(paths)
+    assert "step         250 of 1,000" in text and "attempts     2 (1 restart)" in text and "STOP exists" in text
+    assert "1 of 1 ranks alive" in text
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"train: 3\n", b"a: [\n", b"[" * 5000])
+def test_a_damaged_config_is_named(paths: RunPaths, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    paths.config.write_bytes(content)
+    assert main([str(paths.path)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {paths.config} is damaged (") and message.count("\n") == 1

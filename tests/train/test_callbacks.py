@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from step_reports import step_report
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from aki_megatron.console import Console
 from aki_megatron.supervise.attempts import read_attempts
 from aki_megatron.supervise.events import read_events, record_event
 from aki_megatron.supervise.jsonl import discard_steps_after
@@ -61,7 +61,7 @@ def test_a_missing_metrics_file_is_an_empty_one(tmp_path: Path) -> None:
 
 def test_the_console_prints_at_the_interval_and_counts_skipped_steps() -> None:
     out = io.StringIO()
-    callback = ConsoleCallback(25, 10, Console(file=out, width=200, highlight=False))
+    callback = ConsoleCallback(25, 10, Console(out, width=200))
     callback.on_start(0)
     for step in range(1, 26):
         callback.on_step(step, step_report(skipped=step == 3))
@@ -82,16 +82,11 @@ def test_a_rollback_discards_later_metrics(tmp_path: Path) -> None:
 
 
 def run_finalizer(paths: RunPaths) -> RunFinalizer:
-    def write_report(paths: RunPaths) -> None:
-        assert not paths.done.exists(), "DONE is written last"
-        paths.report.touch()
-
     return RunFinalizer(
         paths,
         "77.1",
         stop_reason=lambda: "SIGUSR1",
         record_event=partial(record_event, paths),
-        write_report=write_report,
         console=Console(quiet=True),
     )
 
@@ -106,10 +101,10 @@ def test_an_attempt_that_stops_records_where_and_why(tmp_path: Path) -> None:
     assert [(event["kind"], event["step"]) for event in read_events(paths)] == [("stop", 7)]
 
 
-def test_a_run_that_is_done_gets_report_and_done(tmp_path: Path) -> None:
+def test_a_run_that_is_done_gets_the_file_done(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path)
     run_finalizer(paths).on_end(9)
-    assert paths.done.read_text() == "9\n" and paths.report.exists() and not list(tmp_path.glob("STOPPED*"))
+    assert paths.done.read_text() == "9\n" and not list(tmp_path.glob("STOPPED*"))
     assert [(attempt.step, attempt.end) for attempt in read_attempts(paths)] == [(9, "done")]
 
 

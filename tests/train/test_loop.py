@@ -93,7 +93,7 @@ class SimulatedRun:
             self.rates.append(lr)
         return step_report(loss, grad_norm=1.0, lr=lr, skipped=not applied, control=control)
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, keep_older: bool) -> None:
         self.saved[step] = (list(self.weights), json.dumps(checkpoint_extra(self.state, self.guard)))
 
     def load_latest(self) -> Mapping[str, Any]:
@@ -143,7 +143,7 @@ def logged_steps(folder: Path) -> list[int]:
 
 def audited_data(folder: Path) -> list[int]:
     """Data of every step, by the sample audit log, which holds each step once."""
-    return [number for _, number in read_sample_audit(folder).values()]
+    return [step.samples_hash for step in read_sample_audit(folder).values()]
 
 
 def test_an_uninterrupted_run(simulate: Callable[..., SimulatedRun]) -> None:

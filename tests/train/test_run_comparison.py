@@ -70,6 +70,28 @@ def test_the_first_step_with_other_samples_is_named(tmp_path: Path, capsys: pyte
     assert "Of the 2 steps after it 2 are equal" in text and "result different: samples" in text
 
 
+def first_version(run: Path, steps: int) -> None:
+    """Make the first lines of an audit log those of an earlier release."""
+    for path in (run / "sample_audit").iterdir():
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join([*(line.replace('"hash_version": 2, ', "") for line in lines[:steps]), *lines[steps:]]))
+
+
+def test_hashes_of_two_versions_are_not_comparable_rather_than_different(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    first_version(a, 2)
+    code, text = compared(capsys, a, b, "--only", "samples")
+    assert code == 2 and "The samples of 2 steps cannot be compared, from step 1 on: the audit log of A has" in text
+    assert "version 1 there, that of B of version 2" in text and "The 3 other steps are equal" in text
+    first_version(b, 2)  # both went on with a later release after step 2
+    assert compared(capsys, a, b, "--only", "samples")[0] == 0
+    differing = write_run(tmp_path / "c", other=4)
+    code, text = compared(capsys, a, differing, "--only", "samples")
+    assert code == 1 and "diverge at step 4" in text and "Steps 3 to 3 are equal" in text
+
+
 def test_a_run_that_ends_earlier_is_different(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", steps=3)
     code, text = compared(capsys, a, b, "--only", "samples")

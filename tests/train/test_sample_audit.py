@@ -9,8 +9,9 @@ import pytest
 from step_reports import step_report
 
 from aki_megatron.data.loader import LoadedStep
+from aki_megatron.data.sample_hash import HASH_VERSION
 from aki_megatron.errors import DataError
-from aki_megatron.train.sample_audit import MODULUS, SampleAuditCallback, read_sample_audit
+from aki_megatron.train.sample_audit import MODULUS, SampleAuditCallback, StepSamples, read_sample_audit
 
 REPORT = step_report()
 
@@ -41,8 +42,8 @@ def attempt(run: Path, replicas: int, start: int, end: int, *, killed_at: Sequen
             callback.on_end(end)
 
 
-def expected(end: int) -> dict[int, tuple[int, int]]:
-    return {step: (8, hash_sums(step, 1)[0]) for step in range(1, end + 1)}
+def expected(end: int) -> dict[int, StepSamples]:
+    return {step: StepSamples(8, hash_sums(step, 1)[0], HASH_VERSION) for step in range(1, end + 1)}
 
 
 def test_a_line_holds_the_hash_of_one_replica(tmp_path: Path) -> None:
@@ -53,7 +54,7 @@ def test_a_line_holds_the_hash_of_one_replica(tmp_path: Path) -> None:
     callback.on_step(1, REPORT)
     # before the file is closed
     line = (tmp_path / "sample_audit" / "replica_1.jsonl").read_text()
-    assert line == '{"step": 1, "replicas": 2, "samples": 3, "samples_hash": "00000000000000ff"}\n'
+    assert line == ('{"step": 1, "replicas": 2, "samples": 3, "hash_version": 2, "samples_hash": "00000000000000ff"}\n')
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 4])
@@ -116,4 +117,13 @@ def test_a_missing_or_damaged_log_is_a_user_error(tmp_path: Path) -> None:
     path = tmp_path / "sample_audit" / "replica_0.jsonl"
     path.write_text(path.read_text() + '{"step": 3}\n')
     with pytest.raises(DataError, match="replica_0.jsonl is no sample audit log, or is damaged: KeyError"):
+        read_sample_audit(tmp_path)
+
+
+def test_replicas_with_hashes_of_two_versions_are_no_step(tmp_path: Path) -> None:
+    attempt(tmp_path, 2, 0, 3)
+    path = tmp_path / "sample_audit" / "replica_1.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:2], lines[2].replace('"hash_version": 2, ', "")]))
+    with pytest.raises(DataError, match="steps 3."):
         read_sample_audit(tmp_path)

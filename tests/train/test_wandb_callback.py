@@ -1,7 +1,9 @@
 """wandb gets the points it should, without a network."""
 
 import json
+import os
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -89,3 +91,37 @@ def test_the_command_line_goes_to_wandb_without_its_secrets(tmp_path: Path, monk
     wait_until(lambda: any(path.suffix == ".wandb" for path in tmp_path.rglob("*")))
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert b"--data.captions" in written and secret.encode() not in written
+
+
+KILLED = """
+import os, signal, subprocess, sys
+from pathlib import Path
+from step_reports import step_report
+from aki_megatron.train.side_output import isolate_side_outputs
+from aki_megatron.train.wandb_callback import WandbCallback
+
+failures = []
+wandb = WandbCallback(Path(sys.argv[1]), project="x", mode="offline", interval=1, config={})
+(callback,) = isolate_side_outputs([wandb], failures.append)
+callback.on_start(0)
+callback.on_step(1, step_report())
+children = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True).stdout.split()
+services = [int(pid) for pid in children if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+assert services
+for pid in services:
+    os.kill(pid, getattr(signal, sys.argv[2]))
+    os.waitpid(pid, 0)
+for step in range(2, 50):
+    callback.on_step(step, step_report())
+callback.on_stop(50)
+assert len(failures) == 1 and "WandbCallback is off" in failures[0], failures
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+def test_training_outlives_the_process_of_wandb(tmp_path: Path, name: str) -> None:
+    """A scheduler sends SIGTERM to every process of a job; wandb's own process ends at once."""
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+    command = [sys.executable, "-c", KILLED, str(tmp_path), name]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert result.returncode == 0 and "atexit" not in result.stderr, result.stderr

@@ -28,12 +28,11 @@ from typing import Any
 
 import torch
 from attention_cases import Case, cases, inputs, step
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from aki_megatron.attention import attend, cpu_kernel
+from aki_megatron.console import Console, Table
 
 MAX_DENSE_LENGTH = 8192
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]

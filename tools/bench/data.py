@@ -42,11 +42,10 @@ from data_cases import (
     write_data,
 )
 from packing import finetune_lengths, measure, pretrain_lengths
-from rich.console import Console
-from rich.table import Table
 from synthetic_shards import link_copies
 
 from aki_megatron.config.data import SYSTEM_MESSAGE
+from aki_megatron.console import Console, Table
 from aki_megatron.data.packing import DEFAULT_BUFFER_SIZE, PackingLimits
 from aki_megatron.data.shards import CaptionDataset
 from aki_megatron.data.tar_index import write_index

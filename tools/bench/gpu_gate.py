@@ -22,14 +22,13 @@ from pathlib import Path
 import torch
 from attention import measure, show
 from attention_cases import cases
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from aki_megatron.attention import AttentionMask
 from aki_megatron.attention.dense import attend_dense
 from aki_megatron.attention.varlen_kernel import attend_varlen, torch_varlen
 from aki_megatron.config.attention import ATTENTION_RULES, AttentionConfig
+from aki_megatron.console import Console, Table
 from aki_megatron.types import Modality
 
 LIMIT = 1.3

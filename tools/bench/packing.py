@@ -18,10 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from aki_megatron.config.load import load_run
+from aki_megatron.console import Console, Table
 from aki_megatron.data.mixture import Mixture
 from aki_megatron.data.packing import PackingLimits, min_num_sequences, pack
 from aki_megatron.data.pipeline import build_template, build_tokenizer

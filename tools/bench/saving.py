@@ -20,11 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from aki_megatron.checkpoint.checkpointer import Checkpointer
+from aki_megatron.console import Console, Table
 
 HIDDEN_SIZE, BATCH_SIZE = 1024, 64
 MODES = {"sync": False, "async": True}

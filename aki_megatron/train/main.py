@@ -44,7 +44,7 @@ def missing_inputs(config: RunConfig) -> list[str]:
     A run that goes on reads its weights from its own checkpoint.
     """
     init, data = config.init, config.data
-    inputs = {"data.tokenizer": data.tokenizer, "data.root": data.root}
+    inputs: dict[str, Path | None] = {"data.tokenizer": data.tokenizer, "data.root": data.root}
     if read_history(RunPaths(config.run.dir)).checkpoint is None:
         inputs |= {"init.vision": init.vision, "init.language": init.language, "init.weights": init.weights}
     missing = [f"{path} ({key})" for key, path in inputs.items() if path is not None and not path.exists()]

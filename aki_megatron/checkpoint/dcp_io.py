@@ -73,7 +73,8 @@ class CheckpointSource:
         verify   compare every file with the manifest first, which reads all of them
         version  the checkpoint format to read
 
-        Raises CheckpointError when there is none of that format, or when a file is missing or corrupt.
+        Raises CheckpointError when there is none of that format, or when a file is missing or corrupt; ``get`` does
+        when the checkpoint was removed meanwhile.
         """
         ignore_single_process_warning()
         self.path = files.find_checkpoint(path)
@@ -90,7 +91,15 @@ class CheckpointSource:
     def get(self, name: str) -> Tensor:
         spec = self.specs[name]
         state = {self._prefix + name: torch.empty(spec.shape, dtype=spec.dtype)}
-        dcp.load(state, storage_reader=self._reader, no_dist=True)
+        try:
+            dcp.load(state, storage_reader=self._reader, no_dist=True)
+        except (OSError, dcp.api.CheckpointException) as error:
+            if (self.path / files.MANIFEST).exists():
+                raise
+            raise CheckpointError(
+                f"{self.path} was removed while it was read. A run that still trains keeps its newest checkpoints only "
+                "(checkpoint.keep_last): wait for its end, or name one that it keeps (checkpoint.keep_every)."
+            ) from error
         return state[self._prefix + name]
 
     def other_files(self) -> dict[str, Path]:

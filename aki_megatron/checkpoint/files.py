@@ -70,9 +70,11 @@ def find_checkpoint(path: Path) -> Path:
     for folder in (path / CHECKPOINTS, path):
         if found := latest_checkpoint(folder):
             return found
-    raise CheckpointError(
-        f"No complete checkpoint in {path}: looked for {PREFIX}*/{MANIFEST} there and in its folder {CHECKPOINTS}."
-    )
+    text = f"No complete checkpoint in {path}: looked for {PREFIX}*/{MANIFEST} there and in its folder {CHECKPOINTS}."
+    for folder in (path / CHECKPOINTS, path):
+        if writing := next(folder.glob(f"{WRITING}*"), None):
+            text += f" {writing.name.removeprefix(WRITING)} is being written, or its run was killed meanwhile."
+    raise CheckpointError(text)
 
 
 def file_digest(path: Path) -> dict[str, Any]:

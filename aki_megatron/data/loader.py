@@ -255,7 +255,7 @@ def init_worker(_worker: int) -> None:
     # blocked before any other thread starts, so that the signal waits for the thread that asks who sent it
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_exit_with_rank, args=(os.getppid(),), name="sigterm", daemon=True).start()
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_exit_on_lost_result)  # type: ignore[method-assign,assignment]
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_exit_on_lost_result)  # type: ignore[attr-defined]
 
 
 def _exit_with_rank(rank_pid: int) -> None:

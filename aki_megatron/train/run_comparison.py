@@ -164,6 +164,9 @@ def _metrics_by_step(run: Path) -> dict[int, dict[str, Any]]:
     lines = read_metrics(path)
     if not lines:
         raise DataError(f"{run} has no metrics ({path}); give a run that completed a step.")
+    for line in lines:
+        if any(not isinstance(line.get(name), int | float | None) for name in METRICS):
+            raise DataError(f"{path} is damaged: {', '.join(METRICS)} of step {line['step']} are no numbers.")
     return {line["step"]: line for line in lines}
 
 
@@ -171,9 +174,10 @@ def _config_of(run: Path) -> dict[str, Any]:
     # read as plain YAML: runs of earlier versions, whose keys may be gone, can be compared too
     path = RunPaths(run).config
     try:
-        found = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        text = " ".join(str(error).split())
+        raise DataError(f"{path} cannot be read ({type(error).__name__}: {text}).") from error
     if not isinstance(found, dict):
         raise DataError(f"{path} is not the configuration of a run.")
     return found

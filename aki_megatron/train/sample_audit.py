@@ -10,9 +10,9 @@ that the same tokens, targets and pixels were trained in the same positions. Sum
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from aki_megatron.data.loader import LoadedStep
 from aki_megatron.data.sample_hash import HASH_VERSION
@@ -148,20 +148,17 @@ def _paths(folder: Path) -> Iterator[tuple[int, Path]]:
 
 
 def _read(path: Path) -> list[_Line]:
-    """Return the lines of a file. Raises DataError for a line of another form."""
-    try:
-        return [
-            _Line(
-                line["step"],
-                line["replicas"],
-                line["samples"],
-                int(line["samples_hash"], 16),
-                line.get("hash_version", 1),
-            )
-            for line in read_lines(path)
-        ]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no sample audit log, or is damaged: {type(error).__name__} {error}") from error
+    """Return the lines of a file. Raises DataError that names a line of another form."""
+    return [_parse(line) for line in read_lines(path, _parse)]
+
+
+def _parse(line: Mapping[str, Any]) -> _Line:
+    """Return a line. Raises ValueError, KeyError or TypeError for one of another form."""
+    numbers = [line["step"], line["replicas"], line["samples"], line.get("hash_version", 1)]
+    if any(type(number) is not int for number in numbers):
+        raise ValueError(numbers)
+    step, replicas, samples, hash_version = numbers
+    return _Line(step, replicas, samples, int(line["samples_hash"], 16), hash_version)
 
 
 def _format_steps(steps: Iterable[int]) -> str:

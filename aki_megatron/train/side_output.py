@@ -53,7 +53,7 @@ class SideOutput(Callback):
                 logger.exception("%s failed to clean up", name)
 
 
-def isolate_side_outputs(callbacks: Iterable[Callback], report_failure: Callable[[int, str], None]) -> list[Callback]:
+def isolate_side_outputs(callbacks: Iterable[Callback], report_failure: Callable[[str], None]) -> list[Callback]:
     """Wrap every callback that does not declare that the run depends on it (``Callback.required``)."""
     return [callback if callback.required else SideOutput(callback, report_failure) for callback in callbacks]
 

@@ -1,5 +1,6 @@
 """The weights a run starts from reach every rank of a parallel model, each rank's shard of them only."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,21 @@ def test_a_damaged_file_is_an_error_on_every_rank(run_on, tmp_path):
     save_model(tmp_path, MODEL)
     for message in run_on(2, damage_and_open, tmp_path):
         assert "__0_0.distcp has" in message
+
+
+def test_a_checkpoint_that_its_run_removes_is_named(tmp_path):
+    """The run that wrote it still trains, and keeps only its newest checkpoints."""
+    save_model(tmp_path / "checkpoints", MODEL)
+    source = open_weights(tmp_path, MODEL)
+    shutil.rmtree(source.path)
+    with pytest.raises(CheckpointError, match=r"step_000001 was removed while it was read.*checkpoint\.keep_every"):
+        copy_weights(build_model(MODEL, attention=AttentionConfig(rule="mma"), seed=0), source)
+
+
+def test_a_checkpoint_that_is_being_written_is_none_yet(tmp_path):
+    (tmp_path / "checkpoints/.writing_step_000007").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="No complete checkpoint in .* step_000007 is being written"):
+        open_weights(tmp_path, MODEL)
 
 
 def open_elsewhere(topology, folder: Path) -> str:

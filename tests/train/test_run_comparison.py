@@ -139,3 +139,16 @@ def test_missing_files_are_a_mistake_in_the_command(tmp_path: Path, capsys: pyte
     assert compared(capsys, a, b, "--only", "metrics", "config")[0] == 0
     code, text = compared(capsys, a, tmp_path / "c")
     assert code == 2 and "is not a folder" in text
+
+
+@pytest.mark.parametrize(
+    "bad", [b"\xff\x00\n", b"[]\n", b"{}\n", b'{"step": 3, "loss": "high", "replicas": "1"}\n', b"{" * 5000 + b"\n"]
+)
+@pytest.mark.parametrize("name", ["metrics.jsonl", "sample_audit/replica_0.jsonl", "config.yaml"])
+def test_damaged_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture, name: str, bad: bytes) -> None:
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    with (b / name).open("ab") as file:
+        file.write(bad)
+    part = {"metrics.jsonl": "metrics", "config.yaml": "config"}.get(name, "samples")
+    code, text = compared(capsys, a, b, "--only", part)
+    assert code == 2 and text.startswith(f"error: {b / name}") and "Traceback" not in text, text

@@ -1,7 +1,7 @@
 """A file with one JSON line per step that loses none while the disk is full.
 
-Lines that cannot be written wait in memory, in order, and are written once the disk has space. Checkpoints hold those that
-still wait (StepLogs), so that a run resumed from one has every line up to its step (``restore_unwritten``).
+Lines that cannot be written wait in memory, in order, and are written once the disk has space. Checkpoints hold those
+that still wait (StepLogs), so that a run resumed from one has every line up to its step (``restore_unwritten``).
 """
 
 import errno

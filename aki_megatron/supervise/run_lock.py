@@ -111,9 +111,9 @@ class RunLock:
 
     def release(self) -> None:
         """Give the folder back; does nothing the second time, or where another start has it."""
-        self._released.set()
-        if self._thread is None:
+        if self._thread is None or os.getpid() != self.holder.pid:  # a forked child does not hold it
             return
+        self._released.set()
         if self._thread is not threading.current_thread():
             self._thread.join(JOIN_SECONDS)
         self._thread = None

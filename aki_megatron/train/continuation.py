@@ -35,6 +35,8 @@ def check_continuation(paths: RunPaths, config: RunConfig, allow_change: Sequenc
     what = f"{paths.path} is done already ({paths.done} exists), and {paths.config}" if is_done else ""
     free = movable_keys(paths, config)
     changes = check_resume(paths.config, config, allow_change=allow_change, free=free, what=what)
+    if is_done and not paths.config.exists():
+        check_history(paths, config, allow_change)
     step = newest_step(paths)
     if changes and step:
         check_progress(load_saved(paths.config), config, step=step, data_step=_data_step(paths, step))

@@ -46,10 +46,10 @@ def read_history(paths: RunPaths) -> RunHistory:
 
 
 def _saved_step(paths: RunPaths) -> int | None:
-    resumed = [attempt.from_step for attempt in read_attempts(paths) if attempt.from_step]
     try:
         return int(paths.saved.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # missing or damaged: whoever resumed did so from a checkpoint
+        resumed = [attempt.from_step for attempt in read_attempts(paths) if attempt.from_step]
         return max(resumed, default=0 if paths.saved.exists() else None)
 
 

@@ -1,4 +1,4 @@
-"""Settings of DeepSpeed: our defaults, overridden by the user's file, overridden by what the run decides."""
+"""Settings of DeepSpeed: the user's file, overridden by what the run decides."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -6,9 +6,6 @@ from typing import Any, Literal
 from aki_megatron.config.deepspeed import offload_device
 from aki_megatron.config.nested import merge
 from aki_megatron.errors import ConfigError
-
-DEFAULTS = {"communication_data_type": "fp32"}
-"""Settings that the user's file may change. Gradients reduced in bf16 have three times the error of one process's."""
 
 OFFLOAD = "offload_optimizer"
 """DeepSpeed's section that moves master weights, moments and their gradients to host memory."""
@@ -23,7 +20,7 @@ def deepspeed_settings(
     """
     _check_offload(user, zero_stage)
     offload = offload_device(user, OFFLOAD) != "none"
-    return merge(merge(DEFAULTS, user), _run_settings(zero_stage, precision, num_ranks, offload=offload))
+    return merge(user, _run_settings(zero_stage, precision, num_ranks, offload=offload))
 
 
 def _check_offload(user: Mapping[str, Any], zero_stage: int) -> None:
@@ -71,6 +68,8 @@ def _run_settings(zero_stage: int, precision: str, num_ranks: int, *, offload: b
         "gradient_accumulation_steps": 1,  # the engine sets the boundary itself
         "gradient_clipping": 0.0,  # the default is 1.0
         "steps_per_print": 10**9,
+        # gradients reduced in bf16 have three times the error of one process's
+        "communication_data_type": "fp32",
         "zero_optimization": zero,
     }
     if offload:

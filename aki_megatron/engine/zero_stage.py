@@ -7,7 +7,9 @@ Differences from an ordinary DeepSpeed engine:
 - ZeRO-3 gathers each parameter once per step: all of them before the first micro-batch, and none is released until the
   step is done. DeepSpeed's hooks around each module, which require all ranks of the world to run the same modules in
   the same order, are removed. Parameters are whole during a step and partitioned between steps.
-- In bf16 the master weights start as the stage's float32 weights, not as those weights rounded to bf16.
+- In bf16 the master weights start as the stage's float32 weights, not as those weights rounded to bf16, and frozen
+  weights, which have no master weights, are kept in float32 too.
+- Every start checks that DeepSpeed's links from parameters to their weights and moments are right (state_check.py).
 
 The stage is built whole on every rank's CPU and given to deepspeed.initialize, which partitions it.
 Private parts of DeepSpeed are used here and in zero_state.py only, and only in versions tested by the equality tests.
@@ -17,7 +19,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -29,8 +31,10 @@ from torch.distributed import ProcessGroup
 from aki_megatron.attention import AttentionMask
 from aki_megatron.engine import global_state
 from aki_megatron.engine.base import GradientGroup
+from aki_megatron.engine.frozen_weights import FrozenWeights
 from aki_megatron.engine.optimizer import init_moments
 from aki_megatron.engine.settings import deepspeed_settings
+from aki_megatron.engine.state_check import check_state_access
 from aki_megatron.engine.zero_state import build_zero_state
 from aki_megatron.errors import ConfigError
 from aki_megatron.model.stage import Stage
@@ -61,7 +65,8 @@ class ZeroStage:
         optimizer         over the trainable parameters, in the groups of optimizer.parameter_groups
         deepspeed_config  further DeepSpeed settings in its own format; what the run decides overrides them
 
-        Raises ConfigError for settings or versions of DeepSpeed that are not supported.
+        Raises ConfigError for settings or versions of DeepSpeed that are not supported, and on every data rank for
+        settings under which weights or optimizer state would be read or written wrongly on any of them.
         """
         self.module = module
         self._deepspeed = _deepspeed()
@@ -71,7 +76,7 @@ class ZeroStage:
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self._group_flags = [(group["tensor_sharded"], group["tied"]) for group in optimizer.param_groups]
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        fp32_weights = self._fp32_weights()
+        weights = _fp32_weights(module, topology.device)
         assert all(parameter.dim() for parameter in module.parameters()), (
             "DeepSpeed cannot broadcast a scalar parameter"
         )
@@ -87,9 +92,10 @@ class ZeroStage:
         self._state = build_zero_state(self._optimizer, list(self._parameters.values()))
         init_moments(optimizer, self._state.master_weights())
         self._state.link_moments()
-        for name in list(fp32_weights):
-            self.set_full_param(name, fp32_weights.pop(name).to(topology.device))
-        self.sync_params()
+        self._frozen = FrozenWeights(topology)
+        shapes = {name: weight.shape for name, weight in weights.items()}
+        check_state_access(self, topology, shapes=shapes, settings=deepspeed_config)
+        self._set_initial_state(weights)
 
     def begin_step(self) -> None:
         self._state.gather_params()
@@ -125,14 +131,15 @@ class ZeroStage:
     def get_full_param(self, name: str, moment: str | None = None) -> Tensor:
         parameter = self._parameters[name]
         if not parameter.requires_grad:
-            with self._deepspeed.zero.GatheredParameters([parameter], enabled=self._zero_stage == 3):
-                return parameter.detach().float().clone()
+            return self._frozen.get(name)
         if moment is None:
             return self._deepspeed.utils.safe_get_full_fp32_param(parameter).detach()
         return self._deepspeed.utils.safe_get_full_optimizer_state(parameter, moment).detach()
 
     def set_full_param(self, name: str, value: Tensor, moment: str | None = None) -> None:
         parameter, utils = self._parameters[name], self._deepspeed.utils
+        if not parameter.requires_grad:
+            self._frozen.set(name, value)
         if self._zero_stage != 3:
             if not parameter.requires_grad:
                 parameter.data.copy_(value)
@@ -162,14 +169,31 @@ class ZeroStage:
         for master in self._state.master_weights():
             self._adamw.state[master]["step"].fill_(float(count))
 
-    def _fp32_weights(self) -> dict[str, Tensor]:
-        """Return the trainable weights before DeepSpeed rounds them to bf16 and makes master weights of those.
+    def gathered_params(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context inside which the module's parameters are whole; collective over the data ranks."""
+        return self._state.gathered_params()
 
-        DeepSpeed replaces the tensors, so keeping the old ones copies nothing.
-        """
-        if self._dtype == torch.float32:
-            return {}
-        return {name: weight.detach() for name, weight in self.module.named_parameters() if weight.requires_grad}
+    def flat_state(self) -> Sequence[tuple[Tensor, Mapping[str, Tensor]]]:
+        """Return this rank's flat master weights, each with AdamW's state of it."""
+        return [(master, self._adamw.state[master]) for master in self._state.master_weights()]
+
+    def _set_initial_state(self, weights: dict[str, Tensor]) -> None:
+        """Set every weight, emptying ``weights``, and moments of zero."""
+        for name in list(weights):
+            self.set_full_param(name, weights.pop(name).to(self._topology.device))
+        for _, moments in self.flat_state():
+            for moment in global_state.MOMENTS:
+                moments[moment].zero_()
+        self.sync_params()
+
+
+def _fp32_weights(module: Stage, device: torch.device) -> dict[str, Tensor]:
+    """Return the weights before DeepSpeed rounds them to bf16 and builds master weights from those.
+
+    DeepSpeed replaces the tensors, so keeping the old ones copies nothing; where it trains on the CPU it reuses some.
+    """
+    on_cpu = device.type == "cpu"
+    return {name: weight.detach().clone() if on_cpu else weight.detach() for name, weight in module.named_parameters()}
 
 
 class _DataParallelUnit:

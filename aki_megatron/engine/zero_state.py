@@ -4,7 +4,8 @@ Only attributes of optimizers that zero_stage.py created are used here. They are
 versions that zero_stage.py accepts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +30,16 @@ class ZeroState:
 
     def gather_params(self) -> None:
         """Gather the parameters for the coming step; in ZeRO 1 and 2 they are not partitioned."""
+
+    def partition_params(self) -> None:
+        """Undo ``gather_params``."""
+
+    @contextmanager
+    def gathered_params(self) -> Iterator[None]:
+        """Gather the parameters and partition them again."""
+        self.gather_params()
+        yield
+        self.partition_params()
 
     def master_weights(self) -> list[Tensor]:
         """Return the flat float32 master weights of this rank's partition."""
@@ -99,12 +110,15 @@ class _Zero3State(ZeroState):
         for bucket in self._gather_buckets:
             bucket[0].all_gather_coalesced(bucket).wait()
 
+    def partition_params(self) -> None:
+        self._optimizer._partition_all_parameters()
+
     def master_weights(self) -> list[Tensor]:
         return self._optimizer.fp32_partitioned_groups_flat
 
     def discard_gradients(self) -> None:
         self._optimizer._pre_step()
-        self._optimizer._partition_all_parameters()
+        self.partition_params()
         self._optimizer._overflow_clean_up(None)
 
     def sync_params(self) -> None:

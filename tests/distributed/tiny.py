@@ -4,7 +4,7 @@ The micro-batches of a step are numbered over all data ranks, so that any number
 """
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +67,10 @@ class Setting:
     family: str = "phi3"
     rule: str = "mma"
     offload: bool = False
-    zero_settings: tuple[tuple[str, int], ...] = ()
+    zero_settings: tuple[tuple[str, Any], ...] = ()
     """Further names and values of DeepSpeed's zero_optimization."""
+    deepspeed: tuple[tuple[str, Any], ...] = ()
+    """Further names and values at the top of DeepSpeed's settings."""
     mask_check_interval: int = 100
 
     @property
@@ -105,24 +107,33 @@ def tiny_stages(topology: Topology, setting: Setting) -> list[Stage]:
     ]
 
 
-def tiny_engine(topology: Topology, setting: Setting = Setting(), **more: Any) -> PipelineEngine:
-    sharded_stages: list[Any] = []
+def shard_stage(stage: Stage, topology: Topology, setting: Setting) -> ZeroStage:
+    """A stage under DeepSpeed."""
     zero_settings = dict(setting.zero_settings) | ({"offload_optimizer": {"device": "cpu"}} if setting.offload else {})
+    return ZeroStage(
+        stage,
+        topology,
+        adamw(stage, **OPTIMIZER, fused=setting.offload),
+        zero_stage=setting.zero_stage,
+        precision=setting.precision,
+        deepspeed_config={**dict(setting.deepspeed), "zero_optimization": zero_settings},
+    )
+
+
+def tiny_engine(
+    topology: Topology,
+    setting: Setting = Setting(),
+    *,
+    init_weights: Callable[[Stage], Any] = lambda stage: None,
+    **more: Any,
+) -> PipelineEngine:
+    sharded_stages: list[Any] = []
     for stage in tiny_stages(topology, setting):
-        optimizer = adamw(stage, **OPTIMIZER, fused=setting.offload)
+        init_weights(stage)
         if setting.zero_stage == 0:
-            sharded_stages.append(DDPStage(stage, topology, optimizer))
+            sharded_stages.append(DDPStage(stage, topology, adamw(stage, **OPTIMIZER)))
         else:
-            sharded_stages.append(
-                ZeroStage(
-                    stage,
-                    topology,
-                    optimizer,
-                    zero_stage=setting.zero_stage,
-                    precision=setting.precision,
-                    deepspeed_config={"zero_optimization": zero_settings},
-                )
-            )
+            sharded_stages.append(shard_stage(stage, topology, setting))
     return PipelineEngine(
         sharded_stages,
         topology,

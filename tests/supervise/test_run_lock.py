@@ -120,12 +120,16 @@ def test_a_damaged_file_is_replaced(
 def test_only_one_of_many_starts_replaces_a_dead_holder(paths: RunPaths, tmp_path: Path) -> None:
     code = "import sys, time; from aki_megatron.supervise.run_lock import *; from pathlib import Path\n"
     code += "lock = RunLock(RunPaths(Path(sys.argv[1])), 'c', 'c', on_waiting=print)\n"
-    code += "try:\n    lock.acquire(); print('held', flush=True); time.sleep(3)\n"
+    code += "try:\n    lock.acquire(); print('held', flush=True); sys.stdin.read()\n"
     code += "except ConfigError as error:\n    print('refused', flush=True)\n"
     for _ in range(3):
         held_by(paths, other(start_ticks=1))
         command = [sys.executable, "-c", code, str(paths.path)]
-        starts = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(6)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        starts = [subprocess.Popen(command, **pipes) for _ in range(6)]
+        deadline = time.monotonic() + 60
+        while sum(start.poll() is None for start in starts) > 1 and time.monotonic() < deadline:
+            time.sleep(0.05)  # the holder keeps the folder until its stdin is closed
         said = sorted(start.communicate(timeout=60)[0] for start in starts)
         assert said == ["held\n"] + ["refused\n"] * 5
 

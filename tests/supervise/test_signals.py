@@ -116,16 +116,22 @@ def test_children_are_ended_by_sigterm_and_not_by_sigusr1_or_ctrl_c() -> None:
     assert exit_code(behave) == 0
 
 
-@pytest.mark.parametrize("signals", [1, 2])
-def test_a_loader_process_leaves_the_first_sigterm_to_its_rank(signals: int) -> None:
+@pytest.mark.parametrize("by_rank", [False, True])
+def test_a_loader_process_obeys_the_sigterm_of_its_rank_only(by_rank: bool) -> None:
     def behave(stop_signals: StopSignals) -> bool:
+        ready, done = os.pipe()
         child = os.fork()
         if child == 0:
             init_worker(0)
-            for number in [signal.SIGUSR1] + [signal.SIGTERM] * signals:
-                send(number)
+            send(signal.SIGUSR1)
+            send(signal.SIGTERM)  # not from its rank
+            os.write(done, b"1")
+            time.sleep(60 if by_rank else 0)
             os._exit(0)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (0 if signals == 1 else 128 + signal.SIGTERM)
+        os.read(ready, 1)
+        if by_rank:
+            os.kill(child, signal.SIGTERM)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (128 + signal.SIGTERM if by_rank else 0)
 
     assert exit_code(behave) == 0
 

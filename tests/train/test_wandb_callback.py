@@ -121,7 +121,9 @@ assert len(failures) == 1 and "WandbCallback is off" in failures[0], failures
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
 def test_training_outlives_the_process_of_wandb(tmp_path: Path, name: str) -> None:
     """A scheduler sends SIGTERM to every process of a job; wandb's own process ends at once."""
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+    # without the variables by which wandb joins the service of this process
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, "-c", KILLED, str(tmp_path), name]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
     assert result.returncode == 0 and "atexit" not in result.stderr, result.stderr

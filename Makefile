@@ -36,7 +36,7 @@ demo: setup
 
 # Half of the suite's time is waiting (Slurm, killed and hanging ranks), so more workers than cores. Tests that share the
 # pool of ranks or the Slurm cluster run on one worker (tests/conftest.py).
-TEST_WORKERS ?= 4
+TEST_WORKERS ?= 3
 PYTEST := python -m pytest -n $(TEST_WORKERS) --no-loadscope-reorder
 
 test: setup

@@ -61,7 +61,7 @@ class Pool:
         *args: Any,
         tensor: int = 1,
         pipeline: int = 1,
-        timeout_seconds: float = 120.0,
+        timeout_seconds: float = 300.0,
     ) -> list[Any]:
         """Results of ``function(topology, *args)`` by rank.
 
@@ -192,7 +192,7 @@ def _answer(
             launcher="environment",
             master_port=port,
         )
-        topology = init_distributed(launch, **split, timeout_seconds=60)
+        topology = init_distributed(launch, **split, timeout_seconds=240)
         return True, function(topology, *args)
     except BaseException:
         return False, traceback.format_exc()

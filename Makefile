@@ -35,9 +35,10 @@ demo: setup
 	python tools/demo.py
 
 # Half of the suite's time is waiting (Slurm, killed and hanging ranks), so more workers than cores. Tests that share the
-# pool of ranks or the Slurm cluster run on one worker (tests/conftest.py).
+# pool of ranks or the Slurm cluster run on one worker (tests/conftest.py). A worker that dies fails the run: xdist would
+# wait for ever for one that it starts again.
 TEST_WORKERS ?= 3
-PYTEST := python -m pytest -n $(TEST_WORKERS) --no-loadscope-reorder
+PYTEST := python -m pytest -n $(TEST_WORKERS) --no-loadscope-reorder --max-worker-restart 0
 
 test: setup
 	$(PYTEST)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import fork
 
 from aki_megatron.checkpoint import files
 from aki_megatron.checkpoint.checkpointer import Checkpointer
@@ -65,12 +66,7 @@ def test_killed_at_random_moments(tmp_path, async_save):
     longest = 4 * (time.monotonic() - started)
     reached, num_interrupted = [1], 0
     for _ in range(KILLS):
-        child = os.fork()
-        if child == 0:
-            try:
-                save_for_ever(tmp_path, async_save)
-            finally:
-                os._exit(1)
+        child = fork(lambda: save_for_ever(tmp_path, async_save))
         time.sleep(generator.uniform(0.25, 1) * longest)
         os.kill(child, signal.SIGKILL)
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "it was still saving"

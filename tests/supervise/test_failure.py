@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked import exit_code, fork
 
 from aki_megatron.errors import ConfigError, DataError
 from aki_megatron.supervise import failure
@@ -220,17 +221,17 @@ def test_a_failure_after_sigterm_ends_a_rank_that_is_stopping(tmp_path: Path) ->
 @pytest.mark.parametrize("sigterm_from_scheduler", [False, True])
 def test_sigterm_before_the_ranks_have_joined(tmp_path: Path, sigterm_from_scheduler: bool) -> None:
     """One of a scheduler is held; one of another launcher ends a rank, which has nothing to lose yet."""
-    child = os.fork()
-    if child == 0:
+
+    def behave() -> bool:
         stop_signals = StopSignals()
         stop_signals.listen()
         os.kill(os.getpid(), signal.SIGTERM)
         FailureReporter(
             RunPaths(tmp_path), 1, 2, stop_signals, start_id="a", sigterm_from_scheduler=sigterm_from_scheduler
         ).begin()
-        os._exit(0 if stop_signals.reason == "SIGTERM" else 1)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == (0 if sigterm_from_scheduler else 128 + signal.SIGTERM)
+        return stop_signals.reason == "SIGTERM"
+
+    assert exit_code(fork(behave)) == (0 if sigterm_from_scheduler else 128 + signal.SIGTERM)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -275,14 +276,15 @@ def test_files_of_earlier_starts_are_removed(tmp_path: Path) -> None:
         old = paths.start("old")
         old.path.mkdir(parents=True)
         old.first_failure.write_text("{}")
-        child = os.fork()  # signal handlers are of the process
-        if child == 0:
-            reporter = FailureReporter(paths, 0, world_size, StopSignals(), start_id="new")
+        reporter = FailureReporter(paths, 0, world_size, StopSignals(), start_id="new")
+
+        def behave(reporter: FailureReporter = reporter, old: Path = old.path) -> bool:
             reporter.begin()
-            removed = not old.path.exists()
+            removed = not old.exists()
             reporter.end()
-            os._exit(0 if removed else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            return removed
+
+        assert exit_code(fork(behave)) == 0  # in a child, because signal handlers are of the process
         assert paths.starts() == []
 
 

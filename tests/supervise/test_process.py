@@ -4,6 +4,8 @@ import os
 import time
 from pathlib import Path
 
+from forked import fork
+
 from aki_megatron.supervise.process import RankProcess, is_alive, this_process
 
 
@@ -12,10 +14,7 @@ def test_is_alive(tmp_path: Path) -> None:
     assert is_alive(me)
     assert not is_alive(RankProcess(me.host, me.machine, me.pid, me.start_ticks + 1)), "another process has its pid now"
     assert is_alive(RankProcess("elsewhere", "another boot", 2**22 - 1, 0)), "unknown counts as alive"
-    child = os.fork()
-    if child == 0:
-        this_process().write(tmp_path / "child")
-        os._exit(0)
+    child = fork(lambda: this_process().write(tmp_path / "child"))
     while (written := RankProcess.read(tmp_path / "child")) is None:
         time.sleep(0.01)
     time.sleep(0.1)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked import exit_code, fork
 
 from aki_megatron.data.loader import init_worker
 from aki_megatron.supervise.signals import DUPLICATE_SECONDS, StopSignals
@@ -16,14 +17,15 @@ from aki_megatron.supervise.signals import DUPLICATE_SECONDS, StopSignals
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def exit_code(behave: Callable[[StopSignals], object]) -> int:
+def listening(behave: Callable[[StopSignals], object]) -> int:
     """Run ``behave`` in a process that listens; return its exit code: 0 where ``behave`` returns a true value."""
-    child = os.fork()
-    if child == 0:
+
+    def run() -> object:
         stop_signals = StopSignals()
         stop_signals.listen()
-        os._exit(0 if behave(stop_signals) else 1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return behave(stop_signals)
+
+    return exit_code(fork(run))
 
 
 def send(number: int) -> None:
@@ -38,7 +40,7 @@ def test_a_signal_is_held(number: signal.Signals) -> None:
         send(number)
         return before == "" and stop_signals.reason == number.name
 
-    assert exit_code(behave) == 0
+    assert listening(behave) == 0
 
 
 def test_the_first_signal_is_the_reason() -> None:
@@ -47,7 +49,7 @@ def test_the_first_signal_is_the_reason() -> None:
         send(signal.SIGTERM)
         return stop_signals.reason == "SIGUSR1"
 
-    assert exit_code(behave) == 0
+    assert listening(behave) == 0
 
 
 def test_duplicate_sigterms_count_once_and_a_later_one_ends_the_process() -> None:
@@ -58,8 +60,8 @@ def test_duplicate_sigterms_count_once_and_a_later_one_ends_the_process() -> Non
         send(signal.SIGTERM)
         return True
 
-    assert exit_code(behave) == -signal.SIGTERM
-    assert exit_code(lambda stop_signals: (send(signal.SIGTERM), send(signal.SIGTERM))) == 0
+    assert listening(behave) == -signal.SIGTERM
+    assert listening(lambda stop_signals: (send(signal.SIGTERM), send(signal.SIGTERM))) == 0
 
 
 def interrupted(action: Callable[[], object]) -> bool:
@@ -81,7 +83,7 @@ def test_ctrl_c_stops_once_and_a_later_one_ends_the_process() -> None:
         send(signal.SIGINT)
         return False
 
-    assert exit_code(behave) == -signal.SIGINT
+    assert listening(behave) == -signal.SIGINT
 
 
 def test_a_process_that_ignores_sigint_keeps_ignoring_it() -> None:
@@ -90,7 +92,7 @@ def test_a_process_that_ignores_sigint_keeps_ignoring_it() -> None:
         stop_signals.listen()
         return not interrupted(lambda: send(signal.SIGINT))
 
-    assert exit_code(behave) == 0
+    assert listening(behave) == 0
 
 
 def test_a_process_that_ignores_sigterm_keeps_ignoring_it() -> None:
@@ -100,40 +102,37 @@ def test_a_process_that_ignores_sigterm_keeps_ignoring_it() -> None:
         send(signal.SIGTERM)
         return not stop_signals.reason
 
-    assert exit_code(behave) == 0
+    assert listening(behave) == 0
 
 
 def test_children_are_ended_by_sigterm_and_not_by_sigusr1_or_ctrl_c() -> None:
     def behave(stop_signals: StopSignals) -> bool:
-        child = os.fork()
-        if child == 0:
-            send(signal.SIGUSR1)
-            send(signal.SIGINT)
-            send(signal.SIGTERM)
-            os._exit(0)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        signals = (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)
+        return exit_code(fork(lambda: [send(number) for number in signals])) == -signal.SIGTERM
 
-    assert exit_code(behave) == 0
+    assert listening(behave) == 0
 
 
 @pytest.mark.parametrize("by_rank", [False, True])
 def test_a_loader_process_obeys_the_sigterm_of_its_rank_only(by_rank: bool) -> None:
     def behave(stop_signals: StopSignals) -> bool:
         ready, done = os.pipe()
-        child = os.fork()
-        if child == 0:
+
+        def work() -> bool:
             init_worker(0)
             send(signal.SIGUSR1)
             send(signal.SIGTERM)  # not from its rank
             os.write(done, b"1")
             time.sleep(60 if by_rank else 0)
-            os._exit(0)
+            return True
+
+        child = fork(work)
         os.read(ready, 1)
         if by_rank:
             os.kill(child, signal.SIGTERM)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (128 + signal.SIGTERM if by_rank else 0)
+        return exit_code(child) == (128 + signal.SIGTERM if by_rank else 0)
 
-    assert exit_code(behave) == 0
+    assert listening(behave) == 0
 
 
 def test_wait_ends_when_sigterm_arrives() -> None:
@@ -142,7 +141,7 @@ def test_wait_ends_when_sigterm_arrives() -> None:
         send(signal.SIGTERM)
         return timed_out and stop_signals.wait(600.0)
 
-    assert exit_code(behave) == 0
+    assert listening(behave) == 0
 
 
 def test_launchers_listen_before_slow_imports() -> None:

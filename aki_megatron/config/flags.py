@@ -2,10 +2,11 @@
 
 import contextlib
 import dataclasses
-import signal
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import tyro
 from pydantic import BaseModel
@@ -123,8 +124,8 @@ def parse_flags(flags: Mapping[str, FieldInfo], arguments: Sequence[str]) -> dic
 
 def print_help(
     flags: Mapping[str, FieldInfo], texts: Mapping[str, str], *, prog: str, description: str, config: Path, shown: Path
-) -> None:
-    """Print the usual commands, then every flag with its help and its value in the file ``shown``."""
+) -> NoReturn:
+    """Print the usual commands, then every flag with its help and its value in the file ``shown``; exit with 0."""
     usage = USAGE.format(
         description=description,
         prog=prog,
@@ -133,8 +134,14 @@ def print_help(
         name=Path(prog).stem,
         changeable=", ".join(CHANGEABLE),
     )
-    flag_class = _flag_class(RunConfig, texts, "", flags)
-    with contextlib.suppress(AttributeError):  # Windows has no such signal
-        # `--help | head` closes the pipe early: end quietly, as other commands do
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    tyro.cli(flag_class, prog=prog, description=usage, args=["--help"], use_underscores=True, compact_help=False)
+    shown_class = _flag_class(RunConfig, texts, "", flags)
+    try:
+        with contextlib.suppress(SystemExit):
+            tyro.cli(
+                shown_class, args=["--help"], prog=prog, description=usage, use_underscores=True, compact_help=False
+            )
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # `--help | head` closes the pipe early: end quietly, as other commands do, also when Python flushes at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(0)

@@ -1,6 +1,7 @@
 """Launchers as a user starts them: help in a moment, one message and exit code 2 for a mistake, no traceback."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -60,6 +61,21 @@ def test_help_shows_the_values_of_the_given_config() -> None:
     assert done.returncode == 0
     assert "(default: runs/demo/sft)" in text_of(done.stdout)
     assert "those of configs/demo/sft.yaml" in text_of(done.stdout)
+
+
+def test_help_ends_quietly_where_its_reader_has_ended() -> None:
+    """As in ``--help | head -1``; without a signal handler of the whole process, which tests share."""
+    before = signal.getsignal(signal.SIGPIPE)
+    with pytest.raises(SystemExit) as ended:
+        run_launcher("sft", ["--help"], {})
+    assert ended.value.code == 0 and signal.getsignal(signal.SIGPIPE) == before
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "launcher/sft.py", "--help"], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, timeout=120
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_mistake_is_one_message_without_traceback() -> None:

@@ -1,6 +1,7 @@
 """What may differ when a run goes on: keys that change no result, and keys that --allow_change names."""
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,12 +87,20 @@ class Change:
 
     def sentence(self) -> str:
         """Return both values, for an error message."""
-        before, after = format_value(self.before), format_value(self.after)
+        before, after = self._formatted()
         return f"{self.key} was {before} when the run started and is {after} now"
 
     def short(self) -> str:
         """Return both values, for a console line or an event."""
-        return f"{self.key} from {format_value(self.before)} to {format_value(self.after)}"
+        return "{} from {} to {}".format(self.key, *self._formatted())
+
+    def _formatted(self) -> tuple[str, str]:
+        """Return both values; whole, where they would look the same without their middle."""
+        for max_characters in (80, 200, sys.maxsize):
+            before, after = (format_value(value, max_characters) for value in (self.before, self.after))
+            if before != after:
+                break
+        return before, after
 
     def history(self, step: int) -> str:
         """Return a line for config.yaml."""

@@ -17,6 +17,8 @@ from pydantic.fields import FieldInfo
 from aki_megatron.config.section import AtMost, OneOf
 from aki_megatron.masking import mask_values
 
+OMITTED = " ... "
+
 PLAIN = {
     int: ("a whole number", "INT"),
     float: ("a number", "NUMBER"),
@@ -120,14 +122,18 @@ def takes_null(info: FieldInfo) -> bool:
     return _parts(info.annotation, info.metadata)[2]
 
 
-def format_value(value: Any) -> str:
-    """Return a value as YAML and JSON write it, for messages; secrets are masked, long ones are truncated."""
+def format_value(value: Any, max_characters: int = 80) -> str:
+    """Return a value as YAML and JSON write it, for messages; secrets are masked, long ones lose their middle.
+
+    The end stays, because paths differ there.
+    """
     value = mask_values(str(value) if isinstance(value, Path) else value)
     try:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):
         text = repr(value)
-    return text if len(text) <= 80 else text[:76] + " ..."
+    half = (max_characters - len(OMITTED)) // 2
+    return text if len(text) <= max_characters else text[:half] + OMITTED + text[-half:]
 
 
 def suggestion(key: str, known: Iterable[str]) -> str:

@@ -63,7 +63,7 @@ def test_killed_at_random_moments(tmp_path, async_save):
     checkpointer = open_checkpointer(tmp_path)
     started = time.monotonic()
     checkpointer.save(1, tensors(1), {})
-    longest = 4 * (time.monotonic() - started)
+    longest = 4 * (time.monotonic() - started)  # of a save on an idle machine; longer where none completes
     reached, num_interrupted = [1], 0
     for _ in range(KILLS):
         child = fork(lambda: save_for_ever(tmp_path, async_save))
@@ -72,6 +72,8 @@ def test_killed_at_random_moments(tmp_path, async_save):
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "it was still saving"
         num_interrupted += any(tmp_path.glob(".writing_*"))
         reached.append(verify_newest(tmp_path))
+        if reached[-1] == 1:
+            longest *= 1.5
     assert reached == sorted(reached), "nothing that was complete is lost"
     assert reached[-1] > 1 and num_interrupted > 0
     checkpointer.save(10**6, tensors(10**6), {})

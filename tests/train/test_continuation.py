@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from aki_megatron.checkpoint import files
+from aki_megatron.config.changes import Change
 from aki_megatron.config.load import load_run
 from aki_megatron.config.run import RunConfig
 from aki_megatron.config.save import dump_run, load_saved
@@ -122,3 +123,12 @@ def test_exit_codes_of_a_done_run(
     assert run_launcher("sft", [*argv, "500"], {}) == USER_ERROR and started == []
     assert "error: " in capsys.readouterr().err
     assert run_launcher("sft", [*argv, "500", "--allow_change", "train.steps"], {}) == 7 and len(started) == 1
+
+
+def test_long_values_that_differ_do_not_look_the_same() -> None:
+    """A path differs at its end; where it differs in its middle only, it is shown whole."""
+    folder = "/scratch/" + 20 * "project/"
+    at_the_end = Change("init.vision", f"{folder}encoder", f"{folder}moved").sentence()
+    assert "encoder" in at_the_end and "moved" in at_the_end and len(at_the_end) < 250
+    in_the_middle = Change("data.root", f"{folder}run_1/{folder}", f"{folder}run_2/{folder}").short()
+    assert "run_1" in in_the_middle and "run_2" in in_the_middle

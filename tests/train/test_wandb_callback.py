@@ -88,9 +88,12 @@ def test_the_command_line_goes_to_wandb_without_its_secrets(tmp_path: Path, monk
     mask_command(f"curl -u me:{secret} https://h")
     attempt(tmp_path, 0, [1]).on_end(1)
     assert sys.argv[-1].count(secret) == 1
-    wait_until(lambda: any(path.suffix == ".wandb" for path in tmp_path.rglob("*")))
-    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert b"--data.captions" in written and secret.encode() not in written
+
+    def written() -> bytes:
+        return b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+    wait_until(lambda: b"--data.captions" in written())
+    assert b"--data.captions" in written() and secret.encode() not in written()
 
 
 KILLED = """

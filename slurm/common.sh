@@ -240,6 +240,7 @@ train() {
   answer=$("$HOST_PYTHON" tools/attempt.py begin "$run" --attempt "$attempt")
   case $? in
     0) say "$answer" ;;
+    2) exit 2 ;;   # it has said why
     30) say "$answer"; cancel_successors; exit 0 ;;
     *) die "$HOST_PYTHON tools/attempt.py does not work here (HOST_PYTHON in the site file)" ;;
   esac

@@ -6,6 +6,7 @@ on a local disk), and appears under its name only when it is complete. The least
 
 import fcntl
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -23,6 +24,7 @@ _NUM_LOCKS = 256
 _STALE_PARTIAL_SECONDS = 24 * 3600
 _FAILURE_TTL_SECONDS = 60.0
 _MAX_ERROR_CHARACTERS = 2000
+_USER_OF_URL = re.compile(r"://[^/@\s]*@")
 
 
 class ShardCache:
@@ -206,8 +208,11 @@ def command_digest(command: str) -> str:
 
 
 def command_name(command: str) -> str:
-    """Return the name of a command's tar in keys and errors: its only argument that ends in .tar, or a digest."""
-    arguments = [part.strip("\"'") for part in command.split()]
+    """Return the name of a command's tar in keys and errors: its only argument that ends in .tar, or a digest.
+
+    A user and password in a URL are left out.
+    """
+    arguments = [_USER_OF_URL.sub("://", part.strip("\"'")) for part in command.split()]
     tars = [part.removesuffix(".tar") for part in arguments if part.endswith(".tar") and len(part) > len(".tar")]
     return tars[0] if len(tars) == 1 else f"pipe-{command_digest(command)}"
 

@@ -166,7 +166,7 @@ class ChatFormat:
             before_role=before_role,
             after_role=after_role,
             turn_end=self.turn_end + self.turn_separator,
-            system_message=system_message.replace("'", "\\'"),
+            system_message=system_message.replace("\\", "\\\\").replace("'", "\\'"),
             image=IMAGE_TOKEN,
             response_start=self.response_start,
         )

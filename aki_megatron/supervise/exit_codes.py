@@ -7,7 +7,7 @@ USER_ERROR = 2
 """A mistake the user can correct (errors.UserError)."""
 
 INTERRUPTED = 130
-"""Ctrl-C in a single process: 128 + SIGINT, as shells report it."""
+"""Ctrl-C: 128 + SIGINT, as shells report it."""
 
 USER_ERROR_GRACE_SECONDS = 5.0
 """How long ranks other than 0 hold back a user error: usually every rank meets it, and one report is enough."""

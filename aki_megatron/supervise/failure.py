@@ -67,7 +67,7 @@ class FailureReporter:
         *,
         start_id: str,
         sigterm_from_scheduler: bool = False,
-        on_failure: Callable[[str], None] = lambda text: None,
+        on_failure: Callable[[str, int], None] = lambda text, code: None,
         on_exit: Callable[[], None] = lambda: None,
     ) -> None:
         """Create the reporter of one rank.
@@ -75,7 +75,7 @@ class FailureReporter:
         start_id                what the ranks of this start have in common; names the folder of their files
         sigterm_from_scheduler  SIGTERM comes from Slurm itself, which preempts jobs by it; other launchers mostly send
                                 it when a rank has failed
-        on_failure              called with the cause of the failure, before this process ends
+        on_failure              called with the cause of the failure and the exit code, before this process ends
         on_exit                 called before this process ends at once; interpreters run nothing then
         """
         self.paths = paths
@@ -170,7 +170,7 @@ class FailureReporter:
         code = USER_ERROR if isinstance(error, UserError) else FAILED
         same_on_all_ranks = isinstance(error, UserError) and not self.training_started
         if self.world_size == 1:
-            self.on_failure(format_error(error))
+            self.on_failure(format_error(error), code)
             text = str(error) if isinstance(error, UserError) else format_error(error) + self._log_hint(self.rank)
             self._print_error(text)
             return code
@@ -234,7 +234,7 @@ class FailureReporter:
             time.sleep(POLL_SECONDS)
 
     def _defer_to(self, cause: FirstFailure) -> int:
-        self.on_failure(f"rank {cause.rank}: {cause.text}")
+        self.on_failure(f"rank {cause.rank}: {cause.text}", cause.code)
         logger.error("rank %d ended because of rank %s: %s", self.rank, cause.rank, cause.text)
         return cause.code
 
@@ -248,7 +248,7 @@ class FailureReporter:
         except OSError as error:  # a full disk, for example: two reports are better than none
             logger.error("cannot write %s: %s", self.files.first_failure, error)
         self._print_error(text + self._log_hint(rank) if name_rank else text, f" on rank {rank}" if name_rank else "")
-        self.on_failure(f"rank {rank}: {text}" if name_rank else text)
+        self.on_failure(f"rank {rank}: {text}" if name_rank else text, code)
         return code
 
     def _log_hint(self, rank: int) -> str:

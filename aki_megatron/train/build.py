@@ -1,4 +1,4 @@
-"""Construct a run from its configuration: one function per part. Only this module constructs the parts of a run."""
+"""Construct a run from its configuration: one function per part. Its callbacks: train/build_callbacks.py."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from aki_megatron.checkpoint.initial_weights import weight_initializer
 from aki_megatron.config.batch_sizes import micro_batch_size, num_microbatches
 from aki_megatron.config.deepspeed import offload_device, settings_for_engine
 from aki_megatron.config.run import RunConfig
-from aki_megatron.config.save import dump_run, public_values
+from aki_megatron.config.save import dump_run
 from aki_megatron.console import IsolatedConsole
 from aki_megatron.data.fingerprint import Fingerprint
 from aki_megatron.data.loader import EmptyStepLoader, StepLoader
@@ -24,7 +24,6 @@ from aki_megatron.engine.optimizer import adamw, learning_rate
 from aki_megatron.engine.pipeline import PipelineEngine
 from aki_megatron.engine.zero_stage import ZeroStage
 from aki_megatron.errors import CheckpointError
-from aki_megatron.evaluate.run_report import RunRecord, write_report
 from aki_megatron.model.stage import Stage, build_stage
 from aki_megatron.parallel.megatron import build_linears
 from aki_megatron.parallel.pipeline_partition import layers_of_stages
@@ -33,30 +32,23 @@ from aki_megatron.supervise.attempts import newest_step
 from aki_megatron.supervise.control import ControlSignals
 from aki_megatron.supervise.events import EventLog, EventRecorder, ignore_event
 from aki_megatron.supervise.loss_spikes import LossSpikeGuard
-from aki_megatron.supervise.metrics import read_metrics
 from aki_megatron.supervise.progress import ProgressTracker
 from aki_megatron.supervise.run_paths import RunPaths
 from aki_megatron.supervise.signals import StopSignals
-from aki_megatron.supervise.step_log import StepLog, StepLogs, restore_unwritten
+from aki_megatron.supervise.step_log import StepLogs, restore_unwritten
 from aki_megatron.supervise.watchdog import collective_timeout
-from aki_megatron.train.callbacks import (
-    ConsoleCallback,
-    LogCallback,
-    MetricsCallback,
-    ProgressCallback,
-    ReportCallback,
-    RunFinalizer,
-    TensorBoardCallback,
+from aki_megatron.train.build_callbacks import (
+    build_callbacks,
+    build_checkpoint_callback,
+    build_trackers,
+    write_run_report,
 )
-from aki_megatron.train.checkpoint_callback import CheckpointCallback
+from aki_megatron.train.callbacks import ProgressCallback, ReportCallback, RunFinalizer
 from aki_megatron.train.continuation import record_configuration
 from aki_megatron.train.data_changes import EXTRA_KEY, fingerprint_run, fingerprints_to_json
-from aki_megatron.train.history import record_saved
-from aki_megatron.train.loop import Callback, Trainer, TrainState
+from aki_megatron.train.loop import Trainer, TrainState
 from aki_megatron.train.run_summary import summary_lines, uses_recompute
-from aki_megatron.train.sample_audit import SampleAuditCallback
 from aki_megatron.train.side_output import OutputFailures, isolate_side_outputs
-from aki_megatron.train.wandb_callback import WandbCallback
 
 logger = logging.getLogger("aki_megatron.train")
 
@@ -215,75 +207,29 @@ def load_latest(engine: Engine, checkpointer: Checkpointer) -> Mapping[str, Any]
     return load_checkpoint(engine, checkpointer, checkpoint)
 
 
-def write_run_report(paths: RunPaths) -> None:
-    """Write report.html from the metrics and the configuration of a run."""
-    record = RunRecord.load(paths.config, read_metrics(paths.metrics))
-    write_report(paths.report, f"Run {paths.path.name}", [record])
-
-
 def build_lr_schedule(config: RunConfig) -> Callable[[int], float]:
     """Return the learning rate as a function of the optimizer step, counted from 0."""
     o = config.optimizer
     return partial(learning_rate, lr=o.lr, min_lr=o.min_lr, warmup_steps=o.warmup_steps, steps=config.train.steps)
 
 
-def build_checkpoint_callback(
-    config: RunConfig,
-    checkpointer: Checkpointer,
-    save: Callable[[int, bool], None],
-    console: IsolatedConsole | None,
-    tracker: ProgressTracker,
-    event_recorder: EventRecorder,
-) -> CheckpointCallback:
-    """Build the callback that saves; ``console`` is that of rank 0, None on other ranks.
-
-    A run that may roll back has a checkpoint from the beginning.
-    """
-    return CheckpointCallback(
-        checkpointer,
-        save,
-        config.checkpoint.interval,
-        config.train.steps,
-        console,
-        save_at_start="rollback" in (config.watch.on_non_finite, config.watch.on_loss_spike),
-        set_phase=tracker.set_phase,
-        record_event=event_recorder,
-        on_saved=partial(record_saved, RunPaths(config.run.dir)) if console is not None else lambda step: None,
+def record_start_configuration(
+    config: RunConfig, data_changes: Sequence[str], record_event: EventRecorder, console: IsolatedConsole
+) -> None:
+    """Record the configuration that this start trains with; record and print what it changes. On rank 0."""
+    paths = RunPaths(config.run.dir)
+    step = newest_step(paths)
+    changed = record_configuration(
+        paths,
+        config,
+        step=step,
+        learning_rate=lambda run: build_lr_schedule(run)(step),
+        record_event=record_event,
     )
-
-
-def build_callbacks(
-    config: RunConfig,
-    loader: StepLoader | EmptyStepLoader,
-    topology: Topology,
-    console: IsolatedConsole,
-    open_log: Callable[[Path], StepLog],
-) -> list[Callback]:
-    """Build the callbacks that log a step on this rank; they come before a checkpoint of the step is saved.
-
-    open_log  returns what writes a file with a line per step
-    """
-    paths, log = RunPaths(config.run.dir), config.log
-    callbacks: list[Callback] = []
-    if isinstance(loader, StepLoader):
-        callbacks.append(LogCallback(loader.bad_sample_budget.summary, console))
-        rank, size = topology.data_rank, topology.data
-        callbacks.append(
-            SampleAuditCallback(paths.sample_audit, loader.last_step, data_rank=rank, data_size=size, open_log=open_log)
-        )
-    else:
-        callbacks.append(LogCallback(str, console))
-    if topology.rank != 0:
-        return callbacks
-    callbacks += [MetricsCallback(paths.metrics, open_log), ConsoleCallback(config.train.steps, log.interval, console)]
-    if log.tensorboard:
-        callbacks.append(TensorBoardCallback(paths.tensorboard, log.interval))
-    if log.wandb != "disabled":
-        values = public_values(config)
-        callbacks.append(
-            WandbCallback(paths.path, project=log.wandb_project, mode=log.wandb, interval=log.interval, config=values)
-        )
-    return callbacks
+    for line in data_changes:
+        record_event(step, "change", line)
+    for line in [*changed, *data_changes]:
+        console.print(line, markup=False)
 
 
 def build_trainer(
@@ -318,21 +264,10 @@ def build_trainer(
     failures = OutputFailures(lambda: tracker.step, event_recorder, console)
     console.on_failure = failures.report_console
     logs = StepLogs(paths.path, report_failure=failures.report, request_stop=stop_signals.request_stop)
-    if is_rank_zero and checkpoint:
-        restore_unwritten(checkpoint, paths.path)
     if is_rank_zero:
-        step = newest_step(paths)
-        changed = record_configuration(
-            paths,
-            config,
-            step=step,
-            learning_rate=lambda run: build_lr_schedule(run)(step),
-            record_event=event_recorder,
-        )
-        for line in data_changes:
-            event_recorder(step, "change", line)
-        for line in [*changed, *data_changes]:
-            console.print(line, markup=False)
+        if checkpoint:
+            restore_unwritten(checkpoint, paths.path)
+        record_start_configuration(config, data_changes, event_recorder, console)
         for line in summary_lines(config, stages, world_size=topology.world_size):
             console.print(line)
     loader = build_loader(config, tokenizer, topology, console, sources)
@@ -366,6 +301,7 @@ def build_trainer(
         callbacks += [
             ReportCallback(paths, write_run_report),
             RunFinalizer(paths, attempt, stop_reason=control.stop_reason, record_event=event_recorder, console=console),
+            *build_trackers(config),
         ]
     return Trainer(
         engine=engine,

@@ -19,7 +19,7 @@ from aki_megatron.errors import ConfigError, DataError
 from aki_megatron.masking import mask_text
 from aki_megatron.parallel.launch import check_master
 from aki_megatron.parallel.topology import Launch, discover_launch, init_distributed
-from aki_megatron.supervise.attempts import newest_step, record_end, record_start
+from aki_megatron.supervise.attempts import End, newest_step, record_end, record_start
 from aki_megatron.supervise.events import record_event
 from aki_megatron.supervise.exit_codes import INTERRUPTED
 from aki_megatron.supervise.failure import FailureReporter
@@ -75,11 +75,24 @@ class MaskingFormatter(logging.Formatter):
         return mask_text(super().format(record))
 
 
+class LogFileHandler(logging.FileHandler):
+    """Write records to a file; where that fails (a full disk), say so once instead of once per record."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (of logging)
+        if not self.failed:
+            self.failed = True
+            with suppress(OSError, ValueError):
+                error = sys.exc_info()[1]
+                sys.stderr.write(f"{self.baseFilename} cannot be written to, so records are missing there: {error}\n")
+
+
 def log_to_file(paths: RunPaths, rank: int) -> None:
     """Write this rank's log to its own file."""
     path = paths.log(rank)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
+    handler = LogFileHandler(path)
     handler.setFormatter(MaskingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -152,10 +165,11 @@ def train_supervised(
     """
     paths = RunPaths(config.run.dir)
 
-    def record_failure(text: str) -> None:
+    def record_failure(text: str, code: int) -> None:
         with suppress(OSError):  # a full disk, for example: the error message matters more
             if launch.rank == 0:
-                record_end(paths, launch.attempt, step=None, end="failed", reason=text)
+                end: End = "interrupted" if code == INTERRUPTED else "failed"
+                record_end(paths, launch.attempt, step=None, end=end, reason=text)
 
     reporter = FailureReporter(
         paths,

@@ -3,15 +3,24 @@
 import re
 import secrets
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from aki_megatron.masking import mask_text
 from aki_megatron.supervise.metrics import metrics_of
 from aki_megatron.train.loop import Callback
 from aki_megatron.types import StepReport
+
+END_SECONDS, STOP_SECONDS = 120.0, 10.0
+"""How long wandb may upload at the end of a run, and at that of an attempt, which a scheduler may be about to kill."""
+
+SERVICE = "wandb-core"
+"""Process that does wandb's work."""
 
 
 class WandbCallback(Callback):
@@ -45,8 +54,25 @@ class WandbCallback(Callback):
             self.run.log(metrics_of(step, report), step=step)
             self.last_step = step
 
+    def on_stop(self, step: int) -> None:
+        self._finish(STOP_SECONDS)
+
     def on_end(self, step: int) -> None:
-        self.run.finish()
+        self._finish(END_SECONDS)
+
+    def _finish(self, seconds: float) -> None:
+        """Finish the wandb run. Raises TimeoutError where that takes long: without a network it tries for hours."""
+        thread = threading.Thread(target=self.run.finish, name="wandb finish", daemon=True)
+        thread.start()
+        thread.join(seconds)
+        if thread.is_alive():
+            for child in psutil.Process().children():
+                if SERVICE in child.name():
+                    child.kill()  # or this process could not end before it does
+            raise TimeoutError(
+                f"wandb did not finish within {seconds:g} s. Its points are in {self.folder}/wandb; upload them with "
+                "wandb sync."
+            )
 
     def on_failure(self) -> None:
         """Forget wandb's service, a process that SIGTERM ends: at exit wandb would try to reach it, and fail again."""

@@ -152,6 +152,7 @@ def test_a_command_that_hangs_is_stopped_with_its_children(tmp_path: Path) -> No
 def test_names_of_commands() -> None:
     assert command_name("aws s3 cp s3://bucket/kale/00012.tar -") == "s3://bucket/kale/00012"
     assert command_name("cat '/data/a b.tar'") == "b"
+    assert command_name("curl -s https://me:pa55word@host/00012.tar") == "https://host/00012"
     assert command_name("cat a.tar b.tar").startswith("pipe-") and command_name("fetch 12").startswith("pipe-")
     assert command_name("fetch 12") != command_name("fetch 13")
 

@@ -1,6 +1,6 @@
 """launcher/sft.py with one rank that fails in a step; other tests start it under each launcher.
 
-AKI_TEST_FAILS is RANK:STEP:HOW, steps counted from 1.
+AKI_TEST_FAILS is RANK:STEP:HOW, steps counted from 1. HOW "worker": a process of its loader fails, at about that step.
 """
 
 import os
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from aki_megatron.data.loader import MicrobatchDataset
 from aki_megatron.parallel.launch import discover_launch
 from aki_megatron.supervise import watchdog
 from aki_megatron.train.loop import Trainer
@@ -26,7 +27,8 @@ def fail(how: str) -> None:
 
 
 rank, step, how = os.environ["AKI_TEST_FAILS"].split(":")
-healthy_train = Trainer.train
+healthy_train, healthy_load = Trainer.train, MicrobatchDataset._load
+loads = 0
 
 
 def sleep_in_the_loader(steps: Iterator[Any]) -> Iterator[Any]:
@@ -35,6 +37,15 @@ def sleep_in_the_loader(steps: Iterator[Any]) -> Iterator[Any]:
         if number == int(step):
             time.sleep(3600)
         yield loaded
+
+
+def failing_load(dataset: MicrobatchDataset, plan: Any) -> Any:
+    """Load a micro-batch, of which this process fails to load the last."""
+    global loads
+    loads += 1
+    if loads >= int(step):
+        raise ArithmeticError("the answer is 43")
+    return healthy_load(dataset, plan)
 
 
 def train(trainer: Trainer) -> bool:
@@ -52,7 +63,9 @@ def train(trainer: Trainer) -> bool:
             fail(how)
         return healthy_step(*args, **options)
 
-    if how == "sleep":
+    if how == "worker":
+        MicrobatchDataset._load = failing_load  # type: ignore[method-assign]
+    elif how == "sleep":
         loader.steps = lambda *args: sleep_in_the_loader(healthy_steps(*args))
     else:
         engine.train_step = train_step

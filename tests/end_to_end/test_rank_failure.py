@@ -85,3 +85,19 @@ def test_a_killed_rank(demo: DemoWorkspace, launcher: str, ranks: int, rank: int
     assert "ended without an error message" in ending.error
     assert ending.seconds_after_failure < MAX_SECONDS
     assert "step 2 loss" in ending.log.read_text()
+
+
+@pytest.mark.parametrize(("launcher", "workers"), [("torchrun", 1), ("deepspeed", 4), ("mpirun", 4)])
+def test_a_failing_worker_of_the_loader_of_a_single_rank(demo: DemoWorkspace, launcher: str, workers: int) -> None:
+    """The rank ends, and with it its other workers, which are in the middle of something."""
+    mark = f"AKI_TEST_MARK={uuid.uuid4()}"
+    environment = demo.environment | MPIRUN_ENVIRONMENT | dict([mark.split("=")], AKI_TEST_FAILS=f"0:{STEP}:worker")
+    flags = [*demo.sft_flags(f"failing_worker_{launcher}", steps=50), "--parallel.zero_stage", "0"]
+    flags += ["--init.weights", "null", "--data.num_workers", str(workers)]
+    started = time.monotonic()
+    command = launcher_command(launcher, 1)
+    result = DemoWorkspace(demo.folder, environment).run(*command, FAILING_SFT, *flags, ok=False)
+    assert result.returncode != 0 and processes_with(mark) == []
+    (error,) = re.findall(r"^error.*", result.stderr, flags=re.MULTILINE)
+    assert "ArithmeticError: the answer is 43" in error, result.stderr
+    assert time.monotonic() - started < MAX_SECONDS

@@ -263,6 +263,9 @@ def test_each_family_writes_its_own_special_tokens() -> None:
         with_system = [{"role": "system", "content": "S"}, *chat_messages]
         text = tokenizer.apply_chat_template(with_system, chat_template=template, tokenize=False)
         assert text.startswith(begin + "S") and SYSTEM_MESSAGE not in text
+        quoted = "It's C:\\new {{ $x }}\nand a line."
+        text = tokenizer.apply_chat_template(chat_messages, chat_template=chat.chat_template(quoted), tokenize=False)
+        assert text.startswith(begin + quoted)
 
 
 TRANSFORMERS_ONLY = """

@@ -60,7 +60,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run["optimizer"] |= {"warmup_steps": 2, "eps": 1e-5}
     run["parallel"] = {"zero_stage": 0}
     run["checkpoint"] = {"interval": 2}
-    run["log"] = {"interval": 10, "tensorboard": False, "wandb": "disabled"}
+    run["log"] = {"interval": 10, "tensorboard": False, "wandb": "offline"}
     path = folder / "causal.yaml"  # for slurm/section42.sbatch, which finds configurations by the name of the method
     path.write_text(yaml.safe_dump(run))
     return path

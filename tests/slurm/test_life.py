@@ -2,6 +2,8 @@
 
 import os
 import signal
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,6 +81,10 @@ def test_a_run_survives_every_fault_of_its_job(cluster: Cluster, submit: Submit,
     ).strip()  # fmt: skip
     wait_until_resumed(2)
     assert stop_reason(1) == "SIGTERM"
+    first, second, third = job.attempts()
+    assert (first.step, second.step) == (second.from_step, third.from_step), (
+        "stopped in good order: no step is repeated"
+    )
     assert Job(cluster, urgent, job.run, job.output, job.orders).info()["JobState"] == "COMPLETED"
 
     # a rank is killed
@@ -185,6 +191,16 @@ def test_a_crash_loop_is_given_up(submit: Submit) -> None:
     assert "give up: 2 attempts in a row left no newer checkpoint than that of step 0" in job.log()
     assert "on rank 1: ArithmeticError: the answer is 43" in job.log()
     assert job.left_behind() == []
+
+
+def test_a_failing_worker_of_the_loader_ends_a_single_rank(cluster: Cluster, config: Path, tmp_path: Path) -> None:
+    started = time.monotonic()
+    printed = cluster.run(
+        "srun", "--nodes=1", "--ntasks=1", sys.executable, "tests/end_to_end/failing_sft.py", "--config", str(config),
+        "--run.dir", str(tmp_path / "run"), "--data.num_workers", "4", ok=False, AKI_TEST_FAILS="0:3:worker",
+    )  # fmt: skip
+    assert "ArithmeticError: the answer is 43" in printed and "Exited with exit code 1" in printed, printed
+    assert time.monotonic() - started < 60 and cluster.processes() == {}
 
 
 def test_tasks_of_an_array_are_separate_runs(cluster: Cluster, config: Path, submit: Submit, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def run_ranks(
             stop_signals,
             start_id="a",
             sigterm_from_scheduler=sigterm_from_scheduler,
-            on_failure=lambda text: (folder / f"note_{rank}").write_text(text),
+            on_failure=lambda text, code: (folder / f"note_{rank}").write_text(text),
         )
         reporter.begin()
         barrier.wait()

@@ -33,7 +33,7 @@ def send(number: int) -> None:
     time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_held(number: signal.Signals) -> None:
     def behave(stop_signals: StopSignals) -> bool:
         before = stop_signals.reason
@@ -95,19 +95,20 @@ def test_a_process_that_ignores_sigint_keeps_ignoring_it() -> None:
     assert listening(behave) == 0
 
 
-def test_a_process_that_ignores_sigterm_keeps_ignoring_it() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_process_that_ignores_a_signal_keeps_ignoring_it(number: signal.Signals) -> None:
     def behave(stop_signals: StopSignals) -> bool:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_IGN)
         stop_signals.listen()
-        send(signal.SIGTERM)
+        send(number)
         return not stop_signals.reason
 
     assert listening(behave) == 0
 
 
-def test_children_are_ended_by_sigterm_and_not_by_sigusr1_or_ctrl_c() -> None:
+def test_children_are_ended_by_sigterm_only() -> None:
     def behave(stop_signals: StopSignals) -> bool:
-        signals = (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)
+        signals = (signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
         return exit_code(fork(lambda: [send(number) for number in signals])) == -signal.SIGTERM
 
     assert listening(behave) == 0

@@ -96,10 +96,11 @@ def test_the_command_line_goes_to_wandb_without_its_secrets(tmp_path: Path, monk
     assert b"--data.captions" in written() and secret.encode() not in written()
 
 
-KILLED = """
+DISTURBED = """
 import os, signal, subprocess, sys
 from pathlib import Path
 from step_reports import step_report
+from aki_megatron.train import wandb_callback
 from aki_megatron.train.side_output import isolate_side_outputs
 from aki_megatron.train.wandb_callback import WandbCallback
 
@@ -113,20 +114,23 @@ services = [int(pid) for pid in children if b"wandb-core" in Path(f"/proc/{pid}/
 assert services
 for pid in services:
     os.kill(pid, getattr(signal, sys.argv[2]))
-    os.waitpid(pid, 0)
+    if sys.argv[2] != "SIGSTOP":
+        os.waitpid(pid, 0)
+wandb_callback.END_SECONDS = 2.0
 for step in range(2, 50):
     callback.on_step(step, step_report())
-callback.on_stop(50)
+callback.on_end(50)
 assert len(failures) == 1 and "WandbCallback is off" in failures[0], failures
+assert sys.argv[2] != "SIGSTOP" or "wandb did not finish within 2 s" in failures[0], failures
 """
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL", "SIGSTOP"])
 def test_training_outlives_the_process_of_wandb(tmp_path: Path, name: str) -> None:
-    """A scheduler sends SIGTERM to every process of a job; wandb's own process ends at once."""
+    """A scheduler sends SIGTERM to every process of a job; wandb's own process ends at once. Or it never responds."""
     # without the variables by which wandb joins the service of this process
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    command = [sys.executable, "-c", KILLED, str(tmp_path), name]
+    command = [sys.executable, "-c", DISTURBED, str(tmp_path), name]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
     assert result.returncode == 0 and "atexit" not in result.stderr, result.stderr

@@ -122,16 +122,15 @@ def num_steps(run: Path) -> int:
 
 
 def play(
-    launcher: str, ranks: int, fault: Fault, run: Path, flags: Sequence[str], log: Path, generator: random.Random
+    launcher: str, ranks: int, fault: Fault, run: Path, job: Job, patience: float, generator: random.Random
 ) -> Round:
-    """Start the run, disturb it, and see what is left."""
+    """Disturb a job that has just been started, and see what is left of it and of the run."""
     before = inspect(run)
-    job = Job(launcher, ranks, flags, log)
     result = Round(launcher, ranks, fault.name)
     try:
         training = disturb(job, fault, run, before, generator)
         struck = time.monotonic()
-        result.hangs = int(bool(job.wait(END_SECONDS)))
+        result.hangs = int(bool(job.wait(patience)))
         result.seconds = time.monotonic() - struck
     finally:
         job.kill()
@@ -175,6 +174,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"of {', '.join(LAUNCHERS)}, in turn; default: those that are installed",
     )  # fmt: skip
     parser.add_argument("--folder", type=Path, help="for data and runs, must not exist; default: a temporary one")
+    text = "seconds after a signal that end a job which lives on: it hangs; default: %(default)s"
+    parser.add_argument("--patience", type=float, default=END_SECONDS, help=text)
     parser.add_argument("--json", type=Path, help="also write every round here")
     return parser.parse_args(argv)
 
@@ -195,7 +196,8 @@ def measure(options: argparse.Namespace, folder: Path, console: Console) -> tupl
     for number in range(options.rounds):
         fault, ranks = generator.choice(FAULTS), generator.choice((1, 2, 2))
         launcher = launchers[number % len(launchers)]
-        result = play(launcher, ranks, fault, folder / "disturbed", flags, log, generator)
+        job = Job(launcher, ranks, flags, log)
+        result = play(launcher, ranks, fault, folder / "disturbed", job, options.patience, generator)
         rounds.append(result)
         where = f"{number + 1:4} {launcher:10} {ranks} ranks  {fault.name:25} step {num_steps(folder / 'disturbed'):4}"
         console.print(f"{where}  {result.end:12} after {result.seconds:4.1f} s  {result.text}")

@@ -54,6 +54,7 @@ class Job:
     """A run's ranks and the launcher above them."""
 
     def __init__(self, launcher: str, ranks: int, flags: Sequence[str], log: Path) -> None:
+        self.name, self.num_ranks = launcher, ranks
         self._mark = uuid.uuid4().hex
         environment = os.environ | MPIRUN_ENVIRONMENT | {MARK: self._mark, "OMP_NUM_THREADS": "1"}
         environment |= {"DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore", "WANDB_SILENT": "true"}

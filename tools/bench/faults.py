@@ -30,8 +30,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from fault_cases import END_SECONDS, FAULTS, LAUNCHERS, ROOT, Fault, Job, RunState, inspect
@@ -121,12 +122,11 @@ def num_steps(run: Path) -> int:
         return 0
 
 
-def play(
-    launcher: str, ranks: int, fault: Fault, run: Path, job: Job, patience: float, generator: random.Random
-) -> Round:
-    """Disturb a job that has just been started, and see what is left of it and of the run."""
+def play(start: Callable[[], Job], fault: Fault, run: Path, patience: float, generator: random.Random) -> Round:
+    """Start the run, disturb it, and see what is left of the job and of the run."""
     before = inspect(run)
-    result = Round(launcher, ranks, fault.name)
+    job = start()
+    result = Round(job.name, job.num_ranks, fault.name)
     try:
         training = disturb(job, fault, run, before, generator)
         struck = time.monotonic()
@@ -196,8 +196,8 @@ def measure(options: argparse.Namespace, folder: Path, console: Console) -> tupl
     for number in range(options.rounds):
         fault, ranks = generator.choice(FAULTS), generator.choice((1, 2, 2))
         launcher = launchers[number % len(launchers)]
-        job = Job(launcher, ranks, flags, log)
-        result = play(launcher, ranks, fault, folder / "disturbed", job, options.patience, generator)
+        start = partial(Job, launcher, ranks, flags, log)
+        result = play(start, fault, folder / "disturbed", options.patience, generator)
         rounds.append(result)
         where = f"{number + 1:4} {launcher:10} {ranks} ranks  {fault.name:25} step {num_steps(folder / 'disturbed'):4}"
         console.print(f"{where}  {result.end:12} after {result.seconds:4.1f} s  {result.text}")

@@ -62,9 +62,19 @@ class WandbCallback(Callback):
 
     def _finish(self, seconds: float) -> None:
         """Finish the wandb run. Raises TimeoutError where that takes long: without a network it tries for hours."""
-        thread = threading.Thread(target=self.run.finish, name="wandb finish", daemon=True)
+        failures: list[Exception] = []
+
+        def finish() -> None:
+            try:
+                self.run.finish()
+            except Exception as error:  # whatever it raises, this thread must not print it
+                failures.append(error)
+
+        thread = threading.Thread(target=finish, name="wandb finish", daemon=True)
         thread.start()
         thread.join(seconds)
+        if failures:
+            raise failures[0]
         if thread.is_alive():
             for child in psutil.Process().children():
                 if SERVICE in child.name():

@@ -1,6 +1,9 @@
 """Fixtures of all tests: the pool of ranks. How tests are distributed over xdist workers (`make test` runs several)."""
 
+import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +20,19 @@ FIRST = (
     "tests/checkpoint/",
 )
 """Tests that start first, by prefix: they take longest, and those of Slurm mostly wait."""
+
+
+def pytest_configure() -> None:
+    """Let tests and the processes that they start get signals which nohup or a shell without job control ignores."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_sessionstart() -> None:
+    """Refuse two test files of one name: each would be collected in some workers and fail in others."""
+    counts = Counter(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    if twice := sorted(name for name, count in counts.items() if count > 1):
+        raise pytest.UsageError(f"test files need names of their own: {', '.join(twice)}")
 
 
 def group_of(nodeid: str) -> str:

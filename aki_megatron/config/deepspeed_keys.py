@@ -53,7 +53,7 @@ OFFLOAD_DEVICE = Values('"cpu" or "none"', lambda value: value in ("cpu", "none"
 """config/combinations.py refuses nvme, and says which runs may offload to cpu."""
 BOTH = (False, True)
 
-PROOF = "tests/distributed/test_deepspeed_settings.py"
+PROOF = "tests/distributed/test_deepspeed_equality.py"
 OFFLOAD_PROOF = "tests/distributed/test_offload.py"
 
 

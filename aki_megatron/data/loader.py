@@ -251,11 +251,18 @@ def init_worker(_worker: int) -> None:
     stops. So the worker obeys the SIGTERM of its rank only, which is how multiprocessing ends a worker at exit.
     """
     torch.set_num_threads(1)
+    threading.excepthook = _print_thread_error
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # blocked before any other thread starts, so that the signal waits for the thread that asks who sent it
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_exit_with_rank, args=(os.getppid(),), name="sigterm", daemon=True).start()
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_exit_on_lost_result)  # type: ignore[attr-defined]
+
+
+def _print_thread_error(error: threading.ExceptHookArgs) -> None:
+    """Print the error of a thread of this worker; not one that says that the rank has ended, which ends the worker."""
+    if not issubclass(error.exc_type, EOFError | ConnectionError):
+        threading.__excepthook__(error)
 
 
 def _exit_with_rank(rank_pid: int) -> None:

@@ -131,6 +131,8 @@ class Fault:
     strike: Callable[[Job, random.Random], None]
     graceful: bool = False
     """Whether a job that has begun to train must stop in good order: all steps saved, the attempt "stopped"."""
+    leaves_ranks: bool = False
+    """Whether ranks may train on, as docs/cluster.md says for some launchers, until RUN/STOP ends them."""
 
 
 def _kill_one_rank(job: Job, generator: random.Random) -> None:
@@ -158,7 +160,8 @@ FAULTS = (
     Fault("SIGKILL to a rank", _kill_one_rank),
     Fault("SIGTERM to all", lambda job, _: send(job.processes(), signal.SIGTERM)),
     Fault("SIGTERM to the ranks", lambda job, _: send(job.ranks(), signal.SIGTERM), graceful=True),
-    Fault("SIGTERM to the launcher", lambda job, _: job.launcher.terminate()),
+    Fault("SIGTERM to the launcher", lambda job, _: job.launcher.terminate(), leaves_ranks=True),
+    Fault("SIGKILL to the launcher", lambda job, _: job.launcher.kill(), leaves_ranks=True),
     Fault("SIGTERM, then SIGKILL", _terminate_then_kill),
     Fault("SIGUSR1 to the ranks", lambda job, _: send(job.ranks(), signal.SIGUSR1), graceful=True),
     Fault("Ctrl-C", _interrupt_group),

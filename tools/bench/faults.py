@@ -43,8 +43,13 @@ from aki_megatron.supervise.attempts import read_attempts
 from aki_megatron.supervise.run_paths import RunPaths
 from aki_megatron.train.run_comparison import compare_runs
 
-MAX_STEPS_PER_ROUND = 4
+MAX_STEPS_TO_SIGNAL = 4
+STEPS_PER_ROUND = 15
+"""More than a round trains, so that none is the last of the run: ranks go on while a signal spreads."""
+
 START_SECONDS = 300.0
+LAUNCHER_END_SECONDS = 3.0
+"""How long ranks that end with their launcher may take."""
 TOLERANCE = 1e-5
 """Largest relative difference of a loss between the two runs, whose ranks differ."""
 
@@ -99,7 +104,7 @@ def finish(job: Job, seconds: float) -> None:
 
 def disturb(job: Job, fault: Fault, run: Path, before: RunState, generator: random.Random) -> bool:
     """Wait for a random moment and send the signal; return whether the job had begun to train."""
-    target = len(before.steps) + generator.randint(0, MAX_STEPS_PER_ROUND)
+    target = len(before.steps) + generator.randint(0, MAX_STEPS_TO_SIGNAL)
     delay = generator.random() * 0.3
     if target == len(before.steps):  # while it starts
         delay = generator.random() * 12.0
@@ -124,18 +129,21 @@ def num_steps(run: Path) -> int:
 
 def play(start: Callable[[], Job], fault: Fault, run: Path, patience: float, generator: random.Random) -> Round:
     """Start the run, disturb it, and see what is left of the job and of the run."""
-    before = inspect(run)
+    before, attempts_before = inspect(run), len(read_attempts(RunPaths(run)))
     job = start()
     result = Round(job.name, job.num_ranks, fault.name)
     try:
         training = disturb(job, fault, run, before, generator)
         struck = time.monotonic()
+        if fault.leaves_ranks and job.wait(LAUNCHER_END_SECONDS):
+            RunPaths(run).stop.touch()
         result.hangs = int(bool(job.wait(patience)))
         result.seconds = time.monotonic() - struck
     finally:
         job.kill()
+        RunPaths(run).stop.unlink(missing_ok=True)
     after, attempts = inspect(run), read_attempts(RunPaths(run))
-    result.end = (attempts[-1].end or "killed") if attempts else "not begun"
+    result.end = (attempts[-1].end or "killed") if len(attempts) > attempts_before else "not begun"
     result.trained_again = max(0, len(after.steps) - after.newest)
     result.lost = max(0, before.newest - after.newest)
     result.half = len(after.damaged)
@@ -188,7 +196,7 @@ def measure(options: argparse.Namespace, folder: Path, console: Console) -> tupl
          "--val_scenes", "10"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     generator = random.Random(options.seed)
-    steps = options.rounds * MAX_STEPS_PER_ROUND + 10  # more than the rounds can train: none of them is the last
+    steps = options.rounds * STEPS_PER_ROUND
     log = folder / "job.log"
     console.print(f"{steps} steps undisturbed, on one rank")
     finish(Job("torchrun", 1, run_flags(folder, "undisturbed", steps), log), START_SECONDS + 5.0 * steps)

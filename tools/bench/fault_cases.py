@@ -44,7 +44,6 @@ def _launch_command(launcher: str, ranks: int) -> list[str]:
     folder = Path(sys.executable).parent
     return {
         "torchrun": [str(folder / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", port],
-        # ZeRO-2 here and no DeepSpeed elsewhere: a run goes on with another engine after a fault
         "deepspeed": [str(folder / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port],
         "mpirun": ["mpirun", "-np", str(ranks), sys.executable],
     }[launcher]
@@ -59,8 +58,7 @@ class Job:
         environment = os.environ | MPIRUN_ENVIRONMENT | {MARK: self._mark, "OMP_NUM_THREADS": "1"}
         environment |= {"DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore", "WANDB_SILENT": "true"}
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-        zero_stage = "2" if launcher == "deepspeed" else "0"
-        command = [*_launch_command(launcher, ranks), SCRIPT, *flags, "--parallel.zero_stage", zero_stage]
+        command = [*_launch_command(launcher, ranks), SCRIPT, *flags]
         self.log = log
         with log.open("w") as output:
             self.launcher = subprocess.Popen(
@@ -164,7 +162,7 @@ FAULTS = (
     Fault("SIGKILL to the launcher", lambda job, _: job.launcher.kill(), leaves_ranks=True),
     Fault("SIGTERM, then SIGKILL", _terminate_then_kill),
     Fault("SIGUSR1 to the ranks", lambda job, _: send(job.ranks(), signal.SIGUSR1), graceful=True),
-    Fault("Ctrl-C", _interrupt_group),
+    Fault("Ctrl-C", _interrupt_group, leaves_ranks=True),
 )
 
 

@@ -1,14 +1,17 @@
 """Disturb a run again and again while it trains, starts, saves and stops; count what it loses.
 
 python tools/bench/faults.py                            # 20 rounds: two ranks on the CPU, some minutes
+python tools/bench/faults.py --ranks 1 2 4              # resume on other numbers of ranks, too
 python tools/bench/faults.py --rounds 100 --seed 1 --json faults.json
 python tools/bench/faults.py --launchers torchrun --folder /scratch/faults    # keep the run to look at it
 
 One run of the demo's model, with its defaults: wandb (offline) and TensorBoard on, loader workers, asynchronous
 checkpoints; a checkpoint after every step, phases with other sources, packing. Each round starts it with the next
-launcher (torchrun, deepspeed with ZeRO-2, mpirun) on one or two ranks, waits for a random moment - of its start, of a
-step, of a save - and sends a random signal (--help lists them). Then every process of the job must end within a limit,
-and the run folder is read. At last the run is finished undisturbed and compared with one that was never disturbed.
+launcher (torchrun, deepspeed, mpirun), waits for a random moment - of its start, of a step, of a save - and sends a
+random signal (--help lists them). Then every process of the job must end within a limit, and the run folder is read.
+Ranks that outlive their launcher, as docs/cluster.md says of some, are ended by RUN/STOP. At last the run is finished
+undisturbed and compared with one that was never disturbed: the samples of all steps, and the losses, which are equal
+too as long as the number of ranks is (over hundreds of steps other sums of gradients drift apart).
 
 trained again   steps whose metrics were on disk and that the next start repeated, because no checkpoint had them yet
 lost            checkpoints that were complete and are not there any more, as steps that the newest went back
@@ -50,8 +53,8 @@ STEPS_PER_ROUND = 15
 START_SECONDS = 300.0
 LAUNCHER_END_SECONDS = 3.0
 """How long ranks that end with their launcher may take."""
-TOLERANCE = 1e-5
-"""Largest relative difference of a loss between the two runs, whose ranks differ."""
+TOLERANCE = 1e-6
+"""Largest relative difference of a loss between the two runs."""
 
 COUNTS = ("trained_again", "lost", "half", "repeats", "not_stopped", "hangs")
 FAULTY = COUNTS[1:]
@@ -89,7 +92,7 @@ def run_flags(folder: Path, run: str, steps: int) -> list[str]:
         "--log.interval", "5", "--log.wandb", "offline", "--init.weights", "null", "--model.decoder.num_layers", "1",
         "--data.packing.enabled", "true", "--data.packing.sequence_length", "192", "--data.packing.buffer_size", "64",
         "--data.phases", f"[{{steps: {first}, sources: [vqav2, vsr]}}, {{steps: {steps - first}}}]",
-        "--data.num_workers", "1",
+        "--data.num_workers", "1", "--parallel.zero_stage", "0",
     ]  # fmt: skip
 
 
@@ -151,7 +154,7 @@ def play(start: Callable[[], Job], fault: Fault, run: Path, patience: float, gen
     if fault.graceful and training and result.end != "done":
         result.not_stopped = int(result.end != "stopped" or result.trained_again > 0)
     if any(getattr(result, name) for name in FAULTY):
-        result.text = f"{after}\n{job.log.read_text()[-3000:]}"
+        result.text = f"{after.newest=} {after.damaged=}\n{job.log.read_text()[-3000:]}"
     return result
 
 
@@ -181,6 +184,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--launchers", nargs="+", choices=LAUNCHERS, metavar="NAME",
         help=f"of {', '.join(LAUNCHERS)}, in turn; default: those that are installed",
     )  # fmt: skip
+    text = "numbers of ranks, of which each start has one at random; default: 2"
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2], metavar="N", help=text)
     parser.add_argument("--folder", type=Path, help="for data and runs, must not exist; default: a temporary one")
     text = "seconds after a signal that end a job which lives on: it hangs; default: %(default)s"
     parser.add_argument("--patience", type=float, default=END_SECONDS, help=text)
@@ -198,11 +203,11 @@ def measure(options: argparse.Namespace, folder: Path, console: Console) -> tupl
     generator = random.Random(options.seed)
     steps = options.rounds * STEPS_PER_ROUND
     log = folder / "job.log"
-    console.print(f"{steps} steps undisturbed, on one rank")
-    finish(Job("torchrun", 1, run_flags(folder, "undisturbed", steps), log), START_SECONDS + 5.0 * steps)
+    console.print(f"{steps} steps undisturbed")
+    finish(Job("torchrun", options.ranks[0], run_flags(folder, "undisturbed", steps), log), START_SECONDS + 5.0 * steps)
     flags, rounds = run_flags(folder, "disturbed", steps), []
     for number in range(options.rounds):
-        fault, ranks = generator.choice(FAULTS), generator.choice((1, 2, 2))
+        fault, ranks = generator.choice(FAULTS), generator.choice(options.ranks)
         launcher = launchers[number % len(launchers)]
         start = partial(Job, launcher, ranks, flags, log)
         result = play(start, fault, folder / "disturbed", options.patience, generator)
@@ -210,8 +215,9 @@ def measure(options: argparse.Namespace, folder: Path, console: Console) -> tupl
         where = f"{number + 1:4} {launcher:10} {ranks} ranks  {fault.name:25} step {num_steps(folder / 'disturbed'):4}"
         console.print(f"{where}  {result.end:12} after {result.seconds:4.1f} s  {result.text}")
     console.print("to the end, undisturbed")
-    finish(Job("torchrun", 2, flags, log), START_SECONDS + 5.0 * steps)
-    comparisons = compare_runs(folder / "undisturbed", folder / "disturbed", ("samples", "metrics"), TOLERANCE)
+    finish(Job("torchrun", options.ranks[0], flags, log), START_SECONDS + 5.0 * steps)
+    parts = ("samples", "metrics") if len(set(options.ranks)) == 1 else ("samples",)
+    comparisons = compare_runs(folder / "undisturbed", folder / "disturbed", parts, TOLERANCE)
     text = "\n".join(f"{comparison.part:8} {comparison.text}" for comparison in comparisons)
     return rounds, all(comparison.equal for comparison in comparisons), text
 

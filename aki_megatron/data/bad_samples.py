@@ -46,6 +46,10 @@ class BadSample:
     source: str
     reason: str
 
+    def __post_init__(self) -> None:
+        # an id may hold half a surrogate pair, which no console and no log can write
+        object.__setattr__(self, "reason", self.reason.encode("utf-8", "backslashreplace").decode())
+
 
 @dataclass
 class BadSampleBudget:

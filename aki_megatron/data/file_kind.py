@@ -41,7 +41,7 @@ _TEXT_BYTES = frozenset({9, 10, 13} | set(range(32, 127)) | set(range(128, 256))
 
 
 def file_kind(head: bytes) -> str:
-    """Return what a file is, given its first bytes (HEAD_BYTES or fewer; empty for an empty file), as a noun phrase."""
+    """Return what a file is, given its first bytes (HEAD_BYTES or fewer; empty for an empty file)."""
     if not head:
         return "empty (0 bytes)"
     for magic, kind in _MAGIC:

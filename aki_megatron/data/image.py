@@ -79,8 +79,9 @@ def decode_image(image: Path | bytes, size: int, *, key: str, options: ImageOpti
     name = _name(image, key)
     try:
         data = image.read_bytes() if isinstance(image, Path) else image
-    except OSError as error:
-        raise UnreadableImage(f"{name} cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte or half a surrogate pair
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise UnreadableImage(f"{name} cannot be read: {reason or error}") from error
     try:
         with sample_errors(name):
             rgb = _decode_rgb(data, size, options)

@@ -131,6 +131,7 @@ class MixtureStream(Generic[Item]):
                     item = read(index)
                 location = partial(self._location, draw.source, index, item)
                 with sample_errors(location):
+                    item.key.encode()  # keys are hashed and logged; half a surrogate pair cannot be
                     sample = self._render(item)
                 if sample is None:
                     raise DataError(f"{location()}: no supervised token (empty, or truncated at the length limit)")

@@ -218,8 +218,8 @@ def _read_manifest(path: Path) -> dict[str, _Entry]:
         if found["version"] != _VERSION:
             return {}
         return {
-            str(name): _Entry(*(int(number) for number in numbers), digest=str(digest))
-            for name, (*numbers, digest) in found["tars"].items()
+            str(name): _Entry(int(a), int(b), int(c), int(d), int(e), str(digest))
+            for name, (a, b, c, d, e, digest) in found["tars"].items()
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}  # no manifest, or a damaged one: the headers are read instead

@@ -1,4 +1,4 @@
-"""Read webdataset tars with random access: the only adapter of webdataset.
+"""Read webdataset tars with random access. With shard_writer.py the only adapter of webdataset.
 
 A sample is a run of members that share a name up to its first dot: ``000012.jpg`` (or png, webp ...), ``000012.txt``
 and, optionally, ``000012.json`` (tar_scan.py). Their offsets are read from an index file beside each tar

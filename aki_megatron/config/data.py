@@ -55,7 +55,7 @@ class CaptionsConfig(Section):
     """Name of the set, for phases, error messages and the sample audit log."""
     shards: Strings
     """Tars of (jpg | png | webp ..., txt) pairs; braces expand: captions/{00000..00007}.tar. pipe:COMMAND fetches a tar
-    by running a command that writes it to its standard output."""
+    by running a command that writes it to its standard output; a URL (https://...) is opened as webdataset does."""
     skip_missing: bool = False
     """Leave out tars that do not exist, as a download leaves gaps in {00000..31000}; a start says how many. false: they
     are an error."""
@@ -139,7 +139,7 @@ class DataConfig(Section):
     shards_per_block: PositiveInt = 16
     """Captions: tars whose samples are shuffled together; more shuffle better and open more files at a time."""
     cache: FilePath | None = None
-    """Folder for tars that pipe: shards fetch, and for the indices of tars in folders without write access; null: a
-    folder below the user's cache folder."""
+    """Folder for tars that commands and URLs fetch, and for the indices of tars in folders without write access; null:
+    a folder below the user's cache folder."""
     cache_gigabytes: Gigabytes = 100.0
     """Largest size of all fetched tars together, in gigabytes; the least recently used are deleted first."""

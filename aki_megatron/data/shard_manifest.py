@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aki_megatron.data.fingerprint import Part
-from aki_megatron.data.shard_cache import ShardCache, command_digest
+from aki_megatron.data.shard_cache import ShardCache, command_digest, display_name
 from aki_megatron.data.tar_index import (
     SUFFIX,
     index_matches,
@@ -49,14 +49,14 @@ _NUM_THREADS, _CHUNK = 16, 128  # a network disk serves many requests at once, o
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: a file, or a command that writes one; ``name`` begins the keys of its samples."""
+    """One tar: a file, or a command or a URL that gives one; ``name`` begins the keys of its samples."""
 
     name: str
     tar: Path | None
     command: str = ""
 
     def __str__(self) -> str:
-        return str(self.tar) if self.tar is not None else f"pipe:{self.command}"
+        return str(self.tar) if self.tar is not None else display_name(self.command)
 
 
 class _Entry(NamedTuple):

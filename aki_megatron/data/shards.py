@@ -19,7 +19,7 @@ from webdataset.shardlists import expand_urls
 
 from aki_megatron.data.captions import TextFormat, caption_text
 from aki_megatron.data.fingerprint import Fingerprint, tars_fingerprint
-from aki_megatron.data.shard_cache import ShardCache, command_name
+from aki_megatron.data.shard_cache import ShardCache, command_name, is_url
 from aki_megatron.data.shard_manifest import Shard, open_shard_manifest, stat_tars
 from aki_megatron.data.tar_damage import absent_samples, tar_damage
 from aki_megatron.data.tar_index import TarIndex, sample_location, tar_digest
@@ -41,7 +41,8 @@ _MAX_GAP_BYTES = 2**16  # members closer than this are read at once: a second re
 class CaptionDataset:
     """Captions of the tars that the patterns name, in order. Braces expand as in webdataset: ``{00000..00007}.tar``.
 
-    Relative patterns start at ``root``; ``pipe:COMMAND`` is a tar that a command writes to its output. Missing tars
+    Relative patterns start at ``root``; ``pipe:COMMAND`` is a tar that a command writes to its output; URLs are
+    opened as webdataset opens them (http, https, ftps, sftp, gs, hf, ais). Missing tars
     raise one DataError that lists them; with ``skip_missing`` they are left out and reported. Tars without an index get
     one now, which several processes share; ``progress`` gets a line every few seconds meanwhile, and one for every tar
     with unreadable samples. An unreadable sample (without text or image, or lost in a damaged tar) stays in the dataset
@@ -232,7 +233,7 @@ def expand_shards(patterns: Sequence[str], root: Path) -> list[Path]:
     shards = parse_patterns(patterns, root)
     for shard in shards:
         if shard.tar is None:
-            raise DataError(f"{shard} is a command, not a file; a run that reads it fetches and indexes it itself.")
+            raise DataError(f"{shard} is no file; a run that reads it fetches and indexes it itself.")
     return [shard.tar for shard in shards if shard.tar is not None]
 
 
@@ -248,6 +249,8 @@ def parse_patterns(patterns: Sequence[str], root: Path) -> list[Shard]:
                 if not command:
                     raise DataError(f"The shard {pattern!r} has no command after {PIPE}")
                 shards.append(Shard(command_name(command), None, command))
+            elif is_url(name):
+                shards.append(Shard(command_name(name), None, name))
             else:
                 tar = root / name
                 below = tar.relative_to(root) if tar.is_relative_to(root) else tar

@@ -80,7 +80,7 @@ def test_any_error_of_one_sample_is_named_counted_and_replaced(
     assert all(one.reason.startswith(named[where]) and type(fault).__name__ in one.reason for one in bad)
 
 
-def test_interrupts_and_mistakes_of_the_user_pass() -> None:
+def test_stop_signals_and_user_errors_pass() -> None:
     for error in (KeyboardInterrupt(), SystemExit(3), ConfigError("wrong flag")):
         with pytest.raises(type(error)), sample_errors("here"):
             raise error

@@ -3,10 +3,15 @@
 A sample is a run of members that share a name up to the first dot of its last part: ``000012.jpg`` (or another of
 IMAGE_SUFFIXES), ``000012.txt`` and, optionally, ``000012.json``. What is damaged or ambiguous becomes samples with an
 error, one for each sample that is lost, never an exception.
+
+webdataset's own group_by_keys is not used: it is given the bytes of every member, keeps the first of equal keys in a
+row or ends the run, and reports nothing of what it leaves out. In whole tars and damaged ones both see the same
+samples, but for what is refused here: equal keys in a row, names that lead out of the tar, and sparse files (whose
+holes webdataset fills with zeros).
 """
 
 import os
-from collections import Counter
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +45,10 @@ DOTTED = (
 LOST = "it lies behind the point where the tar is damaged, and nothing from there on is read; repair the tar."
 
 
+_META = re.compile(r"__[^/]*__(/|$)")
+"""What webdataset skips: __meta__.json__, and whatever is in a folder __meta__."""
+
+
 class TarSample(NamedTuple):
     """One sample: its key, its members (json may be empty), the image's suffix; or ``error``: why it is unreadable.
 
@@ -64,7 +73,7 @@ class _Run:
     lost: bool = False
     members: dict[str, ByteRange] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
-    occurrences: Counter[str] = field(default_factory=Counter)
+    occurrences: dict[str, int] = field(default_factory=dict)
 
 
 def scan_tar(tar: Path) -> Iterator[TarSample]:
@@ -108,7 +117,7 @@ def split_name(name: str) -> tuple[str, str]:
     """Return (key, suffix) of a member; an empty key for one of no sample (as in webdataset: .DS_Store, README)."""
     folder, slash, base = name.rpartition("/")
     stem, dot, suffix = base.partition(".")
-    if not stem or not dot or (stem.startswith("__") and base.endswith("__")):
+    if not stem or not dot or _META.match(name):
         return "", ""
     return f"{folder}{slash}{stem}", suffix.lower()
 
@@ -126,7 +135,7 @@ def _is_whole(run: _Run) -> bool:
 
 
 def _add_member(run: _Run, suffix: str, member: Member) -> None:
-    run.occurrences[suffix] += 1
+    run.occurrences[suffix] = run.occurrences.get(suffix, 0) + 1
     if member.problem:
         run.problems[suffix] = member.problem
     else:

@@ -285,6 +285,7 @@ def test_missing_tars_are_left_out_on_request_and_counted(tmp_path: Path, capsys
 def test_webdataset_sees_the_same_samples_in_whole_tars(form: int, tmp_path: Path) -> None:
     names = ["a/b.c/7", "UPPER", "unterstrich_\u00e9", "lang" * 20, "with space", "x/" * 30 + "deep", "__a"]
     members = [("README", b"r"), ("__meta__.json__", b"m"), (".DS_Store", b"d"), ("a/.hidden.jpg", b"h")]
+    members += [("__meta__/1.jpg", b"i"), ("__meta__/1.txt", b"t"), ("a/__m__.jpg", b"i"), ("a/__m__.txt", b"t")]
     for number, name in enumerate(names):
         members += [(f"{name}.JPG" if number % 2 else f"{name}.png", image_bytes(number)), (f"{name}.seg.png", b"s")]
         members += [(f"{name}.txt", name.encode()), (f"{name}.json", b"{}")]
@@ -295,7 +296,7 @@ def test_webdataset_sees_the_same_samples_in_whole_tars(form: int, tmp_path: Pat
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     samples, errors = ours(tmp_path / "a.tar")
-    assert samples == webdatasets(tmp_path / "a.tar") and len(samples) == len(names) + 3 and len(errors) == 2
+    assert samples == webdatasets(tmp_path / "a.tar") and len(samples) == len(names) + 4 and len(errors) == 2
 
 
 def test_a_copy_of_an_index_of_an_older_version_is_built_anew(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from data_files import IMAGE_SIZE, image_bytes, pairs, write_tar
-from webdataset import WebDataset, warn_and_continue
+from tar_readers import read_samples, read_with_webdataset
 
 from aki_megatron.data.mixture import Mixture
 from aki_megatron.data.sample_stream import MixtureStream, Source
@@ -21,34 +21,6 @@ from aki_megatron.data.shards import CaptionDataset
 from aki_megatron.data.tar_scan import IMAGE_SUFFIXES
 from aki_megatron.errors import DataError
 from tools.make_data import main as make_data
-
-Samples = list[tuple[str, str, bytes]]
-
-
-def ours(tar: Path) -> tuple[Samples, list[str]]:
-    """Return the readable samples of a tar, and the errors of the others."""
-    try:
-        dataset = CaptionDataset([tar.name], tar.parent)
-    except DataError as error:
-        return [], [str(error)]
-    samples, errors = [], []
-    for index in range(len(dataset)):
-        try:
-            caption = dataset.caption(index)
-            samples.append((caption.key.removeprefix(f"{tar.stem}/"), caption.text, caption.image))
-        except DataError as error:
-            errors.append(str(error))
-    return samples, errors
-
-
-def webdatasets(tar: Path) -> Samples:
-    """Return the samples of a tar with text and image, as webdataset reads them."""
-    found = []
-    for sample in WebDataset(str(tar), shardshuffle=False, handler=warn_and_continue, empty_check=False):
-        image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
-        if image is not None and "txt" in sample:
-            found.append((sample["__key__"], sample["txt"].decode(), image))
-    return found
 
 
 def index_command(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -159,11 +131,11 @@ def test_every_damaged_tar_is_named_and_counted_by_samples(
     lines: list[str] = []
     dataset = CaptionDataset(["00000.tar"], tmp_path, progress=lines.append)
     assert lines[-2].startswith("1 of the 1 tars of") and lines[-1].strip() == line
-    samples, errors = ours(tar)
+    samples, errors = read_samples(tar)
     assert len(samples) == 7 and len(samples) + len(errors) == len(dataset) == total
     assert all(f"Tar {tar}, key " in error for error in errors)
     if damage not in (gnu_sparse, pax_sparse):  # webdataset fills the holes with zeros; here they are refused
-        assert samples == webdatasets(tar)
+        assert samples == read_with_webdataset(tar)
     assert index_command(tar, capsys=capsys)[0] == 1  # also where the index is up to date
 
 
@@ -236,7 +208,7 @@ def test_equal_keys_in_a_row_are_refused_whatever_the_order(tmp_path: Path) -> N
     red, blue = (("jpg", image_bytes(250)), ("txt", b"red")), (("jpg", image_bytes(5)), ("txt", b"blue"))
     for number, order in enumerate([(*red, *blue), (red[0], blue[0], red[1], blue[1]), (*red, blue[1], blue[0])]):
         members = [*pairs(1), *((f"1.{suffix}", data) for suffix, data in order), ("2.jpg", b"i"), ("2.txt", b"t")]
-        samples, errors = ours(write_tar(tmp_path / f"{number}.tar", members))
+        samples, errors = read_samples(write_tar(tmp_path / f"{number}.tar", members))
         assert [key for key, _, _ in samples] == ["000000", "2"]
         assert len(errors) == 2 and all("key 1: this key occurs several times in a row" in error for error in errors)
 
@@ -245,8 +217,8 @@ def test_equal_keys_apart_keep_their_own_images(tmp_path: Path, make_template) -
     red, blue = image_bytes(250), image_bytes(5)
     members = [("0.jpg", red), ("0.txt", b"red"), *pairs(1), ("0.jpg", blue), ("0.txt", b"blue")]
     tar = write_tar(tmp_path / "a.tar", members)
-    samples, errors = ours(tar)
-    assert samples == webdatasets(tar) and not errors
+    samples, errors = read_samples(tar)
+    assert samples == read_with_webdataset(tar) and not errors
     assert [sample for sample in samples if sample[0] == "0"] == [("0", "red", red), ("0", "blue", blue)]
     dataset = CaptionDataset(["a.tar"], tmp_path)
     stream = MixtureStream(
@@ -261,8 +233,10 @@ def test_images_of_every_suffix_are_read(tmp_path: Path) -> None:
     for suffix in IMAGE_SUFFIXES:
         members += [(f"{suffix}.{suffix}", image_bytes(len(members))), (f"{suffix}.txt", suffix.encode())]
     tar = write_tar(tmp_path / "a.tar", members)
-    samples, errors = ours(tar)
-    assert [key for key, _, _ in samples] == list(IMAGE_SUFFIXES) and not errors and samples == webdatasets(tar)
+    samples, errors = read_samples(tar)
+    assert (
+        [key for key, _, _ in samples] == list(IMAGE_SUFFIXES) and not errors and samples == read_with_webdataset(tar)
+    )
 
 
 def test_missing_tars_are_left_out_on_request_and_counted(tmp_path: Path, capsys) -> None:
@@ -295,8 +269,8 @@ def test_webdataset_sees_the_same_samples_in_whole_tars(form: int, tmp_path: Pat
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    samples, errors = ours(tmp_path / "a.tar")
-    assert samples == webdatasets(tmp_path / "a.tar") and len(samples) == len(names) + 4 and len(errors) == 2
+    samples, errors = read_samples(tmp_path / "a.tar")
+    assert samples == read_with_webdataset(tmp_path / "a.tar") and len(samples) == len(names) + 4 and len(errors) == 2
 
 
 def test_a_copy_of_an_index_of_an_older_version_is_built_anew(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
@@ -98,7 +99,7 @@ def decode_image(image: Path | bytes, size: int, *, key: str, options: ImageOpti
 def _decode_rgb(data: bytes, size: int, options: ImageOptions) -> bytes:
     """Return the RGB bytes of an image at ``size`` x ``size``. Raises UnreadableImage, and whatever decoders raise."""
     try:
-        opened = Image.open(BytesIO(data), formats=FORMATS)
+        opened = Image.open(BytesIO(data), formats=_installed_formats())
     except UnidentifiedImageError as error:
         kind = file_kind(data[:HEAD_BYTES])
         hint = "; it is damaged at its beginning, or of a variant that is not read" if kind.endswith("image") else ""
@@ -112,6 +113,13 @@ def _decode_rgb(data: bytes, size: int, options: ImageOptions) -> bytes:
         if rgb.size != (size, size):
             rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
         return rgb.tobytes()
+
+
+@cache
+def _installed_formats() -> tuple[str, ...]:
+    """Return FORMATS without those that this Pillow does not know (AVIF before 11.3): it raises KeyError for them."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _to_rgb(image: Image.Image, options: ImageOptions) -> Image.Image:

@@ -166,6 +166,18 @@ def test_formats_are_read_whatever_the_suffix_says(noise: np.ndarray, tmp_path: 
         assert decode_image(buffer.getvalue(), 24, key="k") == exact, form
 
 
+def test_a_pillow_without_a_format_reads_the_others(noise: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    image_module._installed_formats.cache_clear()
+    Image.init()
+    monkeypatch.delitem(Image.OPEN, "AVIF")
+    try:
+        assert len(decode_image(encoded(noise, "PPM"), 24, key="k").rgb) == 3 * 24 * 24
+        with pytest.raises(UnreadableImage, match="not a readable image but an AVIF image"):
+            decode_image(encoded(noise, "AVIF"), 24, key="k")
+    finally:
+        image_module._installed_formats.cache_clear()
+
+
 @pytest.mark.parametrize(("mode", "form"), [("I;16", "PNG"), ("I;16", "TIFF"), ("I;16B", "TIFF"), ("I", "PPM")])
 def test_grey_of_16_bits_keeps_its_high_byte(mode: str, form: str) -> None:
     """As 16-bit color does; Pillow's own conversion, which the released code uses, makes 256 and all above white."""

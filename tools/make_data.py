@@ -79,7 +79,7 @@ def write_demo_data(root: Path, size: DatasetSize) -> None:
     print(f"{root}: {size.total} scenes in {time.monotonic() - start:.0f} s.")
 
 
-SHARDS_HELP = """Write webdataset tars (key.jpg or key.png, key.txt) with their indexes, for pretraining.
+SHARDS_HELP = """Write webdataset tars (key.jpg, .png, .webp ..., key.txt) with their indexes, for pretraining.
 
 From a folder: every image goes with the text of the same name, a/7.jpg with a/7.txt; subfolders are searched.
 From a table (.csv with a header line, or .parquet): one column holds the image - a path, or in parquet its bytes, or

@@ -29,7 +29,7 @@ LEVEL = {package: level for level, layer in enumerate(LAYERS) for package in lay
 ADAPTERS = {
     "megatron": {"parallel/megatron.py"},
     "deepspeed": {"engine/zero_stage.py"},
-    "webdataset": {"data/shards.py"},
+    "webdataset": {"data/shards.py", "data/shard_writer.py"},
     "transformers": {
         "data/tokenizer.py",
         "checkpoint/hf_reference.py",

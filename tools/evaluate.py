@@ -22,7 +22,7 @@ from aki_megatron.checkpoint.initial_weights import load_weights
 from aki_megatron.config.run import RunConfig
 from aki_megatron.config.save import load_saved
 from aki_megatron.console import Console, Table, progress_bar
-from aki_megatron.data.pipeline import build_template, build_tokenizer
+from aki_megatron.data.pipeline import build_template, build_tokenizer, image_options
 from aki_megatron.data.sources import open_sources, with_split
 from aki_megatron.data.template import Template
 from aki_megatron.errors import ConfigError, DataError, UserError
@@ -99,7 +99,14 @@ def evaluate(run: Path, *, per_task: int, other_runs: list[Path], report: Path |
     model = load_model(config, paths.path)
     with progress_bar("answering", console=console) as bar:
         task = bar.add_task("questions", total=len(questions))
-        predictions = list(predict(model, template, questions, progress=lambda done: bar.update(task, completed=done)))
+        answers = predict(
+            model,
+            template,
+            questions,
+            image_options=image_options(config.data),
+            progress=lambda done: bar.update(task, completed=done),
+        )
+        predictions = list(answers)
     scores = score_by_task(predictions)
     out = paths.path / "evaluation"
     out.mkdir(exist_ok=True)

@@ -25,6 +25,7 @@ from pathlib import Path
 from aki_megatron.console import progress_bar
 from aki_megatron.data.shard_writer import brace_pattern, pairs_from_folder, pairs_from_table, write_shards
 from aki_megatron.data.shards import expand_shards, missing_shards
+from aki_megatron.data.tar_damage import tar_damages
 from aki_megatron.data.tar_index import index_matches, index_path, read_header, write_index
 from aki_megatron.errors import DataError, UserError
 from aki_megatron.synthetic.dataset import DatasetSize, is_complete, was_interrupted, write_dataset
@@ -78,7 +79,7 @@ def write_demo_data(root: Path, size: DatasetSize) -> None:
     print(f"{root}: {size.total} scenes in {time.monotonic() - start:.0f} s.")
 
 
-SHARDS_HELP = """Write webdataset tars (key.jpg or key.png, key.txt) with their indexes, for pretraining.
+SHARDS_HELP = """Write webdataset tars (key.jpg, .png, .webp ..., key.txt) with their indexes, for pretraining.
 
 From a folder: every image goes with the text of the same name, a/7.jpg with a/7.txt; subfolders are searched.
 From a table (.csv with a header line, or .parquet): one column holds the image - a path, or in parquet its bytes, or
@@ -149,6 +150,10 @@ A run writes the indexes it lacks, but a dataset of 31,000 tars is better indexe
 index that belongs to its tar already is left alone. SHARDS are paths or brace patterns, quoted to keep the shell from
 expanding them.
 
+Every tar with unreadable samples is named, with its readable samples, all its samples and the reasons; the exit code is
+then 1. A tar that is cut off counts the samples that it lacks, as far as img2dataset's 00000_stats.json beside it or
+the other tars tell.
+
 Example: python tools/make_data.py index 'data/kale/{00000..31000}.tar'
 """
 
@@ -158,18 +163,32 @@ def index_command(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="make_data.py index", description=INDEX_HELP, formatter_class=RAW)
     parser.add_argument("shards", nargs="+", metavar="SHARDS", help="for example 'data/kale/{00000..31000}.tar'")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    parser.add_argument(
+        "--skip-missing", "--skip_missing", action="store_true", help="leave out tars that do not exist"
+    )
     arguments = parser.parse_args(argv)
     if arguments.workers < 1:
         raise DataError(f"--workers {arguments.workers} must be at least 1.")
-    if missing := missing_shards(arguments.shards, Path()):
-        raise DataError("These tars do not exist:\n  " + "\n  ".join(missing))
     tars = expand_shards(arguments.shards, Path())
+    if missing := missing_shards(arguments.shards, Path()):
+        if not arguments.skip_missing:
+            raise DataError("These tars do not exist (--skip_missing leaves them out):\n  " + "\n  ".join(missing))
+        existing = [tar for tar in tars if tar.is_file()]
+        print(f"{len(tars) - len(existing)} of {len(tars)} tars do not exist and are left out: {', '.join(missing)}")
+        tars = existing
     stale = [tar for tar in tars if not _is_indexed(tar)]
     samples, failed = _index_all(stale, arguments.workers)
     print(f"{len(stale) - len(failed)} tars indexed ({samples} samples), {len(tars) - len(stale)} were up to date.")
+    damages = tar_damages(tars)
+    for damage in damages:
+        print(damage)
+    if damages:
+        readable = sum(damage.num_readable for damage in damages)
+        total = sum(damage.num_samples + damage.num_absent for damage in damages)
+        print(f"{len(damages)} of {len(tars)} tars hold unreadable samples; {readable} of their {total} are readable.")
     if failed:
         raise DataError(f"{len(failed)} tars could not be indexed:\n  " + "\n  ".join(failed))
-    return 0
+    return 1 if damages else 0
 
 
 def _index_all(tars: Sequence[Path], workers: int) -> tuple[int, list[str]]:

@@ -54,8 +54,11 @@ class CaptionsConfig(Section):
     name: str
     """Name of the set, for phases, error messages and the sample audit log."""
     shards: Strings
-    """Tars of (jpg | png | jpeg, txt) pairs; braces expand: captions/{00000..00007}.tar. pipe:COMMAND fetches a tar by
-    running a command that writes it to its standard output."""
+    """Tars of (jpg | png | webp ..., txt) pairs; braces expand: captions/{00000..00007}.tar. pipe:COMMAND fetches a tar
+    by running a command that writes it to its standard output; a URL (https://...) is opened as webdataset does."""
+    skip_missing: bool = False
+    """Leave out tars that do not exist, as a download leaves gaps in {00000..31000}; a start says how many. false: they
+    are an error."""
     format: CaptionFormat = "caption"
     """Content of a txt member. caption: the caption itself (BLIP3-KALE, CC3M, CC12M). blip3_ocr: the JSON list of
     BLIP3-OCR-200M."""
@@ -64,6 +67,17 @@ class CaptionsConfig(Section):
     does."""
     weight: Weight = 1.0
     """Sampling weight, relative: the weights of a run are normalized. Used where data.mixing is weights."""
+
+
+class ImagesConfig(Section):
+    """How images become the pixels of the encoder; the defaults are what the released code does."""
+
+    transparency: Literal["ignore", "white"] = "ignore"
+    """ignore: take the colors stored under transparent pixels, often black, as the released code does. white: lay the
+    image on white, so that black text on a transparent ground stays readable."""
+    exif_rotation: bool = False
+    """Turn photographs as their EXIF orientation says; the released code does not, and trains them as they are
+    stored."""
 
 
 class PhaseConfig(Section):
@@ -106,6 +120,8 @@ class DataConfig(Section):
     proportional: by number of samples, so that every sample is equally likely (the papers' "uniform over samples")."""
     phases: Annotated[tuple[PhaseConfig, ...], BeforeValidator(as_tuple)] = ()
     """Phases in sequence; empty: one phase with all sources, image first."""
+    images: ImagesConfig = ImagesConfig()
+    """Transparency and rotation of images."""
     packing: PackingConfig = PackingConfig()
     """Packed sequences of several samples."""
     tokenizer: FilePath
@@ -123,7 +139,7 @@ class DataConfig(Section):
     shards_per_block: PositiveInt = 16
     """Captions: tars whose samples are shuffled together; more shuffle better and open more files at a time."""
     cache: FilePath | None = None
-    """Folder for tars that pipe: shards fetch, and for the indices of tars in folders without write access; null: a
-    folder below the user's cache folder."""
+    """Folder for tars that commands and URLs fetch, and for the indices of tars in folders without write access; null:
+    a folder below the user's cache folder."""
     cache_gigabytes: Gigabytes = 100.0
     """Largest size of all fetched tars together, in gigabytes; the least recently used are deleted first."""

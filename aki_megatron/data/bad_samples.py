@@ -1,15 +1,38 @@
 """Bad samples: what was wrong with them, how many there were, and when a run must stop."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from aki_megatron.errors import DataError
+from aki_megatron.errors import DataError, UserError
 
 ALWAYS_TOLERATED = 8
 """Bad samples that never stop a run whose budget is not 0: a fraction is noisy early on."""
 
 _MAX_LISTED = 5
+
+
+_PANIC = "PanicException"
+"""What the Rust code of tokenizers raises at a bug of its own; it derives from BaseException."""
+
+
+@contextmanager
+def sample_errors(location: str | Callable[[], str]) -> Iterator[None]:
+    """Turn whatever reading, tokenizing or decoding one sample raises into a DataError that says where it was.
+
+    A sample never ends a run: decoders raise AssertionError, MemoryError and others at malformed input. UserErrors have
+    their message already, and interrupts are no errors of a sample: both pass.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+            raise
+        where = location if isinstance(location, str) else location()
+        raise DataError(f"{where}: {type(error).__name__}: {str(error) or 'no message'}") from error
 
 
 class BadSampleBudgetExceeded(DataError):  # noqa: N818 (the field's name for it)
@@ -22,6 +45,10 @@ class BadSample:
 
     source: str
     reason: str
+
+    def __post_init__(self) -> None:
+        # an id may hold half a surrogate pair, which no console and no log can write
+        object.__setattr__(self, "reason", self.reason.encode("utf-8", "backslashreplace").decode())
 
 
 @dataclass

@@ -54,6 +54,13 @@ def _blip3_ocr(raw: str, text_format: TextFormat) -> str:
     text = _find_description(entries, text_format).get("text")
     if not isinstance(text, str):
         raise DataError(f"the description of granularity {text_format.granularity!r} has no text.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can hold one half of a pair alone; no tokenizer takes it
+        raise DataError(
+            f"character {error.start + 1} of the description is half a surrogate pair "
+            f"(\\u{ord(text[error.start]):04x}); the text was cut in the middle of a character."
+        ) from error
     return text
 
 

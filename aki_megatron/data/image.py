@@ -1,29 +1,40 @@
 """Decode images and preprocess them as AKI does.
 
 Resize to a square ignoring the aspect ratio (bicubic, antialiased), RGB, mean 0.5 and standard deviation 0.5.
+
+The released code opens an image with Pillow and converts it to RGB, and so does this module, with one exception and two
+options (ImageOptions). The exception: 16-bit grey keeps its high byte, as 16-bit color does; Pillow's conversion, which
+the released code uses, cuts at 255 and so makes almost everything white.
 """
 
 import math
 import random
+import re
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from aki_megatron.data.bad_samples import sample_errors
+from aki_megatron.data.file_kind import HEAD_BYTES, file_kind
 from aki_megatron.errors import DataError
 from aki_megatron.types import DecodedImage
 
 MAX_PIXELS = 2**26
 """Largest width x height that is decoded (64 Mi, 192 MiB as RGB); a larger image is refused as a decompression bomb."""
 
-FORMATS = ("JPEG", "PNG", "GIF")
-"""GIF for OCR-VQA, some of whose covers are GIF files whatever their suffix; the first frame is used."""
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+"""Pillow's names of the formats that are read, whatever the suffix of the file says; of several frames, the first.
+Not among them is what runs other programs (EPS) or has no pixels (WMF)."""
 
 CROP_AREA_RANGE = (0.5, 1.0)
 """Smallest and largest fraction of the area that the released code's augmentation keeps."""
@@ -35,33 +46,104 @@ FLIP_PROBABILITY = 0.5
 
 _CROP_ATTEMPTS = 10
 
-# what PIL raises on malformed files: OSError (truncated, unknown), SyntaxError (PNG), the others from its parsers
-_MALFORMED = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, Image.DecompressionBombError)
+_ADDRESS = re.compile(r"<[\w.]+ object at 0x[0-9a-f]+>")
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How an image becomes RGB; the defaults are what the released code does.
+
+    transparency   ignore: the color that is stored under transparent pixels is taken, often black; white: the image is
+                   laid on white
+    exif_rotation  whether a photograph is turned as its EXIF orientation says; without it, as it is stored
+    """
+
+    transparency: str = "ignore"
+    exif_rotation: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.transparency in ("ignore", "white"), self.transparency
+
+
+OFFICIAL_OPTIONS = ImageOptions()
 
 
 class UnreadableImage(DataError):  # noqa: N818 (the field's name for it)
     """An image that is missing, malformed, truncated or too large; the message names the file or the key."""
 
 
-def decode_image(image: Path | bytes, size: int, *, key: str) -> DecodedImage:
-    """Decode a JPEG, PNG or GIF and resize it to ``size`` x ``size`` RGB (bicubic, antialiased; aspect ratio ignored).
+def decode_image(image: Path | bytes, size: int, *, key: str, options: ImageOptions = OFFICIAL_OPTIONS) -> DecodedImage:
+    """Decode an image of one of FORMATS and resize it to ``size`` x ``size`` RGB (bicubic; aspect ratio ignored).
 
-    ``key`` names the sample in the error. Raises UnreadableImage.
+    ``key`` names the sample in the error. Raises UnreadableImage, whatever goes wrong in the decoder.
     """
+    name = _name(image, key)
     try:
         data = image.read_bytes() if isinstance(image, Path) else image
-        with Image.open(BytesIO(data), formats=FORMATS) as opened:
-            width, height = opened.size
-            if width * height > MAX_PIXELS:
-                raise UnreadableImage(
-                    f"{_name(image, key)} has {width} x {height} pixels, more than {MAX_PIXELS} (decompression bomb?)."
-                )
-            rgb = opened if opened.mode == "RGB" else opened.convert("RGB")
-            if rgb.size != (size, size):
-                rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
-            return DecodedImage(rgb.tobytes(), size, zlib.crc32(data))
-    except _MALFORMED as error:
-        raise UnreadableImage(f"{_name(image, key)} is not a readable JPEG, PNG or GIF: {error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte or half a surrogate pair
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise UnreadableImage(f"{name} cannot be read: {reason or error}") from error
+    try:
+        with sample_errors(name):
+            rgb = _decode_rgb(data, size, options)
+    except UnreadableImage as error:
+        raise UnreadableImage(f"{name} {error}") from error.__cause__
+    except DataError as error:
+        raise UnreadableImage(f"{name} is not a readable image: {_decoder_message(data, error)}") from error.__cause__
+    checksum = zlib.crc32(data)
+    if options != OFFICIAL_OPTIONS:
+        checksum = zlib.crc32(repr(options).encode(), checksum)
+    return DecodedImage(rgb, size, checksum)
+
+
+def _decode_rgb(data: bytes, size: int, options: ImageOptions) -> bytes:
+    """Return the RGB bytes of an image at ``size`` x ``size``. Raises UnreadableImage, and whatever decoders raise."""
+    try:
+        opened = Image.open(BytesIO(data), formats=_installed_formats())
+    except UnidentifiedImageError as error:
+        kind = file_kind(data[:HEAD_BYTES])
+        hint = "; it is damaged at its beginning, or of a variant that is not read" if kind.endswith("image") else ""
+        raise UnreadableImage(f"is not a readable image but {kind}{hint}. Read are {', '.join(FORMATS)}.") from error
+    with opened:
+        width, height = opened.size
+        if width * height > MAX_PIXELS:
+            raise UnreadableImage(f"has {width} x {height} pixels, more than {MAX_PIXELS} (decompression bomb?).")
+        turned = ImageOps.exif_transpose(opened) if options.exif_rotation else opened
+        rgb = _to_rgb(turned, options)
+        if rgb.size != (size, size):
+            rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
+        return rgb.tobytes()
+
+
+@cache
+def _installed_formats() -> tuple[str, ...]:
+    """Return FORMATS without those that this Pillow does not know (AVIF before 11.3): it raises KeyError for them."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _to_rgb(image: Image.Image, options: ImageOptions) -> Image.Image:
+    """Convert to RGB as Pillow does, but 16-bit grey by its high byte. Raises UnreadableImage for 32-bit grey."""
+    if image.mode == "RGB" and not (options.transparency == "white" and image.has_transparency_data):
+        return image
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        high_byte = np.asarray(image).astype(np.int64) >> 8
+        return Image.fromarray(high_byte.astype(np.uint8), "L").convert("RGB")
+    if image.mode in ("I", "F"):
+        raise UnreadableImage("has grey of 32 bits, whose range is not known; convert it to 8 or 16 bits.")
+    if options.transparency == "white" and image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _decoder_message(data: bytes, error: DataError) -> str:
+    """Return what a decoder says, without addresses of objects, which make equal faults look different."""
+    cause = error.__cause__
+    text = _ADDRESS.sub("the file", str(cause)).strip()
+    if not text or not isinstance(cause, OSError | SyntaxError | ValueError):
+        text = f"{type(cause).__name__}{text and ': '}{text}"
+    return f"{file_kind(data[:HEAD_BYTES])} that cannot be decoded ({text})."
 
 
 def augment(image: DecodedImage, seed: int) -> DecodedImage:
@@ -100,25 +182,35 @@ class ImageCache:
     and nothing is evicted once ``max_bytes`` are full. Safe to share between threads.
     """
 
-    def __init__(self, size: int, *, max_bytes: int = 2**27, max_image_bytes: int = 2**16) -> None:
+    def __init__(
+        self,
+        size: int,
+        options: ImageOptions = OFFICIAL_OPTIONS,
+        *,
+        max_bytes: int = 2**27,
+        max_image_bytes: int = 2**16,
+    ) -> None:
         self.size = size
+        self._options = options
         image_bytes = 3 * size * size
         self._max_images = max_bytes // image_bytes if image_bytes <= max_image_bytes else 0
-        self._cached: dict[Path | str, DecodedImage] = {}
+        self._cached: dict[Path | bytes, DecodedImage] = {}
 
     def decode(self, image: Path | bytes, *, key: str, augment_seed: int | None = None) -> DecodedImage:
         """Decode as decode_image does, then ``augment`` where a seed is given. Raises UnreadableImage.
 
-        Encoded bytes are cached under their sample's key.
+        Encoded bytes are cached under their hash: two samples of one key may hold different images.
         """
         decoded = self._decode_cached(image, key)
         return decoded if augment_seed is None else augment(decoded, augment_seed)
 
     def _decode_cached(self, image: Path | bytes, key: str) -> DecodedImage:
-        name = image if isinstance(image, Path) else key
+        if not self._max_images:
+            return decode_image(image, self.size, key=key, options=self._options)
+        name = image if isinstance(image, Path) else blake2b(image, digest_size=16).digest()
         decoded = self._cached.get(name)
         if decoded is None:
-            decoded = decode_image(image, self.size, key=key)
+            decoded = decode_image(image, self.size, key=key, options=self._options)
             if len(self._cached) < self._max_images:
                 self._cached[name] = decoded
         return decoded

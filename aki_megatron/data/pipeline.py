@@ -1,8 +1,9 @@
 """Build everything a run reads: tokenizer, templates, sources, phases, and which samples each step holds."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from aki_megatron.config.data import CaptionsConfig, DataConfig, PhaseConfig
@@ -11,6 +12,7 @@ from aki_megatron.data.bad_samples import BadSampleBudget
 from aki_megatron.data.batch_planner import BatchPlanner, Phase
 from aki_megatron.data.captions import TextFormat
 from aki_megatron.data.fingerprint import FileFingerprints, Fingerprint, tokenizer_fingerprint
+from aki_megatron.data.image import ImageOptions
 from aki_megatron.data.loader import MicrobatchDataset, StepLoader
 from aki_megatron.data.mixture import Mixture
 from aki_megatron.data.packing import PackedSampler, PackingLimits
@@ -23,6 +25,7 @@ from aki_megatron.data.sources import dataset_reader, open_sources
 from aki_megatron.data.template import Template
 from aki_megatron.data.tokenizer import Tokenizer
 from aki_megatron.families.registry import FAMILIES
+from aki_megatron.types import Conversation
 
 TOKENIZER_NAME = "tokenizer"
 """Name of the tokenizer's fingerprint; those of sources are ``source NAME``."""
@@ -67,6 +70,11 @@ def phase_seed(seed: int, phase: int) -> int:
     return derive_seed("phase", seed, phase) if phase else seed
 
 
+def image_options(config: DataConfig) -> ImageOptions:
+    """Return how the images of a run are decoded."""
+    return ImageOptions(config.images.transparency, config.images.exif_rotation)
+
+
 def open_captions(config: DataConfig, captions: CaptionsConfig, progress: Callable[[str], None]) -> CaptionDataset:
     """Open one set of tars; ``progress`` gets a line now and then while tars are indexed."""
     return CaptionDataset(
@@ -75,6 +83,7 @@ def open_captions(config: DataConfig, captions: CaptionsConfig, progress: Callab
         text_format=TextFormat(captions.format, captions.granularity),
         cache=ShardCache(config.cache, int(config.cache_gigabytes * 1e9)),
         progress=progress,
+        skip_missing=captions.skip_missing,
     )
 
 
@@ -83,13 +92,26 @@ def build_sources(config: DataConfig, progress: Callable[[str], None]) -> dict[s
     if config.kind == "captions":
         datasets = {captions.name: open_captions(config, captions, progress) for captions in config.captions}
         return {
-            name: Source(dataset, read_text=partial(dataset.caption, with_image=False))
+            name: Source(dataset, read_text=partial(dataset.caption, with_image=False), locate=dataset.location)
             for name, dataset in datasets.items()
         }
     multi_turn = [source.name for source in config.sources if not source.split_turns]
     names = [source.name for source in config.sources]
     opened = open_sources(config.root, names, SPLIT, multi_turn=multi_turn)
-    return {source.name: Source(opened[source.name], augment=source.augment == "official") for source in config.sources}
+    return {
+        source.name: Source(
+            opened[source.name],
+            locate=partial(_locate_conversation, config.root, source.name, opened[source.name]),
+            augment=source.augment == "official",
+        )
+        for source in config.sources
+    }
+
+
+def _locate_conversation(root: Path, name: str, items: Sequence[Conversation], index: int) -> str:
+    """Return how messages name a conversation: by its annotation files and key."""
+    files = [str(root / file) for file in dataset_reader(name).files[SPLIT] if Path(file).suffix]
+    return f"{' and '.join(files)}, sample {items[index].key}"
 
 
 def data_fingerprints(
@@ -134,7 +156,8 @@ def build_stream(
             for name, source in chosen.items()
         }
     mixture = Mixture({name: weights[name] for name in names}, seed=seed)
-    return MixtureStream(chosen, mixture, render, image_size=config.model.vision.image_size)
+    image_size, options = config.model.vision.image_size, image_options(data)
+    return MixtureStream(chosen, mixture, render, image_size=image_size, image_options=options)
 
 
 def _shard_order(dataset: Any, seed: int, name: str, shards_per_block: int) -> ShardOrder:

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
-from aki_megatron.data.bad_samples import BadSample, BadSampleBudgetExceeded
-from aki_megatron.data.image import ImageCache
+from aki_megatron.data.bad_samples import BadSample, BadSampleBudgetExceeded, sample_errors
+from aki_megatron.data.image import OFFICIAL_OPTIONS, ImageCache, ImageOptions
 from aki_megatron.data.mixture import Mixture, SourceDraw
 from aki_megatron.data.permutation import derive_seed
 from aki_megatron.data.shard_order import ShardOrder
@@ -59,20 +60,23 @@ class Source(Generic[Item]):
 
     order      in which items are drawn; None: each once per epoch, every epoch in another seeded order
     read_text  an item without its image, where reading that costs; None: reading an item costs little
+    locate     how messages name an item: file and key; None: by its key
     augment    whether images are cropped and flipped as in the released code (see image.augment)
     """
 
     items: ItemSequence[Item]
     order: ShardOrder | None = None
     read_text: Callable[[int], Item] | None = None
+    locate: Callable[[int], str] | None = None
     augment: bool = False
 
 
 class MixtureStream(Generic[Item]):
     """Draw from a mixture, render, decode, and replace bad items, for captions or for conversations.
 
-    A bad item (unreadable image, malformed record, text that is refused, no supervised token) is replaced by another of
-    the same source, chosen by (seed, n, attempt), so the proportions of the sources stay.
+    A bad item (unreadable image, malformed record, text that is refused, no supervised token, or whatever else a
+    decoder or the tokenizer raises at it) is replaced by another of the same source, chosen by (seed, n, attempt), so
+    the proportions of the sources stay.
     """
 
     def __init__(
@@ -82,12 +86,13 @@ class MixtureStream(Generic[Item]):
         render: Callable[[Item], Sample | None],
         *,
         image_size: int,
+        image_options: ImageOptions = OFFICIAL_OPTIONS,
     ) -> None:
         assert set(mixture.names) == set(sources), (mixture.names, sorted(sources))
         self._sources: list[Source[Item]] = [sources[name] for name in mixture.names]
         self._mixture = mixture
         self._render: Callable[[Item], Sample | None] = render
-        self._images = ImageCache(image_size)
+        self._images = ImageCache(image_size, image_options)
 
     def sample(self, n: int, *, replace_images: bool = True) -> LoadedSample:
         draw = self._mixture.draw(n)
@@ -122,15 +127,22 @@ class MixtureStream(Generic[Item]):
         name = self._mixture.names[draw.source]
         for index in self._candidates(n, draw):
             try:
-                item = read(index)
-                sample = self._render(item)
-                if sample is not None:
-                    yield item, sample
-                else:
-                    reason = f"{item.key}: no supervised token (empty, or truncated at the length limit)"
-                    bad_samples.append(BadSample(name, reason))
+                with sample_errors(f"item {index} of source {name}"):
+                    item = read(index)
+                location = partial(self._location, draw.source, index, item)
+                with sample_errors(location):
+                    item.key.encode()  # keys are hashed and logged; half a surrogate pair cannot be
+                    sample = self._render(item)
+                if sample is None:
+                    raise DataError(f"{location()}: no supervised token (empty, or truncated at the length limit)")
             except DataError as error:
                 bad_samples.append(BadSample(name, str(error)))
+            else:
+                yield item, sample
+
+    def _location(self, source: int, index: int, item: Item) -> str:
+        locate = self._sources[source].locate
+        return locate(index) if locate is not None else item.key
 
     def _candidates(self, n: int, draw: SourceDraw) -> Iterator[int]:
         """Yield the item of sample n, then its replacements."""

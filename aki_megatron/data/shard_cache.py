@@ -1,5 +1,8 @@
 """Cache tars that a command writes to its output (``pipe:aws s3 cp s3://bucket/00000.tar -``) in a local folder.
 
+A URL (``https://host/00000.tar``) is opened by webdataset's gopen, in a process of its own. Commands are run here:
+gopen keeps neither their error output nor a time limit, and it leaves their children running.
+
 A tar is fetched whole before it is read, by one process of a machine for all of them (file locks; so the folder belongs
 on a local disk), and appears under its name only when it is complete. The least recently used tars are evicted.
 """
@@ -9,6 +12,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,6 +28,17 @@ _NUM_LOCKS = 256
 _STALE_PARTIAL_SECONDS = 24 * 3600
 _FAILURE_TTL_SECONDS = 60.0
 _MAX_ERROR_CHARACTERS = 2000
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://\S+$")
+_OPEN_URL = """
+import shutil, sys
+from webdataset.gopen import gopen
+try:
+    stream = gopen(sys.argv[1])
+    shutil.copyfileobj(stream, sys.stdout.buffer, 2**20)
+    stream.close()  # raises what its program reported
+except Exception as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
 _USER_OF_URL = re.compile(r"://[^/@\s]*@")
 
 
@@ -74,10 +89,10 @@ class ShardCache:
             except FileNotFoundError:
                 continue
             except OSError as error:
-                raise DataError(f"The fetched tar {path} of pipe:{command} cannot be read: {error}") from error
+                raise DataError(f"The fetched tar {path} of {display_name(command)} cannot be read: {error}") from error
         raise DataError(
-            f"The fetched tar of pipe:{command} is always removed before it is opened: {self.max_bytes:,} bytes "
-            "of cache hold too few tars for the processes that share them; allow more (data.cache_gigabytes)."
+            f"The fetched tar of {display_name(command)} is always removed before it is opened: {self.max_bytes:,} "
+            "bytes of cache hold too few tars for the processes that share them; allow more (data.cache_gigabytes)."
         )
 
     def fetch(self, command: str, tar_bytes: int | None = None) -> Path:
@@ -96,7 +111,9 @@ class ShardCache:
                     self._run_with_retries(command, path, tar_bytes)
                     self._evict(0, keep=path)
         except OSError as error:
-            raise DataError(f"The cache {self.folder} cannot hold the tar of pipe:{command}: {error}") from error
+            raise DataError(
+                f"The cache {self.folder} cannot hold the tar of {display_name(command)}: {error}"
+            ) from error
         except DataError as error:
             self._failed[command] = (time.monotonic(), str(error))
             raise
@@ -144,11 +161,12 @@ class ShardCache:
                 reason = _run(command, partial, self.timeout_seconds)
                 size = partial.stat().st_size
                 if not reason and not size:
-                    reason = f"pipe:{command} succeeded but wrote nothing."
+                    reason = f"{display_name(command)} succeeded but wrote nothing."
                 if not reason and tar_bytes is not None and size != tar_bytes:
                     reason = (
-                        f"pipe:{command} wrote {size} bytes, its index says {tar_bytes}: the tar was cut off on the "
-                        f"way or replaced at its source. If it was replaced, delete its index below {self.indices}."
+                        f"{display_name(command)} wrote {size} bytes, its index says {tar_bytes}: the tar was cut off "
+                        f"on the way or replaced at its source. If it was replaced, delete its index below "
+                        f"{self.indices}."
                     )
                 if not reason:
                     with partial.open("rb") as file:
@@ -202,6 +220,16 @@ def default_folder() -> Path:
         return Path(tempfile.gettempdir()) / f"aki_megatron_{os.getuid()}"
 
 
+def is_url(command: str) -> bool:
+    """Return whether what is fetched is named by a URL rather than by a command."""
+    return _URL.match(command) is not None
+
+
+def display_name(command: str) -> str:
+    """Return a command or a URL as the shard patterns name it."""
+    return command if is_url(command) else f"pipe:{command}"
+
+
 def command_digest(command: str) -> str:
     """Return a file name for what a command fetches."""
     return blake2b(command.encode(), digest_size=12).hexdigest()
@@ -219,14 +247,15 @@ def command_name(command: str) -> str:
 
 def _run(command: str, target: Path, timeout_seconds: float) -> str:
     """Run a command in the shell with its output into ``target``; return why it failed, or an empty string."""
+    arguments = [sys.executable, "-c", _OPEN_URL, command] if is_url(command) else ["/bin/sh", "-c", command]
     with target.open("wb") as output, tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            command, shell=True, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True
+            arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True
         )
         try:
             code = process.wait(timeout_seconds)
         except subprocess.TimeoutExpired:
-            return f"pipe:{command} did not finish in {timeout_seconds:g} seconds and was stopped."
+            return f"{display_name(command)} did not finish in {timeout_seconds:g} seconds and was stopped."
         finally:
             if process.poll() is None:  # timed out, or this process is being stopped: kill the shell and its children
                 os.killpg(process.pid, signal.SIGKILL)
@@ -235,4 +264,4 @@ def _run(command: str, target: Path, timeout_seconds: float) -> str:
             return ""
         errors.seek(0)
         tail = errors.read().decode("utf-8", "replace").strip()[-_MAX_ERROR_CHARACTERS:]
-        return f"pipe:{command} failed with exit code {code}: {tail or '(no error output)'}"
+        return f"{display_name(command)} failed with exit code {code}: {tail or '(no error output)'}"

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aki_megatron.data.fingerprint import Part
-from aki_megatron.data.shard_cache import ShardCache, command_digest
+from aki_megatron.data.shard_cache import ShardCache, command_digest, display_name
 from aki_megatron.data.tar_index import (
     SUFFIX,
     index_matches,
@@ -43,20 +43,20 @@ VERIFIED_SAMPLES = 1_000_000
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_VERSION = 2
+_VERSION = 3
 _NUM_THREADS, _CHUNK = 16, 128  # a network disk serves many requests at once, one at a time slowly
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: a file, or a command that writes one; ``name`` begins the keys of its samples."""
+    """One tar: a file, or a command or a URL that gives one; ``name`` begins the keys of its samples."""
 
     name: str
     tar: Path | None
     command: str = ""
 
     def __str__(self) -> str:
-        return str(self.tar) if self.tar is not None else f"pipe:{self.command}"
+        return str(self.tar) if self.tar is not None else display_name(self.command)
 
 
 class _Entry(NamedTuple):
@@ -66,6 +66,7 @@ class _Entry(NamedTuple):
     tar_mtime_ns: int
     num_samples: int
     num_readable: int
+    is_damaged: int
     digest: str
 
 
@@ -78,12 +79,16 @@ class _IndexInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardManifest:
-    """Of every shard the index, the number of samples and the fingerprint; how many samples are readable in all."""
+    """Of every shard the index, the number of samples, how many of them are readable, and the fingerprint.
+
+    is_damaged  whether the tar is cut off, malformed or no tar
+    """
 
     index_paths: list[Path]
     counts: NDArray[np.int64]
+    num_readable: NDArray[np.int64]
+    is_damaged: NDArray[np.bool_]
     fingerprints: list[Part]
-    num_readable: int
 
 
 def stat_tars(shards: Sequence[Shard]) -> list[os.stat_result | None]:
@@ -139,13 +144,17 @@ def open_shard_manifest(
         number = infos.index(None)
         raise DataError(f"Tar {shards[number]} changed while it was being indexed; wait until it is finished.")
     entries = [info.entry for info in complete]
-    counts = np.fromiter((entry.num_samples for entry in entries), dtype=np.int64, count=len(entries))
     fingerprints = [
         Part(entry.digest, {"samples": entry.num_samples}, str(shard))
         for entry, shard in zip(entries, shards, strict=True)
     ]
-    num_readable = sum(entry.num_readable for entry in entries)
-    return ShardManifest([info.path for info in complete], counts, fingerprints, num_readable)
+    return ShardManifest(
+        [info.path for info in complete],
+        counts=np.array([entry.num_samples for entry in entries], dtype=np.int64),
+        num_readable=np.array([entry.num_readable for entry in entries], dtype=np.int64),
+        is_damaged=np.array([entry.is_damaged for entry in entries], dtype=np.bool_),
+        fingerprints=fingerprints,
+    )
 
 
 def _find_edited(shards: Sequence[Shard], infos: Sequence[_IndexInfo | None]) -> list[int]:
@@ -209,8 +218,8 @@ def _read_manifest(path: Path) -> dict[str, _Entry]:
         if found["version"] != _VERSION:
             return {}
         return {
-            str(name): _Entry(int(a), int(b), int(c), int(d), str(digest))
-            for name, (a, b, c, d, digest) in found["tars"].items()
+            str(name): _Entry(int(a), int(b), int(c), int(d), int(e), str(digest))
+            for name, (a, b, c, d, e, digest) in found["tars"].items()
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}  # no manifest, or a damaged one: the headers are read instead
@@ -253,7 +262,8 @@ def _find_index(
         else:
             mtime_ns = header.tar_mtime_ns
         digest = header.samples_digest.hex()
-        entry = _Entry(header.tar_bytes, mtime_ns, header.num_samples, header.num_readable, digest)
+        counts = header.num_samples, header.num_readable, header.is_damaged
+        entry = _Entry(header.tar_bytes, mtime_ns, *counts, digest)
         folder.entries[index.name] = entry
         folder.changed = True
         return _IndexInfo(index, entry, is_copy=mtime_ns != header.tar_mtime_ns)

@@ -5,11 +5,9 @@ The bytes of a tar depend on the images and captions alone; images are copied as
 """
 
 import csv
-import io
 import re
 import shutil
 import sys
-import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,11 +15,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from webdataset.writer import TarWriter
+
+from aki_megatron.data.file_kind import HEAD_BYTES, file_kind
 from aki_megatron.data.image import decode_image
 from aki_megatron.data.tar_index import index_path, write_index
+from aki_megatron.data.tar_scan import IMAGE_SUFFIXES
 from aki_megatron.errors import DataError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 ALWAYS_TOLERATED = 8
 """Records that may be unusable whatever the fraction is, unless it is 0: a fraction is noisy early on."""
 
@@ -29,8 +30,18 @@ _STAGING = ".partial"
 _TAR = re.compile(r"\d{5,}\.tar")
 _WINDOW = 64
 _CHECK_PIXELS = 8
-_MAGIC = {"jpg": b"\xff\xd8\xff", "png": b"\x89PNG\r\n\x1a\n"}
-"""Suffix of an image in a tar -> its first bytes."""
+_SUFFIXES = {
+    "a JPEG image": "jpg",
+    "a PNG image": "png",
+    "a WEBP image": "webp",
+    "a GIF image": "gif",
+    "a BMP image": "bmp",
+    "a TIFF image": "tif",
+    "an AVIF image": "avif",
+    "a JPEG 2000 image": "jp2",
+}
+"""Kind of an image, by its first bytes -> its suffix in a tar."""
+
 _NEED_PYARROW = "Reading parquet needs pyarrow: pip install pyarrow (or: pip install 'aki-megatron[parquet]')."
 
 
@@ -63,7 +74,8 @@ def pairs_from_folder(folder: Path) -> PairSource:
     """Return the images below ``folder`` by name, each with the text of the same name (``a/7.jpg``, ``a/7.txt``)."""
     if not folder.is_dir():
         raise DataError(f"--folder {folder} is no folder.")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    suffixes = {f".{suffix}" for suffix in IMAGE_SUFFIXES}
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
     if not files:
         raise DataError(f"{folder} holds no image; looked for {', '.join(IMAGE_SUFFIXES)} in it and its subfolders.")
 
@@ -156,11 +168,24 @@ def _write_and_swap(old: list[Path], out: Path, write: Callable[[Path], WrittenS
     return written
 
 
-def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    """Append a file without a date or an owner, so that equal contents give equal tars."""
-    member = tarfile.TarInfo(name)  # mtime 0, mode 0644, no owner
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
+class SampleWriter:
+    """Write one tar through webdataset's own writer; without dates or owners, so that equal samples give equal tars."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("wb")
+        self._tar = TarWriter(self._file, encoder=False, user="", group="", mode=0o644, mtime=0)
+
+    def write(self, key: str, suffix: str, image: bytes, text: str) -> None:
+        """Append a sample: its image and its text."""
+        self._tar.write({"__key__": key, suffix: image, "txt": text.encode()})
+
+    def close(self) -> None:
+        """Write the tar's end mark and close it."""
+        try:
+            self._tar.close()
+        finally:
+            self._file.close()
 
 
 def _write(
@@ -175,7 +200,7 @@ def _write(
     written = WrittenShards()
     allowed = max(ALWAYS_TOLERATED, int(max_bad_fraction * source.total)) if max_bad_fraction else 0
     digits = max(5, len(str(source.total // per_shard)))
-    tar: tarfile.TarFile | None = None
+    tar: SampleWriter | None = None
     try:
         for done, (pair, checked) in enumerate(_check_images(source.pairs, num_workers), start=1):
             if isinstance(checked, DataError):
@@ -186,13 +211,10 @@ def _write(
                 continue
             if written.num_samples % per_shard == 0:
                 _finish(tar)
-                path = folder / f"{len(written.tars):0{digits}}.tar"
-                tar = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 (closed by _finish)
-                written.tars.append(path)
+                tar = SampleWriter(folder / f"{len(written.tars):0{digits}}.tar")
+                written.tars.append(tar.path)
             assert tar is not None
-            key = f"{written.num_samples:09}"
-            add_member(tar, f"{key}.{_suffix(checked)}", checked)
-            add_member(tar, f"{key}.txt", pair.caption.encode())
+            tar.write(f"{written.num_samples:09}", _suffix(checked), checked, pair.caption)
             written.num_samples += 1
             progress(done, "")
     finally:
@@ -202,10 +224,10 @@ def _write(
     return written
 
 
-def _finish(tar: tarfile.TarFile | None) -> None:
+def _finish(tar: SampleWriter | None) -> None:
     if tar is not None:
         tar.close()
-        write_index(Path(str(tar.name)))
+        write_index(tar.path)
 
 
 def _too_many(skipped: list[str], done: int, total: int, allowed: int) -> DataError:
@@ -237,11 +259,11 @@ def _check(pair: ImageTextPair) -> bytes | DataError:
         return DataError(f"the image cannot be read: {error}")
     except DataError as error:
         return error
-    return data if _suffix(data) else DataError("the image is neither a JPEG nor a PNG; convert it")
+    return data if _suffix(data) else DataError("its format has no suffix in a tar; convert it to JPEG or PNG")
 
 
 def _suffix(data: bytes) -> str:
-    return next((suffix for suffix, magic in _MAGIC.items() if data.startswith(magic)), "")
+    return _SUFFIXES.get(file_kind(data[:HEAD_BYTES]), "")
 
 
 def _pair(name: str, record: tuple[Any, Any], root: Path) -> ImageTextPair:

@@ -1,9 +1,9 @@
-"""Read webdataset tars with random access: the only adapter of webdataset.
+"""Read webdataset tars with random access. With shard_writer.py the only adapter of webdataset.
 
-A sample is a run of members that share a name up to its first dot: ``000012.jpg`` (or png, jpeg), ``000012.txt`` and,
-optionally, ``000012.json``. Their offsets are read from an index file beside each tar (tar_index.py), which is built
-when it is missing (tar_index_builder.py); tars named by a command are fetched into a local folder first
-(shard_cache.py).
+A sample is a run of members that share a name up to its first dot: ``000012.jpg`` (or png, webp ...), ``000012.txt``
+and, optionally, ``000012.json`` (tar_scan.py). Their offsets are read from an index file beside each tar
+(tar_index.py), which is built when it is missing (tar_index_builder.py); tars named by a command are fetched into a
+local folder first (shard_cache.py).
 """
 
 import os
@@ -19,26 +19,34 @@ from webdataset.shardlists import expand_urls
 
 from aki_megatron.data.captions import TextFormat, caption_text
 from aki_megatron.data.fingerprint import Fingerprint, tars_fingerprint
-from aki_megatron.data.shard_cache import ShardCache, command_name
+from aki_megatron.data.shard_cache import ShardCache, command_name, is_url
 from aki_megatron.data.shard_manifest import Shard, open_shard_manifest, stat_tars
-from aki_megatron.data.tar_index import TarIndex, tar_digest
-from aki_megatron.data.tar_scan import ByteRange, TarSample
+from aki_megatron.data.tar_damage import absent_samples, tar_damage
+from aki_megatron.data.tar_index import TarIndex, sample_location, tar_digest
+from aki_megatron.data.tar_members import ByteRange
+from aki_megatron.data.tar_scan import TarSample
 from aki_megatron.errors import DataError
 from aki_megatron.types import Caption
 
 PIPE = "pipe:"
 
+MAX_REPORTED = 50
+"""Tars with unreadable samples that a start names one by one."""
+
 _MAX_OPEN_TARS = 64
+_MAX_LISTED = 3
 _MAX_GAP_BYTES = 2**16  # members closer than this are read at once: a second request costs a network disk more
 
 
 class CaptionDataset:
     """Captions of the tars that the patterns name, in order. Braces expand as in webdataset: ``{00000..00007}.tar``.
 
-    Relative patterns start at ``root``; ``pipe:COMMAND`` is a tar that a command writes to its output. Missing tars
-    raise one DataError that lists them. Tars without an index get one now, which several processes share; ``progress``
-    gets a line every few seconds meanwhile. A sample without text or image, and the point where a tar is cut off, stay
-    in the dataset as items that raise DataError (tar and key) on access, so that a stream can count and replace them.
+    Relative patterns start at ``root``; ``pipe:COMMAND`` is a tar that a command writes to its output; URLs are
+    opened as webdataset opens them (http, https, ftps, sftp, gs, hf, ais). Missing tars
+    raise one DataError that lists them; with ``skip_missing`` they are left out and reported. Tars without an index get
+    one now, which several processes share; ``progress`` gets a line every few seconds meanwhile, and one for every tar
+    with unreadable samples. An unreadable sample (without text or image, or lost in a damaged tar) stays in the dataset
+    as an item that raises DataError (tar and key) on access, so that a stream can count and replace it.
 
     Safe to share between threads and to be inherited or pickled by worker processes.
     """
@@ -52,26 +60,23 @@ class CaptionDataset:
         cache: ShardCache | None = None,
         num_workers: int | None = None,
         progress: Callable[[str], None] | None = None,
+        skip_missing: bool = False,
     ) -> None:
+        report = progress or (lambda line: None)
         self.root = root
         self.text_format = text_format or TextFormat()
-        self.shards = parse_patterns(patterns, root)
         self._cache = cache or ShardCache()
-        stats = stat_tars(self.shards)
-        if missing := _list_missing(self.shards, stats):
-            listing = "\n  ".join(missing)
-            raise DataError(f"Tars of the shards {list(patterns)} do not exist (root {root}):\n  {listing}")
+        self.shards, stats = _existing_shards(patterns, root, report if skip_missing else None)
         manifest = open_shard_manifest(self.shards, stats, self._cache, num_workers=num_workers, progress=progress)
-        self.counts: NDArray[np.int64] = manifest.counts
-        """Samples of each tar."""
+        absent = absent_samples([shard.tar for shard in self.shards], manifest.counts, manifest.is_damaged)
+        self.counts: NDArray[np.int64] = manifest.counts + absent
+        """Samples of each tar, readable or not; with those that a tar lost where it is cut off, as far as known."""
         self.fingerprint: Fingerprint = tars_fingerprint(manifest.fingerprints, int(manifest.counts.sum()))
-        self._index_paths = manifest.index_paths
-        self._starts = np.concatenate(([0], np.cumsum(manifest.counts)))
+        self._found, self._index_paths = manifest.counts, manifest.index_paths
+        self._starts = np.concatenate(([0], np.cumsum(self.counts)))
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = threading.Lock()
-        if not manifest.num_readable:
-            reasons = " ".join(self._error(number) for number in range(min(3, len(self))))
-            raise DataError(f"No readable sample in {len(self.shards)} tars of {list(patterns)}. {reasons}")
+        self._report_damage(patterns, manifest.num_readable, absent, report)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -86,7 +91,7 @@ class CaptionDataset:
         Raises DataError, which names tar and key, if it is incomplete or not UTF-8; IndexError outside of 0 ... len-1.
         """
         number, shard, sample = self._locate(index)
-        location = f"Tar {self.shards[number]}, key {sample.key}"
+        location = sample_location(self.shards[number], sample.key)
         raw, *image = shard.read(sample, sample.text, *[sample.image] * with_image)
         try:
             text = raw.decode("utf-8")
@@ -94,6 +99,11 @@ class CaptionDataset:
             raise DataError(f"{location}: the text is not UTF-8: {error}") from error
         key = f"{self.shards[number].name}/{sample.key}"
         return Caption(key, caption_text(text, self.text_format, location=location), image[0] if image else b"")
+
+    def location(self, index: int) -> str:
+        """Return how messages name sample number ``index``: by tar and key. Raises DataError as ``caption`` does."""
+        number, _, sample = self._locate(index)
+        return sample_location(self.shards[number], sample.key)
 
     def close(self) -> None:
         """Close the tars that are open. Reading opens them again."""
@@ -107,14 +117,41 @@ class CaptionDataset:
         self.__dict__.update(state)
         self._open, self._lock = OrderedDict(), threading.Lock()
 
+    def _report_damage(
+        self,
+        patterns: Sequence[str],
+        num_readable: NDArray[np.int64],
+        absent: NDArray[np.int64],
+        report: Callable[[str], None],
+    ) -> None:
+        """Report the tars with unreadable samples. Raises DataError where no sample is readable."""
+        bad = np.flatnonzero((num_readable < self.counts) | (self.counts == 0)).tolist()
+        damages = [tar_damage(self.shards[n], self._index_paths[n], int(absent[n])) for n in bad[:MAX_REPORTED]]
+        lines = [f"  {damage}" for damage in damages]
+        if not num_readable.sum():
+            listing = "\n".join(lines[:_MAX_LISTED])
+            raise DataError(f"No readable sample in {len(self.shards):,} tars of {list(patterns)}:\n{listing}")
+        if bad:
+            report(
+                f"{len(bad):,} of the {len(self.shards):,} tars of {list(patterns)} hold unreadable samples: "
+                f"{int(self.counts.sum() - num_readable.sum()):,} of {int(self.counts.sum()):,} samples in all, "
+                "which count as bad samples whenever they are drawn (data.max_bad_fraction)."
+            )
+            for line in lines:
+                report(line)
+            if len(bad) > len(lines):
+                report(f"  ... and {len(bad) - len(lines):,} more; all are named by: python tools/make_data.py index")
+
     def _locate(self, index: int) -> "tuple[int, _OpenShard, TarSample]":
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        shard = self._shard(number)
-        sample = shard.index.sample(index - int(self._starts[number]))
+        shard, within = self._shard(number), index - int(self._starts[number])
+        if within >= self._found[number]:
+            raise DataError(f"Tar {self.shards[number]}: sample number {within} was lost where the tar is cut off.")
+        sample = shard.index.sample(within)
         if sample.error:
-            raise DataError(f"Tar {self.shards[number]}, key {sample.key or '(first)'}: {sample.error}")
+            raise DataError(f"{sample_location(self.shards[number], sample.key)}: {sample.error}")
         return number, shard, sample
 
     def _shard(self, number: int) -> "_OpenShard":
@@ -123,19 +160,12 @@ class CaptionDataset:
             if shard is not None:
                 self._open.move_to_end(number)
                 return shard
-        shard = _OpenShard(self.shards[number], self._index_paths[number], int(self.counts[number]), self._cache)
+        shard = _OpenShard(self.shards[number], self._index_paths[number], int(self._found[number]), self._cache)
         with self._lock:
             self._open[number] = shard
             while len(self._open) > _MAX_OPEN_TARS:
                 self._open.popitem(last=False)  # closes with the last thread that reads it
         return shard
-
-    def _error(self, index: int) -> str:
-        try:
-            self.caption(index)
-        except DataError as error:
-            return str(error)
-        return ""
 
 
 class _OpenShard:
@@ -203,7 +233,7 @@ def expand_shards(patterns: Sequence[str], root: Path) -> list[Path]:
     shards = parse_patterns(patterns, root)
     for shard in shards:
         if shard.tar is None:
-            raise DataError(f"{shard} is a command, not a file; a run that reads it fetches and indexes it itself.")
+            raise DataError(f"{shard} is no file; a run that reads it fetches and indexes it itself.")
     return [shard.tar for shard in shards if shard.tar is not None]
 
 
@@ -219,11 +249,38 @@ def parse_patterns(patterns: Sequence[str], root: Path) -> list[Shard]:
                 if not command:
                     raise DataError(f"The shard {pattern!r} has no command after {PIPE}")
                 shards.append(Shard(command_name(command), None, command))
+            elif is_url(name):
+                shards.append(Shard(command_name(name), None, name))
             else:
                 tar = root / name
                 below = tar.relative_to(root) if tar.is_relative_to(root) else tar
                 shards.append(Shard(below.with_suffix("").as_posix(), tar))
     return shards
+
+
+def _existing_shards(
+    patterns: Sequence[str], root: Path, report_skipped: Callable[[str], None] | None
+) -> tuple[list[Shard], list[os.stat_result | None]]:
+    """Return the shards and their stats. Missing tars raise DataError, or are left out where the report is given."""
+    shards = parse_patterns(patterns, root)
+    stats = stat_tars(shards)
+    missing = _list_missing(shards, stats)
+    if not missing:
+        return shards, stats
+    if report_skipped is None:
+        listing = "\n  ".join(missing)
+        raise DataError(
+            f"Tars of the shards {list(patterns)} do not exist (root {root}):\n  {listing}\nFetch them, or leave out "
+            "what is missing with skip_missing: true of the caption set."
+        )
+    kept = [(shard, found) for shard, found in zip(shards, stats, strict=True) if found is not None or shard.command]
+    if not kept:
+        raise DataError(f"None of the {len(shards):,} tars of {list(patterns)} exists (root {root}).")
+    report_skipped(
+        f"{len(shards) - len(kept):,} of the {len(shards):,} tars of {list(patterns)} do not exist and are left out "
+        f"(skip_missing): {', '.join(missing)}"
+    )
+    return [shard for shard, _ in kept], [found for _, found in kept]
 
 
 def missing_shards(patterns: Sequence[str], root: Path) -> list[str]:

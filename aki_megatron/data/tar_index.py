@@ -4,10 +4,10 @@
 
     header    96 bytes: magic (8), format version (4), bytes per record (4), size of the tar (8), its modification time
               in ns (8), digest of the tar (16), number of samples (8), number of readable samples (8), bytes of strings
-              (8), digest of the samples (16), zeros
+              (8), digest of the samples (16), whether the tar is damaged: cut off, malformed, no tar (8; 0 or 1)
     records   56 bytes per sample: offsets of text, image and json in the tar (8 each), sizes of text, image and json
               (4 each; json 0: none), offsets of key and error in the strings (4 each), sizes of key and error (2 each;
-              error > 0: unreadable), suffix of the image (4), zeros (4)
+              error > 0: unreadable), suffix of the image (4), whether the tar is damaged here (4; 0 or 1)
     strings   UTF-8: keys, and the errors of samples that cannot be read
 
 An index belongs to a tar of the same size and the same modification time; where only the time differs (the dataset was
@@ -17,24 +17,27 @@ The digest of the samples costs reads of every sample; it is the fingerprint of 
 
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 from secrets import token_hex
 from typing import NamedTuple
 
-from aki_megatron.data.tar_scan import ByteRange, TarSample, scan_tar
+from aki_megatron.data.tar_members import ByteRange
+from aki_megatron.data.tar_scan import TarSample, scan_tar
 from aki_megatron.errors import DataError
 
 SUFFIX = ".index"
-VERSION = 2
+VERSION = 3
 
 _RECORD = struct.Struct("<QQQIIIIIHH4sI")
-_HEADER = struct.Struct("<8sIIQq16sQQQ16s8x")
+_HEADER = struct.Struct("<8sIIQq16sQQQ16sQ")
 _MAGIC = b"AKITARIX"
 _DIGEST_BLOCKS, _DIGEST_BLOCK_BYTES = 16, 4096
 _IMAGE_EDGE_BYTES = 512
 _MAX_STRING_BYTES = 2**16 - 1
+_RECORDS_AT_ONCE = 4096
+_ERROR_SIZE_FIELD = 9
 
 assert _RECORD.size == 56 and _HEADER.size == 96
 
@@ -49,6 +52,7 @@ class IndexHeader(NamedTuple):
     num_readable: int
     strings_bytes: int
     samples_digest: bytes
+    is_damaged: int
 
 
 def index_path(tar: Path) -> Path:
@@ -56,11 +60,16 @@ def index_path(tar: Path) -> Path:
     return tar.with_name(tar.name + SUFFIX)
 
 
+def sample_location(tar: object, key: str) -> str:
+    """Return how messages name a sample of a tar; the tar alone where a file is no tar and so has no key."""
+    return f"Tar {tar}, key {key}" if key else f"Tar {tar}"
+
+
 def write_index(tar: Path, index: Path | None = None, *, require_complete: bool = False) -> int:
     """Scan a tar and write its index (beside it, or at ``index``); return the number of samples.
 
     The file appears whole or not at all, so readers and other writers need no lock. With ``require_complete`` a tar
-    that is cut off is an error instead of an unreadable sample.
+    that is damaged is an error instead of unreadable samples.
     Raises DataError for a file that cannot be read or changes meanwhile.
     """
     index = index or index_path(tar)
@@ -78,8 +87,9 @@ def write_index(tar: Path, index: Path | None = None, *, require_complete: bool 
         raise DataError(f"Tar {tar} cannot be read: {error}") from error
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise DataError(f"Tar {tar} was written to while it was being indexed; wait until it is finished.")
-    if require_complete and samples and samples[-1].truncated:
-        raise DataError(f"Tar {tar}, key {samples[-1].key or '(first)'}: {samples[-1].error}")
+    damage = next((sample for sample in samples if sample.damaged), None)
+    if require_complete and damage is not None:
+        raise DataError(f"{sample_location(tar, damage.key)}: {damage.error}")
     _write_samples(index, samples, before, digest, content)
     return len(samples)
 
@@ -89,7 +99,7 @@ def _write_samples(
 ) -> None:
     """Write an index of the samples of a tar, atomically. Raises DataError where its folder cannot be written."""
     records, strings = bytearray(), bytearray()
-    num_samples = num_readable = 0
+    num_samples = num_readable = is_damaged = 0
     for sample in samples:
         key, error = (_encode_string(text) for text in (sample.key, sample.error))
         string_offsets = len(strings), len(strings) + len(key)
@@ -97,13 +107,14 @@ def _write_samples(
         ranges = (sample.text, sample.image, sample.json)
         records += _RECORD.pack(
             *(data.offset for data in ranges), *(data.size for data in ranges),
-            *string_offsets, len(key), len(error), sample.image_suffix.encode(), 0,
+            *string_offsets, len(key), len(error), sample.image_suffix.encode(), sample.damaged,
         )  # fmt: skip
         num_samples += 1
         num_readable += not sample.error
+        is_damaged |= sample.damaged
     header = _HEADER.pack(
         _MAGIC, VERSION, _RECORD.size, tar.st_size, tar.st_mtime_ns, digest,
-        num_samples, num_readable, len(strings), content,
+        num_samples, num_readable, len(strings), content, is_damaged,
     )  # fmt: skip
     write_atomically(index, header + records + strings)
 
@@ -226,7 +237,11 @@ class TarIndex:
         """Return sample ``number`` of the tar, from 0."""
         assert 0 <= number < self.header.num_samples, (number, self.header.num_samples)
         record = _RECORD.unpack(self._read(_RECORD.size, _HEADER.size + number * _RECORD.size))
-        (text, image, json), sizes, (key, error, key_size, error_size, suffix, _) = record[:3], record[3:6], record[6:]
+        (text, image, json), sizes, (key, error, key_size, error_size, suffix, damaged) = (
+            record[:3],
+            record[3:6],
+            record[6:],
+        )
         return TarSample(
             self._read(key_size, self._strings + key).decode("utf-8", "replace"),
             ByteRange(text, sizes[0]),
@@ -234,7 +249,17 @@ class TarIndex:
             ByteRange(json, sizes[2]),
             suffix.rstrip(b"\0").decode("ascii", "replace"),
             self._read(error_size, self._strings + error).decode("utf-8", "replace") if error_size else "",
+            bool(damaged),
         )
+
+    def errors(self) -> Iterator[TarSample]:
+        """Yield the samples that cannot be read, and where the tar is damaged; the records are read in blocks."""
+        for first in range(0, self.header.num_samples, _RECORDS_AT_ONCE):
+            count = min(_RECORDS_AT_ONCE, self.header.num_samples - first)
+            records = self._read(count * _RECORD.size, _HEADER.size + first * _RECORD.size)
+            for number, record in enumerate(_RECORD.iter_unpack(records), start=first):
+                if record[_ERROR_SIZE_FIELD]:
+                    yield self.sample(number)
 
     def _read(self, size: int, offset: int) -> bytes:
         try:

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import aki_megatron
-from aki_megatron.data.shard_cache import ShardCache
+from aki_megatron.data.shard_cache import ShardCache, display_name
 from aki_megatron.data.tar_index import index_matches, read_header, write_index
 from aki_megatron.errors import DataError
 
@@ -68,7 +68,7 @@ def build_index(job: IndexJob) -> int:
         return write_index(path, index, require_complete=True)
     except DataError as error:
         cache.discard(job.command)
-        raise DataError(f"What pipe:{job.command} wrote is not a whole tar: {error}") from error
+        raise DataError(f"What {display_name(job.command)} wrote is not a whole tar: {error}") from error
 
 
 def build_indices(
@@ -185,7 +185,7 @@ def _run_worker(pending: "queue.SimpleQueue[IndexJob]", report: _ProgressReport)
                 answer = ""
             if not answer:
                 raise DataError(
-                    f"The process that was indexing {job.tar or 'pipe:' + job.command} ended with exit code "
+                    f"The process that was indexing {job.tar or display_name(job.command)} ended with exit code "
                     f"{process.wait()} (a negative one is a signal; -9 may be a lack of memory). Start again: what "
                     "was indexed is kept."
                 )

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from aki_megatron.data.collate import collate
-from aki_megatron.data.image import decode_image
+from aki_megatron.data.image import OFFICIAL_OPTIONS, ImageOptions, decode_image
 from aki_megatron.data.sources import task_of
 from aki_megatron.data.template import Template
 from aki_megatron.evaluate.generate import generate
@@ -28,13 +28,19 @@ def select_questions(sources: Mapping[str, Sequence[Conversation]], max_per_task
     return selected
 
 
-def collate_prompts(conversations: Sequence[Conversation], template: Template, image_size: int) -> Batch:
+def collate_prompts(
+    conversations: Sequence[Conversation],
+    template: Template,
+    image_size: int,
+    image_options: ImageOptions = OFFICIAL_OPTIONS,
+) -> Batch:
     """Render the prompts of ``conversations``, decode their images and pad them on the right."""
     samples = []
     for conversation in conversations:
         sample = template.render_prompt(conversation)
         if conversation.image is not None:
-            sample = replace(sample, image=decode_image(conversation.image, image_size, key=sample.key))
+            image = decode_image(conversation.image, image_size, key=sample.key, options=image_options)
+            sample = replace(sample, image=image)
         samples.append(sample)
     return collate([[sample] for sample in samples], pad_id=template.tokenizer.pad_id, image_size=image_size)
 
@@ -46,13 +52,14 @@ def predict(
     *,
     batch_size: int = 100,
     max_new_tokens: int = 16,
+    image_options: ImageOptions = OFFICIAL_OPTIONS,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Iterator[Prediction]:
     """Answer every question; ``progress`` is called with the number of questions answered so far."""
     tokenizer = template.tokenizer
     for first in range(0, len(conversations), batch_size):
         group = conversations[first : first + batch_size]
-        batch = collate_prompts(group, template, model.config.vision.image_size)
+        batch = collate_prompts(group, template, model.config.vision.image_size, image_options)
         generated = generate(model, batch, stop_ids=tokenizer.stop_ids, max_new_tokens=max_new_tokens)
         for conversation, ids in zip(group, generated, strict=True):
             turn = conversation.turns[-1]

@@ -2,14 +2,14 @@
 
 import io
 import json
-import tarfile
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from aki_megatron.data.shard_writer import add_member
+from aki_megatron.data.shard_writer import SampleWriter
 from aki_megatron.synthetic.scenes import Pixels
 
 IMAGE_HOST = "http://drawn.invalid"
@@ -39,10 +39,9 @@ def _encode(pixels: Pixels, **options: Any) -> bytes:
 def write_tar(path: Path, samples: Iterable[tuple[str, str, bytes, str]]) -> None:
     """Write a webdataset shard of (key, image extension, image bytes, text): two members per key, image first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with closing(SampleWriter(path)) as tar:
         for key, extension, image, text in samples:
-            add_member(tar, f"{key}.{extension}", image)
-            add_member(tar, f"{key}.txt", text.encode())
+            tar.write(key, extension, image, text)
 
 
 def write_json(path: Path, content: object) -> None:

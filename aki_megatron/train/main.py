@@ -51,7 +51,8 @@ def missing_inputs(config: RunConfig) -> list[str]:
     missing = [f"{path} ({key})" for key, path in inputs.items() if path is not None and not path.exists()]
     if data.kind == "captions":
         for captions in data.captions:
-            missing += [f"{tar} (data.captions {captions.name})" for tar in missing_shards(captions.shards, data.root)]
+            shards = [] if captions.skip_missing else missing_shards(captions.shards, data.root)
+            missing += [f"{tar} (data.captions {captions.name})" for tar in shards]
     else:
         missing += missing_files(data.root, [source.name for source in data.sources], "train")
     return missing

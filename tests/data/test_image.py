@@ -10,8 +10,14 @@ from data_files import image_bytes
 from PIL import Image
 
 from aki_megatron.data import image as image_module
-from aki_megatron.data.image import ImageCache, UnreadableImage, augment, decode_image, normalize
+from aki_megatron.data.image import ImageCache, ImageOptions, UnreadableImage, augment, decode_image, normalize
 from aki_megatron.types import DecodedImage
+
+# a header of 1 x 1 pixels with a palette, tRNS and data, without the palette itself
+PNG_WITHOUT_PALETTE = bytes.fromhex(
+    "89504e470d0a1a0a0000000d494844520000000100000001080300000028cb34bb0000000174524e530040e6d8660000000a"
+    "49444154789c636000000002000148afa4710000000049454e44ae426082"
+)
 
 
 def encoded(array: np.ndarray, form: str, mode: str = "RGB") -> bytes:
@@ -59,16 +65,23 @@ def test_file_and_bytes_give_the_same(tmp_path: Path) -> None:
 
 
 def test_unreadable_images_name_file_and_key(tmp_path: Path) -> None:
-    for name, content in (
-        ("truncated.jpg", image_bytes(1, size=(90, 90))[:-200]),
-        ("truncated.png", image_bytes(1, form="PNG", size=(90, 90))[:60]),
-        ("text.jpg", b"not an image"),
-        ("empty.png", b""),
-        ("other.png", encoded(np.zeros((4, 4, 3), np.uint8), "BMP")),
+    for name, content, what in (
+        ("truncated.jpg", image_bytes(1, size=(90, 90))[:-200], r": a JPEG image that cannot be decoded \("),
+        ("truncated.png", image_bytes(1, form="PNG", size=(90, 90))[:60], r": a PNG image that cannot be decoded \("),
+        ("no_palette.png", PNG_WITHOUT_PALETTE, ": a PNG image that cannot be decoded .AssertionError."),
+        ("text.jpg", b"not an image", r" but text that begins 'not an image'\. Read are JPEG, PNG"),
+        ("page.jpg", b"<!DOCTYPE html><html>", r" but HTML \(an error page\?\)"),
+        ("lfs.jpg", b"version https://git-lfs.github.com/spec/v1\n", " but a git-lfs pointer"),
+        ("photo.jpg", b"\0\0\0\x18ftypheic" + bytes(80), " but a HEIC image"),
+        ("head.webp", b"RIFF\0\0\0\0WEBP", " but a WEBP image; it is damaged at its beginning"),
+        ("zeros.jpg", bytes(900), " but zeros"),
+        ("empty.png", b"", r" but empty \(0 bytes\)"),
     ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UnreadableImage, match=rf"image .*{name} of sample vqav2/x/1 is not a readable JPEG"):
+        pattern = rf"^image .*{name} of sample vqav2/x/1 is not a readable image{what}"
+        with pytest.raises(UnreadableImage, match=pattern) as raised:
             decode_image(tmp_path / name, 24, key="vqav2/x/1")
+        assert "0x" not in str(raised.value) and "BytesIO" not in str(raised.value)
     with pytest.raises(UnreadableImage, match=r"missing\.jpg"):
         decode_image(tmp_path / "missing.jpg", 24, key="")
     with pytest.raises(UnreadableImage, match="image of sample captions/0/1"):
@@ -140,3 +153,85 @@ def test_the_official_augmentation_crops_then_flips() -> None:
     assert 120 < flips < 180
     assert 0.47 < min(areas) < 0.53 and 0.97 < max(areas) <= 1.0 and 0.64 < np.mean(areas) < 0.74
     assert 0.72 < min(ratios) < 0.85 and 1.18 < max(ratios) < 1.37
+
+
+def test_formats_are_read_whatever_the_suffix_says(noise: np.ndarray, tmp_path: Path) -> None:
+    exact = decode_image(encoded(noise, "PNG"), 24, key="k")
+    for form in ("WEBP", "BMP", "TIFF", "PPM", "GIF", "AVIF", "JPEG2000", "MPO"):
+        (tmp_path / "a.jpg").write_bytes(encoded(noise, form))
+        assert len(decode_image(tmp_path / "a.jpg", 24, key="k").rgb) == len(exact.rgb), form
+    for form, options in (("WEBP", {"lossless": True}), ("BMP", {}), ("TIFF", {}), ("PPM", {})):
+        buffer = io.BytesIO()
+        Image.fromarray(noise).save(buffer, format=form, **options)
+        assert decode_image(buffer.getvalue(), 24, key="k") == exact, form
+
+
+def test_a_pillow_without_a_format_reads_the_others(noise: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    image_module._installed_formats.cache_clear()
+    Image.init()
+    monkeypatch.delitem(Image.OPEN, "AVIF")
+    try:
+        assert len(decode_image(encoded(noise, "PPM"), 24, key="k").rgb) == 3 * 24 * 24
+        with pytest.raises(UnreadableImage, match="not a readable image but an AVIF image"):
+            decode_image(encoded(noise, "AVIF"), 24, key="k")
+    finally:
+        image_module._installed_formats.cache_clear()
+
+
+@pytest.mark.parametrize(("mode", "form"), [("I;16", "PNG"), ("I;16", "TIFF"), ("I;16B", "TIFF"), ("I", "PPM")])
+def test_grey_of_16_bits_keeps_its_high_byte(mode: str, form: str) -> None:
+    """As 16-bit color does; Pillow's own conversion, which the released code uses, makes 256 and all above white."""
+    for value, expected in ((0, 0), (300, 1), (0x8034, 0x80), (65535, 255)):
+        buffer = io.BytesIO()
+        Image.new(mode, (24, 24), value).save(buffer, format=form)
+        assert set(decode_image(buffer.getvalue(), 24, key="k").rgb) == {expected}
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_grey_of_32_bits_is_refused(mode: str) -> None:
+    buffer = io.BytesIO()
+    Image.new(mode, (24, 24), 300).save(buffer, format="TIFF")
+    with pytest.raises(UnreadableImage, match="image of sample k has grey of 32 bits, .* convert it to 8 or 16 bits"):
+        decode_image(buffer.getvalue(), 24, key="k")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_transparency_is_ignored_as_in_the_released_code_or_laid_on_white(mode: str) -> None:
+    image = Image.new("RGBA", (24, 24), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (0, 0, 24, 12))
+    buffer, options = io.BytesIO(), {}
+    if mode == "RGB":
+        options = {"transparency": (0, 0, 0)}
+    elif mode == "P":
+        image = image.quantize(8)
+        options = {"transparency": image.getpixel((0, 23))}
+    (image if mode == "P" else image.convert(mode)).save(buffer, format="PNG", **options)
+    official = decode_image(buffer.getvalue(), 24, key="k")
+    assert set(official.rgb) == {0}
+    white = decode_image(buffer.getvalue(), 24, key="k", options=ImageOptions(transparency="white"))
+    half = len(white.rgb) // 2
+    assert set(white.rgb[half:]) == {255} and set(white.rgb[:half]) == ({255} if mode == "RGB" else {0})
+    assert white.checksum != official.checksum  # the audit log tells them apart
+
+
+def test_opaque_images_do_not_depend_on_the_options(noise: np.ndarray) -> None:
+    options = ImageOptions(transparency="white", exif_rotation=True)
+    for form, mode in (("PNG", "RGB"), ("JPEG", "L"), ("GIF", "P"), ("PNG", "RGBA")):
+        data = encoded(noise, form, mode)
+        assert decode_image(data, 24, key="k", options=options) == decode_image(data, 24, key="k")
+
+
+def test_exif_rotation_is_an_option(noise: np.ndarray) -> None:
+    upright, exif, buffer = Image.fromarray(noise[:24, :24]), Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # to be turned by a quarter
+    upright.save(buffer, format="PNG", exif=exif)
+    assert decode_image(buffer.getvalue(), 24, key="k").rgb == upright.tobytes()
+    turned = decode_image(buffer.getvalue(), 24, key="k", options=ImageOptions(exif_rotation=True))
+    assert turned.rgb == upright.transpose(Image.Transpose.ROTATE_270).tobytes()
+
+
+def test_images_of_one_key_are_never_mixed_up() -> None:
+    cache = ImageCache(24)
+    red, blue = image_bytes(200), image_bytes(9)
+    found = [cache.decode(data, key="twice") for data in (red, blue, red)]
+    assert found == [decode_image(data, 24, key="twice") for data in (red, blue, red)] and found[0] is found[2]

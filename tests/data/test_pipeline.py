@@ -1,14 +1,19 @@
 """What a run reads follows from its configuration: weights of the sources, phases, seeds."""
 
+import io
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from data_files import pairs, write_sources, write_tar
+from PIL import Image
 
 from aki_megatron.config.load import load_run
 from aki_megatron.config.run import RunConfig
-from aki_megatron.data.pipeline import phase_seed, run_phases, source_weights
+from aki_megatron.data.pipeline import build_sources, build_stream, phase_seed, run_phases, source_weights
 from aki_megatron.data.sample_stream import Source
+from aki_megatron.errors import DataError
+from aki_megatron.train.main import missing_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,3 +59,51 @@ def test_dual_order_and_its_variants_are_phases() -> None:
 def test_every_phase_has_its_own_seed_and_the_first_has_the_runs() -> None:
     seeds = Counter(phase_seed(seed, phase) for seed in (0, 1) for phase in range(3))
     assert max(seeds.values()) == 1 and phase_seed(7, 0) == 7
+
+
+def transparent_png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGBA", (36, 36), (0, 0, 0, 0)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(("transparency", "pixel"), [("ignore", 0), ("white", 255)])
+def test_the_image_options_of_a_run_reach_its_pixels(transparency: str, pixel: int, tmp_path: Path, tokenizer) -> None:
+    write_sources(tmp_path)
+    for image in (tmp_path / "VQA/train2014").iterdir():
+        image.write_bytes(transparent_png())
+    flags = "--data.root", str(tmp_path), "--data.sources", "[{name: vqav2}]"
+    config = demo(*flags, "--data.images.transparency", transparency)
+    sample = build_stream(config, tokenizer, build_sources(config.data, print), 0).sample(0).sample
+    assert sample is not None and sample.image is not None and set(sample.image.rgb) == {pixel}
+
+
+def test_a_bad_sample_of_a_run_names_its_annotation_files(tmp_path: Path, tokenizer) -> None:
+    write_sources(tmp_path)
+    flags = "--data.root", str(tmp_path), "--data.sources", "[{name: vqav2}]"
+    config = demo(*flags)
+    source = build_sources(config.data, print)["vqav2"]
+    assert source.locate is not None
+    questions, annotations = sorted((tmp_path / "VQA").glob("*.json"))
+    assert source.locate(0) == f"{questions} and {annotations}, sample {source.items[0].key}"
+
+
+def test_missing_tars_are_left_out_of_a_run_that_says_so(tmp_path: Path) -> None:
+    write_tar(tmp_path / "00001.tar", pairs(3))
+
+    def run(skip_missing: str) -> RunConfig:
+        captions = f"[{{name: c, shards: ['{{00000..00002}}.tar'], skip_missing: {skip_missing}}}]"
+        config = ROOT / "configs/demo/pretrain.yaml"
+        flags = ["--config", str(config), "--data.root", str(tmp_path), "--data.captions", captions]
+        return load_run(flags, default_config=config, prog="pretrain.py", description="")
+
+    def missing(config: RunConfig) -> list[str]:
+        return [line for line in missing_inputs(config) if ".tar" in line]
+
+    assert len(missing(run("false"))) == 2 and not missing(run("true"))
+    with pytest.raises(DataError, match=r"(?s)00000\.tar.*skip_missing: true"):
+        build_sources(run("false").data, print)
+    lines: list[str] = []
+    (source,) = build_sources(run("true").data, lines.append).values()
+    assert len(source.items) == 3 and lines[0].startswith("2 of the 3 tars") and source.locate is not None
+    assert source.locate(1) == f"Tar {tmp_path / '00001.tar'}, key 000001"

@@ -3,8 +3,12 @@
 import os
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -161,7 +165,7 @@ def test_commands_are_not_run_to_see_what_is_missing(tmp_path: Path) -> None:
     patterns = [f"pipe:touch {tmp_path}/ran; cat {{0..2}}.tar", "x.tar"]
     assert missing_shards(patterns, tmp_path) == [str(tmp_path / "x.tar")]
     assert not (tmp_path / "ran").exists()
-    with pytest.raises(DataError, match="is a command, not a file"):
+    with pytest.raises(DataError, match="is no file; a run that reads it fetches"):
         expand_shards(patterns, tmp_path)
     with pytest.raises(DataError, match="has no command after pipe:"):
         CaptionDataset(["pipe: "], tmp_path)
@@ -175,3 +179,30 @@ def test_a_failed_search_for_an_index_leaves_nothing(remote: Path, cache: ShardC
     write_index(remote / "0.tar")
     assert cache.fetch_index(f"cat {remote}/0.tar", target)
     assert read_header(target) == read_header(index_path(remote / "0.tar"))
+
+
+@pytest.fixture
+def server(remote: Path) -> Iterator[str]:
+    """Serve the tars over HTTP on this machine."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(remote))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{httpd.server_port}"
+        finally:
+            httpd.shutdown()
+            thread.join()
+
+
+def test_urls_are_opened_by_webdataset(server: str, remote: Path, cache: ShardCache) -> None:
+    dataset = CaptionDataset([f"{server}/1.tar"], Path("elsewhere"), cache=cache)
+    assert len(dataset) == 3 and dataset.caption(1).key == f"{server}/1/000004"
+    assert [dataset.caption(n).text for n in range(3)] == [f"The red cat {n}.\n" for n in range(3, 6)]
+
+
+def test_a_url_that_cannot_be_opened_is_named(server: str, cache: ShardCache) -> None:
+    cache.max_attempts = 1
+    for url, reason in ((f"{server}/no.tar", "exit 22"), ("s3://bucket/0.tar", "no gopen handler defined")):
+        with pytest.raises(DataError, match=f"(?s)^{url} failed with exit code 1: .*{reason}"):
+            cache.fetch(url)

@@ -65,7 +65,7 @@ def test_missing_member_names_tar_and_key(tmp_path: Path) -> None:
     assert len(dataset) == 4 and dataset.caption(0).text
     with pytest.raises(DataError, match=r"x\.tar, key 000007: no txt member \(found: jpg\)"):
         dataset.caption(1)
-    with pytest.raises(DataError, match=r"x\.tar, key 000008: no jpg, png or jpeg member"):
+    with pytest.raises(DataError, match=r"x\.tar, key 000008: no image member"):
         dataset.caption(2)
     with pytest.raises(DataError, match=r"x\.tar, key 000009: the text is not UTF-8"):
         dataset.caption(3)
@@ -96,10 +96,10 @@ def test_truncated_tar_keeps_complete_samples_and_names_the_key(tmp_path: Path, 
 
 def test_not_a_tar_at_all(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(b"hello" * 1000)
-    with pytest.raises(DataError, match=r"No readable sample .*x\.tar, key \(first\)"):
+    with pytest.raises(DataError, match=r"(?s)No readable sample .*x\.tar: no .* no tar but text that begins 'hello"):
         CaptionDataset(["x.tar"], tmp_path)
     (tmp_path / "empty.tar").write_bytes(b"")
-    with pytest.raises(DataError, match="No readable sample"):
+    with pytest.raises(DataError, match=r"(?s)No readable sample .*no tar but empty \(0 bytes\)"):
         CaptionDataset(["empty.tar"], tmp_path)
 
 

@@ -218,3 +218,23 @@ def test_a_source_without_samples_is_an_error(root: Path) -> None:
     put(root, train_files("llava150k")[0], [])
     with pytest.raises(DataError, match=r"\['llava150k'\] .* no sample in split 'train'"):
         open_sources(root, ["gqa", "llava150k"], "train")
+
+
+def test_an_id_with_two_answers_is_refused(root: Path) -> None:
+    questions, annotations = (root / f"VQA/v2_{name}_train2014_{kind}.json" for name, kind in (
+        ("OpenEnded_mscoco", "questions"), ("mscoco", "annotations")))  # fmt: skip
+    original = annotations.read_text()
+    content = json.loads(original)
+    content["annotations"].append({**content["annotations"][0], "multiple_choice_answer": "other"})
+    annotations.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"annotations\.json: 1 entries have an id .* \(question_id \[30\]\)"):
+        open_sources(root, ["vqav2"], "train")
+    content["annotations"][-1] = content["annotations"][0]  # the same twice: nothing is in doubt
+    annotations.write_text(json.dumps(content))
+    assert len(open_sources(root, ["vqav2"], "train")["vqav2"]) == 3
+    annotations.write_text(original)
+    content = json.loads(questions.read_text())
+    content["questions"].append({**content["questions"][1], "question": "Another question?"})
+    questions.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"questions\.json: 1 entries have an id .* \(question_id \[20\]\)"):
+        open_sources(root, ["vqav2"], "train")

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aki_megatron.data.tar_index import TarIndex, index_matches, index_path, read_header, write_index
-from aki_megatron.data.tar_scan import ByteRange, _members, scan_tar
+from aki_megatron.data.tar_members import ByteRange, iter_members
+from aki_megatron.data.tar_scan import scan_tar
 from aki_megatron.errors import DataError
 
 
@@ -42,7 +43,10 @@ def test_an_index_holds_every_sample(tmp_path: Path) -> None:
     assert (last.key, last.image_suffix, last.error) == ("x", "png", "")
     parts = (last.text, last.image, last.json)
     assert [data[part.offset : part.offset + part.size] for part in parts] == [b"text", b"png", b"{}"]
-    assert index.sample(5).error == "no jpg, png or jpeg member (found: txt)."
+    assert (
+        index.sample(5).error
+        == "no image member (found: txt; an image ends in jpg, png, jpeg, webp, gif, bmp, tif, tiff, avif, jp2)."
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.tar", "00000.tar.index"]
 
 
@@ -161,7 +165,8 @@ def test_headers_are_parsed_as_tarfile_parses_them(tmp_path_factory, members, fo
     with tarfile.open(path) as tar:
         expected = [(m.name, ByteRange(m.offset_data, m.size), "") for m in tar.getmembers()]
     with path.open("rb") as file:
-        assert list(_members(file.fileno(), path.stat().st_size)) == expected
+        found = list(iter_members(file.fileno(), path.stat().st_size))
+        assert [member[:3] for member in found] == expected and not any(m.damage or m.lost for m in found)
     assert [sample.key for sample in scan_tar(path)] == [name.rpartition(".")[0] for name, _, _ in expected]
 
 
@@ -186,4 +191,7 @@ def test_zeros_in_the_middle_are_no_end(tmp_path: Path) -> None:
     data[3072:5120] = bytes(2048)
     tar.write_bytes(data)
     samples = list(scan_tar(tar))
-    assert samples[-1].truncated and "and more data after them" in samples[-1].error
+    (damage,) = [sample for sample in samples if sample.damaged]
+    assert "more members follow: zeros in its middle" in damage.error
+    lost = samples[samples.index(damage) + 1 :]
+    assert lost and all("behind the point where the tar is damaged" in sample.error for sample in lost)

@@ -17,6 +17,7 @@ from aki_megatron.types import Conversation
 
 Record = TypeVar("Record")
 Location = TypeVar("Location")
+Id = TypeVar("Id")
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,26 @@ def parse_entries(
     with data_errors(where):
         for location, entry in entries:
             yield from parse(location, entry)
+
+
+def unique_by_id(file: Path, pairs: Iterable[tuple[Id, Record]], id_field: str) -> dict[Id, Record]:
+    """Return the records of a file by id. Raises DataError where one id has several different records."""
+    found: dict[Id, Record] = {}
+    repeated: list[Id] = []
+    for record_id, record in pairs:
+        if found.setdefault(record_id, record) != record:
+            repeated.append(record_id)
+    check_no_id_twice(file, repeated, id_field)
+    return found
+
+
+def check_no_id_twice(file: Path, repeated: Sequence[object], id_field: str) -> None:
+    """Raise DataError if there are ids that occur more than once."""
+    if repeated:
+        raise DataError(
+            f"{file}: {len(repeated)} entries have an id that another entry has too ({id_field} "
+            f"{list(dict.fromkeys(repeated))[:3]}), so which one is meant is not known; remove all but one of each id."
+        )
 
 
 @contextmanager

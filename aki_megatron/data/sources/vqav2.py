@@ -10,9 +10,11 @@ from aki_megatron.data.sources.records import (
     DatasetReader,
     LazyConversations,
     PackedRecords,
+    check_no_id_twice,
     parse_entries,
     safe_path,
     text_field,
+    unique_by_id,
 )
 from aki_megatron.errors import DataError
 from aki_megatron.types import Conversation, Turn
@@ -44,6 +46,7 @@ class _QuestionParser:
         self.answers = answers
         self.subtype = subtype
         self.answered: set[int] = set()
+        self.repeated: list[int] = []
         self.unanswered: list[int] = []
 
     def parse(self, location: JsonLocation, entry: Any) -> Iterator[_Question]:
@@ -56,6 +59,8 @@ class _QuestionParser:
         if answer is None:
             self.unanswered.append(question_id)
             return
+        if question_id in self.answered:
+            self.repeated.append(question_id)
         self.answered.add(question_id)
         yield _Question(question_id, int(entry["image_id"]), answer[0], text_field(entry, "question"), answer[1])
 
@@ -63,16 +68,18 @@ class _QuestionParser:
 def read(root: Path, split: str) -> Sequence[Conversation]:
     """Read the questions of a split with their most frequent answer.
 
-    Questions and annotations are paired by question_id; the two files must hold the same ids. The task of a
+    Questions and annotations are paired by question_id; the two files must hold the same ids, each once. The task of a
     sample is its ``question_type`` ("how many"), with underscores for spaces.
     """
     questions_file, annotations_file, folder = (root / name for name in FILES[split])
     annotations = iter_object_arrays(annotations_file, "annotations")
-    answers = dict(parse_entries(annotations_file, annotations, _parse_answer, id_field="question_id"))
+    parsed = parse_entries(annotations_file, annotations, _parse_answer, id_field="question_id")
+    answers = unique_by_id(annotations_file, parsed, "question_id")
     parser = _QuestionParser(answers, folder.name)
     entries = iter_object_arrays(questions_file, "questions")
     questions = parse_entries(questions_file, entries, parser.parse, id_field="question_id")
     records = PackedRecords(questions, _Question._make)
+    check_no_id_twice(questions_file, parser.repeated, "question_id")
     _check_pairs(parser, questions_file, annotations_file)
     return LazyConversations(records, partial(_conversation, folder, parser.subtype))
 

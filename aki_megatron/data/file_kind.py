@@ -1,0 +1,64 @@
+"""Say what a file is by its first bytes, for messages about files that are not what their names say."""
+
+HEAD_BYTES = 512
+"""First bytes of a file that ``file_kind`` looks at."""
+
+_MAGIC = (
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"\x89PNG\r\n\x1a\n", "a PNG image"),
+    (b"GIF8", "a GIF image"),
+    (b"BM", "a BMP image"),
+    (b"II*\0", "a TIFF image"),
+    (b"MM\0*", "a TIFF image"),
+    (b"8BPS", "a Photoshop image"),
+    (b"\0\0\0\x0cjP  ", "a JPEG 2000 image"),
+    (b"\xff\x4f\xff\x51", "a JPEG 2000 image"),
+    (b"\0\0\x01\0", "a Windows icon"),
+    (b"\x1f\x8b", "gzip"),
+    (b"BZh", "bzip2"),
+    (b"\xfd7zXZ\0", "xz"),
+    (b"\x28\xb5\x2f\xfd", "zstandard"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    (b"Rar!", "a RAR archive"),
+    (b"PK\x03\x04", "a zip archive"),
+    (b"PK\x05\x06", "a zip archive"),
+    (b"PAR1", "parquet"),
+    (b"%PDF", "PDF"),
+    (b"%!PS", "PostScript"),
+    (b"\x89HDF\r\n", "HDF5"),
+    (b"\x1aE\xdf\xa3", "a video"),
+    (b"version https://git-lfs", "a git-lfs pointer (fetch the file itself: git lfs pull)"),
+)
+_MARKUP = (
+    (b"<!doctype html", "HTML (an error page?)"),
+    (b"<html", "HTML (an error page?)"),
+    (b"<svg", "an SVG image"),
+    (b"<?xml", "XML (an error page?)"),
+)
+_BRANDS = {b"avif": "an AVIF image", b"avis": "an AVIF image", b"heic": "a HEIC image", b"mif1": "a HEIC image"}
+_SHOWN_BYTES = 24
+_TEXT_BYTES = frozenset({9, 10, 13} | set(range(32, 127)) | set(range(128, 256)))
+
+
+def file_kind(head: bytes) -> str:
+    """Return what a file is, given its first bytes (HEAD_BYTES or fewer; empty for an empty file)."""
+    if not head:
+        return "empty (0 bytes)"
+    for magic, kind in _MAGIC:
+        if head.startswith(magic):
+            return kind
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "a WEBP image"
+    if head[257:262] == b"ustar":
+        return "a tar"
+    if head[4:8] == b"ftyp":
+        return _BRANDS.get(head[8:12], "a video")
+    if not any(head):
+        return "zeros"
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    for tag, kind in _MARKUP:
+        if text[: len(tag)].lower() == tag:
+            return kind
+    if set(head) - _TEXT_BYTES:
+        return f"of no known format (first bytes {head[:8].hex(' ')})"
+    return f"text that begins {ascii(head[:_SHOWN_BYTES].decode('utf-8', 'replace'))}"

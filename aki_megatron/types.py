@@ -81,6 +81,7 @@ class Sample:
     The three lists have one length. Each image occupies Q consecutive positions whose token id is the image token and
     whose modality is IMAGE. ``targets[i]`` is the token to predict **from** position i (already shifted), IGNORE where
     nothing is supervised. A stream returns decoded images, so that an unreadable one is replaced before it is batched.
+    ``num_cut_tokens`` is by how many tokens the text was too long for data.max_text_tokens.
     """
 
     key: str
@@ -88,6 +89,7 @@ class Sample:
     modality_ids: list[int]
     targets: list[int]
     image: Path | bytes | DecodedImage | None
+    num_cut_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,9 @@ class FaultCounts:
         """Count one fault, ``reason`` at ``location`` (a file and an entry)."""
         self.record(fault_kind(reason), f"{location}: {reason}" if location else reason)
 
-    def record(self, kind: str, message: str) -> None:
-        """Count one fault of a kind that is known already."""
-        self.counts[kind] += 1
+    def record(self, kind: str, message: str, number: int = 1) -> None:
+        """Count a number of faults of a kind."""
+        self.counts[kind] += number
         if kind not in self.first:
             # lone surrogates, which foreign text may hold, cannot be printed
             self.first[kind] = message.encode("utf-8", "backslashreplace").decode()

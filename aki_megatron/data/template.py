@@ -113,7 +113,8 @@ class Template:
         A conversation that is truncated inside a prompt ends after the last response before it.
         """
         ids, modalities = self._tokenize(self.conversation_parts(conversation))
-        if len(ids) > self.max_text_tokens:
+        num_tokens = len(ids)
+        if num_tokens > self.max_text_tokens:
             del ids[self.max_text_tokens - 1 :], modalities[self.max_text_tokens - 1 :]
             while modalities and modalities[-1] != Modality.RESPONSE:
                 del ids[-1], modalities[-1]
@@ -122,16 +123,17 @@ class Template:
             ids.append(self.tokenizer.sample_end_id)
             modalities.append(Modality.RESPONSE)
         markers = (self.tokenizer.turn_end_id, self.tokenizer.sample_end_id)
-        return self._sample(conversation, ids, modalities, markers)
+        return self._sample(conversation, ids, modalities, markers, num_tokens)
 
     def render_caption(self, caption: Caption) -> Sample | None:
         """Render a pretraining sample; None if the caption is empty. Truncation keeps both end markers."""
         ids, modalities = self._tokenize(self.caption_parts(caption))
-        if len(ids) > self.max_text_tokens:
+        num_tokens = len(ids)
+        if num_tokens > self.max_text_tokens:
             kept = 3 if self.text_first else 2  # the image and the end markers stay
             del ids[self.max_text_tokens - kept : -kept], modalities[self.max_text_tokens - kept : -kept]
         markers = (self.tokenizer.endofchunk_id, self.tokenizer.sample_end_id)
-        return self._sample(caption, ids, modalities, markers)
+        return self._sample(caption, ids, modalities, markers, num_tokens)
 
     def render_prompt(self, conversation: Conversation) -> Sample:
         """Render what the model reads before it generates: all up to and including the header of the last response.
@@ -153,14 +155,22 @@ class Template:
         return ids, modalities
 
     def _sample(
-        self, source: Conversation | Caption, ids: list[int], modalities: list[int], markers: tuple[int, int]
+        self,
+        source: Conversation | Caption,
+        ids: list[int],
+        modalities: list[int],
+        markers: tuple[int, int],
+        num_tokens: int,
     ) -> Sample | None:
+        """Return the sample of ``num_tokens`` tokens that were cut to ``ids``; None without a supervised token."""
         response = int(Modality.RESPONSE)
         if not any(kind == response and token not in markers for token, kind in zip(ids, modalities, strict=True)):
             return None
-        return self._expand_image(source, ids, modalities)
+        return self._expand_image(source, ids, modalities, num_cut_tokens=num_tokens - len(ids))
 
-    def _expand_image(self, source: Conversation | Caption, ids: list[int], modalities: list[int]) -> Sample:
+    def _expand_image(
+        self, source: Conversation | Caption, ids: list[int], modalities: list[int], num_cut_tokens: int = 0
+    ) -> Sample:
         """Expand the image to its positions and set the targets: the next token where that is a RESPONSE."""
         image = int(Modality.IMAGE)
         if image in modalities:
@@ -169,7 +179,7 @@ class Template:
             modalities[at : at + 1] = [image] * self.num_image_tokens
         response = int(Modality.RESPONSE)
         targets = [token if kind == response else IGNORE for token, kind in zip(ids[1:], modalities[1:], strict=True)]
-        return Sample(source.key, ids, modalities, [*targets, IGNORE], source.image)
+        return Sample(source.key, ids, modalities, [*targets, IGNORE], source.image, num_cut_tokens)
 
     def _refuse_special(self, key: str, *texts: str) -> None:
         for text in texts:

@@ -15,6 +15,9 @@ from torch import Tensor
 IGNORE = -100
 """Target of an unsupervised position (the default ``ignore_index`` of torch's cross entropy)."""
 
+BYTE_ORDER_MARK = "\ufeff"
+"""What some editors and exports write at the beginning of a text; it is no part of it."""
+
 NO_SEGMENT = -1
 """Segment id of a position that belongs to no sample: right padding of a sequence."""
 
@@ -103,6 +106,7 @@ class Batch:
     targets          [B, T] int64, already shifted; IGNORE where nothing is supervised
     pixels           [N, 3, H, W] float32, images in the row-major order of their IMAGE positions
     num_bad_samples  samples that could not be used while this batch was built
+    num_cut_samples  samples whose text is longer than data.max_text_tokens, and so was cut
 
     Raises ValueError for tensors whose shapes do not agree.
     """
@@ -114,6 +118,7 @@ class Batch:
     targets: Tensor
     pixels: Tensor
     num_bad_samples: int = 0
+    num_cut_samples: int = 0
 
     def __post_init__(self) -> None:
         shape = self.token_ids.shape
@@ -234,3 +239,5 @@ class StepReport:
     """Whether the optimizer step was skipped: a gradient was not finite, or the update was refused."""
     control: ControlRequest = ControlRequest.NONE
     """The requests of all ranks combined; the same on every rank."""
+    cut_samples: int = 0
+    """Samples whose text is longer than data.max_text_tokens, and so was cut."""

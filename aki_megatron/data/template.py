@@ -27,7 +27,7 @@ from typing import NamedTuple
 from aki_megatron.data.tokenizer import Tokenizer
 from aki_megatron.errors import ConfigError, DataError
 from aki_megatron.families.base import ENDOFCHUNK_TOKEN, IMAGE_TOKEN
-from aki_megatron.types import IGNORE, Caption, Conversation, Modality, Sample
+from aki_megatron.types import BYTE_ORDER_MARK, IGNORE, Caption, Conversation, Modality, Sample
 
 MIN_TEXT_TOKENS = 5
 """Of a caption: its start, <image>, one token of text, <|endofchunk|>, the end."""
@@ -50,7 +50,8 @@ class Template:
     text_first        put the image after the first question, or after the caption
 
     Truncation keeps the end marker. Text that holds a special token literally raises DataError: it would turn into that
-    token, and any escape would train on text that the dataset does not have.
+    token, and any escape would train on text that the dataset does not have. So does half of a surrogate pair. In the
+    system message both are a ConfigError.
     """
 
     tokenizer: Tokenizer
@@ -66,10 +67,10 @@ class Template:
                 f"data.max_text_tokens={self.max_text_tokens} leaves no room for text beside the markers; "
                 f"set it to {MIN_TEXT_TOKENS} or more (papers: 128 for captions, 512 for conversations)."
             )
-        if (found := self.tokenizer.find_special(self.system_message)) is not None:
+        if reason := self._find_unusable(self.system_message):
             raise ConfigError(
-                f"data.system_message contains the special token {found} of {self.tokenizer.folder}, which would "
-                "become that token; remove it: the markers around the system message are written by themselves."
+                f"data.system_message {reason}; remove it: the markers around the system message are written by "
+                "themselves."
             )
 
     def conversation_parts(self, conversation: Conversation) -> list[Part]:
@@ -79,10 +80,11 @@ class Template:
         """
         turns, chat = conversation.turns, self.tokenizer.chat
         assert turns, conversation.key
-        self._refuse_special(conversation.key, *(text for turn in turns for text in (turn.prompt, turn.response)))
+        self._refuse_unusable(conversation.key, *(text for turn in turns for text in (turn.prompt, turn.response)))
         image = Part(IMAGE_TOKEN, Modality.IMAGE) if conversation.image is not None else None
         ending, user = chat.turn_end + chat.turn_separator, chat.header("user")
-        system = f"{chat.header('system')}{self.system_message}{ending}" if self.system_message else ""
+        message = self.system_message.removeprefix(BYTE_ORDER_MARK)
+        system = f"{chat.header('system')}{message}{ending}" if message else ""
         opening, closing = f"{chat.conversation_start}{system}{user}", f"{ending}{chat.response_start}"
         parts: list[Part] = []
         for number, turn in enumerate(turns):
@@ -99,7 +101,7 @@ class Template:
 
     def caption_parts(self, caption: Caption) -> list[Part]:
         """Return the string of a caption in parts. Raises DataError for text that holds a special token."""
-        self._refuse_special(caption.key, caption.text)
+        self._refuse_unusable(caption.key, caption.text)
         chat, text = self.tokenizer.chat, caption.text.strip()
         start, image = Part(chat.caption_start, Modality.TEXT), Part(IMAGE_TOKEN, Modality.IMAGE)
         ending = f"{ENDOFCHUNK_TOKEN}{chat.sample_end}"
@@ -181,11 +183,17 @@ class Template:
         targets = [token if kind == response else IGNORE for token, kind in zip(ids[1:], modalities[1:], strict=True)]
         return Sample(source.key, ids, modalities, [*targets, IGNORE], source.image, num_cut_tokens)
 
-    def _refuse_special(self, key: str, *texts: str) -> None:
+    def _refuse_unusable(self, key: str, *texts: str) -> None:
         for text in texts:
-            found = self.tokenizer.find_special(text)
-            if found is not None:
-                raise DataError(
-                    f"Sample {key}: the text {text[:80]!r} contains the special token {found} literally, "
-                    "which would become that token; remove it from the data."
-                )
+            if reason := self._find_unusable(text):
+                raise DataError(f"Sample {key}: the text {text[:80]!r} {reason}; remove it from the data.")
+
+    def _find_unusable(self, text: str) -> str:
+        """Return what in a text of the data or of the configuration cannot be trained on; empty where nothing is."""
+        if (found := self.tokenizer.find_special(text)) is not None:
+            return f"contains the special token {found} literally, which would become that token"
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            return f"contains {text[error.start]!r}, half of a surrogate pair, which no tokenizer takes"
+        return ""

@@ -14,10 +14,7 @@ import numpy as np
 
 from aki_megatron.data.fault_kinds import FaultCounts
 from aki_megatron.errors import DataError
-from aki_megatron.types import Conversation
-
-BYTE_ORDER_MARK = "\ufeff"
-"""What some editors and exports write at the beginning of a text; it is no part of it."""
+from aki_megatron.types import BYTE_ORDER_MARK, Conversation
 
 MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError, RecursionError)
 """What parsing a record raises where a field is missing, of a wrong type or of a value that makes no sense."""

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from aki_megatron.data.fault_kinds import FaultCounts
 from aki_megatron.data.sources.records import (
-    BYTE_ORDER_MARK,
     MAX_SHOWN,
     DatasetReader,
     LazyConversations,
@@ -19,7 +18,7 @@ from aki_megatron.data.sources.records import (
     text_field,
 )
 from aki_megatron.errors import DataError
-from aki_megatron.types import Conversation, Turn
+from aki_megatron.types import BYTE_ORDER_MARK, Conversation, Turn
 
 PROMPT = "Answer the question using a single word or phrase. {question} Please answer yes or no."
 ANSWERS = ("no", "yes")

@@ -13,6 +13,7 @@ from aki_megatron.data.sources.boxes import PROMPT, box_text, check_box
 from aki_megatron.data.sources.json_stream import JsonLocation, iter_array
 from aki_megatron.data.sources.records import (
     MALFORMED,
+    MAX_SHOWN,
     DatasetReader,
     LazyConversations,
     PackedRecords,
@@ -85,6 +86,8 @@ def _parse(
     entry: Any,
 ) -> Iterator[_Region]:
     """Yield the regions of an image; one that is malformed is left out without the others."""
+    if not isinstance(entry["regions"], list):
+        raise ValueError(f"regions must be a list, got {repr(entry['regions'])[:MAX_SHOWN]}")
     for number, region in enumerate(entry["regions"]):
         try:
             yield _parse_region(image_sizes, entry, number, region)

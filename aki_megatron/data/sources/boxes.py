@@ -20,7 +20,7 @@ def box_corners(xywh: Sequence[float], width: float, height: float) -> Corners:
         raise ValueError(f"the box {list(xywh)} cannot be normalized by an image of {width} x {height} pixels")
     if box_width < 0 or box_height < 0:
         raise ValueError(f"the box {list(xywh)} (x, y, width, height) has a negative size")
-    if x + box_width < 0 or y + box_height < 0 or x > width or y > height:
+    if x >= width or y >= height or x + box_width <= 0 > x or y + box_height <= 0 > y:
         raise ValueError(f"the box {list(xywh)} (x, y, width, height) is outside of the {width} x {height} image")
     x1, y1, x2, y2 = (
         round(min(max(fraction, 0.0), 1.0), 3)

@@ -26,7 +26,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from aki_megatron.console import progress_bar
-from aki_megatron.data.shard_writer import brace_pattern, pairs_from_folder, pairs_from_table, write_shards
+from aki_megatron.data.shard_writer import pairs_from_folder, pairs_from_table, run_configuration, write_shards
 from aki_megatron.data.shards import expand_shards, missing_shards
 from aki_megatron.data.tar_index import index_matches, index_path, read_header, write_index
 from aki_megatron.errors import DataError, UserError
@@ -92,7 +92,8 @@ From a table (.csv with a header line, or .parquet): one column holds the image 
 the struct of the datasets library - and another its caption. For BLIP3-OCR-200M give --caption_column captions and
 choose the granularity in the run's configuration.
 
-Images are copied unchanged and decoded once to check them. A bad row is named and left out; too many bad rows are an
+Images are copied unchanged and decoded once to check them. A bad row, one in a format that cannot be read included, is
+named and left out; too many bad rows are an
 error, and nothing is written. The same rows give the same tars, byte for byte.
 
 Example: python tools/make_data.py shards --out data/mine --folder images
@@ -145,8 +146,7 @@ def shards_command(argv: Sequence[str]) -> int:
     seconds = time.monotonic() - start
     counts = f"{written.num_samples} samples in {len(written.tars)} tars"
     print(f"{counts} in {seconds:.0f} s, {len(written.skipped)} left out.")
-    print("For the run's configuration:\n\ndata:\n  kind: captions")
-    print(f'  root: {arguments.out}\n  shards: ["{brace_pattern(written.tars)}"]')
+    print(f"For the run's configuration:\n\n{run_configuration(arguments.out, written)}")
     return 0
 
 

@@ -43,9 +43,14 @@ def caption_text(raw: str, text_format: TextFormat | None = None, *, location: s
         raise DataError(f"{location}: {error}" if location else str(error)) from error
 
 
+def is_blip3_ocr(raw: str) -> bool:
+    """Return whether a txt member holds BLIP3-OCR's JSON list, as its beginning says."""
+    return _OCR_LIST.match(raw.removeprefix(BYTE_ORDER_MARK)) is not None
+
+
 def _plain(raw: str, text_format: TextFormat) -> str:
     """Return the text: it is the caption (BLIP3-KALE, CC3M, CC12M). Raises DataError for the JSON of BLIP3-OCR."""
-    if _OCR_LIST.match(raw):
+    if is_blip3_ocr(raw):
         raise DataError(
             f"the text is the JSON list of BLIP3-OCR (it begins {raw[:40]!r}), which data.captions.format: caption "
             "would train as it stands; set format: blip3_ocr."

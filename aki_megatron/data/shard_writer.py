@@ -17,11 +17,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
+from aki_megatron.data import tar_scan
+from aki_megatron.data.captions import is_blip3_ocr
 from aki_megatron.data.image import decode_image
 from aki_megatron.data.tar_index import index_path, write_index
 from aki_megatron.errors import DataError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".heic", ".heif", ".jxl",
+)  # fmt: skip
+"""Suffixes of images in a folder. What cannot be trained on is named and left out, never passed over in silence."""
+
 ALWAYS_TOLERATED = 8
 """Records that may be unusable whatever the fraction is, unless it is 0: a fraction is noisy early on."""
 
@@ -29,8 +37,15 @@ _STAGING = ".partial"
 _TAR = re.compile(r"\d{5,}\.tar")
 _WINDOW = 64
 _CHECK_PIXELS = 8
-_MAGIC = {"jpg": b"\xff\xd8\xff", "png": b"\x89PNG\r\n\x1a\n"}
-"""Suffix of an image in a tar -> its first bytes."""
+_MAGIC = {
+    "jpg": b"\xff\xd8\xff",
+    "png": b"\x89PNG\r\n\x1a\n",
+    "webp": b"RIFF....WEBP",
+    "gif": b"GIF8[79]a",
+    "bmp": b"BM",
+    "tif": b"II\\*\\x00|MM\\x00\\*",
+}
+"""Suffix of an image in a tar -> pattern of its first bytes; those that tars are read with (tar_scan) are written."""
 _NEED_PYARROW = "Reading parquet needs pyarrow: pip install pyarrow (or: pip install 'aki-megatron[parquet]')."
 
 
@@ -57,6 +72,8 @@ class WrittenShards:
     tars: list[Path] = field(default_factory=list)
     num_samples: int = 0
     skipped: list[str] = field(default_factory=list)
+    text_format: str = "caption"
+    """data.captions.format of the texts, as the first one tells."""
 
 
 def pairs_from_folder(folder: Path) -> PairSource:
@@ -70,7 +87,7 @@ def pairs_from_folder(folder: Path) -> PairSource:
     def read(image: Path) -> ImageTextPair:
         name, text = image.relative_to(folder).as_posix(), image.with_suffix(".txt")
         try:
-            return ImageTextPair(name, image, text.read_text(encoding="utf-8"))
+            return ImageTextPair(name, image, text.read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             return ImageTextPair(name, DataError(f"its caption {text.name} cannot be read: {error}"), "")
 
@@ -100,6 +117,24 @@ def brace_pattern(tars: list[Path]) -> str:
     """Return the pattern that names the tars in a run's configuration: ``{00000..00041}.tar``."""
     first, last = tars[0].stem, tars[-1].stem
     return f"{first}.tar" if first == last else f"{{{first}..{last}}}.tar"
+
+
+def run_configuration(out: Path, written: WrittenShards) -> str:
+    """Return the lines of a run's configuration that read what was written into ``out``."""
+    lines = [
+        "data:",
+        "  kind: captions",
+        f"  root: {_yaml_scalar(str(out))}",
+        "  captions:",
+        f"    - name: {_yaml_scalar(out.resolve().name or 'captions')}",
+        f'      shards: ["{brace_pattern(written.tars)}"]',
+    ]
+    return "\n".join(lines + [f"      format: {written.text_format}"] * (written.text_format != "caption"))
+
+
+def _yaml_scalar(text: str) -> str:
+    """Return a text as YAML writes it, quoted where it must be."""
+    return yaml.safe_dump([text], default_flow_style=True, width=sys.maxsize, allow_unicode=True)[1:-2]
 
 
 def write_shards(
@@ -190,6 +225,8 @@ def _write(
                 tar = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 (closed by _finish)
                 written.tars.append(path)
             assert tar is not None
+            if not written.num_samples and is_blip3_ocr(pair.caption):
+                written.text_format = "blip3_ocr"
             key = f"{written.num_samples:09}"
             add_member(tar, f"{key}.{_suffix(checked)}", checked)
             add_member(tar, f"{key}.txt", pair.caption.encode())
@@ -237,11 +274,15 @@ def _check(pair: ImageTextPair) -> bytes | DataError:
         return DataError(f"the image cannot be read: {error}")
     except DataError as error:
         return error
-    return data if _suffix(data) else DataError("the image is neither a JPEG nor a PNG; convert it")
+    return data if _suffix(data) else DataError(f"the image is none of {', '.join(_written_suffixes())}; convert it")
+
+
+def _written_suffixes() -> list[str]:
+    return [suffix for suffix in _MAGIC if suffix in tar_scan.IMAGE_SUFFIXES]
 
 
 def _suffix(data: bytes) -> str:
-    return next((suffix for suffix, magic in _MAGIC.items() if data.startswith(magic)), "")
+    return next((suffix for suffix in _written_suffixes() if re.match(_MAGIC[suffix], data, re.DOTALL)), "")
 
 
 def _pair(name: str, record: tuple[Any, Any], root: Path) -> ImageTextPair:

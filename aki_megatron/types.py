@@ -15,6 +15,9 @@ from torch import Tensor
 IGNORE = -100
 """Target of an unsupervised position (the default ``ignore_index`` of torch's cross entropy)."""
 
+BYTE_ORDER_MARK = "\ufeff"
+"""What some editors and exports write at the beginning of a text; it is no part of it."""
+
 NO_SEGMENT = -1
 """Segment id of a position that belongs to no sample: right padding of a sequence."""
 
@@ -81,6 +84,7 @@ class Sample:
     The three lists have one length. Each image occupies Q consecutive positions whose token id is the image token and
     whose modality is IMAGE. ``targets[i]`` is the token to predict **from** position i (already shifted), IGNORE where
     nothing is supervised. A stream returns decoded images, so that an unreadable one is replaced before it is batched.
+    ``num_cut_tokens`` is by how many tokens the text was too long for data.max_text_tokens.
     """
 
     key: str
@@ -88,6 +92,7 @@ class Sample:
     modality_ids: list[int]
     targets: list[int]
     image: Path | bytes | DecodedImage | None
+    num_cut_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,7 @@ class Batch:
     targets          [B, T] int64, already shifted; IGNORE where nothing is supervised
     pixels           [N, 3, H, W] float32, images in the row-major order of their IMAGE positions
     num_bad_samples  samples that could not be used while this batch was built
+    num_cut_samples  samples whose text is longer than data.max_text_tokens, and so was cut
 
     Raises ValueError for tensors whose shapes do not agree.
     """
@@ -112,6 +118,7 @@ class Batch:
     targets: Tensor
     pixels: Tensor
     num_bad_samples: int = 0
+    num_cut_samples: int = 0
 
     def __post_init__(self) -> None:
         shape = self.token_ids.shape
@@ -232,3 +239,5 @@ class StepReport:
     """Whether the optimizer step was skipped: a gradient was not finite, or the update was refused."""
     control: ControlRequest = ControlRequest.NONE
     """The requests of all ranks combined; the same on every rank."""
+    cut_samples: int = 0
+    """Samples whose text is longer than data.max_text_tokens, and so was cut."""

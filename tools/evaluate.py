@@ -22,6 +22,7 @@ from aki_megatron.checkpoint.initial_weights import load_weights
 from aki_megatron.config.run import RunConfig
 from aki_megatron.config.save import load_saved
 from aki_megatron.console import Console, Table, progress_bar
+from aki_megatron.data.bad_samples import BadSampleBudget
 from aki_megatron.data.pipeline import build_template, build_tokenizer, image_options
 from aki_megatron.data.sources import open_sources, with_split
 from aki_megatron.data.template import Template
@@ -95,7 +96,15 @@ def evaluate(run: Path, *, per_task: int, other_runs: list[Path], report: Path |
     val_names = with_split(names, "val")
     if not val_names:
         raise ConfigError(f"None of the sources {names} of {run} has a val split to evaluate on.")
-    questions = select_questions(open_sources(config.data.root, val_names, "val"), per_task)
+    bad_samples = BadSampleBudget(config.data.max_bad_fraction)
+    sources = open_sources(
+        config.data.root,
+        val_names,
+        "val",
+        max_bad_fraction=config.data.max_bad_fraction,
+        progress=lambda line: console.print(line, soft_wrap=True),
+    )
+    questions = select_questions(sources, per_task, bad_samples)
     model = load_model(config, paths.path)
     with progress_bar("answering", console=console) as bar:
         task = bar.add_task("questions", total=len(questions))
@@ -103,10 +112,15 @@ def evaluate(run: Path, *, per_task: int, other_runs: list[Path], report: Path |
             model,
             template,
             questions,
+            bad_samples=bad_samples,
             image_options=image_options(config.data),
             progress=lambda done: bar.update(task, completed=done),
         )
         predictions = list(answers)
+    if bad_samples.counts:
+        console.print(f"left out: {bad_samples.summary()}", soft_wrap=True)
+    if not predictions:
+        raise DataError("No question could be read:\n  " + "\n  ".join(bad_samples.first_reasons))
     scores = score_by_task(predictions)
     out = paths.path / "evaluation"
     out.mkdir(exist_ok=True)
@@ -115,7 +129,8 @@ def evaluate(run: Path, *, per_task: int, other_runs: list[Path], report: Path |
     print_scores(scores)
     records = [load_record(RunPaths(other)) for other in other_runs] + [load_record(paths)]
     report = report or paths.report
-    mask = plot_mask(questions[0], template, config)
+    answered = next(question for question in questions if question.key == predictions[0].key)
+    mask = plot_mask(answered, template, config)
     write_report(report, f"AKI: {run}", records, scores=scores, predictions=predictions, mask=mask)
     console.print(f"report: {report}")
 

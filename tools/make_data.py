@@ -1,4 +1,4 @@
-"""Make data: write the demo's synthetic dataset, pack your own images and captions into tars, index tars.
+"""Make data: write the demo's synthetic dataset, pack your own images and captions into tars, index tars, check data.
 
     python tools/make_data.py --out data/demo
         the demo's data: scenes, captions, questions in the formats of 13 public datasets, and a tokenizer
@@ -9,6 +9,9 @@
 
     python tools/make_data.py index 'data/kale/{00000..31000}.tar'
         the index beside every tar, so that a run need not write it when it starts
+
+    python tools/make_data.py check --config configs/aki4b/sft.yaml --data.root /datasets/sft
+        decode everything that a run would read, and count what is good, bad, missing and too long
 
 Options of a command: python tools/make_data.py shards --help
 """
@@ -23,11 +26,12 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from aki_megatron.console import progress_bar
-from aki_megatron.data.shard_writer import brace_pattern, pairs_from_folder, pairs_from_table, write_shards
+from aki_megatron.data.shard_writer import pairs_from_folder, pairs_from_table, run_configuration, write_shards
 from aki_megatron.data.shards import expand_shards, missing_shards
 from aki_megatron.data.tar_damage import tar_damages
 from aki_megatron.data.tar_index import index_matches, index_path, read_header, write_index
 from aki_megatron.errors import DataError, UserError
+from aki_megatron.supervise.exit_codes import INTERRUPTED
 from aki_megatron.synthetic.dataset import DatasetSize, is_complete, was_interrupted, write_dataset
 
 RAW = argparse.RawDescriptionHelpFormatter
@@ -42,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"make_data: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("make_data: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def demo_command(argv: Sequence[str]) -> int:
@@ -86,7 +93,8 @@ From a table (.csv with a header line, or .parquet): one column holds the image 
 the struct of the datasets library - and another its caption. For BLIP3-OCR-200M give --caption_column captions and
 choose the granularity in the run's configuration.
 
-Images are copied unchanged and decoded once to check them. A bad row is named and left out; too many bad rows are an
+Images are copied unchanged and decoded once to check them. A bad row, one in a format that cannot be read included, is
+named and left out; too many bad rows are an
 error, and nothing is written. The same rows give the same tars, byte for byte.
 
 Example: python tools/make_data.py shards --out data/mine --folder images
@@ -139,8 +147,7 @@ def shards_command(argv: Sequence[str]) -> int:
     seconds = time.monotonic() - start
     counts = f"{written.num_samples} samples in {len(written.tars)} tars"
     print(f"{counts} in {seconds:.0f} s, {len(written.skipped)} left out.")
-    print("For the run's configuration:\n\ndata:\n  kind: captions")
-    print(f'  root: {arguments.out}\n  shards: ["{brace_pattern(written.tars)}"]')
+    print(f"For the run's configuration:\n\n{run_configuration(arguments.out, written)}")
     return 0
 
 
@@ -212,7 +219,59 @@ def _is_indexed(tar: Path) -> bool:
     return header is not None and index_matches(header, tar, state.st_size, state.st_mtime_ns)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"shards": shards_command, "index": index_command}
+CHECK_HELP = """Read everything that a run would read, once: every text is tokenized, every image decoded.
+
+Prints for each source its records beside those of the public release, how many are readable, the faults by kind with
+the first of each, missing images, and the lengths in tokens. Nothing is written. The exit code is 1 where a run would
+stop because of its data. Overrides are written as for the launchers.
+
+    python tools/make_data.py check --config configs/aki4b/sft.yaml --data.root /datasets/sft
+    python tools/make_data.py check --config configs/aki4b/pretrain.yaml --samples 100000
+"""
+
+
+def check_command(argv: Sequence[str]) -> int:
+    """Check the data of a run; return 1 where the run would stop because of it."""
+    parser = argparse.ArgumentParser(
+        prog="make_data.py check", description=CHECK_HELP, formatter_class=RAW, allow_abbrev=False
+    )
+    parser.add_argument("--config", type=Path, required=True, help="a complete run as YAML; dotted overrides follow")
+    parser.add_argument("--samples", type=int, default=0,
+                        help="most samples of each source, evenly spaced; default 0: all")  # fmt: skip
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    arguments, overrides = parser.parse_known_args(argv)
+    if arguments.samples < 0 or arguments.workers < 1:
+        raise DataError(
+            f"--samples {arguments.samples} must be at least 0 and --workers {arguments.workers} at least 1."
+        )
+    # transformers takes seconds to import, and the other commands do not need it
+    from aki_megatron.config.load import load_run
+    from aki_megatron.data.check import check_run_data
+    from aki_megatron.data.check_report import report_lines
+
+    config = load_run(overrides, default_config=arguments.config, prog="make_data.py check", description="")
+    refused = []
+    with progress_bar("checking", "{task.fields[what]}") as bar:
+        task = bar.add_task("sources", what="")
+
+        def progress(what: str, done: int, total: int) -> None:
+            bar.update(task, what=what, completed=done, total=total)
+
+        for found in check_run_data(
+            config, max_samples=arguments.samples, num_workers=arguments.workers, progress=progress
+        ):
+            for line in report_lines(found, config.data):
+                bar.console.print(line, soft_wrap=True)
+            refused += [found.name] * found.is_refused(config.data.max_bad_fraction)
+    print(f"A run would stop because of {', '.join(refused)}." if refused else "A run can read all of it.")
+    return int(bool(refused))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "shards": shards_command,
+    "index": index_command,
+    "check": check_command,
+}
 
 
 if __name__ == "__main__":

@@ -35,6 +35,11 @@ def sample_errors(location: str | Callable[[], str]) -> Iterator[None]:
         raise DataError(f"{where}: {type(error).__name__}: {str(error) or 'no message'}") from error
 
 
+def num_tolerated(max_bad_fraction: float, num_requested: int) -> float:
+    """Return how many bad ones of ``num_requested`` are tolerated; none where the fraction is 0."""
+    return max(ALWAYS_TOLERATED, max_bad_fraction * num_requested) if max_bad_fraction else 0
+
+
 class BadSampleBudgetExceeded(DataError):  # noqa: N818 (the field's name for it)
     """More samples were unreadable or empty than the budget allows; the message names the first ones."""
 
@@ -88,10 +93,9 @@ class BadSampleBudget:
         for bad in bad_samples:
             self.counts[bad.source] += 1
             self.latest_reason = bad.reason
-            if len(self.first_reasons) < _MAX_LISTED:
+            if len(self.first_reasons) < _MAX_LISTED and bad.reason not in self.first_reasons:
                 self.first_reasons.append(bad.reason)
-        allowed = max(ALWAYS_TOLERATED, self.max_bad_fraction * self.num_requested) if self.max_bad_fraction else 0
-        if self.counts.total() > allowed:
+        if self.counts.total() > num_tolerated(self.max_bad_fraction, self.num_requested):
             listing = "\n  ".join(self.first_reasons)
             raise BadSampleBudgetExceeded(
                 f"{self._totals()}, more than data.max_bad_fraction={self.max_bad_fraction} allows. Repair or remove "

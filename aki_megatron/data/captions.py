@@ -1,12 +1,17 @@
 """Find the caption in the txt member of a caption shard: a table of formats, each a pure function of the raw text."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from aki_megatron.config.datasets import OCR_GRANULARITIES, OFFICIAL_INDEX
 from aki_megatron.errors import ConfigError, DataError
+from aki_megatron.types import BYTE_ORDER_MARK
+
+_OCR_LIST = re.compile(r'\s*"?\s*\[\s*\{\s*\\?"(?:text|granularity|include_datacomp_raw_cap)\\?"\s*:')
+"""The beginning of BLIP3-OCR's JSON list, also of one that was cut off or written as a JSON string."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +38,23 @@ def caption_text(raw: str, text_format: TextFormat | None = None, *, location: s
     """
     text_format = text_format or TextFormat()
     try:
-        return FORMATS[text_format.name](raw, text_format)
+        return FORMATS[text_format.name](raw.removeprefix(BYTE_ORDER_MARK), text_format)
     except DataError as error:
         raise DataError(f"{location}: {error}" if location else str(error)) from error
 
 
+def is_blip3_ocr(raw: str) -> bool:
+    """Return whether a txt member holds BLIP3-OCR's JSON list, as its beginning says."""
+    return _OCR_LIST.match(raw.removeprefix(BYTE_ORDER_MARK)) is not None
+
+
 def _plain(raw: str, text_format: TextFormat) -> str:
-    """Return the text: it is the caption (BLIP3-KALE, CC3M, CC12M)."""
+    """Return the text: it is the caption (BLIP3-KALE, CC3M, CC12M). Raises DataError for the JSON of BLIP3-OCR."""
+    if is_blip3_ocr(raw):
+        raise DataError(
+            f"the text is the JSON list of BLIP3-OCR (it begins {raw[:40]!r}), which data.captions.format: caption "
+            "would train as it stands; set format: blip3_ocr."
+        )
     return raw
 
 

@@ -70,6 +70,7 @@ def collate(
         targets=torch.from_numpy(targets),
         pixels=normalize(images, image_size),
         num_bad_samples=num_bad_samples,
+        num_cut_samples=sum(sample.num_cut_tokens > 0 for sequence in sequences for sample in sequence),
     )
 
 

@@ -88,7 +88,10 @@ def open_captions(config: DataConfig, captions: CaptionsConfig, progress: Callab
 
 
 def build_sources(config: DataConfig, progress: Callable[[str], None]) -> dict[str, Source[Any]]:
-    """Open every source of a run by name, once however many phases use it."""
+    """Open every source of a run by name, once however many phases use it.
+
+    ``progress`` as in open_captions; it also gets what is left out of annotation files.
+    """
     if config.kind == "captions":
         datasets = {captions.name: open_captions(config, captions, progress) for captions in config.captions}
         return {
@@ -97,7 +100,14 @@ def build_sources(config: DataConfig, progress: Callable[[str], None]) -> dict[s
         }
     multi_turn = [source.name for source in config.sources if not source.split_turns]
     names = [source.name for source in config.sources]
-    opened = open_sources(config.root, names, SPLIT, multi_turn=multi_turn)
+    opened = open_sources(
+        config.root,
+        names,
+        SPLIT,
+        multi_turn=multi_turn,
+        max_bad_fraction=config.max_bad_fraction,
+        progress=progress,
+    )
     return {
         source.name: Source(
             opened[source.name],
@@ -127,7 +137,9 @@ def data_fingerprints(
         if isinstance(source.items, CaptionDataset):
             found[f"source {name}"] = source.items.fingerprint
         else:
-            found[f"source {name}"] = files.fingerprint(dataset_reader(name).files[SPLIT], len(source.items))
+            found[f"source {name}"] = files.fingerprint(
+                dataset_reader(name).files_below(config.root, SPLIT), len(source.items)
+            )
     return found
 
 

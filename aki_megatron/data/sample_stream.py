@@ -160,7 +160,7 @@ class MixtureStream(Generic[Item]):
 
 
 def _no_readable_item(name: str, bad_samples: Sequence[BadSample]) -> BadSampleBudgetExceeded:
-    listing = "\n  ".join(bad.reason for bad in bad_samples[:5])
+    listing = "\n  ".join(list(dict.fromkeys(bad.reason for bad in bad_samples))[:5])
     return BadSampleBudgetExceeded(
         f"Source {name} gave no readable sample in {MAX_ATTEMPTS} attempts: data.max_bad_fraction is for a few bad "
         f"ones, here all seem to be. Repair the source, or leave it out. The first:\n  {listing}"

@@ -15,8 +15,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from webdataset.writer import TarWriter
 
+from aki_megatron.data.captions import is_blip3_ocr
 from aki_megatron.data.file_kind import HEAD_BYTES, file_kind
 from aki_megatron.data.image import decode_image
 from aki_megatron.data.tar_index import index_path, write_index
@@ -68,6 +70,8 @@ class WrittenShards:
     tars: list[Path] = field(default_factory=list)
     num_samples: int = 0
     skipped: list[str] = field(default_factory=list)
+    text_format: str = "caption"
+    """data.captions.format of the texts, as the first one tells."""
 
 
 def pairs_from_folder(folder: Path) -> PairSource:
@@ -82,7 +86,7 @@ def pairs_from_folder(folder: Path) -> PairSource:
     def read(image: Path) -> ImageTextPair:
         name, text = image.relative_to(folder).as_posix(), image.with_suffix(".txt")
         try:
-            return ImageTextPair(name, image, text.read_text(encoding="utf-8"))
+            return ImageTextPair(name, image, text.read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             return ImageTextPair(name, DataError(f"its caption {text.name} cannot be read: {error}"), "")
 
@@ -112,6 +116,24 @@ def brace_pattern(tars: list[Path]) -> str:
     """Return the pattern that names the tars in a run's configuration: ``{00000..00041}.tar``."""
     first, last = tars[0].stem, tars[-1].stem
     return f"{first}.tar" if first == last else f"{{{first}..{last}}}.tar"
+
+
+def run_configuration(out: Path, written: WrittenShards) -> str:
+    """Return the lines of a run's configuration that read what was written into ``out``."""
+    lines = [
+        "data:",
+        "  kind: captions",
+        f"  root: {_yaml_scalar(str(out))}",
+        "  captions:",
+        f"    - name: {_yaml_scalar(out.resolve().name or 'captions')}",
+        f'      shards: ["{brace_pattern(written.tars)}"]',
+    ]
+    return "\n".join(lines + [f"      format: {written.text_format}"] * (written.text_format != "caption"))
+
+
+def _yaml_scalar(text: str) -> str:
+    """Return a text as YAML writes it, quoted where it must be."""
+    return yaml.safe_dump([text], default_flow_style=True, width=sys.maxsize, allow_unicode=True)[1:-2]
 
 
 def write_shards(
@@ -214,6 +236,8 @@ def _write(
                 tar = SampleWriter(folder / f"{len(written.tars):0{digits}}.tar")
                 written.tars.append(tar.path)
             assert tar is not None
+            if not written.num_samples and is_blip3_ocr(pair.caption):
+                written.text_format = "blip3_ocr"
             tar.write(f"{written.num_samples:09}", _suffix(checked), checked, pair.caption)
             written.num_samples += 1
             progress(done, "")

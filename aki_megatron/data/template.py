@@ -27,7 +27,7 @@ from typing import NamedTuple
 from aki_megatron.data.tokenizer import Tokenizer
 from aki_megatron.errors import ConfigError, DataError
 from aki_megatron.families.base import ENDOFCHUNK_TOKEN, IMAGE_TOKEN
-from aki_megatron.types import IGNORE, Caption, Conversation, Modality, Sample
+from aki_megatron.types import BYTE_ORDER_MARK, IGNORE, Caption, Conversation, Modality, Sample
 
 MIN_TEXT_TOKENS = 5
 """Of a caption: its start, <image>, one token of text, <|endofchunk|>, the end."""
@@ -50,7 +50,8 @@ class Template:
     text_first        put the image after the first question, or after the caption
 
     Truncation keeps the end marker. Text that holds a special token literally raises DataError: it would turn into that
-    token, and any escape would train on text that the dataset does not have.
+    token, and any escape would train on text that the dataset does not have. So does half of a surrogate pair. In the
+    system message both are a ConfigError.
     """
 
     tokenizer: Tokenizer
@@ -66,10 +67,10 @@ class Template:
                 f"data.max_text_tokens={self.max_text_tokens} leaves no room for text beside the markers; "
                 f"set it to {MIN_TEXT_TOKENS} or more (papers: 128 for captions, 512 for conversations)."
             )
-        if (found := self.tokenizer.find_special(self.system_message)) is not None:
+        if reason := self._find_unusable(self.system_message):
             raise ConfigError(
-                f"data.system_message contains the special token {found} of {self.tokenizer.folder}, which would "
-                "become that token; remove it: the markers around the system message are written by themselves."
+                f"data.system_message {reason}; remove it: the markers around the system message are written by "
+                "themselves."
             )
 
     def conversation_parts(self, conversation: Conversation) -> list[Part]:
@@ -79,10 +80,11 @@ class Template:
         """
         turns, chat = conversation.turns, self.tokenizer.chat
         assert turns, conversation.key
-        self._refuse_special(conversation.key, *(text for turn in turns for text in (turn.prompt, turn.response)))
+        self._refuse_unusable(conversation.key, *(text for turn in turns for text in (turn.prompt, turn.response)))
         image = Part(IMAGE_TOKEN, Modality.IMAGE) if conversation.image is not None else None
         ending, user = chat.turn_end + chat.turn_separator, chat.header("user")
-        system = f"{chat.header('system')}{self.system_message}{ending}" if self.system_message else ""
+        message = self.system_message.removeprefix(BYTE_ORDER_MARK)
+        system = f"{chat.header('system')}{message}{ending}" if message else ""
         opening, closing = f"{chat.conversation_start}{system}{user}", f"{ending}{chat.response_start}"
         parts: list[Part] = []
         for number, turn in enumerate(turns):
@@ -99,7 +101,7 @@ class Template:
 
     def caption_parts(self, caption: Caption) -> list[Part]:
         """Return the string of a caption in parts. Raises DataError for text that holds a special token."""
-        self._refuse_special(caption.key, caption.text)
+        self._refuse_unusable(caption.key, caption.text)
         chat, text = self.tokenizer.chat, caption.text.strip()
         start, image = Part(chat.caption_start, Modality.TEXT), Part(IMAGE_TOKEN, Modality.IMAGE)
         ending = f"{ENDOFCHUNK_TOKEN}{chat.sample_end}"
@@ -113,7 +115,8 @@ class Template:
         A conversation that is truncated inside a prompt ends after the last response before it.
         """
         ids, modalities = self._tokenize(self.conversation_parts(conversation))
-        if len(ids) > self.max_text_tokens:
+        num_tokens = len(ids)
+        if num_tokens > self.max_text_tokens:
             del ids[self.max_text_tokens - 1 :], modalities[self.max_text_tokens - 1 :]
             while modalities and modalities[-1] != Modality.RESPONSE:
                 del ids[-1], modalities[-1]
@@ -122,16 +125,17 @@ class Template:
             ids.append(self.tokenizer.sample_end_id)
             modalities.append(Modality.RESPONSE)
         markers = (self.tokenizer.turn_end_id, self.tokenizer.sample_end_id)
-        return self._sample(conversation, ids, modalities, markers)
+        return self._sample(conversation, ids, modalities, markers, num_tokens)
 
     def render_caption(self, caption: Caption) -> Sample | None:
         """Render a pretraining sample; None if the caption is empty. Truncation keeps both end markers."""
         ids, modalities = self._tokenize(self.caption_parts(caption))
-        if len(ids) > self.max_text_tokens:
+        num_tokens = len(ids)
+        if num_tokens > self.max_text_tokens:
             kept = 3 if self.text_first else 2  # the image and the end markers stay
             del ids[self.max_text_tokens - kept : -kept], modalities[self.max_text_tokens - kept : -kept]
         markers = (self.tokenizer.endofchunk_id, self.tokenizer.sample_end_id)
-        return self._sample(caption, ids, modalities, markers)
+        return self._sample(caption, ids, modalities, markers, num_tokens)
 
     def render_prompt(self, conversation: Conversation) -> Sample:
         """Render what the model reads before it generates: all up to and including the header of the last response.
@@ -153,14 +157,22 @@ class Template:
         return ids, modalities
 
     def _sample(
-        self, source: Conversation | Caption, ids: list[int], modalities: list[int], markers: tuple[int, int]
+        self,
+        source: Conversation | Caption,
+        ids: list[int],
+        modalities: list[int],
+        markers: tuple[int, int],
+        num_tokens: int,
     ) -> Sample | None:
+        """Return the sample of ``num_tokens`` tokens that were cut to ``ids``; None without a supervised token."""
         response = int(Modality.RESPONSE)
         if not any(kind == response and token not in markers for token, kind in zip(ids, modalities, strict=True)):
             return None
-        return self._expand_image(source, ids, modalities)
+        return self._expand_image(source, ids, modalities, num_cut_tokens=num_tokens - len(ids))
 
-    def _expand_image(self, source: Conversation | Caption, ids: list[int], modalities: list[int]) -> Sample:
+    def _expand_image(
+        self, source: Conversation | Caption, ids: list[int], modalities: list[int], num_cut_tokens: int = 0
+    ) -> Sample:
         """Expand the image to its positions and set the targets: the next token where that is a RESPONSE."""
         image = int(Modality.IMAGE)
         if image in modalities:
@@ -169,13 +181,19 @@ class Template:
             modalities[at : at + 1] = [image] * self.num_image_tokens
         response = int(Modality.RESPONSE)
         targets = [token if kind == response else IGNORE for token, kind in zip(ids[1:], modalities[1:], strict=True)]
-        return Sample(source.key, ids, modalities, [*targets, IGNORE], source.image)
+        return Sample(source.key, ids, modalities, [*targets, IGNORE], source.image, num_cut_tokens)
 
-    def _refuse_special(self, key: str, *texts: str) -> None:
+    def _refuse_unusable(self, key: str, *texts: str) -> None:
         for text in texts:
-            found = self.tokenizer.find_special(text)
-            if found is not None:
-                raise DataError(
-                    f"Sample {key}: the text {text[:80]!r} contains the special token {found} literally, "
-                    "which would become that token; remove it from the data."
-                )
+            if reason := self._find_unusable(text):
+                raise DataError(f"Sample {key}: the text {text[:80]!r} {reason}; remove it from the data.")
+
+    def _find_unusable(self, text: str) -> str:
+        """Return what in a text of the data or of the configuration cannot be trained on; empty where nothing is."""
+        if (found := self.tokenizer.find_special(text)) is not None:
+            return f"contains the special token {found} literally, which would become that token"
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            return f"contains {text[error.start]!r}, half of a surrogate pair, which no tokenizer takes"
+        return ""

@@ -105,11 +105,12 @@ class PipelineEngine:
         self._set_phase("counting tokens")
         shapes = broadcast_shapes(microbatches, self._num_micro_batches, topology)
         counts = [
-            (s.supervised_tokens, s.tokens, s.num_sequences * s.sequence_length, s.num_images, s.num_bad_samples)
+            (s.supervised_tokens, s.tokens, s.num_sequences * s.sequence_length, s.num_images,
+             s.num_bad_samples, s.num_cut_samples)
             for s in shapes
-        ]
+        ]  # fmt: skip
         supervised, *others = topology.sum_over_data([sum(column) for column in zip(*counts, strict=True)])
-        tokens, positions, images, bad_samples = (int(number) for number in others)
+        tokens, positions, images, bad_samples, cut_samples = (int(number) for number in others)
         checks_masks = self._steps_taken % self._mask_check_interval == 0
         checker = MaskConsistencyChecker(topology) if checks_masks else None
         loss = PipelineStep(self._context, microbatches, shapes, topology.data / max(supervised, 1), checker).run()
@@ -135,6 +136,7 @@ class PipelineEngine:
             seconds=time.perf_counter() - started,
             skipped=skipped,
             control=requests,
+            cut_samples=cut_samples,
         )
 
     def _update(self, lr: float, norm: float | None) -> None:

@@ -29,6 +29,8 @@ class MicrobatchShape:
     """Positions that are not padding."""
     num_bad_samples: int
     """Elements of the data sources that could not be used."""
+    num_cut_samples: int
+    """Samples whose text was cut at data.max_text_tokens."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def _shape(batch: Batch) -> MicrobatchShape:
         batch.supervised_tokens,
         tokens,
         batch.num_bad_samples,
+        batch.num_cut_samples,
     )
 
 

@@ -72,3 +72,30 @@ def test_wrong_choices_say_what_there_is() -> None:
         TextFormat("ocr")
     with pytest.raises(ConfigError, match="no OCR granularity 'level 1'; choose from basic text, .*official index"):
         TextFormat("blip3_ocr", "level 1")
+
+
+@pytest.mark.parametrize("text_format", [TextFormat("caption"), TextFormat("blip3_ocr")])
+def test_a_byte_order_mark_is_no_part_of_the_text(text_format: TextFormat) -> None:
+    raw = json.dumps(TWELVE) if text_format.name == "blip3_ocr" else "a caption"
+    assert caption_text(f"\ufeff{raw}", text_format) == caption_text(raw, text_format)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        json.dumps(TWELVE),
+        json.dumps(TWELVE, indent=1),
+        json.dumps(TWELVE)[:50],
+        json.dumps(json.dumps(TWELVE)),
+        json.dumps([dict(reversed(entry.items())) for entry in TWELVE]),
+    ],
+    ids=["as published", "indented", "cut off", "as a JSON string", "other order"],
+)
+def test_the_json_of_blip3_ocr_is_not_a_plain_caption(raw: str) -> None:
+    with pytest.raises(DataError, match=r"^Tar a\.tar, key 7: the text is the JSON list of BLIP3-OCR .*blip3_ocr\.$"):
+        caption_text(raw, TextFormat("caption"), location="Tar a.tar, key 7")
+
+
+@pytest.mark.parametrize("raw", ["[text] {x}", '["a", "b"]', "[{}]", '"text": a sign', '[{"name": 1}]'])
+def test_captions_that_look_like_json_are_captions(raw: str) -> None:
+    assert caption_text(raw, TextFormat("caption")) == raw

@@ -12,11 +12,12 @@ from toy_family import NAME, registered, tokenizer_folder
 from aki_megatron.config.load import load_run
 from aki_megatron.config.run import RunConfig
 from aki_megatron.console import IsolatedConsole
+from aki_megatron.data.bad_samples import BadSampleBudget
 from aki_megatron.data.pipeline import build_template, build_tokenizer
 from aki_megatron.data.sources import open_sources
 from aki_megatron.data.tokenizer import grow_tokenizer
 from aki_megatron.evaluate.generate import generate
-from aki_megatron.evaluate.runner import collate_prompts, predict
+from aki_megatron.evaluate.runner import collate_prompts, predict, read_prompt
 from aki_megatron.model.stage import build_model
 from aki_megatron.parallel.topology import Topology
 from aki_megatron.train.build import build_engine, build_loader, partition_layers
@@ -64,10 +65,13 @@ def train_and_answer(topology: Topology, config: RunConfig) -> tuple[list[float]
             model.get_parameter(name).copy_(weight)
     questions = list(open_sources(config.data.root, ["vqav2"], "train")["vqav2"])
     template = build_template(config, tokenizer)
-    predictions = predict(model, template, questions, max_new_tokens=MAX_NEW_TOKENS)
+    bad_samples = BadSampleBudget(0.0)
+    predictions = predict(model, template, questions, bad_samples=bad_samples, max_new_tokens=MAX_NEW_TOKENS)
     answers = [prediction.generated_answer for prediction in predictions]
-    prompts = collate_prompts(questions, template, config.model.vision.image_size)
-    (first,) = generate(model, prompts, stop_ids=(), max_new_tokens=2)
+    image_size = config.model.vision.image_size
+    prompts = [read_prompt(question, template, image_size) for question in questions]
+    batch = collate_prompts(prompts, template, image_size)
+    (first,) = generate(model, batch, stop_ids=(), max_new_tokens=2)
     return losses, answers, [tokenizer.token_name(token) for token in first]
 
 

@@ -202,3 +202,10 @@ def test_one_sample_per_sequence_equals_right_padding() -> None:
     batch = batch_of([[one] for one in SAMPLES])
     assert equal(batch, batch_of([[one] for one in SAMPLES], batch.token_ids.shape[1]))
     assert (batch.segment_ids <= 0).all() and len(batch.token_ids) == len(SAMPLES)
+
+
+def test_cut_samples_are_counted() -> None:
+    sample = Sample("a/b/1", [5, 6], [int(Modality.TEXT), int(Modality.RESPONSE)], [6, IGNORE], None)
+    batch = collate([[sample, replace(sample, num_cut_tokens=3)], [replace(sample, num_cut_tokens=1)]], pad_id=0,
+                    image_size=4)  # fmt: skip
+    assert batch.num_cut_samples == 2

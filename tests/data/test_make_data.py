@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 from data_files import image_bytes
 
+from aki_megatron.config.data import CaptionsConfig
+from aki_megatron.config.load import load_run
 from aki_megatron.data.shard_writer import pairs_from_folder, write_shards
-from aki_megatron.data.shards import CaptionDataset
+from aki_megatron.data.shards import CaptionDataset, expand_shards
 from aki_megatron.data.tar_index import TarIndex, index_path, read_header
 
-TOOL = Path(__file__).parents[2] / "tools" / "make_data.py"
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "make_data.py"
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -280,3 +283,47 @@ def test_help_teaches(
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
     assert all(part in printed for part in parts)
+
+
+def load_printed(printed: str, tmp_path: Path) -> CaptionsConfig:
+    """Return the caption set of a run whose configuration is the demo's and what the tool printed."""
+    snippet = printed.partition("For the run's configuration:\n\n")[2]
+    path = tmp_path / "run.yaml"
+    path.write_text(f"base: {ROOT / 'configs/demo/pretrain.yaml'}\n{snippet}")
+    config = load_run([], default_config=path, prog="", description="")
+    assert config.data.kind == "captions" and len(config.data.captions) == 1
+    tars = expand_shards(config.data.captions[0].shards, config.data.root)
+    assert tars and all(tar.is_file() for tar in tars)
+    return config.data.captions[0]
+
+
+@pytest.mark.parametrize("name", ["out", "with space: and # sign", "007"])
+def test_the_printed_configuration_is_accepted(run: Run, folder: Path, tmp_path: Path, name: str) -> None:
+    code, printed, _ = run("shards", "--out", tmp_path / name, "--folder", folder, "--per-shard", 3)
+    assert code == 0
+    captions = load_printed(printed, tmp_path)
+    assert captions.name == name and captions.format == "caption"
+
+
+def test_the_printed_configuration_names_the_format_of_blip3_ocr(run: Run, folder: Path, tmp_path: Path) -> None:
+    for text in folder.rglob("*.txt"):
+        text.write_text('[{"text": "The image contains the text \\"A\\"", "granularity": 0}]')
+    code, printed, _ = run("shards", "--out", tmp_path / "out", "--folder", folder)
+    assert code == 0 and load_printed(printed, tmp_path).format == "blip3_ocr"
+
+
+def test_no_image_of_a_folder_is_left_out_in_silence(run: Run, folder: Path, tmp_path: Path) -> None:
+    for suffix, form in ((".webp", "WEBP"), (".heic", None)):
+        (folder / f"extra{suffix}").write_bytes(image_bytes(1, form=form) if form else b"ftypheic")
+        (folder / f"extra{suffix}").with_suffix(".txt").write_text("extra")
+    code, printed, _ = run("shards", "--out", tmp_path / "out", "--folder", folder)
+    packed = len(samples(tmp_path / "out", "00000.tar"))
+    left_out = printed.count("left out: ")
+    assert code == 0 and packed + left_out == 9 and "left out: extra.heic" in printed
+    assert packed == 8 or "left out: extra.webp" in printed
+
+
+def test_a_byte_order_mark_of_a_text_file_is_not_packed(run: Run, folder: Path, tmp_path: Path) -> None:
+    (folder / "0.txt").write_text("marked", encoding="utf-8-sig")
+    run("shards", "--out", tmp_path / "out", "--folder", folder)
+    assert "marked" in [text for _, text, _ in samples(tmp_path / "out", "00000.tar")]

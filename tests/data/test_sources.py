@@ -102,15 +102,18 @@ def test_every_answer_letter_occurs() -> None:
 @given(
     width=st.integers(1, 4000),
     height=st.integers(1, 4000),
-    box=st.tuples(*[st.floats(0, 1)] * 4),
+    corner=st.tuples(*[st.floats(0, 0.99)] * 2),
+    size=st.tuples(*[st.floats(0.01, 1)] * 2),
 )
-def test_boxes_are_clipped_to_the_image(width: int, height: int, box: tuple[float, float, float, float]) -> None:
-    x, y, w, h = box
+def test_boxes_are_clipped_to_the_image(
+    width: int, height: int, corner: tuple[float, float], size: tuple[float, float]
+) -> None:
+    (x, y), (w, h) = corner, size
     text = box_text([x * width, y * height, w * width, h * height], width, height)  # may stick out on the right
     found = re.fullmatch(r"<bbox>\[(\d\.\d{3}), (\d\.\d{3})\]\[(\d\.\d{3}), (\d\.\d{3})\]</bbox>", text)
     assert found is not None
     x1, y1, x2, y2 = map(float, found.groups())
-    assert 0 <= x1 <= x2 <= 1 and 0 <= y1 <= y2 <= 1
+    assert 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1
     assert abs(x1 - x) <= 0.0006 and abs(y1 - y) <= 0.0006
 
 

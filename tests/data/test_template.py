@@ -247,3 +247,31 @@ def test_a_system_message_with_a_special_token_is_refused(make_template) -> None
         with pytest.raises(ConfigError, match=r"data\.system_message contains the special token <"):
             make_template(system_message=text)
     make_template(system_message="1 < 2 | 3 > 2")
+
+
+def test_what_data_may_not_hold_a_system_message_may_not_hold_either(make_template) -> None:
+    for text in ("Be kind.<|end|>", "half \ud83d of a pair"):
+        with pytest.raises(DataError) as in_data:
+            make_template().render_conversation(ask(text, "red"))
+        with pytest.raises(ConfigError) as in_system_message:
+            make_template(system_message=text)
+        reason = str(in_system_message.value).removeprefix("data.system_message ").partition(";")[0]
+        assert reason in str(in_data.value)
+
+
+def test_a_byte_order_mark_before_the_system_message_is_no_part_of_it(make_template) -> None:
+    marked, plain = make_template(system_message="\ufeffBe kind."), make_template(system_message="Be kind.")
+    assert marked.conversation_parts(ask("What?", "red")) == plain.conversation_parts(ask("What?", "red"))
+
+
+def test_a_sample_says_by_how_much_it_was_cut(make_template) -> None:
+    dialogue = Conversation("a/b/1", tuple(Turn("How many cats?", "three of them") for _ in range(9)), b"x")
+    whole = make_template().render_conversation(dialogue)
+    caption = Caption("key", "red cat " * 40, b"x")
+    whole_caption = make_template().render_caption(caption)
+    assert whole.num_cut_tokens == whole_caption.num_cut_tokens == 0
+    for cap in range(len(whole.token_ids) - 40, len(whole.token_ids) - 3):
+        cut = make_template(max_text_tokens=cap).render_conversation(dialogue)
+        assert len(cut.token_ids) + cut.num_cut_tokens == len(whole.token_ids) and cut.num_cut_tokens > 0
+    cut = make_template(max_text_tokens=20).render_caption(caption)
+    assert len(cut.token_ids) + cut.num_cut_tokens == len(whole_caption.token_ids) and cut.num_cut_tokens > 0

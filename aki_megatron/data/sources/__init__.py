@@ -7,15 +7,16 @@ A split is the one of the dataset's own release. Visual Genome and LLaVA-150k we
 "train" only, nothing of them is set aside as "val", and ``with_split`` leaves them out where a "val" is needed.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from pkgutil import resolve_name
+from typing import Any
 
 from aki_megatron.config.datasets import DATASETS
-from aki_megatron.data.sources.records import DatasetReader
+from aki_megatron.data.bad_samples import num_tolerated
+from aki_megatron.data.sources.records import DatasetReader, LazyConversations
 from aki_megatron.errors import ConfigError, DataError
-from aki_megatron.types import Conversation
 
 SPLITS = ("train", "val")
 
@@ -44,15 +45,27 @@ def missing_files(root: Path, names: Iterable[str], split: str) -> list[str]:
 
     Raises ConfigError for a dataset without the split.
     """
-    return [f"{root / file} ({name})" for file, name in _required_files(names, split) if not (root / file).exists()]
+    return [
+        f"{root / file} ({name})" for file, name in _required_files(root, names, split) if not (root / file).exists()
+    ]
 
 
 def open_sources(
-    root: Path, names: Sequence[str], split: str, *, multi_turn: Collection[str] = ()
-) -> dict[str, Sequence[Conversation]]:
+    root: Path,
+    names: Sequence[str],
+    split: str,
+    *,
+    multi_turn: Collection[str] = (),
+    max_bad_fraction: float = 0.0,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[str, LazyConversations[Any]]:
     """Read the named datasets. One DataError lists everything that is missing, before anything is read.
 
-    Those in ``multi_turn`` keep a conversation as one sample of several turns instead of one per turn.
+    multi_turn        datasets that keep a conversation as one sample of several turns instead of one per turn
+    max_bad_fraction  largest fraction of a dataset's records that may be malformed and is left out (8 always may,
+                      unless it is 0); more is a DataError
+    progress          gets lines that say which records are left out
+
     Raises ConfigError for unknown names, and for a dataset whose release lacks the split.
     """
     unknown = [name for name in names if name not in DATASETS]
@@ -70,20 +83,42 @@ def open_sources(
             problem = f"The data root {root} (data.root) does not exist; looked for, for split {split!r}:"
         raise DataError(f"{problem}\n  {listing}")
     opened = {name: _read(root, name, split, multi_turn=name in multi_turn) for name in names}
+    for name, samples in opened.items():
+        if samples.faults.total:
+            _check_faults(name, samples, max_bad_fraction)
+            progress(_faults_text(name, samples))
     empty = [name for name, samples in opened.items() if not samples]
     if empty:
-        raise DataError(f"The sources {empty} under {root} have no sample in split {split!r}.")
+        listing = "".join(f"\n  {line}" for name in empty for line in opened[name].faults.lines())
+        raise DataError(f"The sources {empty} under {root} have no sample in split {split!r}.{listing}")
     return opened
 
 
-def _read(root: Path, name: str, split: str, *, multi_turn: bool) -> Sequence[Conversation]:
+def _read(root: Path, name: str, split: str, *, multi_turn: bool) -> LazyConversations[Any]:
     reader = dataset_reader(name)
     read = reader.read_multi_turn if multi_turn else reader.read
     assert read is not None, name
     return read(root, split)
 
 
-def _required_files(names: Iterable[str], split: str) -> list[tuple[str, str]]:
+def _check_faults(name: str, samples: LazyConversations[Any], max_bad_fraction: float) -> None:
+    """Raise DataError where more records are malformed than are tolerated."""
+    if samples.faults.total > num_tolerated(max_bad_fraction, len(samples) + samples.faults.total):
+        raise DataError(
+            f"{_faults_text(name, samples)}\nThat is more than data.max_bad_fraction={max_bad_fraction} allows. Repair "
+            "or remove these records, or raise it."
+        )
+
+
+def _faults_text(name: str, samples: LazyConversations[Any]) -> str:
+    """Return how many records of a dataset are left out, and the first of each kind."""
+    faults = samples.faults
+    listing = "\n  ".join(faults.lines())
+    total = len(samples) + faults.total
+    return f"source {name}: {faults.total:,} of {total:,} records cannot be used, the first of each kind:\n  {listing}"
+
+
+def _required_files(root: Path, names: Iterable[str], split: str) -> list[tuple[str, str]]:
     """Return (file or folder, dataset) of every input of the datasets."""
     names = list(names)
     if split not in SPLITS:
@@ -94,4 +129,4 @@ def _required_files(names: Iterable[str], split: str) -> list[tuple[str, str]]:
             f"The sources {without} have no split {split!r}: they were released without splits, and nothing of them is "
             f"set aside here. Leave them out; {with_split(DATASETS, split)} have it."
         )
-    return sorted({(file, name) for name in names for file in dataset_reader(name).files[split]})
+    return sorted({(file, name) for name in names for file in dataset_reader(name).files_below(root, split)})

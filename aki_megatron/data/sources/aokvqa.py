@@ -1,10 +1,11 @@
 """A-OKVQA: multiple-choice questions about COCO images. https://allenai.org/project/a-okvqa"""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from aki_megatron.data.fault_kinds import FaultCounts
 from aki_megatron.data.sources.json_stream import JsonLocation, iter_array
 from aki_megatron.data.sources.options import check_choice, letter_options
 from aki_megatron.data.sources.records import (
@@ -34,11 +35,12 @@ class _Question(NamedTuple):
     correct: int
 
 
-def read(root: Path, split: str) -> Sequence[Conversation]:
+def read(root: Path, split: str) -> LazyConversations[_Question]:
     """Read the questions of a split, their options in an order that depends on the question's id alone."""
     file, folder = (root / name for name in FILES[split])
-    questions = parse_entries(file, iter_array(file), _parse, id_field="question_id")
-    return LazyConversations(PackedRecords(questions, _Question._make), partial(_conversation, folder))
+    faults = FaultCounts()
+    questions = parse_entries(file, iter_array(file), _parse, faults, id_field="question_id")
+    return LazyConversations(PackedRecords(questions, _Question._make), partial(_conversation, folder), faults)
 
 
 def _conversation(folder: Path, question: _Question) -> Conversation:
@@ -52,7 +54,7 @@ def _parse(location: JsonLocation, entry: Any) -> Iterator[_Question]:
     choices = [as_text(choice, "choices") for choice in entry["choices"]]
     correct = int(entry["correct_choice_idx"])
     check_choice(correct, choices, "correct_choice_idx")
-    question_id = str(entry.get("question_id", location.number))
+    question_id = as_text(entry.get("question_id", location.number), "question_id")
     yield _Question(question_id, int(entry["image_id"]), text_field(entry, "question"), choices, correct)
 
 

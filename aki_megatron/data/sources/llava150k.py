@@ -3,16 +3,19 @@
 The release has no split: every conversation is in ``train``, and there is no ``val``.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from aki_megatron.data.fault_kinds import FaultCounts
 from aki_megatron.data.sources.json_stream import JsonLocation, iter_array
 from aki_megatron.data.sources.records import (
+    MAX_SHOWN,
     DatasetReader,
     LazyConversations,
     PackedRecords,
+    as_text,
     parse_entries,
     safe_path,
     text_field,
@@ -31,15 +34,16 @@ class _Dialogue(NamedTuple):
     turns: list[list[str]]
 
 
-def read(root: Path, split: str, *, multi_turn: bool = False) -> Sequence[Conversation]:
+def read(root: Path, split: str, *, multi_turn: bool = False) -> LazyConversations[_Dialogue]:
     """Read each pair of a human and a gpt turn as a sample of its own, without history (as in the papers).
 
-    ``multi_turn`` keeps a conversation as one sample of several turns. Turns that do not alternate raise a DataError
-    that names the conversation's id. Ids repeat in the release, so a key holds the conversation's number too.
+    ``multi_turn`` keeps a conversation as one sample of several turns. One whose turns do not alternate is left out.
+    Ids repeat in the release, so a key holds the conversation's number too.
     """
     file, folder = (root / name for name in FILES[split])
-    dialogues = parse_entries(file, iter_array(file), partial(_parse, multi_turn), id_field="id")
-    return LazyConversations(PackedRecords(dialogues, _Dialogue._make), partial(_conversation, folder))
+    faults = FaultCounts()
+    dialogues = parse_entries(file, iter_array(file), partial(_parse, multi_turn), faults, id_field="id")
+    return LazyConversations(PackedRecords(dialogues, _Dialogue._make), partial(_conversation, folder), faults)
 
 
 def _conversation(folder: Path, dialogue: _Dialogue) -> Conversation:
@@ -52,10 +56,8 @@ def _parse(multi_turn: bool, location: JsonLocation, entry: Any) -> Iterator[_Di
     messages = entry["conversations"]
     speakers = [message["from"] for message in messages]
     if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
-        raise ValueError(
-            f"the turns of id {entry.get('id')} do not alternate between human and gpt: they are {speakers[:8]}"
-        )
-    name = f"{str(entry.get('id', '')).replace('/', '_')}.{location.number}"
+        raise ValueError(f"the turns do not alternate between human and gpt: they are {str(speakers[:8])[:MAX_SHOWN]}")
+    name = f"{as_text(entry.get('id') or '', 'id').replace('/', '_')}.{location.number}"
     image = text_field(entry, "image")
     texts = [text_field(message, "value") for message in messages]
     turns = [[_remove_placeholder(human), gpt] for human, gpt in zip(texts[::2], texts[1::2], strict=True)]

@@ -12,8 +12,15 @@ from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 
+from aki_megatron.data.fault_kinds import FaultCounts
 from aki_megatron.errors import DataError
-from aki_megatron.types import Conversation
+from aki_megatron.types import BYTE_ORDER_MARK, Conversation
+
+MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError, RecursionError)
+"""What parsing a record raises where a field is missing, of a wrong type or of a value that makes no sense."""
+
+MAX_SHOWN = 100
+"""Characters of a foreign value that a message shows."""
 
 Record = TypeVar("Record")
 Location = TypeVar("Location")
@@ -28,11 +35,17 @@ class DatasetReader:
                      the release does not have is absent
     read             (data root, split) -> samples
     read_multi_turn  the same for a dataset of conversations, each kept as one sample of several turns
+    find_files       (data root, split) -> the files and folders of a root that may have another layout than ``files``
     """
 
     files: Mapping[str, tuple[str, ...]]
-    read: Callable[[Path, str], Sequence[Conversation]]
-    read_multi_turn: Callable[[Path, str], Sequence[Conversation]] | None = None
+    read: "Callable[[Path, str], LazyConversations[Any]]"
+    read_multi_turn: "Callable[[Path, str], LazyConversations[Any]] | None" = None
+    find_files: Callable[[Path, str], tuple[str, ...]] | None = None
+
+    def files_below(self, root: Path, split: str) -> tuple[str, ...]:
+        """Return the annotation files and image folders of a split in this data root, whether they exist or not."""
+        return self.find_files(root, split) if self.find_files else self.files[split]
 
 
 class PackedRecords(Sequence[Record], Generic[Record]):
@@ -75,11 +88,17 @@ class PackedRecords(Sequence[Record], Generic[Record]):
 
 
 class LazyConversations(Sequence[Conversation], Generic[Record]):
-    """Compact records in memory; a Conversation is built on access. Building may raise DataError."""
+    """Compact records in memory; a Conversation is built on access. Building may raise DataError.
 
-    def __init__(self, records: Sequence[Record], build: Callable[[Record], Conversation]) -> None:
+    faults  the records of the annotation files that are left out
+    """
+
+    def __init__(
+        self, records: Sequence[Record], build: Callable[[Record], Conversation], faults: FaultCounts | None = None
+    ) -> None:
         self._records = records
         self._build = build
+        self.faults = faults or FaultCounts()
 
     def __len__(self) -> int:
         return len(self._records)
@@ -100,44 +119,35 @@ def parse_entries(
     file: Path,
     entries: Iterable[tuple[Location, Any]],
     parse: Callable[[Location, Any], Iterable[Record]],
+    faults: FaultCounts,
     *,
     id_field: str = "",
 ) -> Iterator[Record]:
     """Yield the records that ``parse`` makes of each entry of a file.
 
-    A missing field, a wrong type or a ValueError becomes a DataError that names the file, the location of the entry
-    and, where the entry has one, its id.
+    An entry with a missing field, a wrong type or a ValueError is left out and counted in ``faults``, whose messages
+    name the file, the location of the entry and, where the entry has one, its id. Raises DataError for what cannot be
+    read on from, as a file that is no JSON.
     """
     location: Location | None = None
     entry: Any = None
-
-    def where() -> str:
-        has_id = isinstance(entry, Mapping) and id_field in entry
-        return f"{file}, {location}" + (f" ({id_field} {entry[id_field]})" if has_id else "")
-
-    with data_errors(where):
+    with data_errors(lambda: describe_entry(file, location, entry, id_field)):
         for location, entry in entries:
-            yield from parse(location, entry)
+            try:
+                yield from parse(location, entry)
+            except MALFORMED as error:
+                faults.add(describe_entry(file, location, entry, id_field), error_reason(error))
 
 
-def unique_by_id(file: Path, pairs: Iterable[tuple[Id, Record]], id_field: str) -> dict[Id, Record]:
-    """Return the records of a file by id. Raises DataError where one id has several different records."""
-    found: dict[Id, Record] = {}
-    repeated: list[Id] = []
-    for record_id, record in pairs:
-        if found.setdefault(record_id, record) != record:
-            repeated.append(record_id)
-    check_no_id_twice(file, repeated, id_field)
-    return found
+def describe_entry(file: Path, location: object, entry: object, id_field: str = "") -> str:
+    """Return the file, the location of an entry in it and, where the entry has one, its id."""
+    has_id = isinstance(entry, Mapping) and id_field in entry
+    return f"{file}, {location}" + (f" ({id_field} {str(entry[id_field])[:MAX_SHOWN]})" if has_id else "")  # type: ignore[index]
 
 
-def check_no_id_twice(file: Path, repeated: Sequence[object], id_field: str) -> None:
-    """Raise DataError if there are ids that occur more than once."""
-    if repeated:
-        raise DataError(
-            f"{file}: {len(repeated)} entries have an id that another entry has too ({id_field} "
-            f"{list(dict.fromkeys(repeated))[:3]}), so which one is meant is not known; remove all but one of each id."
-        )
+def error_reason(error: Exception) -> str:
+    """Return in words what an error of MALFORMED says about a record."""
+    return f"the field {error} is missing" if isinstance(error, KeyError) else str(error) or type(error).__name__
 
 
 @contextmanager
@@ -145,16 +155,16 @@ def data_errors(where: str | Callable[[], str]) -> Iterator[None]:
     """Turn a missing field or a wrong type into a DataError that says where it was."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
+    except MALFORMED as error:
         location = where if isinstance(where, str) else where()
-        reason = f"the field {error} is missing." if isinstance(error, KeyError) else str(error)
-        raise DataError(f"{location}: {reason}") from error
+        raise DataError(f"{location}: {error_reason(error)}") from error
 
 
 def text_field(entry: Mapping[str, Any], field: str) -> str:
     """Return a field that holds text; a number becomes its digits, anything else (null, a list) raises ValueError.
 
-    So does a lone surrogate (an escape that was cut in two): no tokenizer takes it.
+    So does a lone surrogate (an escape that was cut in two): no tokenizer takes it. A byte-order mark at the beginning
+    is left out.
     """
     return as_text(entry[field], field)
 
@@ -164,10 +174,11 @@ def as_text(value: object, field: str) -> str:
     if isinstance(value, str):
         if not value.isascii():
             value.encode()  # UnicodeEncodeError is a ValueError
+            return value.removeprefix(BYTE_ORDER_MARK)
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    raise ValueError(f"{field} must be text, got {value!r}")
+    raise ValueError(f"{field} must be text, got {repr(value)[:MAX_SHOWN]}")
 
 
 def safe_path(root: Path, name: str, *, key: str) -> Path:

@@ -1,18 +1,21 @@
 """RefCOCO, RefCOCO+ and RefCOCOg in MDETR's format: describe the region of a box. https://github.com/ashkamath/mdetr"""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from aki_megatron.data.fault_kinds import FaultCounts
 from aki_megatron.data.sources.boxes import PROMPT, box_corners, corners_text
 from aki_megatron.data.sources.json_stream import JsonLocation, iter_object_arrays
 from aki_megatron.data.sources.records import (
+    MALFORMED,
     DatasetReader,
     LazyConversations,
     PackedRecords,
-    data_errors,
-    parse_entries,
+    Record,
+    describe_entry,
+    error_reason,
     safe_path,
     text_field,
 )
@@ -30,6 +33,13 @@ class _Image(NamedTuple):
     phrase: str
 
 
+class _Box(NamedTuple):
+    """One element of ``annotations``."""
+
+    image_id: int
+    xywh: list[float]
+
+
 class _Phrase(NamedTuple):
     entry_id: int
     file_name: str
@@ -45,22 +55,24 @@ def files(variant: str) -> dict[str, tuple[str, ...]]:
     }
 
 
-def read(variant: str, root: Path, split: str) -> Sequence[Conversation]:
-    """Read one sample per referring phrase: the box is given, the phrase is the answer."""
+def read(variant: str, root: Path, split: str) -> LazyConversations[_Phrase]:
+    """Read one sample per referring phrase: the box is given, the phrase is the answer. Boxes are clipped to the image.
+
+    The two arrays of the file are paired by order; a pair is left out where either of the two cannot be used.
+    """
     file, folder = (root / name for name in files(variant)[split])
-    images: list[_Image] = []
-    annotations: list[tuple[int, list[float]]] = []
-    for record in parse_entries(file, iter_object_arrays(file, "images", "annotations"), _parse, id_field="id"):
-        if isinstance(record, _Image):
-            images.append(record)
-        else:
-            annotations.append(record)
-    if len(images) != len(annotations):
-        raise DataError(
-            f"{file}: {len(images)} images but {len(annotations)} annotations; they are paired by order (MDETR)."
-        )
-    phrases = PackedRecords(_pair(file, images, annotations), _Phrase._make)
-    return LazyConversations(phrases, partial(_conversation, folder, variant))
+    faults = FaultCounts()
+    images: list[_Image | None] = []
+    boxes: list[_Box | None] = []
+    for location, entry in iter_object_arrays(file, "images", "annotations"):
+        if location.name == "images":
+            images.append(_parsed(_parse_image, file, location, entry, faults))
+        elif location.name == "annotations":
+            boxes.append(_parsed(_parse_box, file, location, entry, faults))
+    if len(images) != len(boxes):
+        raise DataError(f"{file}: {len(images)} images but {len(boxes)} annotations; they are paired by order (MDETR).")
+    phrases = PackedRecords(_pair(file, images, boxes, faults), _Phrase._make)
+    return LazyConversations(phrases, partial(_conversation, folder, variant), faults)
 
 
 def _conversation(folder: Path, variant: str, phrase: _Phrase) -> Conversation:
@@ -69,22 +81,38 @@ def _conversation(folder: Path, variant: str, phrase: _Phrase) -> Conversation:
     return Conversation(key, (turn,), safe_path(folder, phrase.file_name, key=key))
 
 
-def _parse(location: JsonLocation, entry: Any) -> Iterator[_Image | tuple[int, list[float]]]:
-    if location.name == "images":
-        width, height = float(entry["width"]), float(entry["height"])
-        yield _Image(int(entry["id"]), text_field(entry, "file_name"), width, height, text_field(entry, "caption"))
-    elif location.name == "annotations":
-        x, y, width, height = (float(number) for number in entry["bbox"])
-        yield int(entry["image_id"]), [x, y, width, height]
+def _parsed(
+    parse: Callable[[Any], Record], file: Path, location: JsonLocation, entry: Any, faults: FaultCounts
+) -> Record | None:
+    """Return what ``parse`` makes of an entry; None, and one fault more, for one that is malformed."""
+    try:
+        return parse(entry)
+    except MALFORMED as error:
+        faults.add(describe_entry(file, location, entry, "id"), error_reason(error))
+        return None
 
 
-def _pair(file: Path, images: list[_Image], annotations: list[tuple[int, list[float]]]) -> Iterator[_Phrase]:
-    image: _Image | None = None
-    with data_errors(lambda: f"{file}, id {image.entry_id if image else None}"):
-        for image, (image_id, xywh) in zip(images, annotations, strict=True):
-            if image_id != image.entry_id:
-                raise ValueError(f"images entry {image.entry_id} stands beside an annotation of image_id {image_id}")
-            corners = list(box_corners(xywh, image.width, image.height))
+def _parse_image(entry: Any) -> _Image:
+    width, height = float(entry["width"]), float(entry["height"])
+    return _Image(int(entry["id"]), text_field(entry, "file_name"), width, height, text_field(entry, "caption"))
+
+
+def _parse_box(entry: Any) -> _Box:
+    x, y, width, height = (float(number) for number in entry["bbox"])
+    return _Box(int(entry["image_id"]), [x, y, width, height])
+
+
+def _pair(file: Path, images: list[_Image | None], boxes: list[_Box | None], faults: FaultCounts) -> Iterator[_Phrase]:
+    for image, box in zip(images, boxes, strict=True):
+        if image is None or box is None:
+            continue  # counted where it was parsed
+        try:
+            if box.image_id != image.entry_id:
+                raise ValueError(f"images entry {image.entry_id} is beside an annotation of image_id {box.image_id}")
+            corners = list(box_corners(box.xywh, image.width, image.height))
+        except ValueError as error:
+            faults.add(f"{file}, id {image.entry_id}", str(error))
+        else:
             yield _Phrase(image.entry_id, image.file_name, corners, image.phrase)
 
 

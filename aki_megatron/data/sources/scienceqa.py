@@ -1,10 +1,11 @@
 """ScienceQA: multiple-choice questions of school science, half of them with an image. https://scienceqa.github.io"""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from aki_megatron.data.fault_kinds import FaultCounts
 from aki_megatron.data.sources.json_stream import JsonLocation, iter_object
 from aki_megatron.data.sources.options import check_choice, letter_options
 from aki_megatron.data.sources.records import (
@@ -36,14 +37,25 @@ class _Problem(NamedTuple):
     correct: int
 
 
-def read(root: Path, split: str) -> Sequence[Conversation]:
+def find_files(root: Path, split: str) -> tuple[str, ...]:
+    """Return the files of a root; the folder of images is left out where it is absent and no problem has an image."""
+    problems, folder = FILES[split]
+    if (root / folder).exists() or not (root / problems).is_file():
+        return FILES[split]
+    entries = (entry for _, entry in iter_object(root / problems) if isinstance(entry, dict))
+    has_images = any(entry.get("image") for entry in entries if entry.get("split") == split)
+    return FILES[split] if has_images else (problems,)
+
+
+def read(root: Path, split: str) -> LazyConversations[_Problem]:
     """Read the problems of a split; one without an image is text only. Tasks: ``image`` and ``text``.
 
     The options are in an order that depends on the problem's number alone.
     """
     file, folder = (root / name for name in FILES[split])
-    problems = parse_entries(file, iter_object(file), partial(_parse, split))
-    return LazyConversations(PackedRecords(problems, _Problem._make), partial(_conversation, folder))
+    faults = FaultCounts()
+    problems = parse_entries(file, iter_object(file), partial(_parse, split), faults)
+    return LazyConversations(PackedRecords(problems, _Problem._make), partial(_conversation, folder), faults)
 
 
 def _conversation(folder: Path, problem: _Problem) -> Conversation:
@@ -62,7 +74,8 @@ def _parse(split: str, location: JsonLocation, entry: Any) -> Iterator[_Problem]
     check_choice(correct, choices, "answer")
     context = as_text(entry.get("hint") or NO_HINT, "hint")
     image = as_text(entry["image"] or "", "image")  # null where there is none
-    yield _Problem(location.name, image, text_field(entry, "question"), context, choices, correct)
+    number = as_text(location.name, "the name of an entry")
+    yield _Problem(number, image, text_field(entry, "question"), context, choices, correct)
 
 
-READER = DatasetReader(FILES, read)
+READER = DatasetReader(FILES, read, find_files=find_files)

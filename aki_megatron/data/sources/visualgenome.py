@@ -3,26 +3,32 @@
 The release has no split: every description is in ``train``, and there is no ``val``.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aki_megatron.data.sources.boxes import PROMPT, box_text
+from aki_megatron.data.fault_kinds import FaultCounts
+from aki_megatron.data.sources.boxes import PROMPT, box_text, check_box
 from aki_megatron.data.sources.json_stream import JsonLocation, iter_array
 from aki_megatron.data.sources.records import (
+    MALFORMED,
+    MAX_SHOWN,
     DatasetReader,
     LazyConversations,
     PackedRecords,
-    data_errors,
+    describe_entry,
+    error_reason,
     parse_entries,
     text_field,
 )
 from aki_megatron.types import Conversation, Turn
 
-FILES = {
-    "train": ("VisualGenome/region_descriptions.json", "VisualGenome/image_data.json", "VisualGenome/images"),
-}
+ANNOTATIONS = ("VisualGenome/region_descriptions.json", "VisualGenome/image_data.json")
+FILES = {"train": (*ANNOTATIONS, "VisualGenome/images")}
+
+RELEASED_FOLDERS = ("VG_100K", "VG_100K_2")
+"""The two folders of images.zip and images2.zip."""
 
 
 class _Region(NamedTuple):
@@ -34,23 +40,37 @@ class _Region(NamedTuple):
     phrase: str
 
 
-def read(root: Path, split: str) -> Sequence[Conversation]:
-    """Read one sample per region: the box is given, the phrase is the answer. Boxes are clipped to the image.
+def find_files(root: Path, split: str) -> tuple[str, ...]:
+    """Return the files of a root: the images in one folder, or in the two of the release, in it or beside it."""
+    one = FILES[split][-1]
+    within, beside = ([f"{parent}/{name}" for name in RELEASED_FOLDERS] for parent in (one, "VisualGenome"))
+    if any((root / folder).is_dir() for folder in within):
+        return (*ANNOTATIONS, *within)
+    if not (root / one).exists() and any((root / folder).is_dir() for folder in beside):
+        return (*ANNOTATIONS, *beside)
+    return FILES[split]
 
-    Boxes are checked on access: one bad box of 5.4 million is a DataError of its sample, not of the file.
-    """
-    regions_file, images_file, folder = (root / name for name in FILES[split])
-    image_sizes = dict(parse_entries(images_file, iter_array(images_file), _parse_image_size))
-    regions = parse_entries(regions_file, iter_array(regions_file), partial(_parse, image_sizes), id_field="id")
-    return LazyConversations(PackedRecords(regions, _Region._make), partial(_conversation, folder))
+
+def read(root: Path, split: str) -> LazyConversations[_Region]:
+    """Read one sample per region: the box is given, the phrase is the answer. Boxes are clipped to the image."""
+    regions_file, images_file = (root / name for name in ANNOTATIONS)
+    folders = [root / name for name in find_files(root, split)[len(ANNOTATIONS) :]]
+    faults = FaultCounts()
+    sizes: dict[int, tuple[int, int] | None] = {}
+    for image_id, size in parse_entries(images_file, iter_array(images_file), _parse_image_size, faults):
+        if sizes.setdefault(image_id, size) != size:
+            sizes[image_id] = None  # which of the two it has is not known
+    parse = partial(_parse, regions_file, faults, sizes)
+    regions = parse_entries(regions_file, iter_array(regions_file), parse, faults, id_field="id")
+    return LazyConversations(PackedRecords(regions, _Region._make), partial(_conversation, folders), faults)
 
 
-def _conversation(folder: Path, region: _Region) -> Conversation:
+def _conversation(folders: list[Path], region: _Region) -> Conversation:
     key = f"visualgenome/region/{region.region_id}"
-    with data_errors(f"Sample {key}"):
-        box = box_text(region.xywh, region.image_width, region.image_height)
-        turn = Turn(PROMPT.format(box=box), region.phrase)
-    return Conversation(key, (turn,), folder / f"{region.image_id}.jpg")
+    box = box_text(region.xywh, region.image_width, region.image_height)
+    name = f"{region.image_id}.jpg"
+    present = (folder / name for folder in folders[:-1] if (folder / name).exists())
+    return Conversation(key, (Turn(PROMPT.format(box=box), region.phrase),), next(present, folders[-1] / name))
 
 
 def _parse_image_size(location: JsonLocation, entry: Any) -> Iterator[tuple[int, tuple[int, int]]]:
@@ -58,17 +78,35 @@ def _parse_image_size(location: JsonLocation, entry: Any) -> Iterator[tuple[int,
     yield image_id, (int(entry["width"]), int(entry["height"]))
 
 
-def _parse(image_sizes: Mapping[int, tuple[int, int]], location: JsonLocation, entry: Any) -> Iterator[_Region]:
+def _parse(
+    file: Path,
+    faults: FaultCounts,
+    image_sizes: Mapping[int, tuple[int, int] | None],
+    location: JsonLocation,
+    entry: Any,
+) -> Iterator[_Region]:
+    """Yield the regions of an image; one that is malformed is left out without the others."""
+    if not isinstance(entry["regions"], list):
+        raise ValueError(f"regions must be a list, got {repr(entry['regions'])[:MAX_SHOWN]}")
     for number, region in enumerate(entry["regions"]):
-        image_id = int(region["image_id"]) if "image_id" in region else int(entry["id"])
-        if image_id not in image_sizes:
-            raise ValueError(f"regions[{number}]: image_data.json does not give the size of image {image_id}")
-        width, height = image_sizes[image_id]
-        xywh = [region["x"], region["y"], region["width"], region["height"]]
-        region_id = region.get("region_id")
-        if not isinstance(region_id, int):
-            region_id = f"{image_id}.{number}"
-        yield _Region(region_id, image_id, xywh, width, height, text_field(region, "phrase"))
+        try:
+            yield _parse_region(image_sizes, entry, number, region)
+        except MALFORMED as error:
+            faults.add(f"{describe_entry(file, location, entry, 'id')}, regions[{number}]", error_reason(error))
 
 
-READER = DatasetReader(FILES, read)
+def _parse_region(image_sizes: Mapping[int, tuple[int, int] | None], entry: Any, number: int, region: Any) -> _Region:
+    image_id = int(region["image_id"]) if "image_id" in region else int(entry["id"])
+    if image_id not in image_sizes:
+        raise ValueError(f"image_data.json does not give the size of image {image_id}")
+    if (size := image_sizes[image_id]) is None:
+        raise ValueError(f"image_data.json gives two sizes of image {image_id}")
+    xywh = [region["x"], region["y"], region["width"], region["height"]]
+    check_box(xywh, *size)
+    region_id = region.get("region_id")
+    if not isinstance(region_id, int):
+        region_id = f"{image_id}.{number}"
+    return _Region(region_id, image_id, xywh, *size, text_field(region, "phrase"))
+
+
+READER = DatasetReader(FILES, read, find_files=find_files)

@@ -1,22 +1,24 @@
 """VQAv2: open questions about COCO images. https://visualqa.org/download.html"""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from aki_megatron.data.fault_kinds import FaultCounts
 from aki_megatron.data.sources.json_stream import JsonLocation, iter_object_arrays
 from aki_megatron.data.sources.records import (
+    MALFORMED,
     DatasetReader,
     LazyConversations,
     PackedRecords,
-    check_no_id_twice,
+    as_text,
+    describe_entry,
+    error_reason,
     parse_entries,
     safe_path,
     text_field,
-    unique_by_id,
 )
-from aki_megatron.errors import DataError
 from aki_megatron.types import Conversation, Turn
 
 PROMPT = "Answer the question using a single word or phrase. {question}"
@@ -39,49 +41,80 @@ class _Question(NamedTuple):
     answer: str
 
 
-class _QuestionParser:
-    """Parse the questions file in its order, joining each question with its annotation; keep what has no partner."""
+class _Answer(NamedTuple):
+    task: str
+    answer: str
+    image_id: int | None
 
-    def __init__(self, answers: dict[int, tuple[str, str]], subtype: str) -> None:
+
+class _QuestionParser:
+    """Parse the questions file in its order, joining each question with its annotation.
+
+    answers  by question_id; None where the annotation cannot be used, which is counted already
+    """
+
+    def __init__(self, answers: dict[int, _Answer | None], subtype: str) -> None:
         self.answers = answers
         self.subtype = subtype
-        self.answered: set[int] = set()
-        self.repeated: list[int] = []
-        self.unanswered: list[int] = []
+        self.asked: dict[int, int] = {}
 
     def parse(self, location: JsonLocation, entry: Any) -> Iterator[_Question]:
         """Yield the record of one element of ``questions``; the file's other entries give none."""
         if location.name != "questions":
-            self.subtype = str(entry) if location.name == "data_subtype" else self.subtype
+            self.subtype = as_text(entry, "data_subtype") if location.name == "data_subtype" else self.subtype
             return
-        question_id = int(entry["question_id"])
-        answer = self.answers.get(question_id)
-        if answer is None:
-            self.unanswered.append(question_id)
+        question_id, image_id = int(entry["question_id"]), int(entry["image_id"])
+        question = text_field(entry, "question")
+        if self.asked.setdefault(question_id, hash(question)) != hash(question):
+            raise ValueError("another question has this question_id")
+        if question_id not in self.answers:
+            raise ValueError("the question has no annotation")
+        if (found := self.answers[question_id]) is None:
             return
-        if question_id in self.answered:
-            self.repeated.append(question_id)
-        self.answered.add(question_id)
-        yield _Question(question_id, int(entry["image_id"]), answer[0], text_field(entry, "question"), answer[1])
+        if found.image_id not in (None, image_id):
+            raise ValueError(f"the question is about image {image_id}, its annotation about image {found.image_id}")
+        yield _Question(question_id, image_id, found.task, question, found.answer)
 
 
-def read(root: Path, split: str) -> Sequence[Conversation]:
+def read(root: Path, split: str) -> LazyConversations[_Question]:
     """Read the questions of a split with their most frequent answer.
 
-    Questions and annotations are paired by question_id; the two files must hold the same ids, each once. The task of a
-    sample is its ``question_type`` ("how many"), with underscores for spaces.
+    Questions and annotations are paired by question_id. One without the other is left out, and so is a question with
+    two annotations that differ. The task of a sample is its ``question_type`` ("how many"), with underscores for
+    spaces.
     """
     questions_file, annotations_file, folder = (root / name for name in FILES[split])
-    annotations = iter_object_arrays(annotations_file, "annotations")
-    parsed = parse_entries(annotations_file, annotations, _parse_answer, id_field="question_id")
-    answers = unique_by_id(annotations_file, parsed, "question_id")
-    parser = _QuestionParser(answers, folder.name)
+    faults = FaultCounts()
+    parser = _QuestionParser(_read_answers(annotations_file, faults), folder.name)
     entries = iter_object_arrays(questions_file, "questions")
-    questions = parse_entries(questions_file, entries, parser.parse, id_field="question_id")
+    questions = parse_entries(questions_file, entries, parser.parse, faults, id_field="question_id")
     records = PackedRecords(questions, _Question._make)
-    check_no_id_twice(questions_file, parser.repeated, "question_id")
-    _check_pairs(parser, questions_file, annotations_file)
-    return LazyConversations(records, partial(_conversation, folder, parser.subtype))
+    for question_id in parser.answers.keys() - parser.asked.keys():
+        faults.add(f"{annotations_file} (question_id {question_id})", f"{questions_file.name} has no such question")
+    return LazyConversations(records, partial(_conversation, folder, parser.subtype), faults)
+
+
+def _read_answers(file: Path, faults: FaultCounts) -> dict[int, _Answer | None]:
+    """Return the annotations by question_id; None for one that is malformed, and for two that differ."""
+    answers: dict[int, _Answer | None] = {}
+
+    def parse(location: JsonLocation, entry: Any) -> Iterator[tuple[int, _Answer | None]]:
+        if location.name == "annotations":
+            question_id = int(entry["question_id"])
+            try:
+                yield question_id, _parse_answer(entry)
+            except MALFORMED as error:
+                faults.add(describe_entry(file, location, entry, "question_id"), error_reason(error))
+                yield question_id, None
+
+    entries = iter_object_arrays(file, "annotations")
+    for question_id, answer in parse_entries(file, entries, parse, faults, id_field="question_id"):
+        earlier = answers.setdefault(question_id, answer)
+        if earlier is not None and answer is not None and earlier != answer:
+            reason = f"two annotations of one question_id differ: {earlier.answer!r} and {answer.answer!r}"
+            faults.add(f"{file} (question_id {question_id})", reason)
+            answers[question_id] = None
+    return answers
 
 
 def _conversation(folder: Path, subtype: str, question: _Question) -> Conversation:
@@ -90,21 +123,11 @@ def _conversation(folder: Path, subtype: str, question: _Question) -> Conversati
     return Conversation(key, (Turn(PROMPT.format(question=question.question), question.answer),), image)
 
 
-def _parse_answer(location: JsonLocation, entry: Any) -> Iterator[tuple[int, tuple[str, str]]]:
-    """Yield (question_id, (task, answer)) of one element of ``annotations``."""
-    if location.name == "annotations":
-        task = "_".join(str(entry.get("question_type", "vqa")).replace("/", " ").split()) or "vqa"
-        yield int(entry["question_id"]), (task, text_field(entry, "multiple_choice_answer"))
-
-
-def _check_pairs(parser: _QuestionParser, questions_file: Path, annotations_file: Path) -> None:
-    unanswered, unasked = sorted(parser.unanswered), sorted(set(parser.answers) - parser.answered)
-    if unanswered or unasked:
-        raise DataError(
-            f"{questions_file} and {annotations_file} do not belong together: "
-            f"{len(unanswered)} questions without an annotation (question_id {unanswered[:3]}), "
-            f"{len(unasked)} annotations without a question (question_id {unasked[:3]})."
-        )
+def _parse_answer(entry: Any) -> _Answer:
+    task = "_".join(as_text(entry.get("question_type", "vqa"), "question_type").replace("/", " ").split()) or "vqa"
+    image_id = entry.get("image_id")
+    answer = text_field(entry, "multiple_choice_answer")
+    return _Answer(task, answer, None if image_id is None else int(image_id))
 
 
 READER = DatasetReader(FILES, read)

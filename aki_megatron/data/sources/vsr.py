@@ -2,21 +2,23 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from aki_megatron.data.fault_kinds import FaultCounts
 from aki_megatron.data.sources.records import (
+    MAX_SHOWN,
     DatasetReader,
     LazyConversations,
     PackedRecords,
-    data_errors,
+    parse_entries,
     safe_path,
     text_field,
 )
 from aki_megatron.errors import DataError
-from aki_megatron.types import Conversation, Turn
+from aki_megatron.types import BYTE_ORDER_MARK, Conversation, Turn
 
 PROMPT = "Answer the question using a single word or phrase. {question} Please answer yes or no."
 ANSWERS = ("no", "yes")
@@ -33,34 +35,46 @@ _VERB = re.compile(r"\s(is|are)\s")
 _DETERMINERS = {"The", "A", "An", "This", "That", "These", "Those", "There", "Some", "One", "Two"}
 
 
-class _Line(NamedTuple):
-    number: int
-    text: str
+class _Statement(NamedTuple):
+    line: int
+    image: str
+    caption: str
+    label: int
 
 
-def read(root: Path, split: str) -> Sequence[Conversation]:
-    """Read the statements of a split as yes/no questions. A bad line raises DataError on access, not now."""
+def read(root: Path, split: str) -> LazyConversations[_Statement]:
+    """Read the statements of a split as yes/no questions, one a line."""
     file = root / FILES[split][0]
+    faults = FaultCounts()
+    statements = PackedRecords(parse_entries(file, _lines(file), _parse, faults), _Statement._make)
+    return LazyConversations(statements, partial(_conversation, root), faults)
+
+
+def _lines(file: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield every line that is not blank as ``line 3`` and its bytes. Only newlines end lines: JSON may hold U+2028."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_bytes().split(b"\n")
     except FileNotFoundError as error:
         raise DataError(f"{file} does not exist.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} is not readable as lines of JSON: {error}") from error
-    records = (_Line(number, line) for number, line in enumerate(lines, start=1) if line.strip())
-    return LazyConversations(PackedRecords(records, _Line._make), partial(_conversation, root, file))
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error}") from error
+    return ((f"line {number}", line) for number, line in enumerate(lines, start=1) if line.strip())
 
 
-def _conversation(root: Path, file: Path, line: _Line) -> Conversation:
-    key = f"vsr/relation/{line.number}"
-    with data_errors(f"{file}, line {line.number}"):
-        entry = json.loads(line.text)
-        folder, name = text_field(entry, "image_link").split("/")[-2:]
-        if folder not in FOLDERS:
-            raise ValueError(f"image_link must end in one of {sorted(FOLDERS)} and a file name, got {folder}/{name}")
-        prompt = PROMPT.format(question=to_question(text_field(entry, "caption")))
-        turn = Turn(prompt, ANSWERS[_parse_label(entry["label"])])
-        return Conversation(key, (turn,), safe_path(root, f"{FOLDERS[folder]}/{name}", key=key))
+def _parse(location: str, line: bytes) -> Iterator[_Statement]:
+    entry = json.loads(line.decode().removeprefix(BYTE_ORDER_MARK))
+    folder, name = text_field(entry, "image_link").split("/")[-2:]
+    if folder not in FOLDERS:
+        raise ValueError(f"image_link must end in one of {sorted(FOLDERS)} and a file name, got {folder}/{name}")
+    number = int(location.removeprefix("line "))
+    caption = text_field(entry, "caption")
+    yield _Statement(number, f"{FOLDERS[folder]}/{name}", caption, _parse_label(entry["label"]))
+
+
+def _conversation(root: Path, statement: _Statement) -> Conversation:
+    key = f"vsr/relation/{statement.line}"
+    turn = Turn(PROMPT.format(question=to_question(statement.caption)), ANSWERS[statement.label])
+    return Conversation(key, (turn,), safe_path(root, statement.image, key=key))
 
 
 def to_question(statement: str) -> str:
@@ -86,7 +100,7 @@ def _lower_determiner(text: str) -> str:
 
 def _parse_label(label: object) -> int:
     if label not in (0, 1):
-        raise ValueError(f"label must be 0 or 1, got {label!r}")
+        raise ValueError(f"label must be 0 or 1, got {repr(label)[:MAX_SHOWN]}")
     return int(label == 1)
 
 

@@ -9,6 +9,7 @@ The folder's tensors are those of the stock folders with longer names, so a stoc
 """
 
 import shutil
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ from aki_megatron.errors import CheckpointError, ConfigError
 from aki_megatron.families.base import IMAGE_TOKEN
 from aki_megatron.families.registry import FAMILIES
 
-MODELLING, PROCESSING = "modeling_aki.py", "processing_aki.py"
+CONFIGURATION, MODELLING, PROCESSING = "configuration_aki.py", "modeling_aki.py", "processing_aki.py"
 """Files beside this one that are copied into the folder."""
 
 ADDED_NAMES = {
@@ -122,6 +123,7 @@ def export(
     dtypes = {spec.dtype for spec in external.specs.values()}
     saved_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     files.write_json(out / "config.json", config_json | {"dtype": str(saved_dtype).removeprefix("torch.")})
+    _copy(CONFIGURATION, out)
     _copy(MODELLING, out)
     write_shards(out, external, shard_bytes=shard_bytes)
 
@@ -132,9 +134,11 @@ def export_config_json(config: ModelConfig, attention: AttentionConfig) -> dict[
     model = f"{module}.AkiForConditionalGeneration"
     return {
         "model_type": "aki",
+        "transformers_version": transformers_version(),
         "architectures": ["AkiForConditionalGeneration"],
         "auto_map": {
-            "AutoConfig": f"{module}.AkiConfig",
+            "AutoConfig": f"{CONFIGURATION.removesuffix('.py')}.AkiConfig",
+            "AutoModel": f"{module}.AkiModel",
             "AutoModelForCausalLM": model,
             "AutoModelForImageTextToText": model,
         },
@@ -181,10 +185,16 @@ def write_processor(tokenizer: Path, config: ModelConfig, out: Path) -> int:
         "eos_token_id": [token_id for token_id in stop_ids if token_id is not None],
         "pad_token_id": vocabulary.pad_id,
         "do_sample": False,
+        "transformers_version": transformers_version(),
     }
     files.write_json(out / "generation_config.json", generation)
     _copy(PROCESSING, out)
     return vocabulary.image_id
+
+
+def transformers_version() -> str:
+    """Return the installed release, which exported folders name as the one that wrote them."""
+    return metadata.version("transformers")
 
 
 def _copy(name: str, out: Path) -> None:

@@ -25,13 +25,11 @@ from aki_megatron.checkpoint.shapes import check_shapes, model_shapes
 from aki_megatron.checkpoint.tensors import ProgressSource, TensorSource, cast, merge, select, total_bytes
 from aki_megatron.checkpoint.writers import SHARD_BYTES
 from aki_megatron.config.attention import AttentionConfig
+from aki_megatron.config.data import SYSTEM_MESSAGE
 from aki_megatron.config.model import ModelConfig
 from aki_megatron.config.save import dump_model, load_model
 from aki_megatron.data.tokenizer import Vocabulary
 from aki_megatron.errors import CheckpointError, ConfigError
-
-TOKENIZER = "tokenizer"
-"""Folder inside a converted checkpoint."""
 
 StartProgress = Callable[[str, int], Callable[[int], None]]
 """Takes a title and a number of bytes; returns a function that takes the bytes of each tensor as it is read."""
@@ -78,7 +76,12 @@ def open_checkpoint(path: Path) -> tuple[CheckpointSource, ConvertedModel]:
 
 
 def write_weights(
-    folder: Path, source: TensorSource, model: ConvertedModel, settings: ConversionSettings, tokenizer: Path | None
+    folder: Path,
+    source: TensorSource,
+    model: ConvertedModel,
+    settings: ConversionSettings,
+    tokenizer: Path | None,
+    system_message: str = SYSTEM_MESSAGE,
 ) -> Path:
     """Write ``folder``/step_000000 from a source of all of the model's tensors; return its path."""
     shapes = model_shapes(model.config)
@@ -88,8 +91,8 @@ def write_weights(
         folder,
         0,
         stored_weights(ordered),
-        config_yaml=dump_model(model.config, model.attention),
-        attach={TOKENIZER: tokenizer} if tokenizer else {},
+        config_yaml=dump_model(model.config, model.attention, system_message),
+        attach={files.TOKENIZER: tokenizer} if tokenizer else {},
         num_files=settings.num_files or default_num_files(ordered),
     )
 

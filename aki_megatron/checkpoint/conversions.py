@@ -15,7 +15,6 @@ from aki_megatron.checkpoint.conversion_report import (
     skipped_records,
 )
 from aki_megatron.checkpoint.conversion_steps import (
-    TOKENIZER,
     ConversionSettings,
     ConvertedModel,
     check_vocabulary,
@@ -35,11 +34,12 @@ from aki_megatron.checkpoint.hf_config import (
     vision_config,
     vision_config_json,
 )
-from aki_megatron.checkpoint.hf_export import export, export_names, exported_source
+from aki_megatron.checkpoint.hf_export import export, export_names, exported_source, exported_system_message
 from aki_megatron.checkpoint.hf_folders import language_source, vision_source
 from aki_megatron.checkpoint.hf_reference import Reference
 from aki_megatron.checkpoint.official import has_vision_encoder, match_official, official_names, open_official
 from aki_megatron.checkpoint.readers import open_safetensors
+from aki_megatron.checkpoint.run_text import run_system_message, run_tokenizer
 from aki_megatron.checkpoint.shapes import model_shapes
 from aki_megatron.checkpoint.tensors import (
     NameTable,
@@ -54,7 +54,6 @@ from aki_megatron.checkpoint.tensors import (
 from aki_megatron.checkpoint.writers import SHARD_BYTES, write_safetensors, write_torch_file
 from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.config.model import ModelConfig
-from aki_megatron.config.yaml_file import read_yaml
 from aki_megatron.data.tokenizer import Vocabulary, grow_tokenizer
 from aki_megatron.errors import CheckpointError
 
@@ -121,7 +120,7 @@ def from_export(exported: Path, folder: Path, settings: ConversionSettings) -> C
         for path in tokenizer_files:
             shutil.copy(path, tokenizer_dir)
         tokenizer = Path(tokenizer_dir) if tokenizer_files else None
-        checkpoint = write_weights(folder, weights, model, settings, tokenizer)
+        checkpoint = write_weights(folder, weights, model, settings, tokenizer, exported_system_message(exported))
     compare_logits(report, checkpoint, _exported_reference(exported, opened.match.table), settings)
     return report
 
@@ -139,12 +138,21 @@ def to_hf(
     tokenizer  None takes the one that the checkpoint holds, or the one its run was trained with
     """
     source, model = open_checkpoint(checkpoint)
-    tokenizer = tokenizer or _tokenizer_of(source.path)
+    tokenizer = tokenizer or run_tokenizer(source.path)
     table = export_names(model.config)
     sources = {"checkpoint": str(source.path), "tokenizer": str(tokenizer)}
     report = ConversionReport("to-hf", sources, external_records(source, table))
     with_progress = ProgressSource(source, settings.start_progress("writing the folder", total_bytes(source)))
-    export(with_progress, model.config, model.attention, tokenizer, folder, settings.dtype, shard_bytes=shard_bytes)
+    export(
+        with_progress,
+        model.config,
+        model.attention,
+        tokenizer,
+        folder,
+        settings.dtype,
+        shard_bytes=shard_bytes,
+        system_message=run_system_message(source.path),
+    )
     compare_logits(report, source.path, _exported_reference(folder, table), settings)
     return report
 
@@ -231,14 +239,6 @@ def reshard(checkpoint: Path, folder: Path, settings: ConversionSettings, *, wei
 def _model_of_folders(language: Path, vision: Path, vocabulary: Vocabulary) -> ConvertedModel:
     decoder = decoder_config(language, vocab_size=vocabulary.vocab_size, num_added_tokens=vocabulary.num_added_tokens)
     return ConvertedModel(ModelConfig(vision=vision_config(vision), decoder=decoder), AttentionConfig(rule="mma"))
-
-
-def _tokenizer_of(checkpoint: Path) -> Path | None:
-    """The tokenizer that a checkpoint holds, or the one that its run reads."""
-    if (checkpoint / TOKENIZER).is_dir():
-        return checkpoint / TOKENIZER
-    path = read_yaml(checkpoint / files.CONFIG).values.get("data", {}).get("tokenizer")
-    return Path(path) if path and Path(path).is_dir() else None
 
 
 def _stock_reference(source: TensorSource, table: NameTable, config: ModelConfig) -> Reference:

@@ -308,7 +308,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, GenerationMixin):
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
+            **{CACHE: outputs.get(CACHE)},
         )
 
     def prepare_inputs_for_generation(  # type: ignore[override]

@@ -30,6 +30,7 @@ class AkiProcessor(ProcessorMixin):
     image_token       token that stands for an image
     response_start    text after which a response begins
     response_ends     tokens that end a response and belong to it
+    system_message    what the chat template begins with where the messages have none of their own
     """
 
     tokenizer_class = "AutoTokenizer"
@@ -42,9 +43,11 @@ class AkiProcessor(ProcessorMixin):
         image_token: str = "<image>",
         response_start: str = "<|assistant|>\n",
         response_ends: Sequence[str] = ("<|end|>", "<|endoftext|>"),
+        system_message: str = "",
         chat_template: str | None = None,
         **kwargs: Any,
     ) -> None:
+        self.system_message = system_message
         self.image_size = image_size
         self.num_image_tokens = num_image_tokens
         self.image_token = image_token

@@ -17,6 +17,7 @@ from aki_megatron.checkpoint.conversion_report import (
 from aki_megatron.checkpoint.conversion_steps import (
     ConversionSettings,
     ConvertedModel,
+    check_tokenizer,
     check_vocabulary,
     compare_logits,
     complete_weights,
@@ -81,6 +82,7 @@ def from_hf(
     with TemporaryDirectory() as tokenizer_dir:
         vocabulary = grow_tokenizer(tokenizer, Path(tokenizer_dir))
         model = model or _model_of_folders(language, vision, vocabulary)
+        check_tokenizer(language, model.config.decoder, vocabulary, Path(tokenizer_dir), tokenizer)
         check_vocabulary(model.config, vocabulary, tokenizer)
         folders = [vision_source(vision, model.config.vision), language_source(language, model.config.decoder)]
         matches = [match_folder(pretrained, model.config, settings.allowed) for pretrained in folders]

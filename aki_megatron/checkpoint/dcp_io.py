@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from aki_megatron.checkpoint import files
-from aki_megatron.checkpoint.tensors import LazyTensors, TensorSource, TensorSpec, to_native
+from aki_megatron.checkpoint.tensors import LazyTensors, TensorSource, TensorSpec, require_finite, to_native
 from aki_megatron.errors import CheckpointError
 
 WEIGHT = "weight."
@@ -100,7 +100,7 @@ class CheckpointSource:
                 f"{self.path} was removed while it was read. A run that still trains keeps its newest checkpoints only "
                 "(checkpoint.keep_last): wait for its end, or name one that it keeps (checkpoint.keep_every)."
             ) from error
-        return state[self._prefix + name]
+        return require_finite(state[self._prefix + name], name, self.path)
 
     def other_files(self) -> dict[str, Path]:
         """The checkpoint's files by name, but for the tensors, their index, the configuration and the manifest."""

@@ -79,6 +79,7 @@ def from_hf(
     """
     sources = {"language": str(language), "vision": str(vision), "tokenizer": str(tokenizer)}
     report = ConversionReport("from-hf", sources)
+    decoder_config(language, vocab_size=1, num_added_tokens=0)  # its faults first: the tokenizer's class reads it too
     with TemporaryDirectory() as tokenizer_dir:
         vocabulary = grow_tokenizer(tokenizer, Path(tokenizer_dir))
         model = model or _model_of_folders(language, vision, vocabulary)

@@ -71,6 +71,8 @@ class AkiProcessor(ProcessorMixin):
 
         Raises ValueError for arguments that it does not have, and where the texts need another number of images.
         """
+        if kwargs.get("truncation") is False:
+            kwargs.pop("truncation")  # what is done anyway
         unknown = sorted(key for key, value in kwargs.items() if value is not None and key not in _IGNORED)
         if unknown:
             raise ValueError(f"AkiProcessor has no {', '.join(unknown)}: texts are neither truncated nor completed.")
@@ -96,6 +98,11 @@ class AkiProcessor(ProcessorMixin):
         if flat_images:
             data["pixel_values"] = np.stack([self._pixels(image) for image in flat_images])
         return BatchFeature(data, tensor_type=return_tensors)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of what ``__call__`` returns."""
+        return ["input_ids", "attention_mask", "modality_ids", "pixel_values"]
 
     def _split(self, text: str) -> list[tuple[str, int]]:
         """The parts of a text and the modality of each."""

@@ -86,6 +86,35 @@ def test_config_json_with_null_or_zero_is_one_message(siglip: Path, convert: Run
         assert expected in refused(convert(*arguments), out)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [("--files", "-1"), ("--files", "0"), ("--files", "x"), ("--shard-gigabytes", "nan"), ("--shard-gigabytes", "0")],
+)
+def test_numbers_of_flags_are_checked_first(flags: tuple[str, str], convert: Run, tmp_path: Path) -> None:
+    command = "to-hf" if "gigabytes" in flags[0] else "reshard"
+    with pytest.raises(SystemExit) as exit_code:
+        convert(command, tmp_path, "--out", tmp_path / "out", f"{flags[0]}={flags[1]}")
+    assert exit_code.value.code == 2
+
+
+def test_ctrl_c_and_a_home_that_the_shell_left(
+    siglip: Path, convert: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = language_folder(tmp_path / "lm", "Qwen3-8B")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    arguments = ("from-hf", "--lm", lm, "--vision", siglip, "--skip-logits-check")
+    done(convert(*arguments, "--out=~/start"))
+    assert (tmp_path / "start" / "conversion.json").is_file()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("aki_megatron.checkpoint.conversions.write_weights", interrupt)
+    code, _, errors = convert(*arguments, "--out", tmp_path / "other")
+    assert code == 130 and errors == "convert: interrupted; nothing is left of the output.\n"
+    assert not (tmp_path / "other").exists() and not list(tmp_path.glob(".writing_*"))
+
+
 def test_longrope_with_the_factor_that_transformers_asks_for(siglip: Path, convert: Run, tmp_path: Path) -> None:
     """64 / 16 positions; transformers takes the ratio, whatever is written."""
     lm, out = language_folder(tmp_path / "lm", "Phi-3.5-mini"), tmp_path / "out"

@@ -32,7 +32,8 @@ def outputs(folder: Path) -> dict[str, Any]:
     if (folder / "processor_config.json").exists():
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
         text = processor.apply_chat_template(given["messages"], add_generation_prompt=True)
-        inputs = processor(text=[text], images=given["image"])
+        inputs = processor(text=[text], images=given["image"], truncation=False)
+        assert processor.model_input_names == list(inputs)
         found["chat"] = [
             text,
             inputs["input_ids"],

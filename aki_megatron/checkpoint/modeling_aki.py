@@ -116,6 +116,19 @@ class AkiResampler(nn.Module):
         return self.projection(self.norm(latents))
 
 
+class AkiRotaryPerRow(nn.Module):
+    """longrope with the factors of each sequence's own length, as in training; transformers takes the batch's longest."""
+
+    def __init__(self, rotary: nn.Module) -> None:
+        super().__init__()
+        self.rotary = rotary
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+        """Position ids [B, T] -> cos and sin [B, T, d]"""
+        rows = [self.rotary(x, row) for row in position_ids.split(1)]
+        return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
+
+
 class AkiPreTrainedModel(PreTrainedModel):
     """Base class of both models."""
 
@@ -146,6 +159,8 @@ class AkiModel(AkiPreTrainedModel):
         self.vision_tower = getattr(tower, "vision_model", tower)
         self.resampler = AkiResampler(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        if config.text_config.rope_parameters["rope_type"] == "longrope":
+            self.language_model.rotary_emb = AkiRotaryPerRow(self.language_model.rotary_emb)
         added, dim = config.num_added_tokens, config.text_config.hidden_size
         self.added_embedding = nn.Embedding(added, dim) if added else None
         self.post_init()
@@ -341,12 +356,13 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, GenerationMixin):
         return inputs
 
     def _outgrows_short_factors(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache) -> bool:
-        """Whether the longest sequence just outgrew longrope's short factors, which rotated the cached keys."""
+        """Whether a sequence just outgrew longrope's short factors, which rotated the cached keys."""
         rope, past = self.config.text_config.rope_parameters, cache.get_seq_length()
         if rope["rope_type"] != "longrope" or not past:
             return False
-        longest = input_ids.shape[1] if attention_mask is None else int(attention_mask.sum(-1).max())
-        return longest - (input_ids.shape[1] - past) <= rope["original_max_position_embeddings"] < longest
+        rows = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        lengths, limit = rows.sum(-1), rope["original_max_position_embeddings"]
+        return bool(((lengths > limit) & (lengths - (input_ids.shape[1] - past) <= limit)).any())
 
     def _expand_inputs_for_generation(  # type: ignore[override]
         self, expand_size: int = 1, input_ids: Tensor | None = None, **kwargs: Any

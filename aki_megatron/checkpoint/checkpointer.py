@@ -196,8 +196,8 @@ class Checkpointer:
     ) -> None:
         files.write_json(staging / files.EXTRA, content)
         files.write_text(staging / files.CONFIG, self.config_yaml)
-        for name, content in self._tokenizer_files.items():
-            attach_file(staging / files.TOKENIZER / name, content)
+        for name, stored in self._tokenizer_files.items():
+            attach_file(staging / files.TOKENIZER / name, stored)
         files.finalize(staging, step, written)
         if not keep_older:
             files.prune(self.folder, keep_last=self.keep_last, keep_every=self.keep_every)

@@ -117,7 +117,7 @@ class AkiResampler(nn.Module):
 
 
 class AkiRotaryPerRow(nn.Module):
-    """longrope with the factors of each sequence's own length, as in training; transformers takes the batch's longest."""
+    """longrope with the factors of each sequence's length, as in training; transformers takes those of the longest."""
 
     def __init__(self, rotary: nn.Module) -> None:
         super().__init__()

@@ -3,8 +3,9 @@
     python tools/convert.py from-hf --lm Phi-3.5-mini-instruct --vision siglip-so400m-patch14-384 --out start
         a checkpoint to train from: --init.weights start, --data.tokenizer start/step_000000/tokenizer, and the model
         section of start/step_000000/config.yaml (Phi-3.5, LLaMA 3.2, Qwen2.5, Qwen3; folders as they are downloaded)
-    python tools/convert.py to-hf runs/sft --out aki-hf
-        a folder that plain transformers loads: AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)
+    python tools/convert.py to-hf runs/sft --dtype bf16 --out aki-hf
+        a folder that plain transformers loads (a run's checkpoint holds fp32 masters, twice as large):
+        AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)
     python tools/convert.py from-official model.safetensors --out aki
     python tools/convert.py from-official checkpoint_9.pt --vision siglip-so400m-patch14-384 --out aki
         the release, or one of its training checkpoints, which leave the vision encoder out
@@ -28,6 +29,7 @@ Help on a command: python tools/convert.py from-hf --help
 """
 
 import argparse
+import math
 import resource
 import sys
 import time
@@ -63,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"convert: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("convert: interrupted; nothing is left of the output.", file=sys.stderr)
+        return 130
 
 
 def from_hf(arguments: argparse.Namespace) -> int:
@@ -260,12 +265,35 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def output_path(text: str) -> Path:
+    """A path in which the shell may have left ~ as it is (--out=~/x)."""
+    return Path(text).expanduser()
+
+
+def positive_int(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
+    return int(text)
+
+
+def gigabytes(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    return number
+
+
 _NAMES = "%s (a name, or a prefix and *); may be given several times"
 _REPEATED = {"action": "append", "default": [], "metavar": "NAME"}
 
 FLAGS: dict[str, dict[str, Any]] = {
     "checkpoint": {"type": Path, "help": "a checkpoint, a folder of them, or a run (its newest is taken)"},
-    "--out": {"type": Path, "required": True, "help": "folder to write; must not exist, or be empty"},
+    "--out": {"type": output_path, "required": True, "help": "folder to write; must not exist, or be empty"},
     "--vision": {"type": Path, "help": "folder of SigLIP"},
     "--model": {
         "type": Path,
@@ -273,10 +301,18 @@ FLAGS: dict[str, dict[str, Any]] = {
         "and AKI's resampler; AKI-4B for from-official)",
     },
     "--tokenizer": {"type": Path, "help": "folder of the tokenizer (default: beside the weights, or the run's)"},
-    "--files": {"type": int, "help": "how many files to write (default: about 5 GB each)"},
+    "--files": {"type": positive_int, "help": "how many files to write (default: about 5 GB each)"},
     "--seed": {"type": int, "default": 42, "help": "of randomly initialized weights (default %(default)s, as a run's)"},
-    "--dtype": {"choices": list(DTYPES), "default": "stored", "help": "what to write (default: each tensor's own)"},
-    "--shard-gigabytes": {"type": float, "default": SHARD_BYTES / 1e9, "help": "largest file (default %(default)g)"},
+    "--dtype": {
+        "choices": list(DTYPES),
+        "default": "stored",
+        "help": "what to write (default: each tensor's own, which is fp32 in a run's checkpoints)",
+    },
+    "--shard-gigabytes": {
+        "type": gigabytes,
+        "default": SHARD_BYTES / 1e9,
+        "help": "largest file (default %(default)g)",
+    },
     "--training": {"action": "store_true", "help": "a .pt as the release's training writes it, without vision encoder"},
     "--weights-only": {"action": "store_true", "help": "leave the optimizer state out"},
     "--allow-missing": {**_REPEATED, "help": _NAMES % "initialize this tensor where the source has none"},

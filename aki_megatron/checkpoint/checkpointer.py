@@ -30,6 +30,7 @@ from aki_megatron.checkpoint.collectives import RankGroup
 from aki_megatron.checkpoint.dcp_io import (
     RestrictedIndexReader,
     VerifyingWriter,
+    attach_file,
     ignore_single_process_warning,
     write_error,
 )
@@ -73,12 +74,14 @@ class Checkpointer:
         keep_last: int,
         keep_every: int = 0,
         config_yaml: str = "",
+        tokenizer_files: Mapping[str, bytes] | None = None,
         async_save: bool = False,
         group: ProcessGroup | None = None,
     ) -> None:
         """
         keep_last, keep_every  see CheckpointConfig
         config_yaml            the resolved configuration, which every checkpoint holds
+        tokenizer_files        contents by name of the run's tokenizer, which every checkpoint holds too
         group                  all ranks, for this object's collectives. With async_save nothing else may use it, or the
                                thread's collectives would interleave with training's. None: the default group
         """
@@ -87,6 +90,7 @@ class Checkpointer:
         self.keep_last = keep_last
         self.keep_every = keep_every
         self.config_yaml = config_yaml
+        self._tokenizer_files = dict(tokenizer_files or {})
         self._ranks = RankGroup(group)
         assert group is not None or not async_save or self._ranks.size == 1, "async_save needs a group of its own"
         # the interpreter waits for an executor's threads when it exits
@@ -192,6 +196,8 @@ class Checkpointer:
     ) -> None:
         files.write_json(staging / files.EXTRA, content)
         files.write_text(staging / files.CONFIG, self.config_yaml)
+        for name, stored in self._tokenizer_files.items():
+            attach_file(staging / files.TOKENIZER / name, stored)
         files.finalize(staging, step, written)
         if not keep_older:
             files.prune(self.folder, keep_last=self.keep_last, keep_every=self.keep_every)

@@ -1,5 +1,6 @@
 """What all conversions share: their settings, reading and writing our checkpoints, and the final logits check."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from aki_megatron.checkpoint.conversion_report import (
     match_tensors,
 )
 from aki_megatron.checkpoint.dcp_io import CheckpointSource, stored_weights, write_checkpoint
-from aki_megatron.checkpoint.hf_folders import PretrainedFolder
+from aki_megatron.checkpoint.hf_folders import PretrainedFolder, stored_vocab_size
 from aki_megatron.checkpoint.hf_reference import Reference
 from aki_megatron.checkpoint.logits_check import check_logits
 from aki_megatron.checkpoint.random_init import RandomInitSource
@@ -25,13 +26,12 @@ from aki_megatron.checkpoint.shapes import check_shapes, model_shapes
 from aki_megatron.checkpoint.tensors import ProgressSource, TensorSource, cast, merge, select, total_bytes
 from aki_megatron.checkpoint.writers import SHARD_BYTES
 from aki_megatron.config.attention import AttentionConfig
-from aki_megatron.config.model import ModelConfig
+from aki_megatron.config.data import SYSTEM_MESSAGE
+from aki_megatron.config.model import DecoderConfig, ModelConfig
 from aki_megatron.config.save import dump_model, load_model
 from aki_megatron.data.tokenizer import Vocabulary
 from aki_megatron.errors import CheckpointError, ConfigError
-
-TOKENIZER = "tokenizer"
-"""Folder inside a converted checkpoint."""
+from aki_megatron.families.registry import FAMILIES
 
 StartProgress = Callable[[str, int], Callable[[int], None]]
 """Takes a title and a number of bytes; returns a function that takes the bytes of each tensor as it is read."""
@@ -78,7 +78,12 @@ def open_checkpoint(path: Path) -> tuple[CheckpointSource, ConvertedModel]:
 
 
 def write_weights(
-    folder: Path, source: TensorSource, model: ConvertedModel, settings: ConversionSettings, tokenizer: Path | None
+    folder: Path,
+    source: TensorSource,
+    model: ConvertedModel,
+    settings: ConversionSettings,
+    tokenizer: Path | None,
+    system_message: str = SYSTEM_MESSAGE,
 ) -> Path:
     """Write ``folder``/step_000000 from a source of all of the model's tensors; return its path."""
     shapes = model_shapes(model.config)
@@ -88,8 +93,8 @@ def write_weights(
         folder,
         0,
         stored_weights(ordered),
-        config_yaml=dump_model(model.config, model.attention),
-        attach={TOKENIZER: tokenizer} if tokenizer else {},
+        config_yaml=dump_model(model.config, model.attention, system_message),
+        attach={files.TOKENIZER: tokenizer} if tokenizer else {},
         num_files=settings.num_files or default_num_files(ordered),
     )
 
@@ -111,12 +116,41 @@ def check_vocabulary(config: ModelConfig, vocabulary: Vocabulary, tokenizer: Pat
         )
 
 
+def check_tokenizer(
+    language: Path, config: DecoderConfig, vocabulary: Vocabulary, grown: Path, tokenizer: Path
+) -> None:
+    """Compare an extended tokenizer with the language model's folder.
+
+    grown  folder of the extended tokenizer; ``tokenizer`` is the one it was made of, for the error
+
+    Raises ConfigError where it lacks tokens of the family's chat format, or where it has more tokens, but for those
+    that AKI adds, than the folder's tables have rows.
+    """
+    chat, rows = FAMILIES[config.family].chat, stored_vocab_size(language, config)
+    added = json.loads((grown / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    special = {token["content"] for token in added}
+    if missing := [token for token in chat.special_tokens if token not in special]:
+        raise ConfigError(
+            f"The tokenizer {tokenizer} lacks the special tokens {', '.join(missing)} of the family {config.family}; "
+            "give the tokenizer of this language model (--tokenizer)."
+        )
+    # a <pad> that AKI adds is the last token before <image>
+    published = vocabulary.vocab_size - (vocabulary.pad_id == vocabulary.vocab_size - 1)
+    if published > rows:
+        raise ConfigError(
+            f"The tokenizer {tokenizer} has {published} tokens, {language} has {rows} rows (vocab_size of its "
+            "config.json): the other tokens would be random. Give the tokenizer of this language model (--tokenizer)."
+        )
+
+
 def match_folder(folder: PretrainedFolder, config: ModelConfig, allowed: AllowedMismatches) -> TensorMatch:
     """Match a Hugging Face folder with the model; record tensors that were extended, and those not used."""
     shapes = model_shapes(config)
     match = match_tensors(folder.tensors.specs, folder.table, shapes, source=str(folder.path), allowed=allowed)
     records = [
-        replace(record, kind="extended") if set(record.source_names) & set(folder.extended) else record
+        replace(record, kind="extended", note=folder.growth_note)
+        if set(record.source_names) & set(folder.extended)
+        else record
         for record in match.records
     ]
     records += [TensorRecord("skipped", (name,), (), ()) for name in folder.skipped]

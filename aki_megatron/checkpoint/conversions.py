@@ -15,9 +15,9 @@ from aki_megatron.checkpoint.conversion_report import (
     skipped_records,
 )
 from aki_megatron.checkpoint.conversion_steps import (
-    TOKENIZER,
     ConversionSettings,
     ConvertedModel,
+    check_tokenizer,
     check_vocabulary,
     compare_logits,
     complete_weights,
@@ -35,11 +35,12 @@ from aki_megatron.checkpoint.hf_config import (
     vision_config,
     vision_config_json,
 )
-from aki_megatron.checkpoint.hf_export import export, export_names, exported_source
+from aki_megatron.checkpoint.hf_export import export, export_names, exported_source, exported_system_message
 from aki_megatron.checkpoint.hf_folders import language_source, vision_source
 from aki_megatron.checkpoint.hf_reference import Reference
 from aki_megatron.checkpoint.official import has_vision_encoder, match_official, official_names, open_official
 from aki_megatron.checkpoint.readers import open_safetensors
+from aki_megatron.checkpoint.run_text import run_system_message, run_tokenizer
 from aki_megatron.checkpoint.shapes import model_shapes
 from aki_megatron.checkpoint.tensors import (
     NameTable,
@@ -54,7 +55,6 @@ from aki_megatron.checkpoint.tensors import (
 from aki_megatron.checkpoint.writers import SHARD_BYTES, write_safetensors, write_torch_file
 from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.config.model import ModelConfig
-from aki_megatron.config.yaml_file import read_yaml
 from aki_megatron.data.tokenizer import Vocabulary, grow_tokenizer
 from aki_megatron.errors import CheckpointError
 
@@ -79,9 +79,11 @@ def from_hf(
     """
     sources = {"language": str(language), "vision": str(vision), "tokenizer": str(tokenizer)}
     report = ConversionReport("from-hf", sources)
+    decoder_config(language, vocab_size=1, num_added_tokens=0)  # its faults first: the tokenizer's class reads it too
     with TemporaryDirectory() as tokenizer_dir:
         vocabulary = grow_tokenizer(tokenizer, Path(tokenizer_dir))
         model = model or _model_of_folders(language, vision, vocabulary)
+        check_tokenizer(language, model.config.decoder, vocabulary, Path(tokenizer_dir), tokenizer)
         check_vocabulary(model.config, vocabulary, tokenizer)
         folders = [vision_source(vision, model.config.vision), language_source(language, model.config.decoder)]
         matches = [match_folder(pretrained, model.config, settings.allowed) for pretrained in folders]
@@ -121,7 +123,7 @@ def from_export(exported: Path, folder: Path, settings: ConversionSettings) -> C
         for path in tokenizer_files:
             shutil.copy(path, tokenizer_dir)
         tokenizer = Path(tokenizer_dir) if tokenizer_files else None
-        checkpoint = write_weights(folder, weights, model, settings, tokenizer)
+        checkpoint = write_weights(folder, weights, model, settings, tokenizer, exported_system_message(exported))
     compare_logits(report, checkpoint, _exported_reference(exported, opened.match.table), settings)
     return report
 
@@ -139,12 +141,21 @@ def to_hf(
     tokenizer  None takes the one that the checkpoint holds, or the one its run was trained with
     """
     source, model = open_checkpoint(checkpoint)
-    tokenizer = tokenizer or _tokenizer_of(source.path)
+    tokenizer = tokenizer or run_tokenizer(source.path)
     table = export_names(model.config)
     sources = {"checkpoint": str(source.path), "tokenizer": str(tokenizer)}
     report = ConversionReport("to-hf", sources, external_records(source, table))
     with_progress = ProgressSource(source, settings.start_progress("writing the folder", total_bytes(source)))
-    export(with_progress, model.config, model.attention, tokenizer, folder, settings.dtype, shard_bytes=shard_bytes)
+    export(
+        with_progress,
+        model.config,
+        model.attention,
+        tokenizer,
+        folder,
+        settings.dtype,
+        shard_bytes=shard_bytes,
+        system_message=run_system_message(source.path),
+    )
     compare_logits(report, source.path, _exported_reference(folder, table), settings)
     return report
 
@@ -231,14 +242,6 @@ def reshard(checkpoint: Path, folder: Path, settings: ConversionSettings, *, wei
 def _model_of_folders(language: Path, vision: Path, vocabulary: Vocabulary) -> ConvertedModel:
     decoder = decoder_config(language, vocab_size=vocabulary.vocab_size, num_added_tokens=vocabulary.num_added_tokens)
     return ConvertedModel(ModelConfig(vision=vision_config(vision), decoder=decoder), AttentionConfig(rule="mma"))
-
-
-def _tokenizer_of(checkpoint: Path) -> Path | None:
-    """The tokenizer that a checkpoint holds, or the one that its run reads."""
-    if (checkpoint / TOKENIZER).is_dir():
-        return checkpoint / TOKENIZER
-    path = read_yaml(checkpoint / files.CONFIG).values.get("data", {}).get("tokenizer")
-    return Path(path) if path and Path(path).is_dir() else None
 
 
 def _stock_reference(source: TensorSource, table: NameTable, config: ModelConfig) -> Reference:

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from aki_megatron.checkpoint import files
-from aki_megatron.checkpoint.tensors import LazyTensors, TensorSource, TensorSpec, to_native
+from aki_megatron.checkpoint.tensors import LazyTensors, TensorSource, TensorSpec, require_finite, to_native
 from aki_megatron.errors import CheckpointError
 
 WEIGHT = "weight."
@@ -100,7 +100,7 @@ class CheckpointSource:
                 f"{self.path} was removed while it was read. A run that still trains keeps its newest checkpoints only "
                 "(checkpoint.keep_last): wait for its end, or name one that it keeps (checkpoint.keep_every)."
             ) from error
-        return state[self._prefix + name]
+        return require_finite(state[self._prefix + name], name, self.path)
 
     def other_files(self) -> dict[str, Path]:
         """The checkpoint's files by name, but for the tensors, their index, the configuration and the manifest."""
@@ -147,7 +147,7 @@ def write_checkpoint(
         if files.EXTRA not in attached:
             files.write_json(staging / files.EXTRA, {"extra": {"step": step}, "rng_states": []})
         for name, content in attached.items():
-            _attach(staging / name, content)
+            attach_file(staging / name, content)
         return files.finalize(staging, step, writer.written)
     except (OSError, CheckpointError, dcp.api.CheckpointException) as error:
         raise write_error(staging, error) from None
@@ -314,11 +314,11 @@ def _compact(tensor: Any) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-def _attach(path: Path, content: bytes | Path) -> None:
+def attach_file(path: Path, content: bytes | Path) -> None:
     """Write bytes to ``path``, or copy a file or a folder there, and force it to disk."""
     if isinstance(content, Path) and content.is_dir():
         for file in sorted(content.iterdir()):
-            _attach(path / file.name, file)
+            attach_file(path / file.name, file)
         files.sync_dir(path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)

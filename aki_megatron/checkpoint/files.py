@@ -24,6 +24,9 @@ CHECKPOINTS = "checkpoints"
 MANIFEST, LATEST, PREFIX = "manifest.json", "latest", "step_"
 """A folder without a manifest is not a checkpoint; ``latest`` holds the name of the newest one."""
 
+TOKENIZER = "tokenizer"
+"""Folder inside a checkpoint that holds the tokenizer of its run, or of the conversion that wrote it."""
+
 INDEX, EXTRA, CONFIG = ".metadata", "extra.json", "config.yaml"
 """torch's index of the tensors; training state other than tensors; the configuration of the run or of the model."""
 

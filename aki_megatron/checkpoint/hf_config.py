@@ -86,7 +86,8 @@ def decoder_config(folder: Path, *, vocab_size: int, num_added_tokens: int, lm_h
         _refuse(folder, [f"model_type={model_type}; supported language models are {', '.join(FAMILIES)}"])
     family = FAMILIES[model_type].config
     hf = {"tie_word_embeddings": False, "rope_theta": 10000.0, **family.defaults, **config_json}
-    if problems := [*_unsupported_layers(hf, family), *_unsupported_rope(hf, family)]:
+    problems = list(_no_sizes(hf, family))
+    if problems := problems or [*_unsupported_layers(hf, family), *_unsupported_rope(hf, family)]:
         _refuse(folder, problems)
     values = {name: hf[key] for name, key in family.field_keys.items()}
     values["num_kv_heads"] = values["num_kv_heads"] or values["num_heads"]
@@ -190,6 +191,17 @@ def check_vision_config(folder: Path, config: VisionConfig) -> None:
     _raise_if(_differences("model.vision", config, vision_config(folder), keys), folder)
 
 
+def _no_sizes(hf: Mapping[str, Any], family: HFConfigKeys) -> Iterator[str]:
+    """Sizes that are no whole number above 0; num_key_value_heads may be null, which means as many as heads."""
+    for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "padded_vocab_size"):
+        key = family.field_keys[name]
+        value = hf[key]
+        if name == "num_kv_heads" and value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            yield f"{key}={_null(value)}; it must be a whole number above 0"
+
+
 def _unsupported_layers(hf: Mapping[str, Any], family: HFConfigKeys) -> Iterator[str]:
     """Everything but the rotary embedding that the layers here cannot compute."""
     yield from _other_values(hf, {"hidden_act": "silu", **family.required})
@@ -220,7 +232,9 @@ def _uses_sliding_window(hf: Mapping[str, Any], family: HFConfigKeys) -> bool:
 
 def _rope_settings(hf: Mapping[str, Any], family: HFConfigKeys) -> tuple[str, dict[str, Any]]:
     """rope_type and its settings: transformers 4 writes rope_theta and rope_scaling, transformers 5 rope_parameters."""
-    settings = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    found = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    # null means absent, as in transformers; but for rope_theta, which has no other value then
+    settings = {key: value for key, value in found.items() if value is not None or key == "rope_theta"}
     rope_type = settings.pop("type", "default")
     rope_type = settings.pop("rope_type", rope_type)
     return family.rope_type_aliases.get(rope_type, rope_type), settings
@@ -235,8 +249,26 @@ def _unsupported_rope(hf: Mapping[str, Any], family: HFConfigKeys) -> Iterator[s
         yield "partial_rotary_factor; only rotary embeddings over the whole head dimension are supported"
     keys = _ROPE_KEYS[rope_type].values()
     known = {*keys, "original_max_position_embeddings", "partial_rotary_factor"}
+    found = {**hf, **settings}
+    if rope_type == "longrope" and "factor" in settings:
+        # transformers computes it from the two lengths and ignores what is written
+        known.add("factor")
+        longest, original = found.get("max_position_embeddings"), found.get("original_max_position_embeddings")
+        if not original or not longest or settings["factor"] != longest / original:
+            yield f"factor={settings['factor']}; only {longest} / {original}, the ratio of the lengths, is supported"
+    yield from (f"{key}={_null(found[key])}; it must be a number above 0" for key in keys if _is_no_number(key, found))
     yield from (f"unknown {key}={settings[key]} for rope_type={rope_type}" for key in settings if key not in known)
     yield from (f"no {key}, which rope_type={rope_type} needs" for key in keys if key not in {**hf, **settings})
+
+
+def _is_no_number(key: str, found: Mapping[str, Any]) -> bool:
+    """Whether a key of the rotary embedding is there with a value that is no number above 0; lists of factors pass."""
+    value = found.get(key, 1)
+    return not isinstance(value, list) and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0)
+
+
+def _null(value: Any) -> str:
+    return "null" if value is None else str(value)
 
 
 def _rope_config(hf: Mapping[str, Any], family: HFConfigKeys) -> RopeConfig:

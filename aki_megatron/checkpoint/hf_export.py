@@ -8,7 +8,9 @@ The folder's tensors are those of the stock folders with longer names, so a stoc
     model.added_embedding.weight, lm_head.bias, lm_head_added.*      what AKI adds to a language model
 """
 
+import json
 import shutil
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +39,7 @@ from aki_megatron.errors import CheckpointError, ConfigError
 from aki_megatron.families.base import IMAGE_TOKEN
 from aki_megatron.families.registry import FAMILIES
 
-MODELLING, PROCESSING = "modeling_aki.py", "processing_aki.py"
+CONFIGURATION, MODELLING, PROCESSING = "configuration_aki.py", "modeling_aki.py", "processing_aki.py"
 """Files beside this one that are copied into the folder."""
 
 ADDED_NAMES = {
@@ -93,6 +95,7 @@ def export(
     out: Path,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
+    system_message: str = SYSTEM_MESSAGE,
 ) -> None:
     """Write the folder: weights, config.json, the modelling file, and with a tokenizer also it and the processor.
 
@@ -102,6 +105,7 @@ def export(
     out          folder to write into; a staging folder, which nobody reads yet
     dtype        precision of the weights; None keeps each tensor's own
     shard_bytes  largest file of weights
+    system_message  of the chat template; the one that the model was trained with
 
     One tensor is in memory at a time.
 
@@ -115,13 +119,14 @@ def export(
     out.mkdir(parents=True, exist_ok=True)
     config_json = export_config_json(config, attention)
     if tokenizer is not None:
-        config_json["image_token_id"] = write_processor(tokenizer, config, out)
+        config_json["image_token_id"] = write_processor(tokenizer, config, out, system_message)
     external = to_external(source, export_names(config), config.decoder)
     if dtype is not None:
         external = cast(external, dtype)
     dtypes = {spec.dtype for spec in external.specs.values()}
     saved_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     files.write_json(out / "config.json", config_json | {"dtype": str(saved_dtype).removeprefix("torch.")})
+    _copy(CONFIGURATION, out)
     _copy(MODELLING, out)
     write_shards(out, external, shard_bytes=shard_bytes)
 
@@ -132,9 +137,11 @@ def export_config_json(config: ModelConfig, attention: AttentionConfig) -> dict[
     model = f"{module}.AkiForConditionalGeneration"
     return {
         "model_type": "aki",
+        "transformers_version": transformers_version(),
         "architectures": ["AkiForConditionalGeneration"],
         "auto_map": {
-            "AutoConfig": f"{module}.AkiConfig",
+            "AutoConfig": f"{CONFIGURATION.removesuffix('.py')}.AkiConfig",
+            "AutoModel": f"{module}.AkiModel",
             "AutoModelForCausalLM": model,
             "AutoModelForImageTextToText": model,
         },
@@ -148,7 +155,7 @@ def export_config_json(config: ModelConfig, attention: AttentionConfig) -> dict[
     }
 
 
-def write_processor(tokenizer: Path, config: ModelConfig, out: Path) -> int:
+def write_processor(tokenizer: Path, config: ModelConfig, out: Path, system_message: str = SYSTEM_MESSAGE) -> int:
     """Write the tokenizer with AKI's tokens, the processor, and the generation settings; return the id of <image>.
 
     Raises CheckpointError where the tokenizer has other tokens than the model; DataError where it cannot be read.
@@ -161,7 +168,7 @@ def write_processor(tokenizer: Path, config: ModelConfig, out: Path) -> int:
             f"The tokenizer {tokenizer} has {vocabulary.vocab_size} + {vocabulary.num_added_tokens} tokens, the model "
             f"{decoder.vocab_size} + {decoder.num_added_tokens}; give the tokenizer that the model was trained with."
         )
-    (out / "chat_template.jinja").write_text(chat.chat_template(SYSTEM_MESSAGE), encoding="utf-8")
+    (out / "chat_template.jinja").write_text(chat.chat_template(system_message), encoding="utf-8")
     backend = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))
     end_of_text = backend.id_to_token(vocabulary.eos_id)
     assert end_of_text is not None
@@ -172,6 +179,7 @@ def write_processor(tokenizer: Path, config: ModelConfig, out: Path) -> int:
         "image_size": config.vision.image_size,
         "num_image_tokens": config.resampler.num_latents,
         "image_token": IMAGE_TOKEN,
+        "system_message": system_message,
         "response_start": chat.response_start,
         "response_ends": list(dict.fromkeys((chat.turn_end, chat.sample_end, end_of_text))),
     }
@@ -181,10 +189,27 @@ def write_processor(tokenizer: Path, config: ModelConfig, out: Path) -> int:
         "eos_token_id": [token_id for token_id in stop_ids if token_id is not None],
         "pad_token_id": vocabulary.pad_id,
         "do_sample": False,
+        "transformers_version": transformers_version(),
     }
     files.write_json(out / "generation_config.json", generation)
     _copy(PROCESSING, out)
     return vocabulary.image_id
+
+
+def exported_system_message(folder: Path) -> str:
+    """Return the system message of a folder's chat template; AKI's where the folder has no processor."""
+    path = folder / "processor_config.json"
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8")).get("system_message", SYSTEM_MESSAGE))
+    except FileNotFoundError:
+        return SYSTEM_MESSAGE
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a JSON object ({error}); export again.") from None
+
+
+def transformers_version() -> str:
+    """Return the installed release, which exported folders name as the one that wrote them."""
+    return metadata.version("transformers")
 
 
 def _copy(name: str, out: Path) -> None:

@@ -13,7 +13,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from aki_megatron.checkpoint.hf_config import check_decoder_config, check_vision_config, vision_config_json
+from aki_megatron.checkpoint.hf_config import (
+    check_decoder_config,
+    check_vision_config,
+    read_config_json,
+    vision_config_json,
+)
 from aki_megatron.checkpoint.readers import open_safetensors
 from aki_megatron.checkpoint.shapes import check_shapes
 from aki_megatron.checkpoint.tensors import LazyTensors, NameTable, TensorSource, TensorSpec, to_external
@@ -39,6 +44,8 @@ class PretrainedFolder:
     """Tensors of the folder that the model does not use."""
     extended: tuple[str, ...] = ()
     """Tensors that have fewer than padded_vocab_size rows in the folder; the rows after those are random."""
+    growth_note: str = ""
+    """From how many rows to how many they are extended."""
 
 
 def language_source(folder: Path, config: DecoderConfig) -> PretrainedFolder:
@@ -63,6 +70,7 @@ def language_source(folder: Path, config: DecoderConfig) -> PretrainedFolder:
             )
         skipped = (lm_head,)
     specs = {name: spec for name, spec in stored.specs.items() if name not in skipped}
+    _check_rows(folder, config, {name: specs[name] for name in (embedding, lm_head) if name in specs})
     rows = config.padded_vocab_size
     extended = {
         name: TensorSpec((rows, *specs[name].shape[1:]), specs[name].dtype)
@@ -73,8 +81,26 @@ def language_source(folder: Path, config: DecoderConfig) -> PretrainedFolder:
     def getter(name: str) -> Callable[[], Tensor]:
         return lambda: _extend_rows(stored.get(name), name, rows) if name in extended else stored.get(name)
 
+    growth = f"from {stored_vocab_size(folder, config)} to {rows} rows"
     tensors = LazyTensors({**specs, **extended}, {name: getter(name) for name in specs})
-    return PretrainedFolder(folder, tensors, language_names(config), skipped, tuple(extended))
+    return PretrainedFolder(folder, tensors, language_names(config), skipped, tuple(extended), growth)
+
+
+def stored_vocab_size(folder: Path, config: DecoderConfig) -> int:
+    """Return the rows that config.json gives to the token embedding and the LM head."""
+    config_json, family = read_config_json(folder), FAMILIES[config.family].config
+    key = family.field_keys["padded_vocab_size"]
+    return int({**family.defaults, **config_json.get("text_config", config_json)}[key])
+
+
+def _check_rows(folder: Path, config: DecoderConfig, tables: Mapping[str, TensorSpec]) -> None:
+    """Raise CheckpointError where a table has other rows than config.json says: part of it would be random."""
+    rows = stored_vocab_size(folder, config)
+    if found := [f"{name} has {spec.shape[0]}" for name, spec in tables.items() if spec.shape[:1] != (rows,)]:
+        raise CheckpointError(
+            f"{folder}: config.json says vocab_size={rows} rows, but {' and '.join(found)}: one of several "
+            "tensor-parallel slices, or another model's config.json. Give the whole tables."
+        )
 
 
 def vision_source(folder: Path, config: VisionConfig) -> PretrainedFolder:

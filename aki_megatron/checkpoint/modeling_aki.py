@@ -1,4 +1,4 @@
-"""AKI for plain transformers (5.x): this file is copied into an exported folder and needs only it and torch.
+"""AKI for plain transformers (>= 5.0, < 6): copied into an exported folder with configuration_aki.py.
 
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
@@ -13,17 +13,19 @@ attention rule ``mma`` (modality-mutual attention) image positions also attend t
 B sequences, T positions, N images, P patches, Q latents per image, W vision and D decoder hidden size, V vocabulary.
 """
 
-import copy
+import inspect
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import AutoModel, PreTrainedModel, SiglipVisionModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
+
+from .configuration_aki import AkiConfig
 
 PAD, TEXT, RESPONSE, IMAGE = 0, 1, 2, 3
 """Values of ``modality_ids``: padding, prompt text, response, image."""
@@ -31,10 +33,12 @@ PAD, TEXT, RESPONSE, IMAGE = 0, 1, 2, 3
 BACKENDS = ("sdpa", "eager")
 """Attention implementations that take a 4-D additive mask."""
 
+OLD_CACHE = "past_key_values"
+
 PADDING_MISMATCH = "attention_mask and modality_ids disagree about padding; pass both as the processor returned them."
 
-RULES = ("causal", "mma")
-"""Attention rules that this file implements."""
+CACHE = "cache" if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters else OLD_CACHE
+"""What this release of transformers calls the key-value cache; ``cache`` since 5.24."""
 
 
 def mutual_mask(modality_ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -52,61 +56,6 @@ def mutual_mask(modality_ids: Tensor, dtype: torch.dtype) -> Tensor:
     allowed = (causal | look_ahead) & (key != PAD) | itself
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return mask.masked_fill(~allowed, torch.finfo(dtype).min).unsqueeze(1)
-
-
-class AkiConfig(PreTrainedConfig):
-    """Configuration of SigLIP, the resampler and the language model, AKI's added tokens, and the attention rule.
-
-    num_image_tokens  latents of the resampler: positions of one image in the text
-    base_vocab_size   tokens of the language model's embedding and LM head; ``text_config.vocab_size`` includes padding
-    num_added_tokens  tokens after those, with an embedding and LM head of their own; the first is <image>
-    lm_head_bias      whether the LM head has a bias
-    attention_rule    one of RULES
-    """
-
-    model_type = "aki"
-    sub_configs = {"vision_config": SiglipVisionConfig, "text_config": AutoConfig}
-
-    def __init__(
-        self,
-        vision_config: Any = None,
-        text_config: Any = None,
-        num_image_tokens: int = 144,
-        resampler_num_layers: int = 6,
-        resampler_num_heads: int = 8,
-        resampler_head_dim: int = 64,
-        resampler_mlp_ratio: int = 4,
-        resampler_norm_eps: float = 1e-5,
-        image_token_id: int = 32012,
-        base_vocab_size: int = 32012,
-        num_added_tokens: int = 2,
-        lm_head_bias: bool = True,
-        attention_rule: str = "mma",
-        tie_word_embeddings: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        if attention_rule not in RULES:
-            raise ValueError(f"attention_rule={attention_rule!r} is unknown; choose one of {list(RULES)}.")
-        if vision_config is None or isinstance(vision_config, dict):
-            vision_config = SiglipVisionConfig(**(vision_config or {}))
-        if text_config is None or isinstance(text_config, dict):
-            text_config = AutoConfig.for_model(**({"model_type": "phi3"} | (text_config or {})))
-        self.vision_config, self.text_config = vision_config, text_config
-        self.num_image_tokens = num_image_tokens
-        self.resampler_num_layers, self.resampler_num_heads = resampler_num_layers, resampler_num_heads
-        self.resampler_head_dim = resampler_head_dim
-        self.resampler_mlp_ratio, self.resampler_norm_eps = resampler_mlp_ratio, resampler_norm_eps
-        self.image_token_id = image_token_id
-        self.base_vocab_size, self.num_added_tokens = base_vocab_size, num_added_tokens
-        self.lm_head_bias, self.attention_rule = lm_head_bias, attention_rule
-        super().__init__(**kwargs)
-        self.tie_word_embeddings = tie_word_embeddings
-
-    def get_text_config(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the language model's configuration with the vocab_size of the logits, which generation reads."""
-        text = copy.copy(self.text_config)
-        text.vocab_size = self.base_vocab_size + self.num_added_tokens
-        return text
 
 
 class AkiResamplerAttention(nn.Module):
@@ -167,6 +116,19 @@ class AkiResampler(nn.Module):
         return self.projection(self.norm(latents))
 
 
+class AkiRotaryPerRow(nn.Module):
+    """longrope with the factors of each sequence's length, as in training; transformers takes those of the longest."""
+
+    def __init__(self, rotary: nn.Module) -> None:
+        super().__init__()
+        self.rotary = rotary
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+        """Position ids [B, T] -> cos and sin [B, T, d]"""
+        rows = [self.rotary(x, row) for row in position_ids.split(1)]
+        return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
+
+
 class AkiPreTrainedModel(PreTrainedModel):
     """Base class of both models."""
 
@@ -197,6 +159,8 @@ class AkiModel(AkiPreTrainedModel):
         self.vision_tower = getattr(tower, "vision_model", tower)
         self.resampler = AkiResampler(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        if config.text_config.rope_parameters["rope_type"] == "longrope":
+            self.language_model.rotary_emb = AkiRotaryPerRow(self.language_model.rotary_emb)
         added, dim = config.num_added_tokens, config.text_config.hidden_size
         self.added_embedding = nn.Embedding(added, dim) if added else None
         self.post_init()
@@ -214,6 +178,14 @@ class AkiModel(AkiPreTrainedModel):
         is_added, added = added_ids >= 0, self.added_embedding(added_ids.clamp(min=0))
         return torch.where(is_added.unsqueeze(-1), added, embedding(input_ids.masked_fill(is_added, 0)))
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the language model's token embedding, without the added tokens."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace it."""
+        self.language_model.set_input_embeddings(value)
+
     @can_return_tuple
     def forward(
         self,
@@ -223,19 +195,22 @@ class AkiModel(AkiPreTrainedModel):
         pixel_values: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Return hidden states [B, T, D] of whole sequences, or of tokens that continue ``past_key_values``.
+        """Return hidden states [B, T, D] of whole sequences, or of tokens that continue a cache.
 
         input_ids       [B, T]; image positions hold the image token
         attention_mask  [B, tokens in the cache + T], 0 on padding; None: from modality_ids, or no padding
         modality_ids    [B, T]; required with images, and allowed for whole sequences only
         pixel_values    [N, 3, H, W], images in the row-major order of their positions
         position_ids    [B, T]; None: every sequence counts its own tokens from 0
+        cache           key-value cache; ``past_key_values`` is its name before transformers 5.24
         """
         _check_backend(self.config)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if past_key_values is not None and past_key_values.is_compileable:
+        cache = _only_cache(past_key_values, cache, kwargs)
+        past = 0 if cache is None else cache.get_seq_length()
+        if cache is not None and cache.is_compileable:
             raise ValueError("A static cache has its own attention mask; use the default, dynamic cache.")
         attention_mask = self._padding_mask(input_ids, attention_mask, modality_ids, past)
         hidden = self._embed_with_images(input_ids, modality_ids, pixel_values)
@@ -247,8 +222,7 @@ class AkiModel(AkiPreTrainedModel):
             inputs_embeds=hidden,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
-            **kwargs,
+            **kwargs | {CACHE: cache},
         )
 
     def _padding_mask(
@@ -309,6 +283,14 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, GenerationMixin):
             self._tied_weights_keys["lm_head_added.weight"] = "model.added_embedding.weight"
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the language model's token embedding, without the added tokens."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace it."""
+        self.model.set_input_embeddings(value)
+
     @can_return_tuple
     def forward(
         self,
@@ -318,6 +300,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, GenerationMixin):
         pixel_values: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -328,7 +311,7 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, GenerationMixin):
         Labels [B, T] are not shifted, as everywhere in transformers; -100 where a token is not supervised. The other
         arguments are those of AkiModel.
         """
-        inputs = (attention_mask, modality_ids, pixel_values, position_ids, past_key_values)
+        inputs = (attention_mask, modality_ids, pixel_values, position_ids, past_key_values, cache)
         outputs = self.model(input_ids, *inputs, use_cache=use_cache, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = outputs.last_hidden_state[:, kept]
@@ -338,9 +321,9 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=None if labels is None else self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs),
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: outputs.get(CACHE)},
         )
 
     def prepare_inputs_for_generation(  # type: ignore[override]
@@ -350,18 +333,19 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         modality_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Return the inputs of one forward pass: images and modality ids with whole sequences only."""
-        if past_key_values is not None and self._outgrows_short_factors(input_ids, attention_mask, past_key_values):
-            past_key_values = None  # recompute the whole batch, as transformers does for longrope
+        cache = _only_cache(past_key_values, cache, kwargs)
+        if cache is not None and self._outgrows_short_factors(input_ids, attention_mask, cache):
+            cache = None  # recompute the whole batch, as transformers does for longrope
             whole = {"next_sequence_length": None, "cache_position": torch.ones_like(input_ids[0]).cumsum(0) - 1}
             kwargs |= {key: value for key, value in whole.items() if key in kwargs}
         parent: Any = super()
-        inputs = parent.prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
-        )
-        if past_key_values is None or past_key_values.get_seq_length() == 0:
+        kwargs |= {CACHE: cache}
+        inputs = parent.prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+        if cache is None or cache.get_seq_length() == 0:
             if modality_ids is not None:
                 if attention_mask is None and bool((modality_ids == PAD).any()):
                     raise ValueError(PADDING_MISMATCH)  # None means that there is no padding
@@ -372,12 +356,13 @@ class AkiForConditionalGeneration(AkiPreTrainedModel, GenerationMixin):
         return inputs
 
     def _outgrows_short_factors(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache) -> bool:
-        """Whether the longest sequence just outgrew longrope's short factors, which rotated the cached keys."""
+        """Whether a sequence just outgrew longrope's short factors, which rotated the cached keys."""
         rope, past = self.config.text_config.rope_parameters, cache.get_seq_length()
         if rope["rope_type"] != "longrope" or not past:
             return False
-        longest = input_ids.shape[1] if attention_mask is None else int(attention_mask.sum(-1).max())
-        return longest - (input_ids.shape[1] - past) <= rope["original_max_position_embeddings"] < longest
+        rows = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        lengths, limit = rows.sum(-1), rope["original_max_position_embeddings"]
+        return bool(((lengths > limit) & (lengths - (input_ids.shape[1] - past) <= limit)).any())
 
     def _expand_inputs_for_generation(  # type: ignore[override]
         self, expand_size: int = 1, input_ids: Tensor | None = None, **kwargs: Any
@@ -397,3 +382,19 @@ def _check_backend(config: AkiConfig) -> None:
     chosen = config.text_config._attn_implementation
     if chosen not in (None, *BACKENDS):
         raise ValueError(f"attn_implementation={chosen!r} would drop the mask; choose one of {list(BACKENDS)}.")
+
+
+def _only_cache(past_key_values: Cache | None, cache: Cache | None, others: dict[str, Any]) -> Cache | None:
+    """Return the key-value cache under either name; an argument that may be a cache of another name is an error."""
+    known = ("use_cache", "cache_position")
+    unknown = [
+        name
+        for name, value in others.items()
+        if isinstance(value, Cache) or (value is not None and name not in known and ("cache" in name or "past" in name))
+    ]
+    if unknown or (past_key_values is not None and cache is not None and past_key_values is not cache):
+        raise ValueError(
+            f"Got the cache arguments {', '.join(unknown) or 'past_key_values and cache'}; give the key-value cache as "
+            "past_key_values or as cache, not as both. Ignored, it would give wrong tokens."
+        )
+    return past_key_values if cache is None else cache

@@ -30,6 +30,7 @@ class AkiProcessor(ProcessorMixin):
     image_token       token that stands for an image
     response_start    text after which a response begins
     response_ends     tokens that end a response and belong to it
+    system_message    what the chat template begins with where the messages have none of their own
     """
 
     tokenizer_class = "AutoTokenizer"
@@ -42,9 +43,11 @@ class AkiProcessor(ProcessorMixin):
         image_token: str = "<image>",
         response_start: str = "<|assistant|>\n",
         response_ends: Sequence[str] = ("<|end|>", "<|endoftext|>"),
+        system_message: str = "",
         chat_template: str | None = None,
         **kwargs: Any,
     ) -> None:
+        self.system_message = system_message
         self.image_size = image_size
         self.num_image_tokens = num_image_tokens
         self.image_token = image_token
@@ -68,6 +71,8 @@ class AkiProcessor(ProcessorMixin):
 
         Raises ValueError for arguments that it does not have, and where the texts need another number of images.
         """
+        if kwargs.get("truncation") is False:
+            kwargs.pop("truncation")  # what is done anyway
         unknown = sorted(key for key, value in kwargs.items() if value is not None and key not in _IGNORED)
         if unknown:
             raise ValueError(f"AkiProcessor has no {', '.join(unknown)}: texts are neither truncated nor completed.")
@@ -93,6 +98,11 @@ class AkiProcessor(ProcessorMixin):
         if flat_images:
             data["pixel_values"] = np.stack([self._pixels(image) for image in flat_images])
         return BatchFeature(data, tensor_type=return_tensors)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of what ``__call__`` returns."""
+        return ["input_ids", "attention_mask", "modality_ids", "pixel_values"]
 
     def _split(self, text: str) -> list[tuple[str, int]]:
         """The parts of a text and the modality of each."""

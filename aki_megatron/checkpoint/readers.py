@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from aki_megatron.checkpoint.tensors import Shape, TensorSpec
+from aki_megatron.checkpoint.tensors import Shape, TensorSpec, require_finite
 from aki_megatron.errors import CheckpointError
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -57,7 +57,7 @@ class FileTensors:
         return {name: location.spec for name, location in self.locations.items()}
 
     def get(self, name: str) -> Tensor:
-        return self.locations[name].read()
+        return require_finite(self.locations[name].read(), name, self.locations[name].file)
 
 
 def open_safetensors(path: Path) -> FileTensors:

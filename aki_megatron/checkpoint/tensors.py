@@ -8,12 +8,14 @@ A conversion never holds a whole model: a source lists its tensors and reads any
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from aki_megatron.config.model import DecoderConfig
+from aki_megatron.errors import CheckpointError
 from aki_megatron.model.sharding import shard_spec
 
 Shape = tuple[int, ...]
@@ -78,6 +80,16 @@ class ProgressSource:
         tensor = self.source.get(name)
         self.on_read(tensor.nbytes)
         return tensor
+
+
+def require_finite(tensor: Tensor, name: str, where: Path) -> Tensor:
+    """Return the tensor. Raises CheckpointError with the number of its values that are NaN or infinite, if any."""
+    if tensor.is_floating_point() and (bad := tensor.numel() - int(tensor.isfinite().sum())):
+        raise CheckpointError(
+            f"{where}: {name} holds {bad:,} NaN or infinite values of {tensor.numel():,}; fetch it again, or take an "
+            "earlier checkpoint."
+        )
+    return tensor
 
 
 def to_native(external: TensorSource, table: NameTable) -> LazyTensors:

@@ -21,7 +21,8 @@ _CHAT_TEMPLATE = (
     "{%- macro message(role, text) -%}{{- '$before_role' + role + '$after_role' + text + '$turn_end' -}}"
     "{%- endmacro -%}"
     "{{- '$conversation_start' -}}"
-    "{%- if messages[0]['role'] != 'system' -%}{{- message('system', '$system_message') -}}{%- endif -%}"
+    "{%- if messages[0]['role'] != 'system' and '$system_message' -%}"
+    "{{- message('system', '$system_message') -}}{%- endif -%}"
     "{%- for each in messages -%}{%- set parts = namespace(texts=[]) -%}"
     "{%- if each['content'] is string -%}{%- set parts.texts = [each['content']] -%}{%- else -%}"
     "{%- for part in each['content'] -%}"
@@ -158,7 +159,7 @@ class ChatFormat:
     def chat_template(self, system_message: str) -> str:
         """Return transformers' chat template (Jinja) that writes the same text.
 
-        system_message  starts a conversation that has no system message of its own
+        system_message  starts a conversation that has no system message of its own; empty: no system block
         """
         before_role, after_role = self.header_format.split("{role}")
         written = Template(_CHAT_TEMPLATE).substitute(
@@ -166,7 +167,7 @@ class ChatFormat:
             before_role=before_role,
             after_role=after_role,
             turn_end=self.turn_end + self.turn_separator,
-            system_message=system_message.replace("\\", "\\\\").replace("'", "\\'"),
+            system_message=system_message.replace("\\", "\\\\").replace("'", "\\'").replace("\r", "\\r"),
             image=IMAGE_TOKEN,
             response_start=self.response_start,
         )

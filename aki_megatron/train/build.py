@@ -8,6 +8,7 @@ from typing import Any
 
 from aki_megatron.checkpoint.checkpointer import Checkpointer
 from aki_megatron.checkpoint.initial_weights import weight_initializer
+from aki_megatron.checkpoint.run_text import read_tokenizer_files
 from aki_megatron.config.batch_sizes import micro_batch_size, num_microbatches
 from aki_megatron.config.deepspeed import offload_device, settings_for_engine
 from aki_megatron.config.run import RunConfig
@@ -167,6 +168,7 @@ def build_checkpointer(config: RunConfig, topology: Topology) -> Checkpointer:
         keep_last=c.keep_last,
         keep_every=c.keep_every,
         config_yaml=dump_run(config),
+        tokenizer_files=read_tokenizer_files(config.data.tokenizer) if topology.rank == 0 else None,
         async_save=c.async_save,
         group=topology.new_gloo_group(collective_timeout(config.watch)),
     )

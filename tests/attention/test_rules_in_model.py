@@ -12,8 +12,8 @@ from torch import Tensor
 
 from aki_megatron.attention import AttentionMask
 from aki_megatron.attention.reference_mask import reference_mask
+from aki_megatron.checkpoint.configuration_aki import RULES as EXPORTED_RULES
 from aki_megatron.checkpoint.hf_export import export
-from aki_megatron.checkpoint.modeling_aki import RULES as EXPORTED_RULES
 from aki_megatron.checkpoint.tensors import LazyTensors, TensorSpec
 from aki_megatron.config.attention import ATTENTION_RULES
 from aki_megatron.config.model import RopeConfig

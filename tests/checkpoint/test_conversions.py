@@ -94,6 +94,10 @@ def test_ids_come_from_the_tokenizer_and_random_weights_are_those_of_a_run(
     tokens = json.loads((tmp_path / "start/step_000000/tokenizer/tokenizer.json").read_text())["added_tokens"]
     assert {token["content"]: token["id"] for token in tokens} == {
         "w0": 0,
+        **{
+            name: number
+            for number, name in enumerate(("<s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), 49)
+        },
         "<|endoftext|>": 54,
         "<pad>": 55,
         "<image>": 56,

@@ -80,13 +80,13 @@ def test_dtype_is_what_was_asked_for(dtype: torch.dtype, model: Path, convert: R
     done(convert("from-official", RELEASE, "--model", model, "--dtype", name, "--out", tmp_path / "aki"))
     assert {spec.dtype for spec in CheckpointSource(tmp_path / "aki").specs.values()} == {dtype}
     expected = {name: tensor.to(dtype).float() for name, tensor in load_file(RELEASE).items()}
-    for command in ("to-official", "to-hf"):
-        arguments = (command, tmp_path / "aki", "--dtype", "fp32", "--skip-logits-check")
-        done(convert(*arguments, "--out", tmp_path / command))
-        written = load_file(tmp_path / command / "model.safetensors")
-        assert {tensor.dtype for tensor in written.values()} == {torch.float32}
-        if command == "to-official":
-            assert_equal(written, expected)
+    arguments = (tmp_path / "aki", "--dtype", "fp32", "--skip-logits-check", "--out", tmp_path / "out")
+    message = refused(convert("to-hf", *arguments), tmp_path / "out")
+    assert "No tokenizer for" in message and "--tokenizer FOLDER" in message
+    done(convert("to-official", *arguments))
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {torch.float32}
+    assert_equal(written, expected)
 
 
 def test_a_checkpoint_in_other_files(convert: Run, tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from aki_megatron.families.registry import FAMILIES
+
 SIZES = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -87,12 +89,19 @@ def language_folder(folder: Path, backbone: str, *, dtype: torch.dtype = torch.f
     torch.manual_seed(0)
     model = roughened(make_model(make_config(**SIZES | values, pad_token_id=None, bos_token_id=0, eos_token_id=WORDS)))
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
-    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(WORDS)}, unk_token="w0"))
+    markers = chat_markers(model.config.model_type, special)
+    names = [f"w{number}" for number in range(WORDS - len(markers))] + markers
+    words = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.add_special_tokens([AddedToken(name, special=True) for name in special])
+    words.add_special_tokens([AddedToken(name, special=True) for name in (*special, *markers)])
     named = dict(zip(("eos_token", "pad_token"), special, strict=False))
     PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w0", **named).save_pretrained(folder)
     return folder
+
+
+def chat_markers(family: str, others: tuple[str, ...]) -> list[str]:
+    """Special tokens of the family's chat format but for ``others``; they are the last words of a tokenizer."""
+    return [name for name in FAMILIES[family].chat.special_tokens if name not in others]
 
 
 def vision_folder(folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:

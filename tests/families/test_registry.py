@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "aki_megatron"
 
 MAY_NAME_A_FAMILY = {
     "checkpoint/official.py",  # the official release is a Phi-3
-    "checkpoint/modeling_aki.py",  # transformers builds AkiConfig() without arguments
+    "checkpoint/configuration_aki.py",  # transformers builds AkiConfig() without arguments
 }
 
 

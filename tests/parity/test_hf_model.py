@@ -154,6 +154,21 @@ def test_longrope_prompts_and_responses_beyond_the_short_factors(text: int, phi:
     assert generated[:, text:].tolist() == expected
 
 
+def test_longrope_factors_are_those_of_each_sequence(phi: AkiForConditionalGeneration) -> None:
+    """One sequence is beyond the short factors, one outgrows them as it generates, one stays below."""
+    torch.manual_seed(5)
+    texts = [random_tokens((TEXT, 2), IMAGE, (TEXT, text - 5)) for text in (40, 28, 8)]
+    pixels = torch.randn(3, 3, 12, 12)
+    expected = generate(random_stage(config("phi3")), batch(texts, pixels), stop_ids=(), max_new_tokens=10)
+    model_inputs = inputs(texts, pixels)
+    generated = phi.generate(**model_inputs, do_sample=False, max_new_tokens=10, pad_token_id=39)
+    assert generated[:, 40:].tolist() == expected
+    with torch.no_grad():
+        together = phi(**model_inputs).logits[2, -8:]
+        alone = phi(**inputs(texts[2:], pixels[2:])).logits[0]
+    assert difference(together, alone) <= TOLERANCE
+
+
 def test_a_second_turn_continues_from_the_cache(phi: AkiForConditionalGeneration) -> None:
     texts, pixels = prompts()
     first = inputs(texts[:1], pixels[0])

@@ -217,15 +217,32 @@ class StepLoader:
 
 
 def _next_result(workers: Iterator[LoadedMicrobatch | UserError]) -> LoadedMicrobatch | UserError:
-    """Return the next result. Raises DataError when a worker process has ended, or when its result cannot be read."""
+    """Return the next result. Raises DataError when a worker process has ended, or when its result cannot be read.
+
+    An error that was raised in a worker is raised here with its own message; that of torch, which holds the worker's
+    stack, is its cause, for the log.
+    """
     try:
         return next(workers)
-    except (EOFError, OSError, RuntimeError) as error:
-        if str(error).startswith("Caught "):  # torch repeats an error that was raised in a worker process
+    except Exception as error:
+        if (message := _message_in_worker(error)) is not None:
+            error.__traceback__ = None
+            raise type(error)(message) from error
+        if not isinstance(error, EOFError | OSError | RuntimeError):
             raise
         error.__traceback__ = None  # its frames would keep the worker processes alive
         what = "A worker process that decodes images ended without an error message (killed? out of memory?)"
         raise _worker_error(what, error) from None
+
+
+def _message_in_worker(error: Exception) -> str | None:
+    """Return the message of an error in a worker, which torch repeats below "Caught ..." and the stack; else None."""
+    text = str(error)
+    if not text.startswith("Caught ") or "Original Traceback" not in text:
+        return None
+    lines = text.rstrip().splitlines()
+    end_of_stack = max(number for number, line in enumerate(lines) if line.startswith(("  ", "Original Traceback")))
+    return "\n".join(lines[end_of_stack + 1 :]).removeprefix(f"{type(error).__name__}: ")
 
 
 def _checked(loaded: LoadedMicrobatch | UserError) -> LoadedMicrobatch:

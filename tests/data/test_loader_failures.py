@@ -39,7 +39,8 @@ def test_a_failed_worker_ends_the_process(fault: str, message: str, num_workers:
 def test_a_bug_in_a_worker_is_not_called_a_killed_worker() -> None:
     result = load("bug", "2")
     assert result.returncode == 1
-    assert "a bug at row 100" in result.stderr and "ended without an error message" not in result.stderr
+    assert result.stderr.endswith("\nRuntimeError: a bug at row 100\n") and "Original Traceback" in result.stderr
+    assert "ended without an error message" not in result.stderr
 
 
 def test_a_process_that_just_ends_takes_its_workers_with_it() -> None:

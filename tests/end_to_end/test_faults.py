@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fault_cases
+import faults
+import long_run
 import pytest
 from small_demo import ROOT
 
@@ -32,10 +35,6 @@ def test_a_disturbed_run_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_what_is_lost_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(TOOLS))
-    import fault_cases
-    import faults
-
     run = tmp_path / "run"
     for step in (1, 2):
         folder = run / f"checkpoints/step_{step:06d}"
@@ -64,18 +63,16 @@ def test_what_is_lost_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             (run / "checkpoints/step_000001/config.yaml").write_text("other\n")
             (run / "checkpoints/step_000002/manifest.json").unlink(missing_ok=True)
             (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 1}\n{"step": 2}\n')
+            (run / "attempts.jsonl").write_text('{"attempt": "1", "time": 1.0, "from_step": 0}\n')
 
     fault = fault_cases.Fault("none", lambda job, generator: None)
     monkeypatch.setattr(faults.time, "sleep", lambda seconds: None)
     result = faults.play(EndedJob, fault, run, 0.0, random.Random(0))
     assert (result.lost, result.half, result.repeats, result.hangs, result.trained_again) == (1, 2, 1, 1, 2)
-    assert result.end == "not begun" and "printed" in result.text
+    assert result.end == "killed" and "printed" in result.text
 
 
-def test_what_grows_in_a_long_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(TOOLS))
-    import long_run
-
+def test_what_grows_in_a_long_run_is_named(tmp_path: Path) -> None:
     result = run_tool("long_run.py", "--steps", "200", "--json", str(tmp_path / "report.json"))
     assert "memory" in result.stdout and ("flat" in result.stdout or "grew" in result.stdout), result.stderr
     flat = [long_run.Sample(step, 500.0, 40, 20, 4) for step in range(400)]

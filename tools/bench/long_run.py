@@ -135,6 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.steps < 200:
         parser.error(f"--steps {options.steps}: give 200 or more")
+    if options.folder and options.folder.exists():
+        parser.error(f"--folder {options.folder} exists already; give another one, or remove it")
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         if options.folder:

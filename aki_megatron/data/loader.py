@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -268,7 +270,7 @@ def init_worker(_worker: int) -> None:
     stops. So the worker obeys the SIGTERM of its rank only, which is how multiprocessing ends a worker at exit.
     """
     torch.set_num_threads(1)
-    threading.excepthook = _print_thread_error
+    sys.excepthook = partial(_print_error, sys.excepthook)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # blocked before any other thread starts, so that the signal waits for the thread that asks who sent it
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -276,10 +278,18 @@ def init_worker(_worker: int) -> None:
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_exit_on_lost_result)  # type: ignore[attr-defined]
 
 
-def _print_thread_error(error: threading.ExceptHookArgs) -> None:
-    """Print the error of a thread of this worker; not one that says that the rank has ended, which ends the worker."""
-    if not issubclass(error.exc_type, EOFError | ConnectionError):
-        threading.__excepthook__(error)
+def _print_error(
+    print_error: Callable[..., object],
+    kind: type[BaseException],
+    error: BaseException,
+    traceback: TracebackType | None,
+) -> None:
+    """Print an error of multiprocessing's threads in this worker, but not that the rank has ended: so does the worker.
+
+    A rank that lives on meets such an error on its side, and reports it.
+    """
+    if not issubclass(kind, EOFError | ConnectionError):
+        print_error(kind, error, traceback)
 
 
 def _exit_with_rank(rank_pid: int) -> None:

@@ -73,7 +73,7 @@ def test_what_is_lost_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_grows_in_a_long_run_is_named(tmp_path: Path) -> None:
-    result = run_tool("long_run.py", "--steps", "200", "--json", str(tmp_path / "report.json"))
+    result = run_tool("long_run.py", "--steps", "400", "--json", str(tmp_path / "report.json"))
     assert "memory" in result.stdout and ("flat" in result.stdout or "grew" in result.stdout), result.stderr
     flat = [long_run.Sample(step, 500.0, 40, 20, 4) for step in range(400)]
     leaking = [long_run.Sample(step, 500.0 + step, 40 + step // 10, 20, 4) for step in range(400)]

@@ -5,8 +5,8 @@ python tools/bench/long_run.py --steps 20000 --json long_run.json
 python tools/bench/long_run.py --folder /scratch/long -- --data.num_workers 4     # flags of the launcher after --
 
 The run has its defaults: wandb (offline) and TensorBoard on, loader workers, asynchronous checkpoints. Its process is
-looked at once a second. The first and the last quarter of the steps are compared; the first tenth is left out, because
-caches fill and the allocator settles there.
+looked at five times a second. The first and the last quarter of the steps are compared; the first tenth is left out,
+because caches fill and the allocator settles there.
 
 memory     resident memory of the process that trains, without its children, MiB
 files      open files; threads; children: the loader's workers and wandb's service
@@ -34,6 +34,7 @@ from aki_megatron.supervise.run_paths import RunPaths
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT_INTERVAL = 100
+SAMPLE_SECONDS = 0.2
 
 GROWTH: dict[str, Callable[[float], float]] = {
     "memory": lambda first: 1.05 * first,
@@ -68,7 +69,7 @@ def run_flags(folder: Path, steps: int) -> list[str]:
 
 
 def watch(process: subprocess.Popen[bytes], paths: RunPaths) -> list[Sample]:
-    """Look at a process once a second until it ends."""
+    """Look at a process again and again until it ends."""
     looked_at, samples = psutil.Process(process.pid), list[Sample]()
     while process.poll() is None:
         try:
@@ -84,7 +85,7 @@ def watch(process: subprocess.Popen[bytes], paths: RunPaths) -> list[Sample]:
                 )
         except psutil.Error:  # it has just ended
             break
-        time.sleep(1.0)
+        time.sleep(SAMPLE_SECONDS)
     process.wait()
     return samples
 

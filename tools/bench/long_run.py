@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, (first, last) in found.items():
         digits = 4 if name == "step" else 0
         values = [f"{value:.{digits}f}" for value in (first, last, GROWTH[name](first))]
-        table.add_row(name, *values[:2], f"{last / first:.3f}", values[2])
+        table.add_row(name, *values[:2], f"{last / first:.3f}" if first else "", values[2])
     Console().print(table)
     grew = [name for name, (first, last) in found.items() if last > GROWTH[name](first)]
     print("grew: " + ", ".join(grew) if grew else "flat")

@@ -13,13 +13,13 @@ GROUPS = ("tests/slurm/", "tests/distributed/")
 """Folders whose tests share one xdist worker: one Slurm cluster, one pool of ranks. Elsewhere a file is a group."""
 
 FIRST = (
+    "tests/distributed/",
     "tests/slurm/",
     "tests/end_to_end/",
-    "tests/distributed/",
     "tests/parity/",
     "tests/checkpoint/",
 )
-"""Tests that start first, by prefix: they take longest, and those of Slurm mostly wait."""
+"""Tests that start first, by prefix: the longest group, that of Slurm, which mostly waits, then long files."""
 
 
 def pytest_configure() -> None:

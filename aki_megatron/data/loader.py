@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -217,15 +219,32 @@ class StepLoader:
 
 
 def _next_result(workers: Iterator[LoadedMicrobatch | UserError]) -> LoadedMicrobatch | UserError:
-    """Return the next result. Raises DataError when a worker process has ended, or when its result cannot be read."""
+    """Return the next result. Raises DataError when a worker process has ended, or when its result cannot be read.
+
+    An error that was raised in a worker is raised here with its own message; that of torch, which holds the worker's
+    stack, is its cause, for the log.
+    """
     try:
         return next(workers)
-    except (EOFError, OSError, RuntimeError) as error:
-        if str(error).startswith("Caught "):  # torch repeats an error that was raised in a worker process
+    except Exception as error:
+        if (message := _message_in_worker(error)) is not None:
+            error.__traceback__ = None
+            raise type(error)(message) from error
+        if not isinstance(error, EOFError | OSError | RuntimeError):
             raise
         error.__traceback__ = None  # its frames would keep the worker processes alive
         what = "A worker process that decodes images ended without an error message (killed? out of memory?)"
         raise _worker_error(what, error) from None
+
+
+def _message_in_worker(error: Exception) -> str | None:
+    """Return the message of an error in a worker, which torch repeats below "Caught ..." and the stack; else None."""
+    text = str(error)
+    if not text.startswith("Caught ") or "Original Traceback" not in text:
+        return None
+    lines = text.rstrip().splitlines()
+    end_of_stack = max(number for number, line in enumerate(lines) if line.startswith(("  ", "Original Traceback")))
+    return "\n".join(lines[end_of_stack + 1 :]).removeprefix(f"{type(error).__name__}: ")
 
 
 def _checked(loaded: LoadedMicrobatch | UserError) -> LoadedMicrobatch:
@@ -251,7 +270,7 @@ def init_worker(_worker: int) -> None:
     stops. So the worker obeys the SIGTERM of its rank only, which is how multiprocessing ends a worker at exit.
     """
     torch.set_num_threads(1)
-    threading.excepthook = _print_thread_error
+    sys.excepthook = partial(_print_error, sys.excepthook)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # blocked before any other thread starts, so that the signal waits for the thread that asks who sent it
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -259,10 +278,18 @@ def init_worker(_worker: int) -> None:
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_exit_on_lost_result)  # type: ignore[attr-defined]
 
 
-def _print_thread_error(error: threading.ExceptHookArgs) -> None:
-    """Print the error of a thread of this worker; not one that says that the rank has ended, which ends the worker."""
-    if not issubclass(error.exc_type, EOFError | ConnectionError):
-        threading.__excepthook__(error)
+def _print_error(
+    print_error: Callable[..., object],
+    kind: type[BaseException],
+    error: BaseException,
+    traceback: TracebackType | None,
+) -> None:
+    """Print an error of multiprocessing's threads in this worker, but not that the rank has ended: so does the worker.
+
+    A rank that lives on meets such an error on its side, and reports it.
+    """
+    if not issubclass(kind, EOFError | ConnectionError):
+        print_error(kind, error, traceback)
 
 
 def _exit_with_rank(rank_pid: int) -> None:

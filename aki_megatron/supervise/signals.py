@@ -18,10 +18,10 @@ POLL_SECONDS = 0.05
 class StopSignals:
     """Stop requests of this process.
 
-    SIGUSR1 asks for a stop: a checkpoint after the next step, then the end. So does SIGHUP, which a terminal sends when
-    it closes, and SIGTERM; a second SIGTERM ends the process at once. SIGINT (Ctrl-C) raises KeyboardInterrupt once; a
-    second one ends the process at once. With several ranks supervise/failure.py takes SIGTERM and SIGINT over, because
-    a failure of another rank may have caused them.
+    SIGUSR1 asks for a stop: a checkpoint after the next step, then the end. So does SIGTERM; a second one ends the
+    process at once. SIGINT (Ctrl-C) raises KeyboardInterrupt once; a second one ends the process at once. With several
+    ranks supervise/failure.py takes SIGTERM and SIGINT over, because a failure of another rank may have caused them.
+    SIGHUP is ignored: a terminal that closes is an output that fails, and ends no training.
     """
 
     def __init__(self) -> None:
@@ -35,10 +35,9 @@ class StopSignals:
 
     def listen(self) -> None:
         """Install the handlers; call it in the main thread."""
-        signal.signal(signal.SIGUSR1, self._on_request)
-        # a process that was started to outlive its terminal (nohup) keeps ignoring its signals
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            signal.signal(signal.SIGHUP, self._on_request)
+        signal.signal(signal.SIGUSR1, self._on_sigusr1)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        # a process that was started to outlive its terminal keeps ignoring SIGTERM
         if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
             signal.signal(signal.SIGTERM, self._on_sigterm)
         # a shell without job control starts background processes that ignore SIGINT
@@ -64,7 +63,7 @@ class StopSignals:
             time.sleep(POLL_SECONDS)
         return self.sigterm_received
 
-    def _on_request(self, number: int, _frame: Any) -> None:
+    def _on_sigusr1(self, number: int, _frame: Any) -> None:
         self.request_stop(signal.Signals(number).name)
 
     def _on_sigterm(self, number: int, _frame: Any) -> None:
@@ -84,7 +83,7 @@ class StopSignals:
 
 
 def reset_handlers_in_child() -> None:
-    """In a forked child: let SIGTERM from the parent end it, ignore other signals sent to the process group."""
-    for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    """In a forked child: let SIGTERM from the parent end it, ignore SIGUSR1 and SIGINT sent to the process group."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -79,6 +79,7 @@ class WandbCallback(Callback):
             for child in psutil.Process().children():
                 if SERVICE in child.name():
                     child.kill()  # or this process could not end before it does
+                    child.wait(STOP_SECONDS)  # or wandb would find its exit code, and end this process with it
             raise TimeoutError(
                 f"wandb did not finish within {seconds:g} s. Its points are in {self.folder}/wandb; upload them with "
                 "wandb sync."

@@ -8,6 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from forked import exit_code, fork
+
+from aki_megatron.data.loader import init_worker
 
 SCRIPT = Path(__file__).with_name("failing_loader.py")
 MAX_SECONDS = 90
@@ -39,7 +42,8 @@ def test_a_failed_worker_ends_the_process(fault: str, message: str, num_workers:
 def test_a_bug_in_a_worker_is_not_called_a_killed_worker() -> None:
     result = load("bug", "2")
     assert result.returncode == 1
-    assert "a bug at row 100" in result.stderr and "ended without an error message" not in result.stderr
+    assert result.stderr.endswith("\nRuntimeError: a bug at row 100\n") and "Original Traceback" in result.stderr
+    assert "ended without an error message" not in result.stderr
 
 
 def test_a_process_that_just_ends_takes_its_workers_with_it() -> None:
@@ -83,3 +87,15 @@ def _is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_a_worker_prints_its_errors_but_not_the_end_of_its_rank(capfd: pytest.CaptureFixture[str]) -> None:
+    def work() -> bool:
+        init_worker(0)
+        for error in (ConnectionResetError("of the rank"), EOFError("of the rank"), ValueError("of its own")):
+            sys.excepthook(type(error), error, None)  # as multiprocessing's threads do
+        return True
+
+    assert exit_code(fork(work)) == 0
+    errors = capfd.readouterr().err
+    assert "of its own" in errors and "of the rank" not in errors

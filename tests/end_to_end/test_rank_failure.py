@@ -99,5 +99,7 @@ def test_a_failing_worker_of_the_loader_of_a_single_rank(demo: DemoWorkspace, la
     result = DemoWorkspace(demo.folder, environment).run(*command, FAILING_SFT, *flags, ok=False)
     assert result.returncode != 0 and processes_with(mark) == []
     (error,) = re.findall(r"^error.*", result.stderr, flags=re.MULTILINE)
-    assert "ArithmeticError: the answer is 43" in error, result.stderr
+    assert error == "error: ArithmeticError: the answer is 43", result.stderr
+    log = (demo.folder / f"failing_worker_{launcher}/logs/rank_0.log").read_text()
+    assert "Original Traceback" in log and "in failing_load" in log
     assert time.monotonic() - started < MAX_SECONDS

@@ -1,6 +1,7 @@
 """Faults beside training: trackers, terminals, disks and loader workers that end, in real runs."""
 
 import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -81,6 +82,22 @@ def test_a_reader_of_the_output_that_ends_does_not_end_the_run(demo: DemoWorkspa
     assert paths.done.exists() and paths.report.exists()
     (event,) = read_events(paths)
     assert event["kind"] == "output_failed" and "BrokenPipeError" in event["text"]
+
+
+def test_a_terminal_that_closes_does_not_end_the_run(demo: DemoWorkspace) -> None:
+    """Its SIGHUP is ignored; what is printed afterwards fails, which is recorded once."""
+    run = demo.folder / "closed_terminal"
+    terminal, far_end = pty.openpty()
+    command = ["setsid", "--ctty", *demo.command("launcher/sft.py", *flags(demo, run, steps=40, wandb="disabled"))]
+    process = subprocess.Popen(command, cwd=ROOT, env=demo.environment, stdin=far_end, stdout=far_end, stderr=far_end)
+    os.close(far_end)
+    wait_for_steps(run, 2, process)
+    os.close(terminal)
+    assert process.wait(timeout=TIMEOUT_SECONDS) == 0
+    paths = RunPaths(run)
+    assert paths.done.exists() and len(read_metrics(paths.metrics)) == 40
+    (event,) = read_events(paths)
+    assert event["kind"] == "output_failed" and "nothing can be printed any more" in event["text"]
 
 
 def test_checkpoints_that_can_never_be_written_end_the_run_early(demo: DemoWorkspace) -> None:

@@ -24,6 +24,7 @@ STEPS = 60
 PREFLIGHT = "with_preflight.env"
 """Site file with the pre-flight check, which the default one of the tests skips to save time."""
 
+WANDB_END_SECONDS = 60.0
 TIMEOUT_SECONDS = 240.0
 """Longest wait of a test; machines may be busy."""
 
@@ -167,6 +168,11 @@ class Job:
         return [event["text"] for event in read_events(self.paths) if event["kind"] == kind]
 
     def left_behind(self) -> list[int]:
-        """Return the processes of the job that outlived it."""
+        """Return the processes of the job that outlive it; wandb's service ends some seconds after a killed rank."""
         job = self.info()["JobId"]
-        return [process for process, of in self.cluster.processes().items() if of["SLURM_JOB_ID"] == job]
+        deadline = time.monotonic() + WANDB_END_SECONDS
+        while True:
+            left = [process for process, of in self.cluster.processes().items() if of["SLURM_JOB_ID"] == job]
+            if not left or time.monotonic() > deadline:
+                return left
+            time.sleep(0.5)

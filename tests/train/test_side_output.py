@@ -1,6 +1,7 @@
 """An output that fails is reported once and training goes on; a callback that the run depends on ends it."""
 
 import io
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from aki_megatron.train.callbacks import (
 )
 from aki_megatron.train.checkpoint_callback import CheckpointCallback
 from aki_megatron.train.loop import Callback
+from aki_megatron.train.main import LogFileHandler
 from aki_megatron.train.sample_audit import SampleAuditCallback
 from aki_megatron.train.side_output import OutputFailures, SideOutput, isolate_side_outputs
 from aki_megatron.train.wandb_callback import WandbCallback
@@ -113,3 +115,11 @@ def test_foreign_text_reaches_the_console_as_it_is() -> None:
     text = "1 bad sample in 9: row [/INST] of [red]data[/red]: :smile:"
     LogCallback(lambda: text, IsolatedConsole(out, width=200)).on_step(4, step_report())
     assert out.getvalue() == f"step 4: {text}\n"
+
+
+def test_a_log_on_a_full_disk_says_so_once(capsys: pytest.CaptureFixture[str]) -> None:
+    handler = LogFileHandler("/dev/full")
+    for number in range(3):
+        handler.emit(logging.LogRecord("x", logging.INFO, "", 0, f"record {number}", None, None))
+    errors = capsys.readouterr().err
+    assert errors.count("/dev/full cannot be written to") == 1 and "Traceback" not in errors

@@ -37,7 +37,8 @@ END_SECONDS = 90.0
 """A job of which a process is left this long after a signal that should end it hangs."""
 
 
-def _launch_command(launcher: str, ranks: int) -> list[str]:
+def launch_command(launcher: str, ranks: int) -> list[str]:
+    """Return the command that starts a script on ``ranks`` ranks, without the script."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -58,7 +59,7 @@ class Job:
         environment = os.environ | MPIRUN_ENVIRONMENT | {MARK: self._mark, "OMP_NUM_THREADS": "1"}
         environment |= {"DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore", "WANDB_SILENT": "true"}
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-        command = [*_launch_command(launcher, ranks), SCRIPT, *flags]
+        command = [*launch_command(launcher, ranks), SCRIPT, *flags]
         self.log = log
         with log.open("w") as output:
             self.launcher = subprocess.Popen(
@@ -183,7 +184,7 @@ class RunState:
         return self.steps == list(range(1, len(self.steps) + 1))
 
 
-def inspect(run: Path) -> RunState:
+def read_state(run: Path) -> RunState:
     """Read a run folder and every file of its checkpoints."""
     paths = RunPaths(run)
     newest = files.latest_checkpoint(paths.checkpoints)

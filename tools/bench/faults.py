@@ -38,7 +38,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from fault_cases import END_SECONDS, FAULTS, LAUNCHERS, ROOT, Fault, Job, RunState, inspect
+from fault_cases import END_SECONDS, FAULTS, LAUNCHERS, ROOT, Fault, Job, RunState, read_state
 
 from aki_megatron.console import Console, Table
 from aki_megatron.errors import UserError
@@ -132,7 +132,7 @@ def num_steps(run: Path) -> int:
 
 def play(start: Callable[[], Job], fault: Fault, run: Path, patience: float, generator: random.Random) -> Round:
     """Start the run, disturb it, and see what is left of the job and of the run."""
-    before, attempts_before = inspect(run), len(read_attempts(RunPaths(run)))
+    before, attempts_before = read_state(run), len(read_attempts(RunPaths(run)))
     job = start()
     result = Round(job.name, job.num_ranks, fault.name)
     try:
@@ -145,9 +145,10 @@ def play(start: Callable[[], Job], fault: Fault, run: Path, patience: float, gen
     finally:
         job.kill()
         RunPaths(run).stop.unlink(missing_ok=True)
-    after, attempts = inspect(run), read_attempts(RunPaths(run))
+    after, attempts = read_state(run), read_attempts(RunPaths(run))
     result.end = (attempts[-1].end or "killed") if len(attempts) > attempts_before else "not begun"
-    result.trained_again = max(0, len(after.steps) - after.newest)
+    if result.end != "not begun":  # otherwise the steps of the round before would count again
+        result.trained_again = max(0, len(after.steps) - after.newest)
     result.lost = max(0, before.newest - after.newest)
     result.half = len(after.damaged)
     result.repeats = int(not after.gapless)
@@ -190,7 +191,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     text = "seconds after a signal that end a job which lives on: it hangs; default: %(default)s"
     parser.add_argument("--patience", type=float, default=END_SECONDS, help=text)
     parser.add_argument("--json", type=Path, help="also write every round here")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.rounds < 1 or min(options.ranks) < 1:
+        parser.error(f"--rounds {options.rounds} --ranks {options.ranks}: give numbers of 1 or more")
+    if "mpirun" in (options.launchers or ()) and not shutil.which("mpirun"):
+        parser.error("mpirun is not installed (Debian: openmpi-bin); give other --launchers")
+    if options.folder and options.folder.exists():
+        parser.error(f"--folder {options.folder} exists already; give another one, or remove it")
+    return options
 
 
 def measure(options: argparse.Namespace, folder: Path, console: Console) -> tuple[list[Round], bool, str]:

@@ -5,8 +5,8 @@ python tools/bench/long_run.py --steps 20000 --json long_run.json
 python tools/bench/long_run.py --folder /scratch/long -- --data.num_workers 4     # flags of the launcher after --
 
 The run has its defaults: wandb (offline) and TensorBoard on, loader workers, asynchronous checkpoints. Its process is
-looked at once a second. The first and the last quarter of the steps are compared; the first tenth is left out, because
-caches fill and the allocator settles there.
+looked at five times a second. The first and the last quarter of the steps are compared; the first tenth is left out,
+because caches fill and the allocator settles there.
 
 memory     resident memory of the process that trains, without its children, MiB
 files      open files; threads; children: the loader's workers and wandb's service
@@ -34,6 +34,7 @@ from aki_megatron.supervise.run_paths import RunPaths
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT_INTERVAL = 100
+SAMPLE_SECONDS = 0.2
 
 GROWTH: dict[str, Callable[[float], float]] = {
     "memory": lambda first: 1.05 * first,
@@ -68,7 +69,7 @@ def run_flags(folder: Path, steps: int) -> list[str]:
 
 
 def watch(process: subprocess.Popen[bytes], paths: RunPaths) -> list[Sample]:
-    """Look at a process once a second until it ends."""
+    """Look at a process again and again until it ends."""
     looked_at, samples = psutil.Process(process.pid), list[Sample]()
     while process.poll() is None:
         try:
@@ -84,7 +85,7 @@ def watch(process: subprocess.Popen[bytes], paths: RunPaths) -> list[Sample]:
                 )
         except psutil.Error:  # it has just ended
             break
-        time.sleep(1.0)
+        time.sleep(SAMPLE_SECONDS)
     process.wait()
     return samples
 
@@ -135,6 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.steps < 200:
         parser.error(f"--steps {options.steps}: give 200 or more")
+    if options.folder and options.folder.exists():
+        parser.error(f"--folder {options.folder} exists already; give another one, or remove it")
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         if options.folder:
@@ -148,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, (first, last) in found.items():
         digits = 4 if name == "step" else 0
         values = [f"{value:.{digits}f}" for value in (first, last, GROWTH[name](first))]
-        table.add_row(name, *values[:2], f"{last / first:.3f}", values[2])
+        table.add_row(name, *values[:2], f"{last / first:.3f}" if first else "", values[2])
     Console().print(table)
     grew = [name for name, (first, last) in found.items() if last > GROWTH[name](first)]
     print("grew: " + ", ".join(grew) if grew else "flat")

@@ -1,4 +1,4 @@
-"""Exported folders of five models on several releases of transformers: logits, greedy tokens and chats equal ours.
+"""Exported folders of six models on several releases of transformers: logits, greedy tokens and chats equal ours.
 
 The installed release is always run. Others are named by folders, each put first on the path of a subprocess:
 
@@ -34,6 +34,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Phi-3.5": ("phi3", {}),
     "LLaMA-3.2": ("llama", {}),
     "Qwen2.5": ("qwen2", {}),
+    "Qwen3-0.6B": ("qwen3", {"tie_word_embeddings": True, "head_dim": 16}),
     "Qwen3-1.7B": ("qwen3", {"tie_word_embeddings": True}),
     "Qwen3-8B": ("qwen3", {}),
 }

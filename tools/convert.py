@@ -126,7 +126,14 @@ def from_hf(arguments: argparse.Namespace) -> int:
     if stock == (arguments.aki is not None) or (not stock and (arguments.lm or arguments.vision)):
         raise CheckpointError("Give --lm and --vision together, or --aki alone.")
     if arguments.aki:
-        return write(arguments, lambda folder: conversions.from_export(arguments.aki, folder, settings(arguments)))
+        if arguments.model:
+            raise CheckpointError("Leave --model out with --aki: the folder's config.json describes the model.")
+        return write(
+            arguments,
+            lambda folder: conversions.from_export(
+                arguments.aki, folder, settings(arguments), tokenizer=arguments.tokenizer
+            ),
+        )
     return write(
         arguments,
         lambda folder: conversions.from_hf(

@@ -167,6 +167,12 @@ def match_tensors(
             records.append(outcome)
         else:
             refused += outcome
+    refused += [
+        f"dtype: {name} is stored as {str(found[name].dtype).removeprefix('torch.')}, a weight is floating point"
+        for external in readable.values()
+        for name in external
+        if not found[name].dtype.is_floating_point
+    ]
     unexpected = sorted(found.keys() - {name for external in table.values() for name in external})
     skipped = [name for name in unexpected if matches_any(name, allowed.unexpected)]
     records += [TensorRecord("unexpected", (name,), (), found[name].shape) for name in skipped]

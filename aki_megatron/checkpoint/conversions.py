@@ -17,6 +17,8 @@ from aki_megatron.checkpoint.conversion_report import (
 from aki_megatron.checkpoint.conversion_steps import (
     ConversionSettings,
     ConvertedModel,
+    check_chat_tokens,
+    check_rows,
     check_tokenizer,
     check_vocabulary,
     compare_logits,
@@ -79,11 +81,14 @@ def from_hf(
     """
     sources = {"language": str(language), "vision": str(vision), "tokenizer": str(tokenizer)}
     report = ConversionReport("from-hf", sources)
-    decoder_config(language, vocab_size=1, num_added_tokens=0)  # its faults first: the tokenizer's class reads it too
+    # faults of config.json first: the tokenizer's class reads it too
+    decoder_config(language, vocab_size=1, num_added_tokens=0)
+    vision_config(vision)
     with TemporaryDirectory() as tokenizer_dir:
         vocabulary = grow_tokenizer(tokenizer, Path(tokenizer_dir))
         model = model or _model_of_folders(language, vision, vocabulary)
-        check_tokenizer(language, model.config.decoder, vocabulary, Path(tokenizer_dir), tokenizer)
+        check_chat_tokens(model.config.decoder, Path(tokenizer_dir), tokenizer)
+        check_rows(language, model.config.decoder, vocabulary, tokenizer)
         check_vocabulary(model.config, vocabulary, tokenizer)
         folders = [vision_source(vision, model.config.vision), language_source(language, model.config.decoder)]
         matches = [match_folder(pretrained, model.config, settings.allowed) for pretrained in folders]
@@ -111,19 +116,26 @@ def from_hf(
     return report
 
 
-def from_export(exported: Path, folder: Path, settings: ConversionSettings) -> ConversionReport:
-    """Convert a folder that ``to_hf`` wrote to a checkpoint."""
+def from_export(
+    exported: Path, folder: Path, settings: ConversionSettings, *, tokenizer: Path | None = None
+) -> ConversionReport:
+    """Convert a folder that ``to_hf`` wrote to a checkpoint.
+
+    tokenizer  None takes the folder's own, if it has one
+    """
     opened = exported_source(exported, settings.allowed)
     report = ConversionReport("from-hf", {"aki": str(exported)}, list(opened.match.records))
     model = ConvertedModel(opened.config, AttentionConfig.model_validate({"rule": opened.rule}))
     weights = complete_weights(opened.source, opened.config, settings)
-    with TemporaryDirectory() as tokenizer_dir:
+    with TemporaryDirectory() as tokenizer_dir, TemporaryDirectory() as grown:
         # without the folder's config.json, because of which transformers would offer to run the folder's own code
-        tokenizer_files = [path for name in TOKENIZER_FILES if (path := exported / name).is_file()]
+        tokenizer_files = [path for name in TOKENIZER_FILES if (path := (tokenizer or exported) / name).is_file()]
         for path in tokenizer_files:
             shutil.copy(path, tokenizer_dir)
-        tokenizer = Path(tokenizer_dir) if tokenizer_files else None
-        checkpoint = write_weights(folder, weights, model, settings, tokenizer, exported_system_message(exported))
+        if tokenizer_files or tokenizer:
+            check_tokenizer(opened.config, tokenizer or Path(tokenizer_dir), Path(grown))
+        kept = Path(tokenizer_dir) if tokenizer_files else None
+        checkpoint = write_weights(folder, weights, model, settings, kept, exported_system_message(exported))
     compare_logits(report, checkpoint, _exported_reference(exported, opened.match.table), settings)
     return report
 
@@ -142,6 +154,8 @@ def to_hf(
     """
     source, model = open_checkpoint(checkpoint)
     tokenizer = tokenizer or run_tokenizer(source.path)
+    with TemporaryDirectory() as grown:
+        check_tokenizer(model.config, tokenizer, Path(grown))
     table = export_names(model.config)
     sources = {"checkpoint": str(source.path), "tokenizer": str(tokenizer)}
     report = ConversionReport("to-hf", sources, external_records(source, table))
@@ -196,7 +210,7 @@ def from_official(
     tokenizer = tokenizer or (beside if (beside / "tokenizer.json").is_file() else None)
     with TemporaryDirectory() as tokenizer_dir:
         if tokenizer:
-            check_vocabulary(model.config, grow_tokenizer(tokenizer, Path(tokenizer_dir)), tokenizer)
+            check_tokenizer(model.config, tokenizer, Path(tokenizer_dir))
         weights = complete_weights(native, model.config, settings)
         checkpoint = write_weights(folder, weights, model, settings, Path(tokenizer_dir) if tokenizer else None)
     compare_logits(report, checkpoint, _stock_reference(external, table, model.config), settings)

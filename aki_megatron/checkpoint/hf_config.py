@@ -99,7 +99,7 @@ def decoder_config(folder: Path, *, vocab_size: int, num_added_tokens: int, lm_h
     values["head_dim"] = hf.get("head_dim") or values["hidden_size"] // values["num_heads"]
     values["padded_vocab_size"] = padded_vocab_size(values["padded_vocab_size"], vocab_size + num_added_tokens)
     values |= {"vocab_size": vocab_size, "num_added_tokens": num_added_tokens, "lm_head_bias": lm_head_bias}
-    return _build(folder, lambda: DecoderConfig(**values, rope=rope_config(hf, family)))
+    return _build(folder, lambda: DecoderConfig(**values, rope=rope_config(hf, family)), keys)
 
 
 def padded_vocab_size(rows: int, tokens: int) -> int:
@@ -117,7 +117,8 @@ def vision_config(folder: Path) -> VisionConfig:
     sizes = {name: key for name, key, _ in _VISION_KEYS if name in _VISION_SIZES}
     if problems := [*_other_values(hf, required), *_no_sizes(hf, sizes)]:
         _refuse(folder, problems)
-    return _build(folder, lambda: VisionConfig(**{name: hf[key] for name, key, _ in _VISION_KEYS}))
+    keys = {name: key for name, key, _ in _VISION_KEYS}
+    return _build(folder, lambda: VisionConfig(**{name: hf[key] for name, key in keys.items()}), keys)
 
 
 def language_config_json(config: DecoderConfig) -> dict[str, Any]:
@@ -200,15 +201,23 @@ def check_vision_config(folder: Path, config: VisionConfig) -> None:
 _Built = TypeVar("_Built", DecoderConfig, VisionConfig)
 
 
-def _build(folder: Path, make: Callable[[], _Built]) -> _Built:
-    """Make a section of the configuration. Raises ConfigError that names the folder where a value contradicts it."""
+def _build(folder: Path, make: Callable[[], _Built], keys: Mapping[str, str]) -> _Built:
+    """Make a section of the configuration.
+
+    keys  field -> key of config.json
+
+    Raises ConfigError that names the folder and the key where a value contradicts the section.
+    """
     try:
         return make()
     except ConfigError as error:
         _refuse(folder, [str(error)])
     except ValidationError as error:
-        found = ((".".join(map(str, one["loc"])), one["input"], one["msg"]) for one in error.errors())
-        _refuse(folder, [f"{name}={text_of(value)}: {message}" for name, value, message in found])
+        found = (([str(name) for name in one["loc"]], one["input"], one["msg"]) for one in error.errors())
+        _refuse(
+            folder,
+            [f"{'.'.join([keys.get(at[0], at[0]), *at[1:]])}={text_of(value)}: {text}" for at, value, text in found],
+        )
 
 
 def _no_sizes(hf: Mapping[str, Any], keys: Mapping[str, str]) -> Iterator[str]:

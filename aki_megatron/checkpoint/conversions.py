@@ -63,6 +63,12 @@ from aki_megatron.errors import CheckpointError
 RELEASE_FILE, TRAINING_FILE = "model.safetensors", "checkpoint_0.pt"
 """What to-official writes: the whole model, or the release's training checkpoint, which lacks the vision encoder."""
 
+LONGROPE_NOTE = (
+    "the folder chooses short or long factors for each sequence by its own length, as training does; stock "
+    "transformers takes those of the longest sequence for the whole batch"
+)
+"""In the report of to-hf."""
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -159,6 +165,8 @@ def to_hf(
     table = export_names(model.config)
     sources = {"checkpoint": str(source.path), "tokenizer": str(tokenizer)}
     report = ConversionReport("to-hf", sources, external_records(source, table))
+    if model.config.decoder.rope.rope_type == "longrope":
+        report.notes["longrope"] = LONGROPE_NOTE
     with_progress = ProgressSource(source, settings.start_progress("writing the folder", total_bytes(source)))
     export(
         with_progress,

@@ -213,11 +213,11 @@ def _build(folder: Path, make: Callable[[], _Built], keys: Mapping[str, str]) ->
     except ConfigError as error:
         _refuse(folder, [str(error)])
     except ValidationError as error:
-        found = (([str(name) for name in one["loc"]], one["input"], one["msg"]) for one in error.errors())
-        _refuse(
-            folder,
-            [f"{'.'.join([keys.get(at[0], at[0]), *at[1:]])}={text_of(value)}: {text}" for at, value, text in found],
-        )
+        problems = []
+        for one in error.errors():
+            first, *rest = (str(name) for name in one["loc"])
+            problems.append(f"{'.'.join([keys.get(first, first), *rest])}={text_of(one['input'])}: {one['msg']}")
+        _refuse(folder, problems)
 
 
 def _no_sizes(hf: Mapping[str, Any], keys: Mapping[str, str]) -> Iterator[str]:

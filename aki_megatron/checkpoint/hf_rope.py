@@ -75,8 +75,9 @@ def _rope_settings(hf: Mapping[str, Any], family: HFConfigKeys) -> tuple[str, di
 
 def _computed_scaling(found: Mapping[str, Any], settings: Mapping[str, Any]) -> set[str]:
     """Return attention_factor where it is the scaling of cos and sin that the two lengths give; else nothing."""
-    longest, original = found.get("max_position_embeddings"), found.get("original_max_position_embeddings")
-    given = settings.get("attention_factor")
+    longest: Any = found.get("max_position_embeddings")
+    original: Any = found.get("original_max_position_embeddings")
+    given: Any = settings.get("attention_factor")
     if not all(isinstance(value, int | float) and value > 1 for value in (longest, original, given)):
         return set()
     computed = math.sqrt(1 + math.log(longest / original) / math.log(original))

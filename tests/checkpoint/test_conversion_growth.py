@@ -132,3 +132,5 @@ def test_longrope_with_the_factor_that_transformers_asks_for(siglip: Path, conve
     done(convert(*arguments[:-1], tmp_path / "written", "--skip-logits-check"))
     change_config(lm, rope_parameters=values | {"factor": 4.0, "attention_factor": None})
     assert "passed" in done(convert(*arguments))
+    printed = done(convert("to-hf", out, "--skip-logits-check", "--out", tmp_path / "export"))
+    assert "longrope: the folder chooses short or long factors for each sequence by its own length" in printed

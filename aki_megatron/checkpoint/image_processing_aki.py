@@ -93,15 +93,15 @@ class AkiImageProcessor(BaseImageProcessor):
     def _pixels(self, image: Image.Image) -> np.ndarray:
         """float32 [3, size, size] in [-1, 1]: bytes / 255, mean 0.5, standard deviation 0.5."""
         turned = ImageOps.exif_transpose(image) if self.exif_rotation else image
-        rgb, size = self._rgb(turned), (self.size["width"], self.size["height"])
+        rgb, size = self._rgb(turned, image.format), (self.size["width"], self.size["height"])
         if rgb.size != size:
             rgb = rgb.resize(size, Image.Resampling.BICUBIC)
         pixels = np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1)).astype(np.float32)
         return (pixels / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
 
-    def _rgb(self, image: Image.Image) -> Image.Image:
+    def _rgb(self, image: Image.Image, form: str | None) -> Image.Image:
         on_white = self.transparency == "white" and image.has_transparency_data
-        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        if image.mode.startswith("I;16") or (image.mode == "I" and form == "PPM"):
             return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8), "L").convert("RGB")
         if image.mode in ("I", "F"):
             raise ValueError("An image of 32-bit grey, whose range is not known; convert it to 8 or 16 bits.")

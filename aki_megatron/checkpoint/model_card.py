@@ -127,7 +127,7 @@ def _block(text: str) -> str:
 
 def draw_example() -> bytes:
     """Return the PNG in the card's example: a red circle beside a blue square on a transparent ground."""
-    image = Image.new("RGBA", (384, 256), (255, 255, 255, 0))
+    image = Image.new("RGBA", (384, 256), (0, 0, 0, 0))
     draw = ImageDraw.Draw(image)
     draw.ellipse((40, 48, 200, 208), fill=(200, 30, 30, 255))
     draw.rectangle((224, 72, 336, 184), fill=(30, 60, 200, 255))

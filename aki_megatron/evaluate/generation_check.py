@@ -14,7 +14,7 @@ from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,9 @@ NUM_LAYERS = 2
 
 MAX_NEW_TOKENS = 12
 
+LOGITS_TOLERANCE = 10 * TOLERANCE
+"""Largest difference of two logits, relative to the largest, that passes: the two sides order sums differently."""
+
 QUESTION = "What is in the picture?"
 DIALOGUES = (
     (True, (Turn(QUESTION, ""),)),
@@ -56,6 +59,14 @@ DIALOGUES = (
 
 PACKAGE = "aki_exported"
 """Name under which the folder's files are imported."""
+
+
+class Continuation(NamedTuple):
+    """What one side generates after a prompt."""
+
+    token_ids: list[int]
+    logits: Tensor
+    """[tokens, V], those that each token was chosen by."""
 
 
 def check_generation(folder: Path, checkpoint: Path, tokenizer: Path) -> str:
@@ -90,10 +101,13 @@ def check_generation(folder: Path, checkpoint: Path, tokenizer: Path) -> str:
         )
         _check_inputs(inputs, prompts, batch)
         model = _model(folder, config, module)
-        found, logits = _generate(model, inputs)
+        found = _generate(model, inputs)
         stage = _native_stage(model, config, attention)
-    expected = generate(stage, batch, stop_ids=(), max_new_tokens=MAX_NEW_TOKENS)
-    num_compared = sum(_compare(*row) for row in zip(prompts, found, expected, logits, strict=True))
+    logits: list[Tensor] = []
+    tokens = generate(stage, batch, stop_ids=(), max_new_tokens=MAX_NEW_TOKENS, on_logits=logits.append)
+    ours = torch.stack(logits, dim=1)[..., : config.decoder.total_vocab_size]
+    expected = [Continuation(*row) for row in zip(tokens, ours, strict=True)]
+    num_compared = sum(_compare(*row) for row in zip(prompts, found, expected, strict=True))
     layers = (config.decoder.num_layers, exported.config.decoder.num_layers)
     part = "" if layers[0] == layers[1] else f" (with the first {layers[0]} of {layers[1]} decoder layers)"
     return (
@@ -204,8 +218,7 @@ def _messages(conversation: Conversation) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def _generate(model: Any, inputs: Mapping[str, Tensor]) -> tuple[list[list[int]], Tensor]:
-    """The new tokens of each prompt, and the logits [B, tokens, V] that they were chosen by."""
+def _generate(model: Any, inputs: Mapping[str, Tensor]) -> list[Continuation]:
     generated = model.generate(
         **inputs,
         max_new_tokens=MAX_NEW_TOKENS,
@@ -214,7 +227,8 @@ def _generate(model: Any, inputs: Mapping[str, Tensor]) -> tuple[list[list[int]]
         output_logits=True,
         return_dict_in_generate=True,
     )
-    return generated.sequences[:, inputs["input_ids"].shape[1] :].tolist(), torch.stack(generated.logits, dim=1)
+    tokens = generated.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+    return [Continuation(*row) for row in zip(tokens, torch.stack(generated.logits, dim=1), strict=True)]
 
 
 def _check_stop_ids(folder: Path, tokenizer: Tokenizer) -> None:
@@ -238,18 +252,22 @@ def _check_inputs(inputs: Mapping[str, Tensor], prompts: Sequence[Sample], batch
         raise _error(f"its processor gives other pixel_values than training for {EXAMPLE_IMAGE}")
 
 
-def _compare(prompt: Sample, found: list[int], expected: list[int], logits: Tensor) -> int:
-    """Return how many tokens are equal: all, or those before two logits that are equal but for rounding."""
-    for step, (token, other) in enumerate(zip(found, expected, strict=True)):
-        if token != other:
-            gap, scale = float(logits[step, token] - logits[step, other]), float(logits[step].abs().max())
-            if gap <= TOLERANCE * scale:
-                return step
+def _compare(prompt: Sample, found: Continuation, expected: Continuation) -> int:
+    """Return how many tokens are equal: all, or those before two logits that are equal but for rounding.
+
+    Raises CheckpointError for other logits, or for other tokens.
+    """
+    for step, (token, other) in enumerate(zip(found.token_ids, expected.token_ids, strict=True)):
+        limit = LOGITS_TOLERANCE * float(expected.logits[step].abs().max())
+        difference = float((found.logits[step] - expected.logits[step]).abs().max())
+        if not difference <= limit:  # not <=: NaN differs
             raise _error(
-                f"its model continues {prompt.key} with the tokens {found}, ours with {expected}; the logits of the "
-                f"first two that differ are {gap:.1e} apart, of logits up to {scale:.1f}"
+                f"its model gives logits for {prompt.key} that differ by {difference:.1e} from ours at new token "
+                f"{step + 1} (limit {limit:.1e}); it continues with {found.token_ids}, ours with {expected.token_ids}"
             )
-    return len(found)
+        if token != other:
+            return step  # two logits are the largest, but for rounding
+    return len(found.token_ids)
 
 
 def _error(difference: str) -> CheckpointError:

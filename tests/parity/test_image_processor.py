@@ -121,7 +121,7 @@ def test_several_images_come_in_lists_lists_of_lists_and_stacks() -> None:
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (np.zeros((4, 5, 6), np.uint8), r"shape \(4, 5, 6\); give \[H, W\]"),
+        (np.zeros((5, 6, 7), np.uint8), r"shape \(5, 6, 7\); give \[H, W\]"),
         (np.zeros(7, np.uint8), r"shape \(7,\)"),
         (np.zeros((0, 5, 3), np.uint8), r"shape \(0, 5, 3\)"),
         (NOISE[..., :3].astype(np.float32), "float32 values in .* whose range is not known"),

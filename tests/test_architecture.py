@@ -46,6 +46,7 @@ ADAPTERS = {
 
 EXPORTED_IMPORTS = {
     ("checkpoint/modeling_aki.py", ".configuration_aki.AkiConfig"),
+    ("checkpoint/processing_aki.py", ".image_processing_aki.AkiImageProcessor"),
     ("checkpoint/processing_aki.py", ".image_processing_aki.flatten_images"),
 }
 """Relative imports of files that are copied into exported folders, where transformers asks for them."""

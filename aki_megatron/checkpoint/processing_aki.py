@@ -10,9 +10,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import BatchFeature, ProcessorMixin
+from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 
-from .image_processing_aki import flatten_images
+from .image_processing_aki import AkiImageProcessor, flatten_images
 
 PAD, TEXT, RESPONSE, IMAGE = 0, 1, 2, 3
 """Values of ``modality_ids``, as in modeling_aki.py."""
@@ -52,6 +52,14 @@ class AkiProcessor(ProcessorMixin):
         self.response_start = response_start
         self.response_ends = list(response_ends)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: Any, processor_dict: Any = None, **kwargs: Any
+    ) -> list[Any]:
+        """Return both parts. AutoImageProcessor asks for torchvision in some releases, which is not needed here."""
+        parts = (AkiImageProcessor, AutoTokenizer)
+        return [part.from_pretrained(pretrained_model_name_or_path, **kwargs) for part in parts]
 
     def __call__(
         self,

@@ -19,6 +19,7 @@ import torch
 import transformers
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import is_torchvision_available
 
 
 def run_model_card(folder: Path) -> list[str]:
@@ -36,8 +37,12 @@ def run_model_card(folder: Path) -> list[str]:
 
 def check_images(folder: Path, path: str) -> None:
     """An image comes as a path, a PIL image, an array or a tensor, through either processor."""
-    image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    image_processor = processor.image_processor
+    # some releases refuse to load any image processor by itself where torchvision is missing
+    if is_torchvision_available() or "torchvision" not in getattr(AutoImageProcessor, "_backends", ()):
+        image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+        assert type(image_processor).__name__ == "AkiImageProcessor"
     array = np.asarray(Image.open(path))
     tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
     expected = image_processor(path)["pixel_values"]

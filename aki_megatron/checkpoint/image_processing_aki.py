@@ -124,9 +124,11 @@ def flatten_images(images: Any) -> list[Any]:
 
 def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
     """The image of an array [H, W], [H, W, C] or [C, H, W]."""
-    is_tensor = isinstance(array, torch.Tensor)
-    values = array.detach().cpu() if is_tensor else array
-    values = np.asarray(values.float() if is_tensor and values.is_floating_point() else values)
+    if is_tensor := isinstance(array, torch.Tensor):
+        tensor = array.detach().cpu()
+        values = (tensor.float() if tensor.is_floating_point() else tensor).numpy()  # numpy has no bfloat16
+    else:
+        values = array
     first, last = values.ndim == 3 and values.shape[0] in CHANNEL_COUNTS, values.shape[-1] in CHANNEL_COUNTS
     if values.ndim not in (2, 3) or (values.ndim == 3 and not first and not last) or 0 in values.shape:
         raise ValueError(f"An image of shape {values.shape}; give [H, W], [H, W, C] or [C, H, W] with C of 1 to 4.")

@@ -4,8 +4,8 @@
         a checkpoint to train from: --init.weights start, --data.tokenizer start/step_000000/tokenizer, and the model
         section of start/step_000000/config.yaml (Phi-3.5, LLaMA 3.2, Qwen2.5, Qwen3; folders as they are downloaded)
     python tools/convert.py to-hf runs/sft --dtype bf16 --out aki-hf
-        a folder that plain transformers loads (a run's checkpoint holds fp32 masters, twice as large):
-        AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)
+        a folder that plain transformers loads (a run's checkpoint holds fp32 masters, twice as large); its README.md
+        says how
     python tools/convert.py from-official model.safetensors --out aki
     python tools/convert.py from-official checkpoint_9.pt --vision siglip-so400m-patch14-384 --out aki
         the release, or one of its training checkpoints, which leave the vision encoder out
@@ -23,8 +23,9 @@
         load official weights and reproduce what the official code computed with them
 
 Weights are streamed: one tensor is in memory at a time. Every tensor must be present, of the right shape, and no other;
-each conversion ends with a report (conversion.json), the logits of both sides compared with the MMA mask active, and
-the sha256 of what was written. Exit codes: 0 done, 1 a verification failed, 2 a mistake that the message explains.
+each conversion ends with the logits of both sides compared with the MMA mask active (to-hf also with the tokens that
+both generate) and with a report: short here, whole in conversion.json, with the sha256 of every file. Exit codes: 0
+done, 1 a verification failed, 2 a mistake that the message explains.
 Help on a command: python tools/convert.py from-hf --help
 """
 
@@ -57,13 +58,16 @@ import torch
 from aki_megatron.checkpoint import conversions
 from aki_megatron.checkpoint.conversion_report import AllowedMismatches, ConversionReport
 from aki_megatron.checkpoint.conversion_steps import ConversionSettings, ConvertedModel
+from aki_megatron.checkpoint.files import find_checkpoint
 from aki_megatron.checkpoint.listing import list_tensors, verify_files
+from aki_megatron.checkpoint.run_text import run_tokenizer
 from aki_megatron.checkpoint.upgrade import upgrade as upgrade_checkpoint
 from aki_megatron.checkpoint.writers import SHARD_BYTES, staging_dir
 from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.config.model import ModelConfig
 from aki_megatron.config.save import load_model
 from aki_megatron.errors import CheckpointError, UserError
+from aki_megatron.evaluate.generation_check import check_generation
 from aki_megatron.evaluate.golden import verify_golden
 
 DTYPES = {"stored": None, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -149,16 +153,22 @@ def from_hf(arguments: argparse.Namespace) -> int:
 
 def to_hf(arguments: argparse.Namespace) -> int:
     """Convert a checkpoint to a folder for transformers."""
-    return write(
-        arguments,
-        lambda folder: conversions.to_hf(
-            arguments.checkpoint,
+
+    def convert(folder: Path) -> ConversionReport:
+        checkpoint = find_checkpoint(arguments.checkpoint)
+        report = conversions.to_hf(
+            checkpoint,
             folder,
             settings(arguments),
             tokenizer=arguments.tokenizer,
             shard_bytes=round(arguments.shard_gigabytes * 1e9),
-        ),
-    )
+        )
+        if not arguments.skip_logits_check:
+            tokenizer = arguments.tokenizer or run_tokenizer(checkpoint)
+            report.notes["generation"] = check_generation(folder, checkpoint, tokenizer)
+        return report
+
+    return write(arguments, convert)
 
 
 def from_official(arguments: argparse.Namespace) -> int:
@@ -379,7 +389,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--dtype": {
         "choices": list(DTYPES),
         "default": "stored",
-        "help": "what to write (default: each tensor's own, which is fp32 in a run's checkpoints)",
+        "help": "precision to write (default: each tensor's own). A run's checkpoints hold fp32 masters: --dtype bf16 "
+        "writes half as much",
     },
     "--shard-gigabytes": {
         "type": gigabytes,

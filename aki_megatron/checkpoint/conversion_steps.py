@@ -26,7 +26,7 @@ from aki_megatron.checkpoint.shapes import check_shapes, model_shapes
 from aki_megatron.checkpoint.tensors import ProgressSource, TensorSource, cast, merge, select, total_bytes
 from aki_megatron.checkpoint.writers import SHARD_BYTES
 from aki_megatron.config.attention import AttentionConfig
-from aki_megatron.config.data import SYSTEM_MESSAGE
+from aki_megatron.config.data import OFFICIAL_IMAGES, SYSTEM_MESSAGE, ImagesConfig
 from aki_megatron.config.model import DecoderConfig, ModelConfig
 from aki_megatron.config.save import dump_model, load_model
 from aki_megatron.data.tokenizer import Vocabulary, grow_tokenizer
@@ -84,6 +84,7 @@ def write_weights(
     settings: ConversionSettings,
     tokenizer: Path | None,
     system_message: str = SYSTEM_MESSAGE,
+    images: ImagesConfig = OFFICIAL_IMAGES,
 ) -> Path:
     """Write ``folder``/step_000000 from a source of all of the model's tensors; return its path."""
     shapes = model_shapes(model.config)
@@ -93,7 +94,7 @@ def write_weights(
         folder,
         0,
         stored_weights(ordered),
-        config_yaml=dump_model(model.config, model.attention, system_message),
+        config_yaml=dump_model(model.config, model.attention, system_message, images),
         attach={files.TOKENIZER: tokenizer} if tokenizer else {},
         num_files=settings.num_files or default_num_files(ordered),
     )

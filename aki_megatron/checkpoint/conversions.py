@@ -37,12 +37,18 @@ from aki_megatron.checkpoint.hf_config import (
     vision_config,
     vision_config_json,
 )
-from aki_megatron.checkpoint.hf_export import export, export_names, exported_source, exported_system_message
+from aki_megatron.checkpoint.hf_export import (
+    export,
+    export_names,
+    exported_images,
+    exported_source,
+    exported_system_message,
+)
 from aki_megatron.checkpoint.hf_folders import language_source, vision_source
 from aki_megatron.checkpoint.hf_reference import Reference
 from aki_megatron.checkpoint.official import has_vision_encoder, match_official, official_names, open_official
 from aki_megatron.checkpoint.readers import open_safetensors
-from aki_megatron.checkpoint.run_text import run_system_message, run_tokenizer
+from aki_megatron.checkpoint.run_text import run_images, run_system_message, run_tokenizer
 from aki_megatron.checkpoint.shapes import model_shapes
 from aki_megatron.checkpoint.tensors import (
     NameTable,
@@ -141,7 +147,8 @@ def from_export(
         if tokenizer_files or tokenizer:
             check_tokenizer(opened.config, tokenizer or Path(tokenizer_dir), Path(grown))
         kept = Path(tokenizer_dir) if tokenizer_files else None
-        checkpoint = write_weights(folder, weights, model, settings, kept, exported_system_message(exported))
+        message, images = exported_system_message(exported), exported_images(exported)
+        checkpoint = write_weights(folder, weights, model, settings, kept, message, images)
     compare_logits(report, checkpoint, _exported_reference(exported, opened.match.table), settings)
     return report
 
@@ -163,8 +170,7 @@ def to_hf(
     with TemporaryDirectory() as grown:
         check_tokenizer(model.config, tokenizer, Path(grown))
     table = export_names(model.config)
-    sources = {"checkpoint": str(source.path), "tokenizer": str(tokenizer)}
-    report = ConversionReport("to-hf", sources, external_records(source, table))
+    report = ConversionReport("to-hf", _published_source(source.path), external_records(source, table))
     if model.config.decoder.rope.rope_type == "longrope":
         report.notes["longrope"] = LONGROPE_NOTE
     with_progress = ProgressSource(source, settings.start_progress("writing the folder", total_bytes(source)))
@@ -177,6 +183,7 @@ def to_hf(
         settings.dtype,
         shard_bytes=shard_bytes,
         system_message=run_system_message(source.path),
+        images=run_images(source.path),
     )
     compare_logits(report, source.path, _exported_reference(folder, table), settings)
     return report
@@ -229,7 +236,7 @@ def to_official(checkpoint: Path, folder: Path, settings: ConversionSettings, *,
     """Convert a checkpoint to the official release's file; with ``training`` to its training checkpoint."""
     source, model = open_checkpoint(checkpoint)
     table = official_names(model.config, vision=not training)
-    report = ConversionReport("to-official", {"checkpoint": str(source.path)}, external_records(source, table))
+    report = ConversionReport("to-official", _published_source(source.path), external_records(source, table))
     report.records += skipped_records(source, sorted(source.specs.keys() - table.keys()))
     external = to_external(source, table, model.config.decoder)
     prepared = prepare(external, settings, "writing the release's tensors")
@@ -259,6 +266,12 @@ def reshard(checkpoint: Path, folder: Path, settings: ConversionSettings, *, wei
         num_files=settings.num_files or default_num_files(tensors),
     )
     return report
+
+
+def _published_source(checkpoint: Path) -> dict[str, str]:
+    """Name a checkpoint in a folder that may be published: by its content, without a path of this machine."""
+    digest = files.file_digest(checkpoint / files.MANIFEST)["sha256"]
+    return {"checkpoint": checkpoint.name, f"sha256 of its {files.MANIFEST}": digest}
 
 
 def _model_of_folders(language: Path, vision: Path, vocabulary: Vocabulary) -> ConvertedModel:

@@ -80,6 +80,10 @@ class ImagesConfig(Section):
     stored."""
 
 
+OFFICIAL_IMAGES = ImagesConfig()
+"""What the released code does."""
+
+
 class PhaseConfig(Section):
     """A number of optimizer steps with a choice of sources and an order of image and text."""
 

@@ -109,7 +109,7 @@ def _decode_rgb(data: bytes, size: int, options: ImageOptions) -> bytes:
         if width * height > MAX_PIXELS:
             raise UnreadableImage(f"has {width} x {height} pixels, more than {MAX_PIXELS} (decompression bomb?).")
         turned = ImageOps.exif_transpose(opened) if options.exif_rotation else opened
-        rgb = _to_rgb(turned, options)
+        rgb = _to_rgb(turned, opened.format, options)
         if rgb.size != (size, size):
             rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
         return rgb.tobytes()
@@ -122,11 +122,14 @@ def _installed_formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _to_rgb(image: Image.Image, options: ImageOptions) -> Image.Image:
-    """Convert to RGB as Pillow does, but 16-bit grey by its high byte. Raises UnreadableImage for 32-bit grey."""
+def _to_rgb(image: Image.Image, form: str | None, options: ImageOptions) -> Image.Image:
+    """Convert to RGB as Pillow does, but 16-bit grey by its high byte. Raises UnreadableImage for 32-bit grey.
+
+    form  Pillow's name of the format that the image was opened from; a turned image has none
+    """
     if image.mode == "RGB" and not (options.transparency == "white" and image.has_transparency_data):
         return image
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and form == "PPM"):
         high_byte = np.asarray(image).astype(np.int64) >> 8
         return Image.fromarray(high_byte.astype(np.uint8), "L").convert("RGB")
     if image.mode in ("I", "F"):

@@ -38,7 +38,7 @@ class Tokenizer:
 
     def __init__(self, folder: Path, chat: ChatFormat) -> None:
         self.folder, self.chat = folder, chat
-        loaded = _open(folder)
+        loaded = open_fast_tokenizer(folder)
         _add_tokens(loaded, folder)
         rules = _without_prefix_rules(json.loads(loaded.backend_tokenizer.to_str()))
         self._backend = tokenizers.Tokenizer.from_str(json.dumps(rules))
@@ -151,7 +151,7 @@ def grow_tokenizer(source: Path, out: Path) -> Vocabulary:
     Raises DataError where the folder has no fast tokenizer or no end-of-text token, or where the added tokens would not
     be its last ones.
     """
-    loaded = _open(source)
+    loaded = open_fast_tokenizer(source)
     _add_tokens(loaded, source)
     size, ids = len(loaded), loaded.get_vocab()
     image_id, endofchunk_id = ids[IMAGE_TOKEN], ids[ENDOFCHUNK_TOKEN]
@@ -202,8 +202,8 @@ def _with_training_ids(loaded: PreTrainedTokenizerFast) -> PreTrainedTokenizerFa
     )
 
 
-def _open(folder: Path) -> PreTrainedTokenizerFast:
-    """Load the fast tokenizer of a local folder with transformers."""
+def open_fast_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Load the fast tokenizer of a local folder with transformers. Raises DataError where there is none."""
     if not folder.is_dir():
         raise DataError(f"Tokenizer folder {folder} does not exist (data.tokenizer).")
     if not (folder / "tokenizer.json").is_file():

@@ -1,6 +1,7 @@
 """Build everything a run reads: tokenizer, templates, sources, phases, and which samples each step holds."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -119,9 +120,12 @@ def build_sources(config: DataConfig, progress: Callable[[str], None]) -> dict[s
 
 
 def _locate_conversation(root: Path, name: str, items: Sequence[Conversation], index: int) -> str:
-    """Return how messages name a conversation: by its annotation files and key."""
-    files = [str(root / file) for file in dataset_reader(name).files[SPLIT] if Path(file).suffix]
-    return f"{' and '.join(files)}, sample {items[index].key}"
+    """Return how messages name a conversation: by its annotation files and key; by its number if it has no key."""
+    files = [str(root / file) for file in dataset_reader(name).files_below(root, SPLIT) if Path(file).suffix]
+    sample = f"number {index}"
+    with suppress(Exception):  # reading it may be what failed
+        sample = items[index].key
+    return f"{' and '.join(files)}, sample {sample}"
 
 
 def data_fingerprints(

@@ -54,7 +54,7 @@ _PNM = re.compile(rb"P[1-6fF]\s")
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _BRANDS = {b"avif": "an AVIF image", b"avis": "an AVIF image", b"heic": "a HEIC image", b"mif1": "a HEIC image"}
 _SHOWN_BYTES = 24
-_UNKNOWN = ("zeros", "text", "of no known format")
+_UNKNOWN = ("zeros", "text", "of no known format", "a tar")
 _TEXT_BYTES = frozenset({9, 10, 13} | set(range(32, 127)) | set(range(128, 256)))
 
 

@@ -191,6 +191,4 @@ def test_a_record_that_cannot_be_read_is_named_by_its_file(tmp_path: Path, make_
     mixture, render = Mixture({"vqav2": 1.0}, seed=0), make_template().render_conversation
     stream = MixtureStream({"vqav2": source}, mixture, render, image_size=IMAGE_SIZE)
     (reason,) = {bad.reason for n in range(9) for bad in stream.sample(n).bad_samples}
-    assert reason.startswith(f"{tmp_path}/VQA/v2_") and reason.endswith(
-        ", sample number 1: RuntimeError: torn"
-    )
+    assert reason.startswith(f"{tmp_path}/VQA/v2_") and reason.endswith(", sample number 1: RuntimeError: torn")

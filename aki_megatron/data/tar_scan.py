@@ -103,11 +103,7 @@ def _join_apart(samples: list[TarSample]) -> Iterator[TarSample]:
     for sample in samples:
         if sample.error.startswith(_LACKS):
             parts.setdefault(sample.key, []).append(sample.error.partition(" (")[0])
-    apart = {
-        key
-        for key, lacking in parts.items()
-        if sorted(lacking)[:2] == sorted(_LACKS[:2]) and len(lacking) <= len(_LACKS)
-    }
+    apart = {key for key, lacking in parts.items() if [lacking.count(what) for what in _LACKS[:2]] == [1, 1]}
     for sample in samples:
         if sample.key not in apart or not sample.error.startswith(_LACKS):
             yield sample

@@ -5,6 +5,8 @@ import re
 HEAD_BYTES = 512
 """First bytes of a file that ``file_kind`` looks at."""
 
+TEXT_IN_UTF_16 = "text in UTF-16"
+
 _MAGIC = (
     (b"\xff\xd8\xff", "a JPEG image"),
     (b"\x89PNG\r\n\x1a\n", "a PNG image"),
@@ -76,7 +78,7 @@ def file_kind(head: bytes) -> str:
     if _PNM.match(head):
         return "a PPM image"
     if head[:2] in _UTF_16:
-        return "text in UTF-16"
+        return TEXT_IN_UTF_16
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     for tag, kind in _MARKUP:
         if text[: len(tag)].lower() == tag:

@@ -15,7 +15,7 @@ from aki_megatron.data.captions import TextFormat
 from aki_megatron.data.fingerprint import FileFingerprints, Fingerprint, tokenizer_fingerprint
 from aki_megatron.data.image import ImageOptions
 from aki_megatron.data.loader import MicrobatchDataset, StepLoader
-from aki_megatron.data.mixture import Mixture
+from aki_megatron.data.mixture import Mixture, SourcePass
 from aki_megatron.data.packing import PackedSampler, PackingLimits
 from aki_megatron.data.permutation import derive_seed
 from aki_megatron.data.sample_stream import MixtureStream, SampleStream, Source
@@ -159,21 +159,40 @@ def build_stream(
     config: RunConfig, tokenizer: Tokenizer, sources: Mapping[str, Source[Any]], phase: int
 ) -> SampleStream:
     """Build the stream of numbered samples of one phase."""
-    data, phase_config, seed = config.data, run_phases(config)[phase], phase_seed(config.train.seed, phase)
-    weights = source_weights(data, sources)
-    names = phase_config.sources or tuple(weights)
+    data, phase_config, mixture = config.data, run_phases(config)[phase], phase_mixture(config, sources, phase)
     template = build_template(config, tokenizer, text_first=phase_config.order == "text_first")
-    chosen = {name: sources[name] for name in names}
+    chosen = {name: sources[name] for name in mixture.names}
     render: Callable[[Any], Any] = template.render_conversation
     if data.kind == "captions":
         render = template.render_caption
         chosen = {
-            name: replace(source, order=_shard_order(source.items, seed, name, data.shards_per_block))
+            name: replace(
+                source, order=_shard_order(source.items, mixture.passes[name].seed, name, data.shards_per_block)
+            )
             for name, source in chosen.items()
         }
-    mixture = Mixture({name: weights[name] for name in names}, seed=seed)
     image_size, options = config.model.vision.image_size, image_options(data)
     return MixtureStream(chosen, mixture, render, image_size=image_size, image_options=options)
+
+
+def phase_mixture(config: RunConfig, sources: Mapping[str, Source[Any]], phase: int) -> Mixture:
+    """Return the mixture of a phase: it goes on with each source where the earlier phases stopped.
+
+    How many samples a packed phase takes depends on their lengths, so packed phases begin anew, each in its own order.
+    """
+    weights = source_weights(config.data, sources)
+    passes: dict[str, SourcePass] = {}
+    for number, phase_config in enumerate(run_phases(config)[: phase + 1]):
+        names = phase_config.sources or tuple(weights)
+        mixture = Mixture(
+            {name: weights[name] for name in names},
+            seed=phase_seed(config.train.seed, number),
+            passes=passes,
+            num_items={name: len(sources[name].items) for name in names},
+        )
+        if number < phase and not config.data.packing.enabled:
+            passes |= mixture.passes_after(phase_config.steps * config.train.global_batch_size)
+    return mixture
 
 
 def _shard_order(dataset: Any, seed: int, name: str, shards_per_block: int) -> ShardOrder:

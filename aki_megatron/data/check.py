@@ -60,6 +60,8 @@ class SourceCheck:
     image_uses: Counter[str] = field(default_factory=Counter)
     malformed: FaultCounts = field(default_factory=FaultCounts)
     faults: FaultCounts = field(default_factory=FaultCounts)
+    notes: list[str] = field(default_factory=list)
+    """What a run says when it opens the tars: those with unreadable samples, those that are missing."""
     cannot_open: str = ""
     """Why the source cannot be opened at all."""
 
@@ -85,7 +87,8 @@ def check_run_data(
         # what is bad is counted here, however much it is
         data = config.data.model_copy(update={key: (entry,), "max_bad_fraction": 1.0})
         try:
-            source = build_sources(data, lambda line: None)[entry.name]
+            notes: list[str] = []
+            source = build_sources(data, notes.append)[entry.name]
         except DataError as error:
             yield SourceCheck(entry.name, cannot_open=str(error))
             continue
@@ -94,7 +97,10 @@ def check_run_data(
             render = template.render_caption
         options = image_options(config.data)
         checker = _Checker(entry.name, source, render, config.model.vision.image_size, options)
-        yield checker.check(max_samples, num_workers, progress)
+        found = checker.check(max_samples, num_workers, progress)
+        if config.data.kind == "captions":  # faults of annotation files are in ``malformed``
+            found.notes = notes
+        yield found
 
 
 class _Checker:

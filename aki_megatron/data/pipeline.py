@@ -112,20 +112,25 @@ def build_sources(config: DataConfig, progress: Callable[[str], None]) -> dict[s
     return {
         source.name: Source(
             opened[source.name],
-            locate=partial(_locate_conversation, config.root, source.name, opened[source.name]),
+            locate=partial(_locate_conversation, _annotation_files(config.root, source.name), opened[source.name]),
             augment=source.augment == "official",
         )
         for source in config.sources
     }
 
 
-def _locate_conversation(root: Path, name: str, items: Sequence[Conversation], index: int) -> str:
+def _annotation_files(root: Path, name: str) -> str:
+    """Return the annotation files of a source, as messages name them."""
+    files = dataset_reader(name).files_below(root, SPLIT)
+    return " and ".join(str(root / file) for file in files if Path(file).suffix)
+
+
+def _locate_conversation(files: str, items: Sequence[Conversation], index: int) -> str:
     """Return how messages name a conversation: by its annotation files and key; by its number if it has no key."""
-    files = [str(root / file) for file in dataset_reader(name).files_below(root, SPLIT) if Path(file).suffix]
     sample = f"number {index}"
     with suppress(Exception):  # reading it may be what failed
         sample = items[index].key
-    return f"{' and '.join(files)}, sample {sample}"
+    return f"{files}, sample {sample}"
 
 
 def data_fingerprints(

@@ -298,6 +298,6 @@ def missing_shards(patterns: Sequence[str], root: Path) -> list[str]:
 
 def _list_missing(shards: Sequence[Shard], stats: Sequence[os.stat_result | None]) -> list[str]:
     pairs = zip(shards, stats, strict=True)
-    missing = [str(shard) for shard, found in pairs if found is None and shard.tar is not None]
+    missing = [shard.tar for shard, found in pairs if found is None and shard.tar is not None]
     rest = [f"... and {len(missing) - 10:,} more of {len(shards):,} tars"] if len(missing) > 10 else []
-    return missing[:10] + rest
+    return [f"{tar} (a folder)" if tar.is_dir() else str(tar) for tar in missing[:10]] + rest

@@ -331,6 +331,9 @@ def test_missing_tars_are_left_out_on_request_and_counted(tmp_path: Path, capsys
     dataset = CaptionDataset([pattern], tmp_path, skip_missing=True, progress=lines.append)
     assert len(dataset) == 6 and dataset.caption(2).key == "00002/000004"
     assert lines[0].startswith("3 of the 6 tars") and "00001.tar" in lines[0] and "skip_missing" in lines[0]
+    (tmp_path / "00009.tar").mkdir()
+    with pytest.raises(DataError, match=r"00009\.tar \(a folder\)"):
+        CaptionDataset(["00009.tar"], tmp_path)
     with pytest.raises(DataError, match="None of the 2 tars"):
         CaptionDataset(["{00003..00004}.tar"], tmp_path, skip_missing=True)
     assert index_command(tmp_path / pattern, capsys=capsys)[0] == 2

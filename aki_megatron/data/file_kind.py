@@ -64,13 +64,13 @@ def file_kind(head: bytes) -> str:
     """Return what a file is, given its first bytes (HEAD_BYTES or fewer; empty for an empty file)."""
     if not head:
         return "empty (0 bytes)"
+    if head[257:262] == b"ustar":  # first: a tar begins with a name, which may begin with any letters
+        return "a tar"
     for magic, kind in _MAGIC:
         if head.startswith(magic):
             return kind
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "a WEBP image"
-    if head[257:262] == b"ustar":
-        return "a tar"
     if head[4:8] == b"ftyp":
         return _BRANDS.get(head[8:12], "a video")
     if not any(head):

@@ -86,7 +86,6 @@ class Mixture:
             raise ConfigError(
                 f"The weight {weights[name]} of {name} is below 1/{MAX_BLOCK_SIZE} of the mixture; raise it."
             )
-
         self.passes = {name: (passes or {}).get(name, SourcePass(seed)) for name in self.names}
         pairs = zip(self.names, self.counts_per_block, strict=True)
         small = [len(weights) > 1 and (num_items or {}).get(name, count) < count for name, count in pairs]

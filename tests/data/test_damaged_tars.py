@@ -227,6 +227,15 @@ def test_a_tar_inside_of_another_archive_is_named_by_what_holds_it(tmp_path: Pat
         CaptionDataset(["00000.tar"], tmp_path)
 
 
+def test_a_damaged_first_header_whose_name_begins_like_a_format_is_that_of_a_tar(tmp_path: Path) -> None:
+    members = [("BM." + name.partition(".")[2], data) for name, data in pairs(1)]
+    data = bytearray(write_tar(tmp_path / "00000.tar", [*members, *pairs(3)]).read_bytes())
+    data[110] ^= 1
+    (tmp_path / "00000.tar").write_bytes(data)
+    with pytest.raises(DataError, match="malformed at its beginning: no valid header at byte 0"):
+        CaptionDataset(["00000.tar"], tmp_path)
+
+
 def test_a_tar_with_bytes_before_it_is_named(tmp_path: Path) -> None:
     garbage_before(tmp_path / "00000.tar")
     with pytest.raises(DataError, match="0 of at least 20 samples readable. the tar is malformed at its beginning: no"):

@@ -43,7 +43,6 @@ if __name__ == "__main__":  # the imports below take seconds
         signal.signal(signal.SIGINT, _interrupted)
 
 import argparse
-import math
 import resource
 import threading
 import time
@@ -55,6 +54,7 @@ from typing import Any
 
 import torch
 
+from aki_megatron.argument_types import as_path, gigabytes, whole_number
 from aki_megatron.checkpoint import conversions
 from aki_megatron.checkpoint.conversion_report import AllowedMismatches, ConversionReport
 from aki_megatron.checkpoint.conversion_steps import ConversionSettings, ConvertedModel
@@ -332,41 +332,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def as_path(text: str) -> Path:
-    """A path in which the shell may have left ~ as it is (--out=~/x)."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("a path is empty")
-    return Path(text).expanduser()
-
-
-def num_files(text: str) -> int:
-    """A number of files."""
-    return whole_number(text, 1, MAX_FILES)
-
-
-def seed(text: str) -> int:
-    """A seed, as train.seed of a run."""
-    return whole_number(text, 0, 2**63 - 1)
-
-
-def whole_number(text: str, least: int, most: int) -> int:
-    """A whole number from least to most."""
-    if not text.isdecimal() or not least <= int(text) <= most:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number from {least} to {most}")
-    return int(text)
-
-
-def gigabytes(text: str) -> float:
-    """A finite number above 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
-    return number
-
-
 _NAMES = "%s (a name, or a prefix and *); may be given several times"
 _REPEATED = {"action": "append", "default": [], "metavar": "NAME"}
 
@@ -380,9 +345,9 @@ FLAGS: dict[str, dict[str, Any]] = {
         "and AKI's resampler; AKI-4B for from-official)",
     },
     "--tokenizer": {"type": as_path, "help": "folder of the tokenizer (default: beside the weights, or the run's)"},
-    "--files": {"type": num_files, "help": "how many files to write (default: about 5 GB each)"},
+    "--files": {"type": whole_number(1, MAX_FILES), "help": "how many files to write (default: about 5 GB each)"},
     "--seed": {
-        "type": seed,
+        "type": whole_number(0, 2**63 - 1),
         "default": 42,
         "help": "of randomly initialized weights (default %(default)s, as a run's)",
     },

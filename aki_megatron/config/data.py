@@ -90,7 +90,8 @@ class PhaseConfig(Section):
     steps: PositiveInt
     """Optimizer steps of the phase; the phases of a run add up to train.steps."""
     sources: Strings = ()
-    """Names of the sources to sample from; empty: all."""
+    """Names of the sources to sample from; empty: all. A source that an earlier phase read goes on where that phase
+    stopped (docs/data.md)."""
     order: Literal["image_first", "text_first"] = "image_first"
     """text_first puts the question (or caption) before the image: dual-order training (papers, section 3.2)."""
 

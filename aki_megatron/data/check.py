@@ -23,7 +23,7 @@ from aki_megatron.data.sample_stream import Source
 from aki_megatron.data.sources.records import LazyConversations
 from aki_megatron.data.template import Template
 from aki_megatron.errors import DataError
-from aki_megatron.types import Caption, Modality
+from aki_megatron.types import MEDIA_MODALITIES, Caption
 
 MISSING_IMAGE = "the image file is missing"
 NO_RESPONSE = "no supervised token (empty, or truncated at the length limit)"
@@ -134,19 +134,21 @@ class _Checker:
                 sample = self.template.render_caption(item) if caption else self.template.render_conversation(item)
                 if sample is None:
                     raise DataError(f"Sample {key}: {NO_RESPONSE}")
-                if isinstance(item.image, bytes):
-                    decode_image(item.image, self.image_size, key=key)
+                for medium in item.media:
+                    if isinstance(medium.content, bytes):
+                        decode_image(medium.content, self.image_size, key=key)
             except Exception as error:  # whatever a decoder or a tokenizer raises is a fault of this sample
                 _add_fault(found, key, error)
                 continue
-            num_image = sample.modality_ids.count(Modality.IMAGE)
-            num_text = len(sample.token_ids) - num_image + (num_image > 0)  # <image> counts as one
+            num_media = sum(kind in MEDIA_MODALITIES for kind in sample.modality_ids)
+            num_text = len(sample.token_ids) - num_media + len(sample.media)  # a media item counts as one
             found.token_counts[num_text + sample.num_cut_tokens] += 1
             found.num_over_cap += sample.num_cut_tokens > 0
             found.num_readable += 1
-            if isinstance(item.image, Path):
-                found.image_uses[str(item.image)] += 1
-                keys.setdefault(str(item.image), key)
+            for medium in item.media:
+                if isinstance(medium.content, Path):
+                    found.image_uses[str(medium.content)] += 1
+                    keys.setdefault(str(medium.content), key)
         return found, keys
 
     def check_images(self, images: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -25,7 +25,7 @@ from aki_megatron.data.sources import dataset_reader, open_sources
 from aki_megatron.data.template import Template
 from aki_megatron.data.tokenizer import Tokenizer
 from aki_megatron.families.registry import FAMILIES
-from aki_megatron.types import Conversation
+from aki_megatron.types import Caption, Conversation, Modality
 
 TOKENIZER_NAME = "tokenizer"
 """Name of the tokenizer's fingerprint; those of sources are ``source NAME``."""
@@ -53,7 +53,7 @@ def build_template(config: RunConfig, tokenizer: Tokenizer, *, text_first: bool 
     """Build the template that renders this run's samples."""
     return Template(
         tokenizer,
-        num_image_tokens=config.model.resampler.num_latents,
+        num_media_tokens={Modality.IMAGE: config.model.resampler.num_latents},
         max_text_tokens=config.data.max_text_tokens,
         system_message=config.data.system_message,
         text_first=text_first,
@@ -143,6 +143,12 @@ def data_fingerprints(
     return found
 
 
+def _with_prefix(limits: tuple[float, float], seed: int, caption: Caption, n: int) -> Caption:
+    """Return the caption of sample ``n``, of which a fraction between two limits is prompt: uniform, by number."""
+    low, high = limits
+    return replace(caption, prefix=low + (high - low) * (derive_seed("caption prefix", seed, n) / 2**64))
+
+
 def source_weights(config: DataConfig, sources: Mapping[str, Source[Any]]) -> dict[str, float]:
     """Return the weight of every source in the mixture; not normalized."""
     entries = config.captions if config.kind == "captions" else config.sources
@@ -161,15 +167,17 @@ def build_stream(
     template = build_template(config, tokenizer, text_first=phase_config.order == "text_first")
     chosen = {name: sources[name] for name in names}
     render: Callable[[Any], Any] = template.render_conversation
+    prepare = None
     if data.kind == "captions":
         render = template.render_caption
+        prepare = partial(_with_prefix, data.caption_prefix, seed) if data.caption_prefix else None
         chosen = {
             name: replace(source, order=_shard_order(source.items, seed, name, data.shards_per_block))
             for name, source in chosen.items()
         }
     mixture = Mixture({name: weights[name] for name in names}, seed=seed)
     image_size, options = config.model.vision.image_size, image_options(data)
-    return MixtureStream(chosen, mixture, render, image_size=image_size, image_options=options)
+    return MixtureStream(chosen, mixture, render, image_size=image_size, image_options=options, prepare=prepare)
 
 
 def _shard_order(dataset: Any, seed: int, name: str, shards_per_block: int) -> ShardOrder:

@@ -11,7 +11,7 @@ from aki_megatron.data.mixture import Mixture, SourceDraw
 from aki_megatron.data.permutation import derive_seed
 from aki_megatron.data.shard_order import ShardOrder
 from aki_megatron.errors import DataError
-from aki_megatron.types import Caption, Conversation, Sample
+from aki_megatron.types import Caption, Conversation, DecodedImage, MediaItem, Sample
 
 MAX_ATTEMPTS = 100
 """Items tried for one sample before its source is given up."""
@@ -42,7 +42,7 @@ class SampleStream(Protocol):
         ...
 
     def length(self, n: int) -> tuple[int, int]:
-        """Return the number of positions and of images of sample n, without decoding anything."""
+        """Return the number of positions and of media items of sample n, without decoding anything."""
         ...
 
 
@@ -87,11 +87,14 @@ class MixtureStream(Generic[Item]):
         *,
         image_size: int,
         image_options: ImageOptions = OFFICIAL_OPTIONS,
+        prepare: Callable[[Item, int], Item] | None = None,
     ) -> None:
+        """Draw from ``mixture``; ``prepare`` returns an item as sample number n takes it, None: as it is."""
         assert set(mixture.names) == set(sources), (mixture.names, sorted(sources))
         self._sources: list[Source[Item]] = [sources[name] for name in mixture.names]
         self._mixture = mixture
         self._render: Callable[[Item], Sample | None] = render
+        self._prepare = prepare
         self._images = ImageCache(image_size, image_options)
 
     def sample(self, n: int, *, replace_images: bool = True) -> LoadedSample:
@@ -99,25 +102,28 @@ class MixtureStream(Generic[Item]):
         name, source = self._mixture.names[draw.source], self._sources[draw.source]
         bad_samples: list[BadSample] = []
         for item, sample in self._rendered(n, draw, source.items.__getitem__, bad_samples):
-            if item.image is None:
-                return LoadedSample(sample, tuple(bad_samples))
+            augment_seed = derive_seed("augment", self._mixture.seed, n) if source.augment else None
             try:
-                augment_seed = derive_seed("augment", self._mixture.seed, n) if source.augment else None
-                image = self._images.decode(item.image, key=item.key, augment_seed=augment_seed)
+                media = tuple(self._decode(medium, item.key, augment_seed) for medium in sample.media)
             except DataError as error:
                 bad_samples.append(BadSample(name, str(error)))
                 if not replace_images:
                     return LoadedSample(None, tuple(bad_samples))
             else:
-                return LoadedSample(replace(sample, image=image), tuple(bad_samples))
+                return LoadedSample(replace(sample, media=media), tuple(bad_samples))
         raise _no_readable_item(name, bad_samples)
+
+    def _decode(self, item: MediaItem, key: str, augment_seed: int | None) -> MediaItem:
+        """Return a media item decoded. Raises DataError; the images of one sample are augmented alike."""
+        assert not isinstance(item.content, DecodedImage), key
+        return MediaItem(item.modality, self._images.decode(item.content, key=key, augment_seed=augment_seed))
 
     def length(self, n: int) -> tuple[int, int]:
         draw = self._mixture.draw(n)
         name, source = self._mixture.names[draw.source], self._sources[draw.source]
         bad_samples: list[BadSample] = []
-        for item, sample in self._rendered(n, draw, source.read_text or source.items.__getitem__, bad_samples):
-            return len(sample.token_ids), int(item.image is not None)
+        for _, sample in self._rendered(n, draw, source.read_text or source.items.__getitem__, bad_samples):
+            return len(sample.token_ids), len(sample.media)
         raise _no_readable_item(name, bad_samples)
 
     def _rendered(
@@ -132,7 +138,7 @@ class MixtureStream(Generic[Item]):
                 location = partial(self._location, draw.source, index, item)
                 with sample_errors(location):
                     item.key.encode()  # keys are hashed and logged; half a surrogate pair cannot be
-                    sample = self._render(item)
+                    sample = self._render(item if self._prepare is None else self._prepare(item, n))
                 if sample is None:
                     raise DataError(f"{location()}: no supervised token (empty, or truncated at the length limit)")
             except DataError as error:

@@ -98,4 +98,4 @@ def test_a_prompt_is_read_with_its_image(root: Path, model_and_template: tuple[S
     model, template = model_and_template
     question = select(root, BadSampleBudget(0.0))[0]
     prompt = read_prompt(question, template, model.config.vision.image_size)
-    assert prompt.image is not None and prompt.key == question.key
+    assert prompt.images and prompt.key == question.key

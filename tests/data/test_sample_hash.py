@@ -7,10 +7,10 @@ from data_files import image_bytes
 
 from aki_megatron.data.image import ImageCache, augment, decode_image
 from aki_megatron.data.sample_hash import sample_hash
-from aki_megatron.types import IGNORE, DecodedImage, Sample
+from aki_megatron.types import IGNORE, DecodedImage, Sample, image_items
 
 IMAGE = DecodedImage(bytes(768), 16, checksum=17)
-SAMPLE = Sample("vqav2/count/1", [5, 9, 9, 7], [1, 3, 3, 2], [IGNORE, IGNORE, 7, 2], IMAGE)
+SAMPLE = Sample("vqav2/count/1", [5, 9, 9, 7], [1, 3, 3, 2], [IGNORE, IGNORE, 7, 2], image_items(IMAGE))
 
 OTHERS = {
     "token_id": replace(SAMPLE, token_ids=[5, 9, 9, 8]),

@@ -186,7 +186,7 @@ def test_file_names_cannot_leave_the_root(root: Path, name: str, change: Change)
     messages = []
     for index in range(len(samples)):
         try:
-            image = samples[index].image
+            image = samples[index].images[0]
             assert image is None or (isinstance(image, Path) and image.resolve().is_relative_to(root.resolve()))
         except DataError as error:
             messages.append(str(error))
@@ -197,7 +197,7 @@ def test_file_names_cannot_leave_the_root(root: Path, name: str, change: Change)
 def test_image_ids_are_numbers(root: Path, image_id: object) -> None:
     edit(root, train_files("visualgenome")[0], lambda c: c[0]["regions"][0].update(image_id=image_id))
     samples = open_sources(root, ["visualgenome"], "train", max_bad_fraction=0.001)["visualgenome"]
-    assert all(sample.image.parent == root / "VisualGenome/images" for sample in samples)
+    assert all(sample.images[0].parent == root / "VisualGenome/images" for sample in samples)
     if image_id != 1.5:  # counts as 1
         assert "region_descriptions.json, entry 0 (id 1), regions[0]: " in samples.faults.lines()[0]
 

@@ -124,7 +124,7 @@ def devices_of_state(topology: Topology, setting: Setting) -> set[tuple[str, str
     sharded.begin_step()
     batch = own_batches(0, topology)[0].to(topology.device)
     ids = stack_ids(batch)
-    loss = sharded.forward(batch.token_ids, ids, batch.pixels, stage.build_mask(ids))
+    loss = sharded.forward(batch.token_ids, ids, batch.media, stage.build_mask(ids))
     sharded.backward(loss, None, is_last=True)
     gradients = [tensor for group in sharded.gradients() for tensor in group.tensors]
     masters = list(optimizer.state)

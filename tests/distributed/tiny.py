@@ -252,8 +252,9 @@ def reference_training(steps: Iterable[int] = range(STEPS), setting: Setting = S
         losses.append(0.0)
         for batch in batches:
             replica = model if setting.precision == "fp32" else _bf16_copy(model)
-            pixels = batch.pixels.to(next(replica.parameters()).dtype)
-            loss = replica(batch.token_ids, stack_ids(batch), pixels) / supervised
+            dtype = next(replica.parameters()).dtype
+            media = {modality: items.to(dtype) for modality, items in batch.media.items()}
+            loss = replica(batch.token_ids, stack_ids(batch), media) / supervised
             loss.backward()
             losses[-1] += loss.item()
             if replica is not model:

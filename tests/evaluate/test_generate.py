@@ -83,7 +83,7 @@ def recomputed(stage: Stage, sequence: tuple[list[int], list[int]], pixels: Tens
     for _ in range(new_tokens):
         so_far = batch([(tokens, modality)], pixels)
         with torch.no_grad():
-            logits = stage.logits(so_far.token_ids, stack_ids(so_far), so_far.pixels)
+            logits = stage.logits(so_far.token_ids, stack_ids(so_far), so_far.media)
         tokens.append(int(logits[0, -1].argmax()))
         modality.append(int(Modality.RESPONSE))
     return tokens[len(sequence[0]) :]
@@ -148,7 +148,7 @@ def test_step_logits_equal_one_pass_over_the_whole_text() -> None:
     steps += [state.decode_step(token[None]) for token in chosen]
     whole = batch([(tokens + chosen.tolist(), modality + [int(Modality.RESPONSE)] * 6)], pixels)
     with torch.no_grad():
-        expected = stage.logits(whole.token_ids, stack_ids(whole), whole.pixels)[0, len(tokens) - 1 :]
+        expected = stage.logits(whole.token_ids, stack_ids(whole), whole.media)[0, len(tokens) - 1 :]
     torch.testing.assert_close(torch.cat(steps)[:, :42], expected[:, :42], rtol=1e-10, atol=1e-10)
 
 
@@ -158,8 +158,6 @@ def test_prompts_that_cannot_be_continued_are_refused() -> None:
     for sequence, position, segment in ((1, 3, 1), (1, 0, NO_SEGMENT)):
         segment_ids = given.segment_ids.clone()
         segment_ids[sequence, position] = segment
-        packed = Batch(
-            given.token_ids, given.modality_ids, segment_ids, given.position_ids, given.targets, given.pixels
-        )
+        packed = Batch(given.token_ids, given.modality_ids, segment_ids, given.position_ids, given.targets, given.media)
         with pytest.raises(ValueError, match="sequence 1 is not"):
             generate(stage, packed, stop_ids=(), max_new_tokens=2)

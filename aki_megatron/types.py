@@ -60,10 +60,6 @@ class MediaItem:
     content: Path | bytes | DecodedImage
 
 
-def _images(media: tuple[MediaItem, ...]) -> list[Path | bytes | DecodedImage]:
-    return [item.content for item in media if item.modality == Modality.IMAGE]
-
-
 def image_items(image: Path | bytes | DecodedImage | None) -> tuple[MediaItem, ...]:
     """Return the media of a sample with this one image; None: without any."""
     return () if image is None else (MediaItem(Modality.IMAGE, image),)
@@ -107,7 +103,7 @@ class Conversation:
     @property
     def images(self) -> list[Path | bytes | DecodedImage]:
         """The images among the media."""
-        return _images(self.media)
+        return [item.content for item in self.media if item.modality == Modality.IMAGE]
 
 
 @dataclass(frozen=True)
@@ -150,7 +146,7 @@ class Sample:
     @property
     def images(self) -> list[Path | bytes | DecodedImage]:
         """The images among the media."""
-        return _images(self.media)
+        return [item.content for item in self.media if item.modality == Modality.IMAGE]
 
 
 @dataclass(frozen=True)
@@ -203,6 +199,11 @@ class Batch:
             changed[name] = function(value) if isinstance(value, Tensor) else value
         changed["media"] = {modality: function(tensor) for modality, tensor in self.media.items()}
         return Batch(**changed)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the batch, media included."""
+        values = [getattr(self, name) for name in self.__dataclass_fields__]
+        return [value for value in values if isinstance(value, Tensor)] + list(self.media.values())
 
     def num_items(self, modality: Modality) -> int:
         """Number of media items of a modality."""

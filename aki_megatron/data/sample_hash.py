@@ -22,7 +22,7 @@ def sample_hash(sequence: int, index: int, sample: Sample) -> int:
     digest.update(array("i", sample.token_ids).tobytes())
     digest.update(bytes(sample.modality_ids))
     digest.update(array("i", sample.targets).tobytes())
-    for item in sample.media:
-        assert isinstance(item.content, DecodedImage), sample.key
-        digest.update(f"{item.content.size} {item.content.checksum}".encode())
+    decoded = [item.content for item in sample.media if isinstance(item.content, DecodedImage)]
+    assert len(decoded) == len(sample.media), sample.key
+    digest.update(" ".join(f"{image.size} {image.checksum}" for image in decoded).encode())
     return int.from_bytes(digest.digest(), "little")

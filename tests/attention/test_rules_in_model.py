@@ -46,7 +46,7 @@ def model_of(name: str, rope: RopeConfig | None = None) -> Stage:
 
 
 def loss_and_gradient(model: Stage, batch: Batch) -> tuple[float, Tensor]:
-    loss = model(batch.token_ids, stack_ids(batch), batch.media[Modality.IMAGE].double())
+    loss = model(batch.token_ids, stack_ids(batch), {Modality.IMAGE: batch.media[Modality.IMAGE].double()})
     (gradient,) = torch.autograd.grad(loss, [model.input_embedder.resampler.latents])
     return loss.item(), gradient
 

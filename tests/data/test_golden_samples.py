@@ -163,7 +163,9 @@ def test_golden_sample(
     answer = tokenizer.encode(supervised)  # no newline: the one after <|assistant|> vanishes
     assert sample.token_ids[first:] == answer and answer[-1] == tokenizer.eos_id
     assert tokenizer.decode(answer) + "<|endoftext|>" == supervised
-    assert sample.token_ids.count(tokenizer.image_id) == (template.num_image_tokens if "<image>" in text else 0)
+    assert sample.token_ids.count(tokenizer.image_id) == (
+        template.num_media_tokens[Modality.IMAGE] if "<image>" in text else 0
+    )
 
 
 def test_golden_conversation_of_several_turns(

@@ -76,7 +76,7 @@ def draw_batch(*, seed: int = 0, images: bool = True, supervised: bool = True) -
         if supervised:
             targets[row, response - 1 : last - 1] = token_ids[row, response:last]
     pixels = torch.randn(2 if images else 0, 3, IMAGE_SIZE, IMAGE_SIZE, generator=draw)
-    return Batch(token_ids, modality_ids, segment_ids, position_ids, targets, pixels)
+    return Batch(token_ids, modality_ids, segment_ids, position_ids, targets, {Modality.IMAGE: pixels})
 
 
 BATCHES = {
@@ -99,7 +99,7 @@ def gradients(model: Stage, batches: dict[str, Batch] = BATCHES) -> Gradients:
     for name, batch in batches.items():
         batch = batch.to(weight.device)
         model.zero_grad()
-        loss = model(batch.token_ids, stack_ids(batch), batch.media[Modality.IMAGE].to(weight.dtype))
+        loss = model(batch.token_ids, stack_ids(batch), {Modality.IMAGE: batch.media[Modality.IMAGE].to(weight.dtype)})
         loss.backward()
         found[name] = {"loss": loss.detach().cpu()}
         for parameter, value in model.named_parameters():

@@ -200,7 +200,7 @@ def draw_batch(step: int, number: int) -> Batch:
             start += len(ids)
     images = sum(len(samples) for samples in sequences) if kind != 1 else 0
     pixels = torch.randn(images, 3, IMAGE_SIZE, IMAGE_SIZE, generator=draw)
-    return Batch(token_ids, modality_ids, segment_ids, position_ids, targets, pixels)
+    return Batch(token_ids, modality_ids, segment_ids, position_ids, targets, {Modality.IMAGE: pixels})
 
 
 def rank_batches(step: int, rank: int, ranks: int) -> list[Batch]:

@@ -73,7 +73,7 @@ def batch(sequences: list[tuple[list[int], list[int]]], pixels: Tensor) -> Batch
         torch.tensor([padded([0] * len(tokens), NO_SEGMENT) for tokens, _ in sequences], dtype=torch.int32),
         torch.tensor([padded(list(range(len(tokens))), 0) for tokens, _ in sequences], dtype=torch.int32),
         torch.full((len(sequences), longest), IGNORE),
-        pixels,
+        {Modality.IMAGE: pixels},
     )
 
 

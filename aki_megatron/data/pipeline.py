@@ -143,7 +143,7 @@ def data_fingerprints(
     return found
 
 
-def _with_prefix(limits: tuple[float, float], seed: int, caption: Caption, n: int) -> Caption:
+def _with_prefix(limits: Sequence[float], seed: int, caption: Caption, n: int) -> Caption:
     """Return the caption of sample ``n``, of which a fraction between two limits is prompt: uniform, by number."""
     low, high = limits
     return replace(caption, prefix=low + (high - low) * (derive_seed("caption prefix", seed, n) / 2**64))

@@ -94,7 +94,7 @@ class MixtureStream(Generic[Item]):
         self._sources: list[Source[Item]] = [sources[name] for name in mixture.names]
         self._mixture = mixture
         self._render: Callable[[Item], Sample | None] = render
-        self._prepare = prepare
+        self._prepare: Callable[[Item, int], Item] | None = prepare
         self._images = ImageCache(image_size, image_options)
 
     def sample(self, n: int, *, replace_images: bool = True) -> LoadedSample:

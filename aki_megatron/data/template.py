@@ -30,7 +30,7 @@ of the other families and the one after <image> stay, and belong to the prompt.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import NamedTuple
 
 from aki_megatron.data.tokenizer import Tokenizer
@@ -132,9 +132,9 @@ class Template:
             )
         if not placed and media:
             first = Turn(turns[0].prompt, "", tuple(Placeholder(0, modality) for modality in media))
-            return [self._aki_pieces(first), *([turn.prompt] for turn in turns[1:])]
-        first_pieces = self._aki_pieces if self.text_first and turns[0].placeholders else _placed_pieces
-        return [first_pieces(turns[0]), *(_placed_pieces(turn) for turn in turns[1:])]
+            return [self._aki_pieces(first), *map(_placed_pieces, turns[1:])]
+        pieces = [_placed_pieces(turn) for turn in turns]
+        return [self._aki_pieces(turns[0]), *pieces[1:]] if self.text_first and turns[0].placeholders else pieces
 
     def _aki_pieces(self, turn: Turn) -> list[str | Modality]:
         """Return a prompt with its media before it, each followed by a newline, or after it in text-first order."""
@@ -267,11 +267,16 @@ def _placed_pieces(turn: Turn) -> list[str | Modality]:
 def _joined(pieces: Sequence[str | Modality]) -> list[Part]:
     """Return prompt pieces as parts: adjacent texts are one part, each media item is one."""
     parts: list[Part] = []
-    for is_text, group in groupby(pieces, key=lambda piece: isinstance(piece, str)):
-        if not is_text:
-            parts += [Part(IMAGE_TOKEN, Modality(modality)) for modality in group]
-        elif text := "".join(map(str, group)):
+    text = ""
+    for piece in (*pieces, None):
+        if isinstance(piece, str):
+            text += piece
+            continue
+        if text:
             parts.append(Part(text, Modality.TEXT))
+        if piece is not None:
+            parts.append(Part(IMAGE_TOKEN, piece))
+        text = ""
     return parts
 
 

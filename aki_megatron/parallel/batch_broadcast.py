@@ -19,6 +19,8 @@ from aki_megatron.types import MEDIA_MODALITIES, Batch, Modality, StackedIds, st
 class MicrobatchShape:
     """Shapes of one micro-batch, [B, T] and those of its media, and counts for loss and report."""
 
+    media: tuple[int, ...]
+    """For each of MEDIA_MODALITIES the _MEDIA_DIMS sizes [N, ...] of its tensor, 0 after the last."""
     num_sequences: int
     sequence_length: int
     supervised_tokens: int
@@ -28,8 +30,6 @@ class MicrobatchShape:
     """Elements of the data sources that could not be used."""
     num_cut_samples: int
     """Samples whose text was cut at data.max_text_tokens."""
-    media: tuple[int, ...]
-    """For each of MEDIA_MODALITIES the _MEDIA_DIMS sizes [N, ...] of its tensor, 0 after the last."""
 
     def media_shape(self, modality: Modality) -> tuple[int, ...]:
         """Return [N, ...] of a modality; empty where the micro-batch has no tensor of it."""
@@ -44,7 +44,6 @@ class MicrobatchShape:
 
 
 _MEDIA_DIMS = 4
-_NUM_COUNTS = len(MicrobatchShape.__dataclass_fields__) - 1
 
 
 @dataclass(frozen=True)
@@ -61,16 +60,17 @@ def broadcast_shapes(microbatches: Sequence[Batch], num_microbatches: int, topol
 
     They replace a handshake before every message between stages. Only the rank that reads data passes micro-batches.
     """
-    num_columns = _NUM_COUNTS + _MEDIA_DIMS * len(MEDIA_MODALITIES)
+    media_columns = _MEDIA_DIMS * len(MEDIA_MODALITIES)
+    num_columns = media_columns + len(MicrobatchShape.__dataclass_fields__) - 1
     shapes = torch.zeros(num_microbatches, num_columns, dtype=torch.int64)
     if topology.reads_data:
         assert len(microbatches) == num_microbatches, (len(microbatches), num_microbatches)
         rows = [astuple(_shape(batch)) for batch in microbatches]
-        shapes = torch.tensor([[*counts, *media] for *counts, media in rows], dtype=torch.int64)
+        shapes = torch.tensor([[*media, *counts] for media, *counts in rows], dtype=torch.int64)
     if topology.tensor * topology.pipeline > 1:
         shapes = shapes.to(topology.device)
         dist.broadcast(shapes, topology.replica_source_rank, group=topology.replica_group)
-    return [MicrobatchShape(*numbers[:_NUM_COUNTS], tuple(numbers[_NUM_COUNTS:])) for numbers in shapes.tolist()]
+    return [MicrobatchShape(tuple(row[:media_columns]), *row[media_columns:]) for row in shapes.tolist()]
 
 
 def _shape(batch: Batch) -> MicrobatchShape:
@@ -81,13 +81,13 @@ def _shape(batch: Batch) -> MicrobatchShape:
         sizes = list(batch.media[modality].shape) if batch.num_items(modality) else []
         media += sizes + [0] * (_MEDIA_DIMS - len(sizes))
     return MicrobatchShape(
+        tuple(media),
         num_sequences,
         sequence_length,
         batch.supervised_tokens,
         tokens,
         batch.num_bad_samples,
         batch.num_cut_samples,
-        tuple(media),
     )
 
 

@@ -66,7 +66,7 @@ def test_captions_and_text_first_go_with_rules_that_look_ahead_inside_an_image_a
         return
     for text in (message("--attention.rule", rule, config=PRETRAIN), message("--attention.rule", rule, *TEXT_FIRST)):
         assert f"attention.rule={rule}" in text
-        assert f"set attention.rule to {rules_for_supervised_text()}." in text
+        assert f"set attention.rule to {rules_for_supervised_text()}" in text
 
 
 def test_which_rules_need_a_prompt_after_an_image() -> None:

@@ -149,11 +149,9 @@ def test_golden_sample(
     conversation = next(sample for sample in samples if sample.key == key)
     assert "".join(part.text for part in template.conversation_parts(conversation)) == SYSTEM + text
     sample = template.render_conversation(conversation)
-    assert sample is not None and sample.images[0] == conversation.images[0]
-    assert (not conversation.images) == ("<image>" not in text)
-    assert isinstance(conversation.images[0], Path | None) and (
-        not conversation.images or conversation.images[0].is_file()
-    )
+    assert sample is not None and sample.images == conversation.images
+    assert len(conversation.images) == ("<image>" in text)
+    assert all(isinstance(image, Path) and image.is_file() for image in conversation.images)
 
     # the release's rule, by the marker: everything up to and including the first <|assistant|> is not supervised
     first = sample.token_ids.index(tokenizer.token_id("<|assistant|>")) + 1

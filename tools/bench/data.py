@@ -54,7 +54,7 @@ from aki_megatron.data.tokenizer import Tokenizer
 from aki_megatron.families.registry import FAMILIES
 from aki_megatron.synthetic.demo_tokenizer import write_tokenizer
 from aki_megatron.synthetic.files import write_tar
-from aki_megatron.types import Caption, Conversation, Turn, image_items
+from aki_megatron.types import Caption, Conversation, Modality, Turn, image_items
 
 PARTS = ("loading", "text", "packing", "start")
 SIZE = 384
@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.tokenizer is None:
             write_tokenizer(folder / "tokenizer")
         tokenizer = Tokenizer(arguments.tokenizer or folder / "tokenizer", FAMILIES["phi3"].chat)
-        template = Template(tokenizer, NUM_IMAGE_TOKENS, 512, SYSTEM_MESSAGE)
+        template = Template(tokenizer, {Modality.IMAGE: NUM_IMAGE_TOKENS}, 512, SYSTEM_MESSAGE)
         load = os.getloadavg()[0]
         for part, run in (
             ("loading", partial(loading, folder / "loading", template, arguments.seconds, arguments.workers)),

@@ -100,9 +100,7 @@ def check_logits(native: TensorSource, config: ModelConfig, reference: Reference
     perturbed = mutual * (1 + PERTURBATION * signs)
     for number in range(config.decoder.num_layers):
         stage = stage_from_tensors(config, [number], AttentionConfig(rule="mma"), model.native_tensor)
-        hidden = (stage if stage.lm_head is None else stage.logits)(
-            hidden, ids, None if stage.input_embedder is None else batch.pixels
-        )
+        hidden = (stage if stage.lm_head is None else stage.logits)(hidden, ids, batch.media)
         del stage  # free it before the reference's layer is read
         layer = model.layer(number)
         mutual, causal, perturbed = (
@@ -160,7 +158,7 @@ def synthetic_batch(config: ModelConfig) -> Batch:
         segment_ids=torch.zeros_like(tokens).where(valid, NO_SEGMENT),
         position_ids=positions,
         targets=targets,
-        pixels=torch.rand(1, 3, size, size, generator=generator) * 2 - 1,
+        media={Modality.IMAGE: torch.rand(1, 3, size, size, generator=generator) * 2 - 1},
     )
 
 

@@ -22,7 +22,7 @@ from aki_megatron.data.pipeline import build_sources, build_template, build_toke
 from aki_megatron.data.sample_stream import Source, read_item
 from aki_megatron.data.sources.records import LazyConversations
 from aki_megatron.errors import DataError
-from aki_megatron.types import Modality, Sample
+from aki_megatron.types import MEDIA_MODALITIES, Sample
 
 MISSING_IMAGE = "the image file is missing"
 
@@ -147,20 +147,22 @@ class _Checker:
                     self.source, index, self.render, read=self.source.items.__getitem__, name=self.name
                 )
                 key = item.key
-                if isinstance(item.image, bytes):
-                    decode_image(item.image, self.image_size, key=key, options=self.options)
+                for medium in item.media:
+                    if isinstance(medium.content, bytes):
+                        decode_image(medium.content, self.image_size, key=key, options=self.options)
             except DataError as error:
                 reason = str(error)
                 found.faults.record(fault_kind(reason.replace(key, "...") if key else reason), reason)
                 continue
-            num_image = sample.modality_ids.count(Modality.IMAGE)
-            num_text = len(sample.token_ids) - num_image + (num_image > 0)  # <image> counts as one
+            num_media = sum(kind in MEDIA_MODALITIES for kind in sample.modality_ids)
+            num_text = len(sample.token_ids) - num_media + len(sample.media)  # a media item counts as one
             found.token_counts[num_text + sample.num_cut_tokens] += 1
             found.num_over_cap += sample.num_cut_tokens > 0
             found.num_readable += 1
-            if isinstance(item.image, Path):
-                found.image_uses[str(item.image)] += 1
-                keys.setdefault(str(item.image), key)
+            for medium in item.media:
+                if isinstance(medium.content, Path):
+                    found.image_uses[str(medium.content)] += 1
+                    keys.setdefault(str(medium.content), key)
         return found, keys
 
     def check_images(self, images: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -26,7 +26,7 @@ from aki_megatron.data.sources import dataset_reader, open_sources
 from aki_megatron.data.template import Template
 from aki_megatron.data.tokenizer import Tokenizer
 from aki_megatron.families.registry import FAMILIES
-from aki_megatron.types import Conversation
+from aki_megatron.types import Caption, Conversation, Modality
 
 TOKENIZER_NAME = "tokenizer"
 """Name of the tokenizer's fingerprint; those of sources are ``source NAME``."""
@@ -52,12 +52,15 @@ def build_tokenizer(config: RunConfig) -> Tokenizer:
 
 def build_template(config: RunConfig, tokenizer: Tokenizer, *, text_first: bool = False) -> Template:
     """Build the template that renders this run's samples."""
+    packing, positions = config.data.packing, config.model.decoder.rope.max_position_embeddings
     return Template(
         tokenizer,
-        num_image_tokens=config.model.resampler.num_latents,
+        num_media_tokens={Modality.IMAGE: config.model.resampler.num_latents},
         max_text_tokens=config.data.max_text_tokens,
         system_message=config.data.system_message,
         text_first=text_first,
+        max_positions=min(positions, packing.sequence_length) if packing.enabled else positions,
+        max_media=packing.max_images if packing.enabled else None,
     )
 
 
@@ -152,6 +155,12 @@ def data_fingerprints(
     return found
 
 
+def _with_prefix(limits: Sequence[float], seed: int, caption: Caption, n: int) -> Caption:
+    """Return the caption of sample ``n``, of which a fraction between two limits is prompt: uniform, by number."""
+    low, high = limits
+    return replace(caption, prefix=low + (high - low) * (derive_seed("caption prefix", seed, n) / 2**64))
+
+
 def source_weights(config: DataConfig, sources: Mapping[str, Source[Any]]) -> dict[str, float]:
     """Return the weight of every source in the mixture; not normalized."""
     entries = config.captions if config.kind == "captions" else config.sources
@@ -168,8 +177,10 @@ def build_stream(
     template = build_template(config, tokenizer, text_first=phase_config.order == "text_first")
     chosen = {name: sources[name] for name in mixture.names}
     render: Callable[[Any], Any] = template.render_conversation
+    prepare = None
     if data.kind == "captions":
         render = template.render_caption
+        prepare = partial(_with_prefix, data.caption_prefix, mixture.seed) if data.caption_prefix else None
         chosen = {
             name: replace(
                 source, order=_shard_order(source.items, mixture.passes[name].seed, name, data.shards_per_block)
@@ -177,7 +188,7 @@ def build_stream(
             for name, source in chosen.items()
         }
     image_size, options = config.model.vision.image_size, image_options(data)
-    return MixtureStream(chosen, mixture, render, image_size=image_size, image_options=options)
+    return MixtureStream(chosen, mixture, render, image_size=image_size, image_options=options, prepare=prepare)
 
 
 def phase_mixture(config: RunConfig, sources: Mapping[str, Source[Any]], phase: int) -> Mixture:

@@ -94,7 +94,7 @@ class GenerationState:
         return self.stage.logits(
             self.batch.token_ids[:, :longest],
             stack_ids(self.batch).prefix(longest),
-            self.batch.pixels,
+            self.batch.media,
             self.caches,
             positions=self.lengths - 1,
         )
@@ -115,7 +115,7 @@ class GenerationState:
             return self.prefill()
         columns = (batch.modality_ids, batch.segment_ids, batch.position_ids, batch.targets)
         ids = StackedIds.stack(*(column[new][:, None] for column in columns))
-        return self.stage.logits(tokens[:, None], ids, None, self.caches)[:, 0]
+        return self.stage.logits(tokens[:, None], ids, caches=self.caches)[:, 0]
 
     def _passes_longrope_threshold(self) -> bool:
         """Return whether a sequence now needs longrope's long factors: its cached keys were rotated by the short."""

@@ -36,7 +36,7 @@ from aki_megatron.evaluate.generate import generate
 from aki_megatron.evaluate.runner import collate_prompts, read_prompt
 from aki_megatron.families.registry import FAMILIES
 from aki_megatron.model.stage import Stage
-from aki_megatron.types import Batch, Conversation, Modality, Sample, Turn
+from aki_megatron.types import Batch, Conversation, Modality, Sample, Turn, image_items
 
 WHOLE_MODEL_BYTES = 10**9
 """A model of more bytes in fp32 is checked with its first NUM_LAYERS layers."""
@@ -84,7 +84,7 @@ def check_generation(folder: Path, checkpoint: Path, tokenizer: Path) -> str:
     latents = config.resampler.num_latents
     template = Template(Tokenizer(tokenizer, chat), latents, 4096, message)
     dialogues = [
-        Conversation(f"prompt {number}", turns, folder / EXAMPLE_IMAGE if has_image else None)
+        Conversation(f"prompt {number}", turns, image_items(folder / EXAMPLE_IMAGE if has_image else None))
         for number, (has_image, turns) in enumerate(DIALOGUES, start=1)
     ]
     options = ImageOptions(images.transparency, images.exif_rotation)
@@ -210,9 +210,8 @@ def _messages(conversation: Conversation) -> list[dict[str, Any]]:
     """The conversation for transformers, without the last response."""
     messages: list[dict[str, Any]] = []
     for number, turn in enumerate(conversation.turns):
-        has_image = conversation.image is not None and number == 0
-        image = [{"type": "image", "path": str(conversation.image)}] if has_image else []
-        messages.append({"role": "user", "content": [*image, {"type": "text", "text": turn.prompt}]})
+        images = [{"type": "image", "path": str(image)} for image in conversation.images if number == 0]
+        messages.append({"role": "user", "content": [*images, {"type": "text", "text": turn.prompt}]})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.response}]})
     return messages[:-1]
 
@@ -248,7 +247,7 @@ def _check_inputs(inputs: Mapping[str, Tensor], prompts: Sequence[Sample], batch
                 raise _error(f"its processor gives other {name} for {prompt.key}: {found} instead of {expected}")
         if bool((inputs["modality_ids"][row][~valid] != int(Modality.PAD)).any()):
             raise _error(f"its processor gives modality_ids to the padding of {prompt.key}")
-    if not torch.equal(inputs["pixel_values"], batch.pixels):
+    if not torch.equal(inputs["pixel_values"], batch.media[Modality.IMAGE]):
         raise _error(f"its processor gives other pixel_values than training for {EXAMPLE_IMAGE}")
 
 

@@ -14,7 +14,7 @@ from aki_megatron.errors import DataError
 from aki_megatron.evaluate.generate import generate
 from aki_megatron.evaluate.scores import Prediction
 from aki_megatron.model.stage import Stage
-from aki_megatron.types import Batch, Conversation, Sample
+from aki_megatron.types import Batch, Conversation, DecodedImage, MediaItem, Sample
 
 
 def select_questions(
@@ -47,13 +47,15 @@ def select_questions(
 def read_prompt(
     conversation: Conversation, template: Template, image_size: int, image_options: ImageOptions = OFFICIAL_OPTIONS
 ) -> Sample:
-    """Render the prompt of a conversation and decode its image. Raises DataError where either cannot be done."""
+    """Render the prompt of a conversation and decode its media. Raises DataError where either cannot be done."""
     with sample_errors(f"question {conversation.key}"):
         sample = template.render_prompt(conversation)
-    if conversation.image is None:
-        return sample
-    image = decode_image(conversation.image, image_size, key=sample.key, options=image_options)
-    return replace(sample, image=image)
+    images = [
+        MediaItem(item.modality, decode_image(item.content, image_size, key=sample.key, options=image_options))
+        for item in sample.media
+        if not isinstance(item.content, DecodedImage)
+    ]
+    return replace(sample, media=tuple(images))
 
 
 def collate_prompts(prompts: Sequence[Sample], template: Template, image_size: int) -> Batch:
@@ -102,6 +104,6 @@ def predict(
                 question=turn.prompt,
                 reference_answer=turn.response,
                 generated_answer=tokenizer.decode(ids).strip(),
-                image=str(conversation.image) if isinstance(conversation.image, Path) else None,
+                images=[str(image) for image in conversation.images if isinstance(image, Path)],
             )
         progress(first + len(group))

@@ -316,7 +316,7 @@ def test_equal_keys_apart_keep_their_own_images(tmp_path: Path, make_template) -
     stream = MixtureStream(
         {"c": Source(dataset)}, Mixture({"c": 1.0}, seed=0), make_template().render_caption, image_size=IMAGE_SIZE
     )
-    shown = {tuple(sample.token_ids): sample.image.rgb for n in range(9) if (sample := stream.sample(n).sample)}
+    shown = {tuple(sample.token_ids): sample.images[0].rgb for n in range(9) if (sample := stream.sample(n).sample)}
     assert len(shown) == len(set(shown.values())) == 3  # each caption with an image of its own
 
 

@@ -121,7 +121,7 @@ def test_the_image_options_of_a_run_reach_its_pixels(transparency: str, pixel: i
     flags = "--data.root", str(tmp_path), "--data.sources", "[{name: vqav2}]"
     config = demo(*flags, "--data.images.transparency", transparency)
     sample = build_stream(config, tokenizer, build_sources(config.data, print), 0).sample(0).sample
-    assert sample is not None and sample.image is not None and set(sample.image.rgb) == {pixel}
+    assert sample is not None and sample.images and set(sample.images[0].rgb) == {pixel}
 
 
 def test_a_bad_sample_of_a_run_names_its_annotation_files(tmp_path: Path, tokenizer) -> None:

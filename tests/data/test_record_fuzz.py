@@ -91,8 +91,8 @@ def read_all(root: Path, name: str, template: Template) -> tuple[dict[str, Conve
         try:
             conversation = opened[index]
             template.render_conversation(conversation)
-            if conversation.image is not None:
-                decode_image(conversation.image, 8, key=conversation.key)
+            if conversation.images:
+                decode_image(conversation.images[0], 8, key=conversation.key)
         except DataError as error:
             messages.append(str(error))
         else:

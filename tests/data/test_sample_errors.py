@@ -18,7 +18,7 @@ from aki_megatron.data.pipeline import build_sources
 from aki_megatron.data.sample_stream import MixtureStream, Source
 from aki_megatron.data.shards import CaptionDataset
 from aki_megatron.errors import ConfigError, DataError
-from aki_megatron.types import Caption, Conversation, Sample, Turn
+from aki_megatron.types import Caption, Conversation, Sample, Turn, image_items
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,7 +43,7 @@ FAULTS = [AssertionError(), TypeError("TextInputSequence must be str"), MemoryEr
 
 
 def conversations(image: bytes | None = None) -> Items:
-    return Items(Conversation(f"vqav2/count/{n}", (Turn("How many?", str(n)),), image) for n in range(8))
+    return Items(Conversation(f"vqav2/count/{n}", (Turn("How many?", str(n)),), image_items(image)) for n in range(8))
 
 
 def stream_of(items: Items, render: Callable, **source) -> MixtureStream:
@@ -70,7 +70,9 @@ def test_any_error_of_one_sample_is_named_counted_and_replaced(
     if where == "read":
         items.fault = fault
     items[3:4] = (
-        [Conversation("vqav2/count/3", (Turn("How many?", "3"),), b"three")] if where == "decode" else items[3:4]
+        [Conversation("vqav2/count/3", (Turn("How many?", "3"),), image_items(b"three"))]
+        if where == "decode"
+        else items[3:4]
     )
     monkeypatch.setattr("aki_megatron.data.image.Image.open", failing_open)
     stream, bad = stream_of(items, render), []
@@ -140,9 +142,11 @@ def test_half_a_surrogate_pair_in_ocr_json_is_an_error_of_its_sample(half: str, 
 
 def test_half_a_surrogate_pair_in_an_id_is_an_error_of_its_sample(make_template) -> None:
     items = conversations()
-    items[3] = Conversation(json.loads('"vqav2/count/\\ud800"'), (Turn("How many?", "3"),), None)
-    items[4] = Conversation("vqav2/count/4", (Turn("How many?", "4"),), Path(json.loads('"/no/\\ud800.jpg"')))
-    items[5] = Conversation("vqav2/count/5", (Turn("How many?", "5"),), Path("/no/\0.jpg"))
+    items[3] = Conversation(json.loads('"vqav2/count/\\ud800"'), (Turn("How many?", "3"),))
+    items[4] = Conversation(
+        "vqav2/count/4", (Turn("How many?", "4"),), image_items(Path(json.loads('"/no/\\ud800.jpg"')))
+    )
+    items[5] = Conversation("vqav2/count/5", (Turn("How many?", "5"),), image_items(Path("/no/\0.jpg")))
     stream = stream_of(items, make_template().render_conversation)
     reasons = {bad.reason for n in range(16) for bad in stream.sample(n).bad_samples}
     assert len(reasons) == 3 and sum("\\ud800" in reason for reason in reasons) == 2

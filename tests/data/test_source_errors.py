@@ -294,8 +294,8 @@ def test_file_names_cannot_leave_the_root(root: Path, name: str, change: Change)
     messages = []
     for index in range(len(samples)):
         try:
-            image = samples[index].image
-            assert image is None or (isinstance(image, Path) and image.resolve().is_relative_to(root.resolve()))
+            for image in samples[index].images:
+                assert isinstance(image, Path) and image.resolve().is_relative_to(root.resolve())
         except DataError as error:
             messages.append(str(error))
     assert messages and all(f"Sample {name}/" in text and "leads out of the data root" in text for text in messages)
@@ -305,7 +305,7 @@ def test_file_names_cannot_leave_the_root(root: Path, name: str, change: Change)
 def test_image_ids_are_numbers(root: Path, image_id: object) -> None:
     edit(root, train_files("visualgenome")[0], lambda c: c[0]["regions"][0].update(image_id=image_id))
     samples = open_sources(root, ["visualgenome"], "train", max_bad_fraction=0.001)["visualgenome"]
-    assert all(sample.image.parent == root / "VisualGenome/images" for sample in samples)
+    assert all(sample.images[0].parent == root / "VisualGenome/images" for sample in samples)
     assert "entry 0 (id 1), regions[0]: image_id must be a whole number, got " in samples.faults.lines()[0]
 
 

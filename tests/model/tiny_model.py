@@ -51,4 +51,4 @@ def fine_tuning_batch(*, images: bool = True, supervised: bool = True) -> Batch:
     if not supervised:
         columns[4] = torch.full_like(columns[4], IGNORE)
     pixels = torch.randn(2 if images else 0, 3, 12, 12, generator=generator)
-    return Batch(*columns, pixels)
+    return Batch(*columns, {Modality.IMAGE: pixels})

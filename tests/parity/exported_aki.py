@@ -143,7 +143,7 @@ def batch(texts: Sequence[Tokens], pixels: Tensor) -> Batch:
         torch.tensor([padded([0] * len(tokens), NO_SEGMENT) for tokens, _ in texts], dtype=torch.int32),
         torch.tensor([padded(list(range(len(tokens))), 0) for tokens, _ in texts], dtype=torch.int32),
         torch.tensor([padded(shifted, IGNORE) for shifted in targets]),
-        pixels,
+        {Modality.IMAGE: pixels},
     )
 
 

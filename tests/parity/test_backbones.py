@@ -205,7 +205,7 @@ def test_a_missing_trait_changes_the_logits(languages, vision, name, remove) -> 
     load_pretrained(stage, vision=vision[1], language=folder)
     with torch.no_grad():
         remove(stage)
-        got = stage.logits(inputs.tokens, inputs.ids, inputs.pixels)[..., :BASE_VOCAB_SIZE]
+        got = stage.logits(inputs.tokens, inputs.ids, {Modality.IMAGE: inputs.pixels})[..., :BASE_VOCAB_SIZE]
     assert (got - expected_logits(model, vision[0], config, inputs)).abs().max() > 1e-2
 
 

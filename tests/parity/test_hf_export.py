@@ -44,7 +44,7 @@ from aki_megatron.data.tokenizer import Tokenizer
 from aki_megatron.errors import CheckpointError, ConfigError
 from aki_megatron.evaluate.generate import generate
 from aki_megatron.families.registry import FAMILIES
-from aki_megatron.types import Conversation, Modality, Turn
+from aki_megatron.types import Conversation, Modality, Turn, image_items
 
 TOKENIZER = Path(__file__).parents[1] / "data/phi3_like"
 SIZES = {"vocab_size": 512, "padded_vocab_size": 576, "rope": RopeConfig()}
@@ -188,14 +188,14 @@ def image_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def conversation(image_path: Path | None, turns: int = 1) -> Conversation:
     texts = [Turn("What is in the picture?", "A red box."), Turn("And to the left of it?", "Nothing at all.")]
-    return Conversation("key", tuple(texts[:turns]), image_path)
+    return Conversation("key", tuple(texts[:turns]), image_items(image_path))
 
 
 def messages(dialogue: Conversation) -> list[dict[str, object]]:
     """The same messages for transformers, without the last response and without a system message."""
     chat_messages: list[dict[str, object]] = []
     for number, turn in enumerate(dialogue.turns):
-        image = [{"type": "image", "path": str(dialogue.image)}] if dialogue.image and not number else []
+        image = [{"type": "image", "path": str(dialogue.images[0])}] if dialogue.images and not number else []
         chat_messages.append({"role": "user", "content": [*image, {"type": "text", "text": turn.prompt}]})
         chat_messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.response}]})
     return chat_messages[:-1]
@@ -207,7 +207,7 @@ def test_the_processor_writes_what_the_template_writes(
     with_image: bool, turns: int, processor: AkiProcessor, image_path: Path
 ) -> None:
     dialogue = conversation(image_path if with_image else None, turns)
-    template = Template(Tokenizer(TOKENIZER, FAMILIES["phi3"].chat), LATENTS, 512, SYSTEM_MESSAGE)
+    template = Template(Tokenizer(TOKENIZER, FAMILIES["phi3"].chat), {Modality.IMAGE: LATENTS}, 512, SYSTEM_MESSAGE)
     expected = template.render_prompt(dialogue)
     text = processor.apply_chat_template(messages(dialogue), add_generation_prompt=True)
     found = processor.apply_chat_template(
@@ -225,7 +225,7 @@ def test_the_processor_writes_what_the_template_writes(
 
 
 def test_a_training_text_has_the_modalities_of_a_sample(processor: AkiProcessor, image_path: Path) -> None:
-    template = Template(Tokenizer(TOKENIZER, FAMILIES["phi3"].chat), LATENTS, 512, SYSTEM_MESSAGE)
+    template = Template(Tokenizer(TOKENIZER, FAMILIES["phi3"].chat), {Modality.IMAGE: LATENTS}, 512, SYSTEM_MESSAGE)
     dialogue = conversation(image_path, 2)
     sample = template.render_conversation(dialogue)
     assert sample is not None
@@ -312,7 +312,7 @@ print(json.dumps(generated))
 
 def test_transformers_alone_generates_what_we_generate(exported: Path, image_path: Path, tmp_path: Path) -> None:
     """In a process that cannot import this package, which then loads what it saved."""
-    template = Template(Tokenizer(TOKENIZER, FAMILIES["phi3"].chat), LATENTS, 512, SYSTEM_MESSAGE)
+    template = Template(Tokenizer(TOKENIZER, FAMILIES["phi3"].chat), {Modality.IMAGE: LATENTS}, 512, SYSTEM_MESSAGE)
     dialogues = [conversation(image_path), conversation(None)]
     texts = ["".join(part.text for part in template.conversation_parts(each)[:-1]) for each in dialogues]
     home = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}

@@ -31,7 +31,7 @@ from aki_megatron.evaluate.generate import generate
 from aki_megatron.evaluate.runner import collate_prompts, read_prompt
 from aki_megatron.families.registry import FAMILIES
 from aki_megatron.model.stage import Stage
-from aki_megatron.types import Conversation, Modality, Turn, stack_ids
+from aki_megatron.types import Conversation, Modality, Turn, image_items, stack_ids
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Phi-3.5": ("phi3", {}),
@@ -80,10 +80,10 @@ def export_model(root: Path, name: str, family: str, decoder: dict[str, Any]) ->
 def expected_outputs(stage: Stage, tokenizer: Tokenizer, image: Path) -> dict[str, Any]:
     texts, images = prompts()
     given = batch(texts, torch.cat(images))
-    logits = stage.logits(given.token_ids, stack_ids(given), given.pixels)[given.modality_ids != Modality.PAD]
+    logits = stage.logits(given.token_ids, stack_ids(given), given.media)[given.modality_ids != Modality.PAD]
     alone = batch(texts[1:2], torch.zeros(0, 3, 12, 12))
-    conversation = Conversation("key", (Turn("What is in it?", "."),), b"x")
-    template = Template(tokenizer, LATENTS, 512, SYSTEM_MESSAGE)
+    conversation = Conversation("key", (Turn("What is in it?", "."),), image_items(b"x"))
+    template = Template(tokenizer, {Modality.IMAGE: LATENTS}, 512, SYSTEM_MESSAGE)
     prompt = template.render_prompt(conversation)
     text = "".join(part.text for part in template.conversation_parts(conversation)[:-1])
     size = stage.config.vision.image_size

@@ -19,7 +19,7 @@ from aki_megatron.data.sources.records import (
     safe_path,
     text_field,
 )
-from aki_megatron.types import Conversation, Turn
+from aki_megatron.types import Conversation, Turn, image_items
 
 PROMPT = "Answer with the option's letter from the given choices directly. {question}\nOptions:\n{options}\n"
 
@@ -49,7 +49,7 @@ def _conversation(folder: Path, question: _Question) -> Conversation:
     key = f"aokvqa/choice/{question.question_id}"
     options, letter = letter_options(question.choices, question.correct, key)
     turn = Turn(PROMPT.format(question=question.question, options=options), letter)
-    return Conversation(key, (turn,), safe_path(folder, f"{question.image_id:012d}.jpg", key=key))
+    return Conversation(key, (turn,), image_items(safe_path(folder, f"{question.image_id:012d}.jpg", key=key)))
 
 
 def _parse(location: JsonLocation, entry: Any) -> Iterator[_Question]:

@@ -21,7 +21,7 @@ from aki_megatron.data.sources.records import (
     text_field,
 )
 from aki_megatron.data.sources.vqav2 import PROMPT
-from aki_megatron.types import Conversation, Turn
+from aki_megatron.types import Conversation, Turn, image_items
 
 FILES = dict.fromkeys(("train", "val"), ("OCRVQA/dataset.json", "OCRVQA/images"))
 
@@ -52,7 +52,7 @@ def read(root: Path, split: str) -> LazyConversations[_Question]:
 def _conversation(folder: Path, question: _Question) -> Conversation:
     key = f"ocrvqa/cover/{question.cover}.{question.number}"
     image = _find_image(safe_path(folder, question.cover + question.extension, key=key))
-    return Conversation(key, (Turn(PROMPT.format(question=question.question), question.answer),), image)
+    return Conversation(key, (Turn(PROMPT.format(question=question.question), question.answer),), image_items(image))
 
 
 def _find_image(image: Path) -> Path:

@@ -22,7 +22,7 @@ from aki_megatron.data.sources.records import (
     text_field,
 )
 from aki_megatron.errors import DataError
-from aki_megatron.types import Conversation, Turn
+from aki_megatron.types import Conversation, Turn, image_items
 
 
 class _Image(NamedTuple):
@@ -87,7 +87,7 @@ def read(variant: str, root: Path, split: str) -> LazyConversations[_Phrase]:
 def _conversation(folder: Path, variant: str, phrase: _Phrase) -> Conversation:
     key = f"{variant}/region/{phrase.entry_id}"
     turn = Turn(PROMPT.format(box=corners_text(phrase.corners)), phrase.phrase)
-    return Conversation(key, (turn,), safe_path(folder, phrase.file_name, key=key))
+    return Conversation(key, (turn,), image_items(safe_path(folder, phrase.file_name, key=key)))
 
 
 def _parsed(parse: Callable[[Any], Record], file: Path, location: JsonLocation, entry: Any) -> Record | _Fault:

@@ -19,7 +19,7 @@ from aki_megatron.data.sources.records import (
     safe_path,
     text_field,
 )
-from aki_megatron.types import Conversation, Turn
+from aki_megatron.types import Conversation, Turn, image_items
 
 PROMPT = (
     "Answer with the option's letter from the given choices directly. "
@@ -65,7 +65,7 @@ def _conversation(folder: Path, problem: _Problem) -> Conversation:
     options, letter = letter_options(problem.choices, problem.correct, key)
     prompt = PROMPT.format(question=problem.question, context=problem.context, options=options)
     image = safe_path(folder, f"{problem.number}/{problem.image}", key=key) if problem.image else None
-    return Conversation(key, (Turn(prompt, letter),), image)
+    return Conversation(key, (Turn(prompt, letter),), image_items(image))
 
 
 def _parse(split: str, location: JsonLocation, entry: Any) -> Iterator[_Problem]:

@@ -23,7 +23,7 @@ from aki_megatron.data.sources.records import (
     parse_entries,
     text_field,
 )
-from aki_megatron.types import Conversation, Turn
+from aki_megatron.types import Conversation, Turn, image_items
 
 ANNOTATIONS = ("VisualGenome/region_descriptions.json", "VisualGenome/image_data.json")
 FILES = {"train": (*ANNOTATIONS, "VisualGenome/images")}
@@ -71,7 +71,9 @@ def _conversation(folders: list[Path], region: _Region) -> Conversation:
     box = box_text(region.xywh, region.image_width, region.image_height)
     name = f"{region.image_id}.jpg"
     present = (folder / name for folder in folders[:-1] if (folder / name).exists())
-    return Conversation(key, (Turn(PROMPT.format(box=box), region.phrase),), next(present, folders[-1] / name))
+    return Conversation(
+        key, (Turn(PROMPT.format(box=box), region.phrase),), image_items(next(present, folders[-1] / name))
+    )
 
 
 def _parse_image_size(location: JsonLocation, entry: Any) -> Iterator[tuple[int, tuple[int, int]]]:

@@ -20,7 +20,7 @@ from aki_megatron.data.sources.records import (
     safe_path,
     text_field,
 )
-from aki_megatron.types import Conversation, Turn
+from aki_megatron.types import Conversation, Turn, image_items
 
 PROMPT = "Answer the question using a single word or phrase. {question}"
 
@@ -136,7 +136,7 @@ def _read_answers(file: Path, faults: FaultCounts) -> dict[int, _Answer | None]:
 def _conversation(folder: Path, subtype: str, question: _Question) -> Conversation:
     key = f"vqav2/{question.task}/{question.question_id}"
     image = safe_path(folder, f"COCO_{subtype}_{question.image_id:012d}.jpg", key=key)
-    return Conversation(key, (Turn(PROMPT.format(question=question.question), question.answer),), image)
+    return Conversation(key, (Turn(PROMPT.format(question=question.question), question.answer),), image_items(image))
 
 
 def _parse_answer(entry: Any) -> _Answer:

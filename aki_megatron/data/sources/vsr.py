@@ -19,7 +19,7 @@ from aki_megatron.data.sources.records import (
     text_field,
 )
 from aki_megatron.errors import DataError
-from aki_megatron.types import BYTE_ORDER_MARK, Conversation, Turn
+from aki_megatron.types import BYTE_ORDER_MARK, Conversation, Turn, image_items
 
 PROMPT = "Answer the question using a single word or phrase. {question} Please answer yes or no."
 ANSWERS = ("no", "yes")
@@ -78,7 +78,7 @@ def _parse(location: str, line: bytes) -> Iterator[_Statement]:
 def _conversation(root: Path, statement: _Statement) -> Conversation:
     key = f"vsr/relation/{statement.line}"
     turn = Turn(PROMPT.format(question=to_question(statement.caption)), ANSWERS[statement.label])
-    return Conversation(key, (turn,), safe_path(root, statement.image, key=key))
+    return Conversation(key, (turn,), image_items(safe_path(root, statement.image, key=key)))
 
 
 def to_question(statement: str) -> str:

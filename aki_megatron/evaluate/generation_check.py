@@ -82,7 +82,7 @@ def check_generation(folder: Path, checkpoint: Path, tokenizer: Path) -> str:
     message, images = run_system_message(checkpoint), run_images(checkpoint)
     chat = FAMILIES[config.decoder.family].chat
     latents = config.resampler.num_latents
-    template = Template(Tokenizer(tokenizer, chat), latents, 4096, message)
+    template = Template(Tokenizer(tokenizer, chat), {Modality.IMAGE: latents}, 4096, message)
     dialogues = [
         Conversation(f"prompt {number}", turns, image_items(folder / EXAMPLE_IMAGE if has_image else None))
         for number, (has_image, turns) in enumerate(DIALOGUES, start=1)

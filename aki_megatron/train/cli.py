@@ -48,7 +48,7 @@ def run_launcher(launcher: str, argv: Sequence[str], environ: Mapping[str, str])
         if rank_of(environ) == "0":
             for line in repeated_flags(command.overrides):
                 print(f"note: {line}", file=sys.stderr, flush=True)
-        gc.disable()  # imports make no garbage but half a million objects, which collections would visit again and again
+        gc.disable()  # imports make no garbage, but half a million objects that each collection would visit
         from aki_megatron.train.main import main
 
         gc.freeze()

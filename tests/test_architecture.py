@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "aki_megatron"
 
 LAYERS = (
-    {"masking", "console"},
+    {"masking", "console", "argument_types"},
     {"errors"},
     {"types", "families", "hashing"},
     {"config"},

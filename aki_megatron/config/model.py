@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, field_serializer, model_validator
 
 from aki_megatron.config.section import AtMost, Floats, OneOf, PositiveInt, Section
 from aki_megatron.errors import ConfigError
@@ -172,7 +172,7 @@ class DecoderConfig(Section):
     def _relations(self) -> "DecoderConfig":
         if not self.head_dim:
             _check_divisible("model.decoder", "hidden_size", self.hidden_size, "num_heads", self.num_heads)
-            # the section is frozen once it is valid; every reader, and what is written, has the resolved number
+            # the section is frozen once it is valid; every reader has the resolved number
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
         _check_divisible("model.decoder", "num_heads", self.num_heads, "num_kv_heads", self.num_kv_heads)
         if self.head_dim % 2:
@@ -194,6 +194,11 @@ class DecoderConfig(Section):
                     "give that many, or write rope: {rope_type: default}."
                 )
         return self
+
+    @field_serializer("head_dim")
+    def _follows_other_sizes(self, head_dim: int) -> int:
+        """Write 0 where it follows from other sizes, so that it still does when a flag changes one of them."""
+        return 0 if head_dim * self.num_heads == self.hidden_size else head_dim
 
     @property
     def traits(self) -> FamilyTraits:

@@ -20,8 +20,10 @@ import io
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from importlib.metadata import version
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -247,6 +249,9 @@ def _deepspeed() -> Any:
     import deepspeed
     import deepspeed.ops
 
+    # one of its optimizers, which is not used here, compiles functions at import: loading the compiler takes seconds
+    with patch.object(torch, "compile", lambda function: function):
+        import_module("deepspeed.runtime.zero.muon.original_muon")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # an op for inference, which would be compiled at start-up on machines without a GPU
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

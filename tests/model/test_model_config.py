@@ -49,7 +49,8 @@ def test_a_head_dim_of_its_own() -> None:
     decoder = DecoderConfig(hidden_size=30, num_heads=4, num_kv_heads=2, head_dim=16, rope=RopeConfig())
     assert (decoder.head_dim, decoder.attention_size) == (16, 64)
     assert DecoderConfig(**decoder.model_dump()) == decoder
-    assert DecoderConfig().model_dump()["head_dim"] == 96  # written out resolved
+    assert decoder.model_dump()["head_dim"] == 16 and DecoderConfig(**decoder.model_dump()) == decoder
+    assert DecoderConfig().model_dump()["head_dim"] == 0  # it follows when a flag changes another size
 
 
 def test_rope() -> None:

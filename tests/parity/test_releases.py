@@ -100,7 +100,7 @@ def expected_outputs(stage: Stage, tokenizer: Tokenizer, image: Path) -> dict[st
 def example_answer(stage: Stage, template: Template, image: Path) -> str:
     """What our code answers to the question in the model card's example."""
     image.write_bytes(draw_example())
-    prompt = read_prompt(Conversation("", (Turn("What is in the picture?", ""),), image), template, 12)
+    prompt = read_prompt(Conversation("", (Turn("What is in the picture?", ""),), image_items(image)), template, 12)
     ((*tokens,),) = generate(
         stage,
         collate_prompts([prompt], template, 12),

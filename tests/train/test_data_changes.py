@@ -107,8 +107,9 @@ def edit_json(path: Path, edit: Callable[[Any], None]) -> None:
 
 def add_row(root: Path) -> None:
     edit_json(root / QUESTIONS, lambda found: found["questions"].append({**found["questions"][0], "question_id": 999}))
+    # annotations are in the reverse order of the questions
     edit_json(
-        root / ANNOTATIONS, lambda found: found["annotations"].append({**found["annotations"][0], "question_id": 999})
+        root / ANNOTATIONS, lambda found: found["annotations"].append({**found["annotations"][-1], "question_id": 999})
     )
 
 

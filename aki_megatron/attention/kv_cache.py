@@ -103,7 +103,7 @@ class LayerCache:
         self._lengths = self._lengths[sequences]
 
     def reserve(self, batch_size: int, capacity: int) -> None:
-        """Make room for this many sequences and tokens of each, at least doubling what is too small."""
+        """Hold this many sequences and tokens of each; what is too small is at least doubled."""
         rows, heads, tokens, head_dim = self.keys.shape
         if batch_size <= rows and capacity <= tokens:
             return

@@ -1,6 +1,6 @@
 """Answer requests as text: a queue of prompts that join the running batch as soon as others have ended.
 
-The batch is decoded one token at a time; a sequence that has ended makes room for the next prompt at once, so short
+The batch is decoded one token at a time; a sequence that has ended gives its place to the next prompt at once, so short
 answers never wait for long ones. Tokens do not depend on what else is in the batch.
 """
 

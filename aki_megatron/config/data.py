@@ -81,13 +81,18 @@ class ImagesConfig(Section):
     stored."""
 
 
+OFFICIAL_IMAGES = ImagesConfig()
+"""What the released code does."""
+
+
 class PhaseConfig(Section):
     """A number of optimizer steps with a choice of sources and an order of image and text."""
 
     steps: PositiveInt
     """Optimizer steps of the phase; the phases of a run add up to train.steps."""
     sources: Strings = ()
-    """Names of the sources to sample from; empty: all."""
+    """Names of the sources to sample from; empty: all. A source that an earlier phase read goes on where that phase
+    stopped (docs/data.md)."""
     order: Literal["image_first", "text_first"] = "image_first"
     """text_first puts the question (or caption) before the image: dual-order training (papers, section 3.2)."""
 

@@ -1,6 +1,7 @@
 """Build everything a run reads: tokenizer, templates, sources, phases, and which samples each step holds."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from aki_megatron.data.captions import TextFormat
 from aki_megatron.data.fingerprint import FileFingerprints, Fingerprint, tokenizer_fingerprint
 from aki_megatron.data.image import ImageOptions
 from aki_megatron.data.loader import MicrobatchDataset, StepLoader
-from aki_megatron.data.mixture import Mixture
+from aki_megatron.data.mixture import Mixture, SourcePass
 from aki_megatron.data.packing import PackedSampler, PackingLimits
 from aki_megatron.data.permutation import derive_seed
 from aki_megatron.data.sample_stream import MixtureStream, SampleStream, Source
@@ -114,17 +115,25 @@ def build_sources(config: DataConfig, progress: Callable[[str], None]) -> dict[s
     return {
         source.name: Source(
             opened[source.name],
-            locate=partial(_locate_conversation, config.root, source.name, opened[source.name]),
+            locate=partial(_locate_conversation, _annotation_files(config.root, source.name), opened[source.name]),
             augment=source.augment == "official",
         )
         for source in config.sources
     }
 
 
-def _locate_conversation(root: Path, name: str, items: Sequence[Conversation], index: int) -> str:
-    """Return how messages name a conversation: by its annotation files and key."""
-    files = [str(root / file) for file in dataset_reader(name).files[SPLIT] if Path(file).suffix]
-    return f"{' and '.join(files)}, sample {items[index].key}"
+def _annotation_files(root: Path, name: str) -> str:
+    """Return the annotation files of a source, as messages name them."""
+    files = dataset_reader(name).files_below(root, SPLIT)
+    return " and ".join(str(root / file) for file in files if Path(file).suffix)
+
+
+def _locate_conversation(files: str, items: Sequence[Conversation], index: int) -> str:
+    """Return how messages name a conversation: by its annotation files and key; by its number if it has no key."""
+    sample = f"number {index}"
+    with suppress(Exception):  # reading it may be what failed
+        sample = items[index].key
+    return f"{files}, sample {sample}"
 
 
 def data_fingerprints(
@@ -164,23 +173,42 @@ def build_stream(
     config: RunConfig, tokenizer: Tokenizer, sources: Mapping[str, Source[Any]], phase: int
 ) -> SampleStream:
     """Build the stream of numbered samples of one phase."""
-    data, phase_config, seed = config.data, run_phases(config)[phase], phase_seed(config.train.seed, phase)
-    weights = source_weights(data, sources)
-    names = phase_config.sources or tuple(weights)
+    data, phase_config, mixture = config.data, run_phases(config)[phase], phase_mixture(config, sources, phase)
     template = build_template(config, tokenizer, text_first=phase_config.order == "text_first")
-    chosen = {name: sources[name] for name in names}
+    chosen = {name: sources[name] for name in mixture.names}
     render: Callable[[Any], Any] = template.render_conversation
     prepare = None
     if data.kind == "captions":
         render = template.render_caption
-        prepare = partial(_with_prefix, data.caption_prefix, seed) if data.caption_prefix else None
+        prepare = partial(_with_prefix, data.caption_prefix, mixture.seed) if data.caption_prefix else None
         chosen = {
-            name: replace(source, order=_shard_order(source.items, seed, name, data.shards_per_block))
+            name: replace(
+                source, order=_shard_order(source.items, mixture.passes[name].seed, name, data.shards_per_block)
+            )
             for name, source in chosen.items()
         }
-    mixture = Mixture({name: weights[name] for name in names}, seed=seed)
     image_size, options = config.model.vision.image_size, image_options(data)
     return MixtureStream(chosen, mixture, render, image_size=image_size, image_options=options, prepare=prepare)
+
+
+def phase_mixture(config: RunConfig, sources: Mapping[str, Source[Any]], phase: int) -> Mixture:
+    """Return the mixture of a phase: it goes on with each source where the earlier phases stopped.
+
+    How many samples a packed phase takes depends on their lengths, so packed phases begin anew, each in its own order.
+    """
+    weights = source_weights(config.data, sources)
+    passes: dict[str, SourcePass] = {}
+    for number, phase_config in enumerate(run_phases(config)[: phase + 1]):
+        names = phase_config.sources or tuple(weights)
+        mixture = Mixture(
+            {name: weights[name] for name in names},
+            seed=phase_seed(config.train.seed, number),
+            passes=passes,
+            num_items={name: len(sources[name].items) for name in names},
+        )
+        if number < phase and not config.data.packing.enabled:
+            passes |= mixture.passes_after(phase_config.steps * config.train.global_batch_size)
+    return mixture
 
 
 def _shard_order(dataset: Any, seed: int, name: str, shards_per_block: int) -> ShardOrder:

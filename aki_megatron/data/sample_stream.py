@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from aki_megatron.data.bad_samples import BadSample, BadSampleBudgetExceeded, sample_errors
@@ -12,6 +11,8 @@ from aki_megatron.data.permutation import derive_seed
 from aki_megatron.data.shard_order import ShardOrder
 from aki_megatron.errors import DataError
 from aki_megatron.types import Caption, Conversation, DecodedImage, MediaItem, Sample
+
+NO_RESPONSE = "no supervised token (empty, or truncated at the length limit)"
 
 MAX_ATTEMPTS = 100
 """Items tried for one sample before its source is given up."""
@@ -71,6 +72,29 @@ class Source(Generic[Item]):
     augment: bool = False
 
 
+def read_item(
+    source: Source[Item], index: int, render: Callable[[Item], Sample | None], *, read: Callable[[int], Item], name: str
+) -> tuple[Item, Sample]:
+    """Return item ``index`` of a source as ``read`` gives it, and as ``render`` does.
+
+    Raises DataError, which says where the item is, whatever goes wrong with it.
+    """
+
+    def location() -> str:
+        if source.locate is not None:
+            return source.locate(index)
+        return f"item {index} of source {name}" if item is None else item.key
+
+    item: Item | None = None
+    with sample_errors(location):
+        item = read(index)
+        item.key.encode()  # keys are hashed and logged; half a surrogate pair cannot be
+        sample = render(item)
+        if sample is None:
+            raise DataError(f"{location()}: {NO_RESPONSE}")
+    return item, sample
+
+
 class MixtureStream(Generic[Item]):
     """Draw from a mixture, render, decode, and replace bad items, for captions or for conversations.
 
@@ -101,12 +125,15 @@ class MixtureStream(Generic[Item]):
         draw = self._mixture.draw(n)
         name, source = self._mixture.names[draw.source], self._sources[draw.source]
         bad_samples: list[BadSample] = []
-        for item, sample in self._rendered(n, draw, source.items.__getitem__, bad_samples):
+        for index, item, sample in self._rendered(n, draw, source.items.__getitem__, bad_samples):
             augment_seed = derive_seed("augment", self._mixture.seed, n) if source.augment else None
             try:
                 media = tuple(self._decode(medium, item.key, augment_seed) for medium in sample.media)
             except DataError as error:
-                bad_samples.append(BadSample(name, str(error)))
+                # a file is named by the error; encoded bytes are a part of what ``locate`` names
+                encoded = any(isinstance(medium.content, bytes) for medium in sample.media)
+                file = f"{source.locate(index)}: " if source.locate and encoded else ""
+                bad_samples.append(BadSample(name, f"{file}{error}"))
                 if not replace_images:
                     return LoadedSample(None, tuple(bad_samples))
             else:
@@ -122,33 +149,27 @@ class MixtureStream(Generic[Item]):
         draw = self._mixture.draw(n)
         name, source = self._mixture.names[draw.source], self._sources[draw.source]
         bad_samples: list[BadSample] = []
-        for _, sample in self._rendered(n, draw, source.read_text or source.items.__getitem__, bad_samples):
+        for _, _, sample in self._rendered(n, draw, source.read_text or source.items.__getitem__, bad_samples):
             return len(sample.token_ids), len(sample.media)
         raise _no_readable_item(name, bad_samples)
 
     def _rendered(
         self, n: int, draw: SourceDraw, read: Callable[[int], Item], bad_samples: list[BadSample]
-    ) -> Iterator[tuple[Item, Sample]]:
-        """Yield the candidates for sample n whose text is good; append the bad ones before them to ``bad_samples``."""
-        name = self._mixture.names[draw.source]
+    ) -> Iterator[tuple[int, Item, Sample]]:
+        """Yield the candidates for sample n whose text is good: index, item, sample.
+
+        The bad ones before each are appended to ``bad_samples``.
+        """
+        name, source = self._mixture.names[draw.source], self._sources[draw.source]
+        prepare = self._prepare
+        render = self._render if prepare is None else lambda item: self._render(prepare(item, n))
         for index in self._candidates(n, draw):
             try:
-                with sample_errors(f"item {index} of source {name}"):
-                    item = read(index)
-                location = partial(self._location, draw.source, index, item)
-                with sample_errors(location):
-                    item.key.encode()  # keys are hashed and logged; half a surrogate pair cannot be
-                    sample = self._render(item if self._prepare is None else self._prepare(item, n))
-                if sample is None:
-                    raise DataError(f"{location()}: no supervised token (empty, or truncated at the length limit)")
+                item, sample = read_item(source, index, render, read=read, name=name)
             except DataError as error:
                 bad_samples.append(BadSample(name, str(error)))
             else:
-                yield item, sample
-
-    def _location(self, source: int, index: int, item: Item) -> str:
-        locate = self._sources[source].locate
-        return locate(index) if locate is not None else item.key
+                yield index, item, sample
 
     def _candidates(self, n: int, draw: SourceDraw) -> Iterator[int]:
         """Yield the item of sample n, then its replacements."""

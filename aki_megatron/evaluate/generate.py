@@ -20,6 +20,7 @@ def generate(
     stop_ids: Collection[int],
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
+    on_logits: Callable[[Tensor], object] = lambda logits: None,
     gather_logits: Callable[[Tensor], Tensor] = identity,
     tensor_size: int = 1,
 ) -> list[list[int]]:
@@ -29,6 +30,7 @@ def generate(
     stop_ids        a sequence ends before the first of these tokens
     max_new_tokens  or at this many new tokens
     sampling        how tokens are chosen; draws depend on the number of the prompt, not on the others
+    on_logits       gets the logits [sequences that have not ended, V] that each new token is chosen by
     gather_logits, tensor_size  as of Decoder
 
     Returns the new tokens of each sequence without the stop id. Every new token attends to all earlier tokens of its
@@ -42,6 +44,7 @@ def generate(
     logits = decoder.admit(prompts)
     running = list(range(len(generated)))  # the prompts of the decoder's batch, in its order
     while True:
+        on_logits(logits)
         greedy = logits.argmax(dim=-1).tolist() if sampling.temperature == 0.0 else None
         tokens = [
             choosers[prompt].choose(logits[number]) if greedy is None else greedy[number]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from aki_megatron.data.bad_samples import BadSample, BadSampleBudget
+from aki_megatron.data.bad_samples import BadSample, BadSampleBudget, sample_errors
 from aki_megatron.data.collate import collate
 from aki_megatron.data.image import OFFICIAL_OPTIONS, ImageOptions, decode_image
 from aki_megatron.data.sources import task_of
@@ -29,7 +29,9 @@ def select_questions(
     for name, source in sources.items():
         for index in range(len(source)):
             try:
-                question = source[index]
+                with sample_errors(f"question {index} of source {name}"):
+                    question = source[index]
+                    question.key.encode()  # half a surrogate pair cannot be written to the predictions
             except DataError as error:
                 unreadable.append(BadSample(name, str(error)))
             else:
@@ -46,7 +48,8 @@ def read_prompt(
     conversation: Conversation, template: Template, image_size: int, image_options: ImageOptions = OFFICIAL_OPTIONS
 ) -> Sample:
     """Render the prompt of a conversation and decode its media. Raises DataError where either cannot be done."""
-    sample = template.render_prompt(conversation)
+    with sample_errors(f"question {conversation.key}"):
+        sample = template.render_prompt(conversation)
     images = [
         MediaItem(item.modality, decode_image(item.content, image_size, key=sample.key, options=image_options))
         for item in sample.media

@@ -124,4 +124,5 @@ def test_mutated_records_are_named_and_counted(
         assert all(len(message) < 2000 for message in messages)
         num_faults += bool(messages)
         save(path, good)
+    print(f"{name}: {num_faults} mutations with faults, each named")
     assert num_faults > 5

@@ -5,18 +5,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from data_files import IMAGE_SIZE, image_bytes, pairs, write_tar
+from data_files import IMAGE_SIZE, image_bytes, pairs, write_sources, write_tar
 from PIL import Image
 
+from aki_megatron.config.load import load_run
 from aki_megatron.data.bad_samples import BadSampleBudget, BadSampleBudgetExceeded, sample_errors
 from aki_megatron.data.batch_planner import BatchPlanner, Phase
 from aki_megatron.data.captions import TextFormat
 from aki_megatron.data.loader import MicrobatchDataset, StepLoader
 from aki_megatron.data.mixture import Mixture
+from aki_megatron.data.pipeline import build_sources
 from aki_megatron.data.sample_stream import MixtureStream, Source
 from aki_megatron.data.shards import CaptionDataset
 from aki_megatron.errors import ConfigError, DataError
 from aki_megatron.types import Caption, Conversation, Sample, Turn, image_items
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class PanicException(BaseException):
@@ -163,3 +167,32 @@ def test_a_bad_sample_of_a_run_names_annotation_file_or_tar(tmp_path: Path, make
     stream = MixtureStream({"c": source}, Mixture({"c": 1.0}, seed=0), render, image_size=IMAGE_SIZE)
     reasons = {bad.reason for n in range(4) for bad in stream.sample(n).bad_samples}
     assert reasons == {f"Tar {tar}, key 000001: TypeError: TextInputSequence must be str"}
+
+
+def test_an_image_in_a_tar_is_named_by_tar_and_key(tmp_path: Path, make_template) -> None:
+    tar = write_tar(tmp_path / "c/00000.tar", [("0.jpg", b"no image"), ("0.txt", b"a"), *pairs(1, first=1)])
+    dataset = CaptionDataset(["c/00000.tar"], tmp_path)
+    source = Source(dataset, locate=dataset.location)
+    mixture, render = Mixture({"c": 1.0}, seed=0), make_template().render_caption
+    stream = MixtureStream({"c": source}, mixture, render, image_size=IMAGE_SIZE)
+    (reason,) = {bad.reason for n in range(4) for bad in stream.sample(n).bad_samples}
+    assert reason.startswith(f"Tar {tar}, key 0: image of sample c/00000/0 is not a readable image but text")
+
+
+def test_a_record_that_cannot_be_read_is_named_by_its_file(tmp_path: Path, make_template, monkeypatch) -> None:
+    write_sources(tmp_path, count=3)
+    flags = ["--data.root", str(tmp_path), "--data.sources", "[{name: vqav2}]"]
+    config = load_run(flags, default_config=ROOT / "configs/demo/sft.yaml", prog="", description="")
+    source = build_sources(config.data, lambda line: None)["vqav2"]
+    read = type(source.items).__getitem__
+
+    def failing(items, index: int):
+        if index == 1:
+            raise RuntimeError("torn")
+        return read(items, index)
+
+    monkeypatch.setattr(type(source.items), "__getitem__", failing)
+    mixture, render = Mixture({"vqav2": 1.0}, seed=0), make_template().render_conversation
+    stream = MixtureStream({"vqav2": source}, mixture, render, image_size=IMAGE_SIZE)
+    (reason,) = {bad.reason for n in range(9) for bad in stream.sample(n).bad_samples}
+    assert reason.startswith(f"{tmp_path}/VQA/v2_") and reason.endswith(", sample number 1: RuntimeError: torn")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from chat_folders import chat_folder
-from exported_aki import LATENTS, config
+from exported_aki import LATENTS, config, open_processor
 from PIL import Image
 
 from aki_megatron.checkpoint.hf_export import write_processor
@@ -38,9 +38,8 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     tokenizer = Tokenizer(source, FAMILIES[request.param].chat)
     decoder = {"padded_vocab_size": 640, "vocab_size": tokenizer.image_id, "rope": RopeConfig()}
     assert write_processor(source, config(request.param, **decoder), out) == tokenizer.image_id
-    return ExportedFamily(
-        Template(tokenizer, {Modality.IMAGE: LATENTS}, 512, SYSTEM_MESSAGE), AkiProcessor.from_pretrained(out), out
-    )
+    template = Template(tokenizer, {Modality.IMAGE: LATENTS}, 512, SYSTEM_MESSAGE)
+    return ExportedFamily(template, open_processor(out), out)
 
 
 def dialogue(turns: int, *, with_image: bool) -> Conversation:

@@ -11,7 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exported_aki import DECODERS, LATENTS, config, inputs, load, prompts, random_stage, source_of, write
+from exported_aki import (
+    DECODERS,
+    LATENTS,
+    config,
+    inputs,
+    load,
+    open_processor,
+    prompts,
+    random_stage,
+    source_of,
+    write,
+)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -165,7 +176,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def processor(exported: Path) -> AkiProcessor:
-    return AkiProcessor.from_pretrained(exported)
+    return open_processor(exported)
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +282,8 @@ def test_each_family_writes_its_own_special_tokens() -> None:
 TRANSFORMERS_ONLY = """
 import json, sys
 sys.modules["aki_megatron"] = None  # importing it would fail
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoProcessor
 folder, image_path, text, plain = sys.argv[1:]
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 inputs = processor(text=[text, plain], images=[image_path], return_tensors="pt")
@@ -282,10 +294,18 @@ for auto, backend in ((AutoModelForCausalLM, "eager"), (AutoModelForImageTextToT
         tokens = model.generate(**inputs, max_new_tokens=8, num_beams=beams, eos_token_id=None)
         generated[f"{backend} {beams}"] = tokens[:, inputs["input_ids"].shape[1]:].tolist()
 generated["stops"] = model.generation_config.eos_token_id
+alone = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+assert alone.to_dict() == processor.image_processor.to_dict()
+base = AutoModel.from_pretrained(folder, trust_remote_code=True)
+generated["base"] = type(base).__name__, list(base(**inputs).last_hidden_state.shape)
 model.save_pretrained(folder + "/again")
 processor.save_pretrained(folder + "/again")
 AutoModelForCausalLM.from_pretrained(folder + "/again", trust_remote_code=True)
-AutoProcessor.from_pretrained(folder + "/again", trust_remote_code=True)
+again = AutoProcessor.from_pretrained(folder + "/again", trust_remote_code=True)
+alone = AutoImageProcessor.from_pretrained(folder + "/again", trust_remote_code=True)
+assert alone.to_dict() == again.image_processor.to_dict() == processor.image_processor.to_dict()
+given = again(text=[text, plain], images=[image_path], return_tensors="pt")
+assert (given["pixel_values"] == inputs["pixel_values"]).all()
 print(json.dumps(generated))
 """
 
@@ -312,4 +332,5 @@ def test_transformers_alone_generates_what_we_generate(exported: Path, image_pat
     expected = generate(stage, prompts, stop_ids=(), max_new_tokens=8)
     assert generated["eager 1"] == generated["sdpa 1"] == expected
     assert generated["eager 3"] == generated["sdpa 3"] != expected
+    assert generated["base"] == ["AkiModel", [2, prompts.token_ids.shape[1], 32]]
     assert set(generated["stops"]) == template.tokenizer.stop_ids

@@ -12,6 +12,8 @@ from aki_megatron.data.sources.records import (
     DatasetReader,
     LazyConversations,
     PackedRecords,
+    as_int,
+    as_list,
     as_text,
     parse_entries,
     safe_path,
@@ -51,11 +53,11 @@ def _conversation(folder: Path, question: _Question) -> Conversation:
 
 
 def _parse(location: JsonLocation, entry: Any) -> Iterator[_Question]:
-    choices = [as_text(choice, "choices") for choice in entry["choices"]]
-    correct = int(entry["correct_choice_idx"])
+    choices = [as_text(choice, "choices") for choice in as_list(entry["choices"], "choices")]
+    correct = as_int(entry["correct_choice_idx"], "correct_choice_idx")
     check_choice(correct, choices, "correct_choice_idx")
     question_id = as_text(entry.get("question_id", location.number), "question_id")
-    yield _Question(question_id, int(entry["image_id"]), text_field(entry, "question"), choices, correct)
+    yield _Question(question_id, as_int(entry["image_id"], "image_id"), text_field(entry, "question"), choices, correct)
 
 
 READER = DatasetReader(FILES, read)

@@ -15,6 +15,7 @@ from aki_megatron.data.sources.records import (
     DatasetReader,
     LazyConversations,
     PackedRecords,
+    as_list,
     as_text,
     parse_entries,
     safe_path,
@@ -53,7 +54,7 @@ def _conversation(folder: Path, dialogue: _Dialogue) -> Conversation:
 
 
 def _parse(multi_turn: bool, location: JsonLocation, entry: Any) -> Iterator[_Dialogue]:
-    messages = entry["conversations"]
+    messages = as_list(entry["conversations"], "conversations")
     speakers = [message["from"] for message in messages]
     if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
         raise ValueError(f"the turns do not alternate between human and gpt: they are {str(speakers[:8])[:MAX_SHOWN]}")

@@ -12,6 +12,7 @@ from aki_megatron.data.sources.records import (
     DatasetReader,
     LazyConversations,
     PackedRecords,
+    as_int,
     as_text,
     describe_entry,
     error_reason,
@@ -68,7 +69,7 @@ def _parse(
     file: Path, faults: FaultCounts, split_number: int, location: JsonLocation, entry: Any
 ) -> Iterator[_Question]:
     """Yield the questions of a cover; one that is malformed is left out without the others."""
-    if int(entry["split"]) != split_number:
+    if as_int(entry["split"], "split") != split_number:
         return
     questions, answers = entry["questions"], entry["answers"]
     if not isinstance(questions, list) or not isinstance(answers, list) or len(questions) != len(answers):

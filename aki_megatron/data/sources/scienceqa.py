@@ -12,6 +12,8 @@ from aki_megatron.data.sources.records import (
     DatasetReader,
     LazyConversations,
     PackedRecords,
+    as_int,
+    as_list,
     as_text,
     parse_entries,
     safe_path,
@@ -69,8 +71,8 @@ def _conversation(folder: Path, problem: _Problem) -> Conversation:
 def _parse(split: str, location: JsonLocation, entry: Any) -> Iterator[_Problem]:
     if entry["split"] != split:
         return
-    choices = [as_text(choice, "choices") for choice in entry["choices"]]
-    correct = int(entry["answer"])
+    choices = [as_text(choice, "choices") for choice in as_list(entry["choices"], "choices")]
+    correct = as_int(entry["answer"], "answer")
     check_choice(correct, choices, "answer")
     context = as_text(entry.get("hint") or NO_HINT, "hint")
     image = as_text(entry["image"] or "", "image")  # null where there is none

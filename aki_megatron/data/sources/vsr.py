@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aki_megatron.data.fault_kinds import FaultCounts
+from aki_megatron.data.sources.json_stream import refuse_foreign
 from aki_megatron.data.sources.records import (
     MAX_SHOWN,
     DatasetReader,
@@ -53,6 +54,7 @@ def read(root: Path, split: str) -> LazyConversations[_Statement]:
 def _lines(file: Path) -> Iterator[tuple[str, bytes]]:
     """Yield every line that is not blank as ``line 3`` and its bytes. Only newlines end lines: JSON may hold U+2028."""
     try:
+        refuse_foreign(file)
         lines = file.read_bytes().split(b"\n")
     except FileNotFoundError as error:
         raise DataError(f"{file} does not exist.") from error
@@ -63,6 +65,8 @@ def _lines(file: Path) -> Iterator[tuple[str, bytes]]:
 
 def _parse(location: str, line: bytes) -> Iterator[_Statement]:
     entry = json.loads(line.decode().removeprefix(BYTE_ORDER_MARK))
+    if not isinstance(entry, dict):
+        raise ValueError(f"a line must be an object, got {repr(entry)[:MAX_SHOWN]}")
     folder, name = text_field(entry, "image_link").split("/")[-2:]
     if folder not in FOLDERS:
         raise ValueError(f"image_link must end in one of {sorted(FOLDERS)} and a file name, got {folder}/{name}")

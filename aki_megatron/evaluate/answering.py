@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aki_megatron.data.collate import collate
 from aki_megatron.errors import DataError
-from aki_megatron.evaluate.decoding import Decoder, identity
+from aki_megatron.evaluate.decoding import Decoder
 from aki_megatron.evaluate.sampling import GREEDY, Sampling, TokenChooser
 from aki_megatron.model.stage import Stage
 from aki_megatron.types import Sample
@@ -115,13 +115,10 @@ class Answerer:
         *,
         max_sequences: int = 16,
         max_prefill_tokens: int = 8192,
-        gather_logits: Callable[[Tensor], Tensor] = identity,
-        tensor_size: int = 1,
     ) -> None:
         """Decode up to ``max_sequences`` requests at a time.
 
         max_prefill_tokens  padded positions of the prompts that are read in one pass
-        gather_logits, tensor_size  as of Decoder
         """
         assert max_sequences >= 1, max_sequences
         self.stage = stage
@@ -129,7 +126,7 @@ class Answerer:
         self._text_decoder = decoder
         self._max_sequences = max_sequences
         self._max_prefill_tokens = max_prefill_tokens
-        self._batch = Decoder(stage, gather_logits=gather_logits, tensor_size=tensor_size)
+        self._batch = Decoder(stage)
         self._running: list[Request] = []
 
     @property

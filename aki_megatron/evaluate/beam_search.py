@@ -1,13 +1,13 @@
 """Beam search with a KV cache, as transformers' generate does it (early_stopping False, no sampling)."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from aki_megatron.errors import ConfigError
-from aki_megatron.evaluate.decoding import Decoder, identity
+from aki_megatron.evaluate.decoding import Decoder
 from aki_megatron.model.stage import Stage
 from aki_megatron.types import Batch
 
@@ -29,8 +29,6 @@ def beam_search(
     stop_ids: Collection[int],
     max_new_tokens: int,
     length_penalty: float = 1.0,
-    gather_logits: Callable[[Tensor], Tensor] = identity,
-    tensor_size: int = 1,
 ) -> list[list[int]]:
     """Continue every prompt by its best hypothesis.
 
@@ -44,7 +42,7 @@ def beam_search(
     searches = [_Search() for _ in prompts.token_ids]
     if max_new_tokens < 1:
         return [[] for _ in searches]
-    decoder = Decoder(stage, gather_logits=gather_logits, tensor_size=tensor_size)
+    decoder = Decoder(stage)
     logits = decoder.admit(prompts)
     while True:
         first, rows, tokens = 0, [], []

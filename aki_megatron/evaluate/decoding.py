@@ -3,7 +3,7 @@
 B sequences in the batch, T positions, V columns of the logits.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,11 +12,6 @@ from torch import Tensor
 from aki_megatron.attention import LayerCache
 from aki_megatron.model.stage import Stage
 from aki_megatron.types import IGNORE, NO_SEGMENT, Batch, Modality, StackedIds, stack_ids
-
-
-def identity(logits: Tensor) -> Tensor:
-    """Return the logits of a process that computes all of them."""
-    return logits
 
 
 @dataclass
@@ -52,22 +47,16 @@ class Decoder:
     those of each sequence by itself, computed whole.
     """
 
-    def __init__(
-        self, stage: Stage, *, gather_logits: Callable[[Tensor], Tensor] = identity, tensor_size: int = 1
-    ) -> None:
-        """Decode with the whole model of ``stage``.
-
-        gather_logits  makes the logits of all tokens from those that this process computes; every tensor rank then
-                       decodes the same sequences
-        tensor_size    number of these ranks
+    def __init__(self, stage: Stage) -> None:
+        """Decode with the whole model of ``stage``; with tensor parallelism every rank decodes the same sequences.
 
         Raises ValueError for a stage that is a part of the model.
         """
         if stage.input_embedder is None or stage.lm_head is None:
             raise ValueError("generation needs the whole model in one stage")
         self.stage = stage
-        self._gather_logits = gather_logits
-        self._num_kv_heads = stage.config.decoder.num_kv_heads // tensor_size
+        self._linears = stage.lm_head.linears
+        self._num_kv_heads = stage.config.decoder.num_kv_heads // self._linears.num_ranks
         self._device = next(stage.parameters()).device
         self._dtype = next(stage.layers.parameters()).dtype
         self._sequences: list[_Sequence] = []
@@ -106,7 +95,7 @@ class Decoder:
         column = torch.tensor([tokens, position_ids], device=self._device)[:, :, None]
         segments, ignored = torch.zeros_like(column[0]), torch.full_like(column[0], IGNORE)
         ids = StackedIds.stack(torch.full_like(column[0], int(Modality.RESPONSE)), segments, column[1], ignored)
-        logits = self._gather_logits(self.stage.logits(column[0], ids, caches=self._caches)[:, 0])
+        logits = self._linears.gather_logits(self.stage.logits(column[0], ids, caches=self._caches)[:, 0])
         for number in self._outgrown(position_ids):
             logits[number] = self._recompute(number)
         return logits
@@ -147,7 +136,7 @@ class Decoder:
             caches,
             positions=lengths - 1,
         )
-        return self._gather_logits(logits), caches
+        return self._linears.gather_logits(logits), caches
 
     def _outgrown(self, position_ids: list[int]) -> list[int]:
         """Sequences whose new token is the first to need longrope's long factors: cached keys have the short ones."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 
 from torch import Tensor
 
-from aki_megatron.evaluate.decoding import Decoder, identity
+from aki_megatron.evaluate.decoding import Decoder
 from aki_megatron.evaluate.sampling import GREEDY, Sampling, TokenChooser
 from aki_megatron.model.stage import Stage
 from aki_megatron.types import Batch
@@ -21,8 +21,6 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     on_logits: Callable[[Tensor], object] = lambda logits: None,
-    gather_logits: Callable[[Tensor], Tensor] = identity,
-    tensor_size: int = 1,
 ) -> list[list[int]]:
     """Continue every prompt.
 
@@ -31,7 +29,6 @@ def generate(
     max_new_tokens  or at this many new tokens
     sampling        how tokens are chosen; draws depend on the number of the prompt, not on the others
     on_logits       gets the logits [sequences that have not ended, V] that each new token is chosen by
-    gather_logits, tensor_size  as of Decoder
 
     Returns the new tokens of each sequence without the stop id. Every new token attends to all earlier tokens of its
     sequence; no prompt token attends to a new one. The result equals that of each prompt by itself and without a cache.
@@ -39,7 +36,7 @@ def generate(
     generated: list[list[int]] = [[] for _ in prompts.token_ids]
     if max_new_tokens < 1:
         return generated
-    decoder = Decoder(stage, gather_logits=gather_logits, tensor_size=tensor_size)
+    decoder = Decoder(stage)
     choosers = [TokenChooser(sampling, number) for number in range(len(generated))]
     logits = decoder.admit(prompts)
     running = list(range(len(generated)))  # the prompts of the decoder's batch, in its order

@@ -49,7 +49,7 @@ class LinearFactory(Protocol):
         """Return ``x``, equal on all tensor ranks, for use in split layers; its gradient is summed over the ranks."""
 
     def gather_logits(self, logits: Tensor) -> Tensor:
-        """Return logits [..., V] of all tokens, equal on all tensor ranks, from [..., len(vocab_range)]; no gradient."""
+        """Return logits [..., V] of all tokens, equal on all tensor ranks, from [..., len(vocab_range)]; no grad."""
 
     def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Summed cross entropy (fp32 scalar) of logits [S, len(vocab_range)] for targets [S], none of them IGNORE."""

@@ -15,7 +15,8 @@ from aki_megatron.attention import AttentionMask
 from aki_megatron.checkpoint.official import official_names
 from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.errors import CheckpointError
-from aki_megatron.evaluate.generate import GenerationState, generate
+from aki_megatron.evaluate.decoding import Decoder
+from aki_megatron.evaluate.generate import generate
 from aki_megatron.evaluate.golden_files import INPUTS, GoldenCase, GoldenFolder
 from aki_megatron.model.stage import Stage
 from aki_megatron.types import IGNORE, Modality, stack_ids
@@ -179,8 +180,8 @@ def _compute_gradients(model: Stage, case: GoldenCase) -> dict[str, Tensor]:
 def _compute_generation(model: Stage, case: GoldenCase) -> dict[str, Tensor]:
     """Greedy generation, and the logits of each step given the recorded tokens before it."""
     recorded = case.recorded["generated_ids"].flatten()
-    state = GenerationState(model, case.batch, len(recorded))
-    logits = torch.cat([state.prefill(), *(state.decode_step(token[None]) for token in recorded[:-1])])
+    decoder = Decoder(model)
+    logits = torch.cat([decoder.admit(case.batch), *(decoder.step([token]) for token in recorded[:-1].tolist())])
     best = logits.topk(case.recorded["step_top8_ids"].shape[-1] if "step_top8_ids" in case.recorded else 1)
     full = case.recorded.get("step_logits_full", logits[:0])
     return {

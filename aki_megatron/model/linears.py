@@ -16,7 +16,11 @@ class LinearFactory(Protocol):
     column -> row is the whole map (Megatron-LM, Shoeybi et al., 2019). ``std`` is the standard deviation of the normal
     initialization; biases start at zero. A factory that splits initializes the whole weight before it keeps its shard,
     so weights do not depend on the number of tensor ranks.
+
+    num_ranks  tensor ranks that the layers are split over
     """
+
+    num_ranks: int
 
     def column(
         self, in_features: int, out_features: int, *, bias: bool, std: float, part_sizes: Sequence[int] = ()
@@ -44,12 +48,17 @@ class LinearFactory(Protocol):
     def copy_to_tensor_parallel_region(self, x: Tensor) -> Tensor:
         """Return ``x``, equal on all tensor ranks, for use in split layers; its gradient is summed over the ranks."""
 
+    def gather_logits(self, logits: Tensor) -> Tensor:
+        """Return logits [..., V] of all tokens, equal on all tensor ranks, from [..., len(vocab_range)]; no grad."""
+
     def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Summed cross entropy (fp32 scalar) of logits [S, len(vocab_range)] for targets [S], none of them IGNORE."""
 
 
 class LocalLinears:
     """Whole layers, for one process."""
+
+    num_ranks = 1
 
     def column(
         self, in_features: int, out_features: int, *, bias: bool, std: float, part_sizes: Sequence[int] = ()
@@ -72,6 +81,9 @@ class LocalLinears:
 
     def copy_to_tensor_parallel_region(self, x: Tensor) -> Tensor:
         return x
+
+    def gather_logits(self, logits: Tensor) -> Tensor:
+        return logits
 
     def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
         return token_loss_sum(logits, targets)

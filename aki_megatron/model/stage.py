@@ -229,6 +229,10 @@ class Stage(nn.Module):
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), positions]
         return self.lm_head.logits(hidden)
 
+    def media_tokens(self) -> dict[Modality, int]:
+        """Positions that one item of each modality takes."""
+        return {modality: media.num_latents(self.config) for modality, media in media_encoders(self.config).items()}
+
     def position_ids(self, ids: StackedIds) -> Tensor:
         """Rotary position ids [B, T] of whole sequences: the batch's own, or what the attention rule has instead."""
         return self._build_mask(ids, torch.zeros_like(ids.targets, dtype=torch.bool)).position_ids(ids.position_ids)

@@ -47,7 +47,7 @@ class TensorParallelLinears:
     def __init__(self, topology: Topology) -> None:
         self._megatron = _load()
         self._group = topology.tensor_group
-        self._rank, self._num_ranks = topology.tensor_rank, topology.tensor
+        self._rank, self.num_ranks = topology.tensor_rank, topology.tensor
         self._local = LocalLinears()
         if topology.device.type == "cpu":
             # Megatron would warn once about a setting that orders kernels on CUDA
@@ -84,12 +84,17 @@ class TensorParallelLinears:
         return self._initialize(layer, full, ShardSpec(0, (vocab_size,)))
 
     def vocab_range(self, vocab_size: int) -> range:
-        assert vocab_size % self._num_ranks == 0
-        local_size = vocab_size // self._num_ranks
+        assert vocab_size % self.num_ranks == 0
+        local_size = vocab_size // self.num_ranks
         return range(self._rank * local_size, (self._rank + 1) * local_size)
 
     def copy_to_tensor_parallel_region(self, x: Tensor) -> Tensor:
         return _CopyToTensorParallelRegion.apply(x, self._group)
+
+    def gather_logits(self, logits: Tensor) -> Tensor:
+        parts = [torch.empty_like(logits, memory_format=torch.contiguous_format) for _ in range(self.num_ranks)]
+        dist.all_gather(parts, logits.contiguous(), group=self._group)
+        return torch.cat(parts, dim=-1)
 
     def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Summed cross entropy (fp32 scalar, fp64 for fp64 logits), equal on all tensor ranks.
@@ -101,7 +106,7 @@ class TensorParallelLinears:
 
     def _settings(self) -> dict[str, Any]:
         config = self._megatron.Config(
-            tensor_model_parallel_size=self._num_ranks,
+            tensor_model_parallel_size=self.num_ranks,
             params_dtype=torch.get_default_dtype(),
             # parameters are created on torch's default device; their values are copied in below
             use_cpu_initialization=True,
@@ -118,7 +123,7 @@ class TensorParallelLinears:
         with torch.no_grad():
             for name, parameter in full.named_parameters():
                 is_sharded = name == "weight" or spec.dim == 0
-                shard = shard_tensor(parameter, spec if is_sharded else None, self._rank, self._num_ranks)
+                shard = shard_tensor(parameter, spec if is_sharded else None, self._rank, self.num_ranks)
                 layer.get_parameter(name).copy_(shard)
         return layer
 

@@ -14,6 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
+from aki_megatron.evaluate.beam_search import beam_search
+from aki_megatron.evaluate.generate import generate
+from aki_megatron.evaluate.sampling import Sampling
 from aki_megatron.model.linears import LinearFactory
 from aki_megatron.model.sharding import ShardSpec, shard_spec, shard_tensor, unshard_tensor
 from aki_megatron.model.stage import Stage, build_model
@@ -346,6 +349,29 @@ def test_logits_are_those_of_the_vocabulary_range_of_a_rank(run_on, tensor):
     joined = unshard_tensor(run_on(tensor, logits_of, config, tensor=tensor), ShardSpec(2, (PADDED_VOCAB_SIZE,)))
     torch.testing.assert_close(joined, whole, rtol=1e-5, atol=1e-6)
     assert joined[..., VOCAB_SIZE + NUM_ADDED_TOKENS :].eq(-torch.inf).all()
+
+
+def generated(model: Stage) -> list[list[list[int]]]:
+    """What greedy decoding, sampling and beams make of two prompts, the second shorter."""
+    whole, rows = draw_batch(), slice(1, 2)
+    columns = ("token_ids", "modality_ids", "segment_ids", "position_ids", "targets")
+    both = {name: getattr(whole, name)[rows, :7].repeat(2, 1) for name in columns}
+    both["segment_ids"][1, 6] = NO_SEGMENT
+    batch = Batch(**both, media={Modality.IMAGE: whole.media[Modality.IMAGE][1:].repeat(2, 1, 1, 1)})
+    drawn = generate(model, batch, stop_ids=(), max_new_tokens=6, sampling=Sampling(1.0, top_k=8, seed=4))
+    beams = beam_search(model, batch, num_beams=3, stop_ids=(), max_new_tokens=6)
+    return [generate(model, batch, stop_ids=(), max_new_tokens=6), drawn, beams]
+
+
+def generated_in_parallel(topology: Topology, config: ModelConfig) -> list[list[list[int]]]:
+    return generated(build(config, build_linears(topology)).to(topology.device))
+
+
+@TENSOR_RANKS
+def test_generation_is_that_of_one_process(run_on, tensor):
+    config = config_of()
+    alone = generated(build(config))
+    assert all(found == alone for found in run_on(tensor, generated_in_parallel, config, tensor=tensor))
 
 
 # and quietly

@@ -1,12 +1,16 @@
 """Batched generation with a KV cache equals recomputing each sequence by itself for every token."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
-from aki_megatron.evaluate.generate import GenerationState, generate
+from aki_megatron.evaluate.decoding import Decoder
+from aki_megatron.evaluate.generate import generate
+from aki_megatron.evaluate.sampling import Sampling
 from aki_megatron.model.stage import Stage, build_model
 from aki_megatron.types import IGNORE, NO_SEGMENT, Batch, Modality, stack_ids
 
@@ -130,7 +134,7 @@ def test_the_rule_reaches_generation() -> None:
     """Under another rule the first new token's logits differ for a prompt with an image."""
     torch.manual_seed(1)
     given = batch([prompt(9, 3)], torch.randn(1, 3, 12, 12, dtype=torch.float64))
-    causal, mutual = (GenerationState(model(rule), given, 1).prefill() for rule in ("causal", "mma"))
+    causal, mutual = (Decoder(model(rule)).admit(given) for rule in ("causal", "mma"))
     assert (causal - mutual)[:, :42].abs().max() > 1e-3
 
 
@@ -162,9 +166,8 @@ def test_step_logits_equal_one_pass_over_the_whole_text() -> None:
     torch.manual_seed(3)
     tokens, modality = prompt(7, 2)
     pixels = torch.randn(1, 3, 12, 12, dtype=torch.float64)
-    state = GenerationState(stage, batch([(tokens, modality)], pixels), 6)
-    steps, chosen = [state.prefill()], torch.randint(0, 42, (6,))
-    steps += [state.decode_step(token[None]) for token in chosen]
+    decoder, chosen = Decoder(stage), torch.randint(0, 42, (6,))
+    steps = [decoder.admit(batch([(tokens, modality)], pixels)), *(decoder.step([token]) for token in chosen.tolist())]
     whole = batch([(tokens + chosen.tolist(), modality + [int(Modality.RESPONSE)] * 6)], pixels)
     with torch.no_grad():
         expected = stage.logits(whole.token_ids, stack_ids(whole), whole.media)[0, len(tokens) - 1 :]
@@ -180,3 +183,43 @@ def test_prompts_that_cannot_be_continued_are_refused() -> None:
         packed = Batch(given.token_ids, given.modality_ids, segment_ids, given.position_ids, given.targets, given.media)
         with pytest.raises(ValueError, match="sequence 1 is not"):
             generate(stage, packed, stop_ids=(), max_new_tokens=2)
+
+
+def test_sequences_that_join_and_leave_change_no_other() -> None:
+    stage = model(rope=LONGROPE)
+    torch.manual_seed(4)
+    sequences = [prompt(length, at) for length, at in PROMPTS]
+    pixels = torch.randn(3, 3, 12, 12, dtype=torch.float64)
+    images = iter(pixels)
+    own = [next(images)[None] if at is not None else pixels[:0] for _, at in PROMPTS]
+    expected = [recomputed(stage, sequence, image, 12) for sequence, image in zip(sequences, own, strict=True)]
+    decoder, generated, running = Decoder(stage), [[] for _ in PROMPTS], []
+    arrivals = {0: [0, 1], 2: [2], 3: [3, 4]}
+    logits = torch.zeros(0, 45, dtype=torch.float64)
+    for step in range(24):
+        if running:
+            logits = decoder.step([generated[number][-1] for number in running])
+        for number in arrivals.get(step, ()):
+            logits = torch.cat([logits[: len(running)], decoder.admit(batch([sequences[number]], own[number]))])
+            running.append(number)
+        for place, number in enumerate(running):
+            generated[number].append(int(logits[place].argmax()))
+        ended = [place for place, number in enumerate(running) if len(generated[number]) == 12]
+        decoder.remove(ended)
+        for place in reversed(ended):
+            running[place] = running[-1]
+            del running[-1]
+    assert generated == expected and len(decoder) == 0
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.3, seed=5), Sampling(0.7, top_k=7), Sampling(1.0, top_p=0.6, seed=2)])
+def test_draws_do_not_depend_on_the_batch(sampling: Sampling) -> None:
+    stage = model()
+    torch.manual_seed(5)
+    sequences, none = [prompt(length, None) for length in (9, 4, 1)], torch.zeros(0, 3, 12, 12, dtype=torch.float64)
+    together = generate(stage, batch(sequences, none), stop_ids=(), max_new_tokens=9, sampling=sampling)
+    assert together == generate(stage, batch(sequences, none), stop_ids=(), max_new_tokens=9, sampling=sampling)
+    alone = generate(stage, batch(sequences[:1], none), stop_ids=(), max_new_tokens=9, sampling=sampling)
+    assert alone == together[:1]
+    other = replace(sampling, seed=sampling.seed + 1)
+    assert together != generate(stage, batch(sequences, none), stop_ids=(), max_new_tokens=9, sampling=other)

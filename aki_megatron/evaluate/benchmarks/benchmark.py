@@ -68,11 +68,16 @@ class ScoringOptions:
 
 @dataclass(frozen=True)
 class TsvFile:
-    """A table of VLMEvalKit."""
+    """A table of VLMEvalKit; ``folder`` is where its server has it."""
 
     name: str
     md5: str
-    url: str = ""
+    folder: str = "VLMEval"
+
+    @property
+    def url(self) -> str:
+        """Where to get it."""
+        return f"https://opencompass.openxlab.space/utils/{self.folder}/{self.name}.tsv"
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,11 @@ class HubFiles:
     repo: str
     splits: tuple[str, ...]
     config: str = ""
+
+    @property
+    def url(self) -> str:
+        """Where to get them."""
+        return f"https://huggingface.co/datasets/{self.repo}"
 
 
 def keep(questions: Sequence[BenchmarkQuestion], path: Path) -> Sequence[BenchmarkQuestion]:

@@ -10,9 +10,6 @@ from aki_megatron.evaluate.benchmarks.parquet import read_parquet_records
 from aki_megatron.evaluate.benchmarks.question import BenchmarkQuestion, check_unique
 from aki_megatron.evaluate.benchmarks.tsv import md5_of, read_tsv_records
 
-TSV_URL = "https://opencompass.openxlab.space/utils/VLMEval/{name}.tsv"
-HUB_URL = "https://huggingface.co/datasets/{repo}"
-
 
 @dataclass(frozen=True)
 class QuestionSet:
@@ -33,7 +30,7 @@ def load_questions(
 ) -> QuestionSet:
     """Read a benchmark's questions from the first folder of ``roots`` that has its files.
 
-    A root may also be the benchmark's file itself. In each root VLMEvalKit's table is looked for first, then parquet
+    A root may also be the benchmark's table itself. In each root VLMEvalKit's table is looked for first, then parquet
     files. ``progress`` is called before each file with a line about it.
     Raises DataError where there is no file (it says where to get one and where it was looked for), for a damaged file,
     one of another benchmark, and ids that are there twice.
@@ -44,8 +41,8 @@ def load_questions(
             return _read_tables(benchmark, tables, progress)
         if files := _find_parquet(benchmark, root, looked_for):
             return _read_parquet(benchmark, files, progress)
-    tsv = " and ".join(file.url or TSV_URL.format(name=file.name) for file in benchmark.tsv_files)
-    hub = " or ".join(HUB_URL.format(repo=files.repo) for files in benchmark.hub_files)
+    tsv = " and ".join(file.url for file in benchmark.tsv_files)
+    hub = " or ".join(dict.fromkeys(files.url for files in benchmark.hub_files))
     places = "\n  ".join(map(str, looked_for)) or "(no folder given; give one with --data)"
     raise DataError(
         f"The files of {benchmark.name} are missing. Get {tsv}, or the parquet files of {hub}; nothing is downloaded "
@@ -55,20 +52,24 @@ def load_questions(
 
 def _find_tables(benchmark: Benchmark, root: Path, looked_for: list[Path]) -> list[tuple[TsvFile, Path]]:
     """Return all tables of a benchmark in a root; a part of them is an error."""
+    if root.is_file():
+        named = [file for file in benchmark.tsv_files if root.name in (f"{file.name}.tsv", f"{file.name}_local.tsv")]
+        looked_for += [] if named else [root]
+        return [(file, root) for file in named]
     found: list[tuple[TsvFile, Path]] = []
-    missing: list[Path] = []
+    missing: list[TsvFile] = []
     for file in benchmark.tsv_files:
-        candidates = [root] if root.is_file() and root.suffix == ".tsv" else [root / f"{file.name}.tsv"]
+        candidates = [root / f"{file.name}.tsv", root / f"{file.name}_local.tsv"]
         path = next((path for path in candidates if path.is_file()), None)
-        if path is not None and (path != root or root.stem.removesuffix("_local") == file.name):
-            found.append((file, path))
+        if path is None:
+            missing.append(file)
+            looked_for.append(candidates[0])
         else:
-            missing += candidates
-    looked_for += missing
-    if found and missing and not root.is_file():
+            found.append((file, path))
+    if found and missing:
         raise DataError(
-            f"{benchmark.name} has {len(benchmark.tsv_files)} tables; {', '.join(map(str, missing))} is missing beside "
-            f"{found[0][1]}. Get {' and '.join(TSV_URL.format(name=path.stem) for path in missing)}."
+            f"{benchmark.name} has {len(benchmark.tsv_files)} tables, and {root} lacks "
+            f"{', '.join(f'{file.name}.tsv' for file in missing)}. Get {' and '.join(file.url for file in missing)}."
         )
     return found
 
@@ -78,14 +79,12 @@ def _find_parquet(benchmark: Benchmark, root: Path, looked_for: list[Path]) -> l
     for files in benchmark.hub_files:
         owner, name = files.repo.split("/")
         cache = root / f"datasets--{owner}--{name}" / "snapshots"
-        folders = [root / owner / name, root / name, *sorted(cache.glob("*"), reverse=True)]
-        for folder in folders:
-            found = _parquet_in(folder, files)
-            if found:
+        snapshots = sorted(cache.glob("*"), reverse=True) or [cache / "*"]
+        itself = [root] if root.name == name else []
+        for folder in (*itself, root / owner / name, root / name, *snapshots):
+            if found := _parquet_in(folder, files):
                 return found
             looked_for.append(folder / (files.config or "**") / f"{files.splits[0]}*.parquet")
-        if root.is_file() and root.suffix == ".parquet" and root.name.startswith(files.splits):
-            return [root]
     return []
 
 

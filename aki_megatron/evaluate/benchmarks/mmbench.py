@@ -132,7 +132,7 @@ def score(predictions: Sequence[Prediction], options: ScoringOptions) -> Benchma
 MMBENCH = Benchmark(
     name="MMBench",
     columns=("MMB",),
-    tsv_files=(TsvFile("MMBench_DEV_EN", "b6caf1133a01c6bb705cf753bb527ed8"),),
+    tsv_files=(TsvFile("MMBench_DEV_EN", "b6caf1133a01c6bb705cf753bb527ed8", "benchmarks/MMBench"),),
     hub_files=(HubFiles("lmms-lab/MMBench", ("dev",), config="en"),),
     wrong_md5s={"30c05be8f2f347a50be25aa067248184": "MMBench_DEV_EN_V11"},
     read_tsv=read,

@@ -78,7 +78,7 @@ def score(predictions: Sequence[Prediction], options: ScoringOptions) -> Benchma
 SEED = Benchmark(
     name="SEED-Bench",
     columns=("SEED",),
-    tsv_files=(TsvFile("SEEDBench_IMG", "68017231464752261a2526d6ca3a10c0"),),
+    tsv_files=(TsvFile("SEEDBench_IMG", "68017231464752261a2526d6ca3a10c0", "benchmarks/SEEDBench"),),
     hub_files=(HubFiles("lmms-lab/SEED-Bench", ("test",)),),
     read_tsv=read_tsv,
     read_parquet=read_parquet,

@@ -11,7 +11,9 @@ def to_conversation(question: BenchmarkQuestion, profile: PromptProfile) -> Conv
 
     The key is ``benchmark/id``. Raises DataError where an image is missing or cannot be read.
     """
-    text, placeholders, media = "", [], []
+    text = ""
+    placeholders: list[Placeholder] = []
+    media: list[MediaItem] = []
     for part in profile.parts(question):
         if isinstance(part, ImagePart):
             if part.number >= len(question.images):
@@ -24,4 +26,4 @@ def to_conversation(question: BenchmarkQuestion, profile: PromptProfile) -> Conv
         else:
             text += part
     key = f"{question.benchmark}/{question.id}"
-    return Conversation(key, (Turn(text, "", tuple(placeholders)),), tuple(media))
+    return Conversation(key, (Turn(text, "", tuple(placeholders) if profile.places_image else ()),), tuple(media))

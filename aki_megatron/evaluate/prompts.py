@@ -1,6 +1,6 @@
 """Prompt profiles: how a question of a benchmark is put to the model.
 
-    table6      the texts of the paper's Table 6, in the layout of fine-tuning: <image>, a line break, the text
+    table6      the texts of the paper's Table 6, in the layout of fine-tuning (of AKI: <image>, a line break, the text)
     vlmevalkit  what the authors' public adapter for VLMEvalKit sends: the kit's texts, <image> without a line break,
                 where the kit has it (of MMMU the text may come before it)
 
@@ -37,22 +37,22 @@ PromptPart = str | ImagePart
 class PromptProfile:
     """A way to put questions.
 
-    image_line_break  whether the image is followed by a line break, as in fine-tuning
-    max_new_tokens    of a reply, as in the authors' script of this profile
+    places_image    whether the image stands where ``parts`` has it; otherwise the template puts it where it does in
+                    fine-tuning
+    max_new_tokens  of a reply, as in the authors' script of this profile
     """
 
     name: str
     text: Callable[[BenchmarkQuestion], str]
-    image_line_break: bool
-    splits_at_markers: bool
+    places_image: bool
     max_new_tokens: int
 
     def parts(self, question: BenchmarkQuestion) -> tuple[PromptPart, ...]:
         """Return the user's turn as texts and at most one image, the first that it shows."""
         text = self.text(question)
-        if self.splits_at_markers and question.benchmark == "MMMU" and IMAGE_MARKER in text:
+        if self.places_image and question.benchmark == "MMMU" and IMAGE_MARKER in text:
             return _first_image_only(_split_at_markers(text))
-        return (ImagePart(0), "\n" + text if self.image_line_break else text)
+        return (ImagePart(0), text)
 
 
 def options_text(choices: Mapping[str, str]) -> str:
@@ -125,10 +125,8 @@ def _first_image_only(parts: list[PromptPart]) -> tuple[PromptPart, ...]:
     return tuple(kept)
 
 
-TABLE6 = PromptProfile("table6", table6_text, image_line_break=True, splits_at_markers=False, max_new_tokens=256)
-VLMEVALKIT = PromptProfile(
-    "vlmevalkit", vlmevalkit_text, image_line_break=False, splits_at_markers=True, max_new_tokens=512
-)
+TABLE6 = PromptProfile("table6", table6_text, places_image=False, max_new_tokens=256)
+VLMEVALKIT = PromptProfile("vlmevalkit", vlmevalkit_text, places_image=True, max_new_tokens=512)
 
 PROFILES: dict[str, PromptProfile] = {profile.name: profile for profile in (TABLE6, VLMEVALKIT)}
 """By name; the first is the default."""

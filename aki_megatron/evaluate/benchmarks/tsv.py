@@ -44,7 +44,7 @@ class TsvImage:
         cell = cells[self.column]
         texts = _as_list(cell, self.where)
         try:
-            return base64.b64decode(texts[self.number], validate=False)
+            return base64.b64decode("".join(texts[self.number].split()), validate=True)
         except (binascii.Error, ValueError, IndexError) as error:
             raise DataError(f"{self.where}: image {self.number} is no base64 ({error}).") from error
 

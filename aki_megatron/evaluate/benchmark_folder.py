@@ -115,9 +115,7 @@ def load_scores(folder: Path) -> list[BenchmarkScore]:
     try:
         return [BenchmarkScore.from_dict(values) for values in json.loads(path.read_text(encoding="utf-8"))]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(
-            f"{path} is not what evaluate.py score writes ({error}); score the predictions again."
-        ) from error
+        raise DataError(f"{path} is not what evaluate.py score writes ({error}); remove it and score again.") from error
 
 
 def score_benchmark(
@@ -140,7 +138,7 @@ def score_benchmark(
         notes.append(f"Of {len(predictions)} of {num_expected} questions.")
     return replace(
         score,
-        rules=options.rules.title,
+        rules=options.rules.full_name,
         num_questions=len(predictions),
         num_errors=num_errors,
         num_expected=num_expected,

@@ -41,8 +41,9 @@ def server(answers: Callable[[int], Answer]) -> Iterator[tuple[str, list[dict[st
                 self.send_header("Location", "http://127.0.0.1:9/elsewhere")
             self.end_headers()
             is_slow = content.startswith(b"slow")
-            for start in range(0, len(content), 5 if is_slow else len(content)):
-                self.wfile.write(content[start : start + (5 if is_slow else len(content))])
+            size = 5 if is_slow else max(1, len(content))
+            for start in range(0, len(content), size):
+                self.wfile.write(content[start : start + size])
                 self.wfile.flush()
                 time.sleep(0.15 * is_slow)
 

@@ -173,7 +173,9 @@ def score(predictions: Sequence[Prediction], options: ScoringOptions) -> Benchma
         use, notes = JudgeUse(judge.name, judge.is_heuristic, len(undecided), failed), []
     found = aggregate(list(outcomes.values()))
     order = [*TASKS, *sorted(set(found) - {"Overall", *TASKS})]
-    rows = [(name, *found[name].values()) for name in ("Overall", *order) if name in found]
+    rows: list[tuple[str | float, ...]] = [
+        (name, *found[name].values()) for name in ("Overall", *order) if name in found
+    ]
     overall = found["Overall"]["acc"]
     columns: dict[str, float | None] = {"MathV": overall}
     if judge is None:

@@ -178,9 +178,7 @@ def score(predictions: Sequence[Prediction], options: ScoringOptions) -> Benchma
         num_undecided = sum(choice.is_undecided for choice in choices)
     by_split = kit_accuracies(choices)
     unknown = sorted(set(by_split) - set(SPLITS))
-    others = {
-        name: by_split[split]["Overall"] for split, name in SPLITS.items() if split in by_split and split == "dev"
-    }
+    others = {"MMMU dev": by_split["dev"]["Overall"]} if "dev" in by_split else {}
     notes = [f"Neither dev nor validation: {', '.join(unknown)}; not in the column."] if unknown else []
     if "validation" not in by_split:
         notes.append("No question of the validation split, which the column is of.")

@@ -74,7 +74,9 @@ def score(predictions: Sequence[Prediction], options: ScoringOptions) -> Benchma
     found = aggregate(predictions, options.rules)
     unknown = sorted(set(found) - {"Overall", *SPLITS})
     header = ("split", "acc", "precision", "recall", "F1", "yes ratio", "rows", "unknown")
-    rows = [(name, *found[name].values()) for name in ("Overall", *SPLITS, *unknown) if name in found]
+    rows: list[tuple[str | float, ...]] = [
+        (name, *found[name].values()) for name in ("Overall", *SPLITS, *unknown) if name in found
+    ]
     return BenchmarkScore(
         benchmark="POPE",
         columns={"POPE": found["Overall"]["f1"]},

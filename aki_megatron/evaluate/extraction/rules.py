@@ -12,7 +12,7 @@ class Rules(StrEnum):
     """Commit e8e78f0 of 2026-08-18."""
 
     @property
-    def title(self) -> str:
+    def full_name(self) -> str:
         """As printed beside a score."""
         commit = {"mar2025": "0de60d7", "head2026": "e8e78f0"}[self.value]
         return f"VLMEvalKit {self.value} ({commit})"

@@ -5,7 +5,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from email.message import Message
 from http.client import HTTPException, HTTPMessage
 from typing import IO, Any
 
@@ -147,7 +147,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _retry_after(headers: Mapping[str, str]) -> float:
+def _retry_after(headers: Message) -> float:
     try:
         seconds = float(headers.get("Retry-After", "0"))
     except ValueError:

@@ -24,7 +24,7 @@ from pathlib import Path
 from aki_megatron.console import Console, Table
 from aki_megatron.errors import ConfigError, UserError
 from aki_megatron.evaluate.benchmark_folder import folder_predictions, load_scores, score_folder
-from aki_megatron.evaluate.benchmark_report import conditions_table, format_value, main_table, write_reports
+from aki_megatron.evaluate.benchmark_report import conditions_table, format_value, short_table, write_reports
 from aki_megatron.evaluate.benchmarks.benchmark import MMMU_PARSERS, ScoringOptions
 from aki_megatron.evaluate.benchmarks.files import load_questions
 from aki_megatron.evaluate.benchmarks.registry import BENCHMARKS, find_benchmark
@@ -36,7 +36,7 @@ from aki_megatron.evaluate.judges.api import ApiJudge
 from aki_megatron.evaluate.judges.cache import CachedJudge, ReplayedJudge
 from aki_megatron.evaluate.judges.heuristic import HeuristicJudge
 from aki_megatron.evaluate.judges.judge import Judge
-from aki_megatron.evaluate.judges.prompts import PROMPTS_NAME
+from aki_megatron.evaluate.judges.prompts import DEFAULT_PROMPTS, load_prompts
 
 RAW = argparse.RawDescriptionHelpFormatter
 console = Console()
@@ -78,6 +78,7 @@ def score_command(argv: Sequence[str]) -> int:
     add("--judge", default="none", help="none; heuristic (offline word overlap, never the papers' metric); "
         "replay (only replies of --judge_cache); or the address of an OpenAI-compatible server")  # fmt: skip
     add("--judge_model", default="gpt-4-0613", help="model of the judge (default %(default)s, the papers')")
+    add("--judge_prompts", type=Path, help="JSON file of the judge's prompts (default: this project's own)")
     add("--judge_cache", type=Path, help="file of the judge's replies (default: FOLDER/judge_replies.jsonl)")
     add(
         "--judge_key_variable", default="OPENAI_API_KEY", help="environment variable with the key (default %(default)s)"
@@ -86,13 +87,18 @@ def score_command(argv: Sequence[str]) -> int:
     add("--judge_retries", type=int, default=3, help="further tries of a failed request (default %(default)s)")
     add("--judge_workers", type=int, default=8, help="requests to the judge at a time (default %(default)s)")
     arguments = parser.parse_args(argv)
+    prompts = load_prompts(arguments.judge_prompts) if arguments.judge_prompts else DEFAULT_PROMPTS
+    judge = _judge(arguments, prompts.name)
     options = ScoringOptions(
-        Rules(arguments.rules), arguments.mmmu_parser, _judge(arguments), max(1, arguments.judge_workers)
+        Rules(arguments.rules), arguments.mmmu_parser, judge, prompts, max(1, arguments.judge_workers)
     )
     names = [name.strip() for name in arguments.benchmarks.split(",") if name.strip()]
     scores = score_folder(arguments.folder, options, names, progress=_print_line)
     conditions = conditions_table(scores)
-    _print_table(ScoreTable(conditions.title, conditions.header[:-1], tuple(row[:-1] for row in conditions.rows)))
+    for row in conditions.rows:
+        _print_line(f"{row[0]}: {format_value(row[1])}")
+        pairs = zip(conditions.header[2:], row[2:], strict=True)
+        _print_line("  " + "; ".join(f"{name}: {format_value(value)}" for name, value in pairs))
     for score in scores:
         for note in score.notes:
             _print_line(f"{score.benchmark}: {note}")
@@ -100,7 +106,7 @@ def score_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def _judge(arguments: argparse.Namespace) -> Judge | None:
+def _judge(arguments: argparse.Namespace, prompts_name: str) -> Judge | None:
     cache = arguments.judge_cache or arguments.folder / "judge_replies.jsonl"
     if arguments.judge == "none":
         return None
@@ -109,7 +115,7 @@ def _judge(arguments: argparse.Namespace) -> Judge | None:
     if arguments.judge == "replay":
         if not cache.exists():
             raise ConfigError(f"--judge replay needs the judge's replies, but {cache} does not exist (--judge_cache).")
-        return CachedJudge(ReplayedJudge(f"{arguments.judge_model} ({PROMPTS_NAME})"), cache)
+        return CachedJudge(ReplayedJudge(f"{arguments.judge_model} ({prompts_name})"), cache)
     if not arguments.judge.startswith(("http://", "https://")):
         raise ConfigError(f"--judge {arguments.judge}: give none, heuristic, replay, or an address (https://...).")
     if arguments.judge_timeout <= 0 or arguments.judge_retries < 0:
@@ -117,7 +123,7 @@ def _judge(arguments: argparse.Namespace) -> Judge | None:
     judge = ApiJudge(
         arguments.judge,
         arguments.judge_model,
-        prompts_name=PROMPTS_NAME,
+        prompts_name=prompts_name,
         key=os.environ.get(arguments.judge_key_variable, ""),
         timeout=arguments.judge_timeout,
         retries=arguments.judge_retries,
@@ -137,7 +143,7 @@ def report_command(argv: Sequence[str]) -> int:
     if len(names) != len(arguments.folders) or len(set(names)) != len(names):
         raise ConfigError(f"--names {arguments.names!r} must be {len(arguments.folders)} different names.")
     scores = {name: load_scores(folder) for name, folder in zip(names, arguments.folders, strict=True)}
-    _print_table(main_table(scores))
+    _print_table(short_table(scores))
     for path in write_reports(arguments.out or arguments.folders[0], scores):
         _print_line(f"report: {path}")
     return 0

@@ -18,6 +18,7 @@ from aki_megatron.evaluate.benchmarks.benchmark import ScoringOptions
 from aki_megatron.evaluate.benchmarks.question import Prediction, read_predictions
 from aki_megatron.evaluate.benchmarks.registry import BENCHMARKS, find_benchmark
 from aki_megatron.evaluate.benchmarks.score import BenchmarkScore
+from aki_megatron.evaluate.judges.prompts import DEFAULT_PROMPTS
 
 SCORES = "scores.json"
 QUESTIONS = "questions.json"
@@ -131,6 +132,8 @@ def score_benchmark(
         notes.append(f"{num_errors} questions could not be asked and count as wrong; first: {first.error}")
     if num_empty := sum(not p.reply.strip() and not p.error for p in predictions):
         notes.append(f"{num_empty} replies are empty.")
+    if score.judge.num_asked and not score.judge.is_heuristic and options.judge_prompts is DEFAULT_PROMPTS:
+        notes.append("Judged with this project's prompts, not with a kit's: published scores are by other prompts.")
     num_expected = info.num_questions if info else 0
     if info is None:
         notes.append("How many questions the file has is not recorded, so the score may be of a part of them.")

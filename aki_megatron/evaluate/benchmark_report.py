@@ -52,6 +52,14 @@ def main_table(scores: Scores) -> ScoreTable:
     return ScoreTable("Twelve columns", ("model", *PAPER_COLUMNS), tuple(rows))
 
 
+def short_table(scores: Scores) -> ScoreTable:
+    """Return the twelve columns as rows, for a terminal: our models, and AKI-4B of both versions of the paper."""
+    table = main_table(scores)
+    shown = table.rows[: len(scores) + 2]
+    rows = tuple((column, *(row[place] for row in shown)) for place, column in enumerate(table.header[1:], start=1))
+    return ScoreTable(table.title, ("column", *(str(row[0]) for row in shown)), rows)
+
+
 def conditions_table(scores: Sequence[BenchmarkScore]) -> ScoreTable:
     """Return what each score depends on: rules, parser, judge and its failures, prompt, file."""
     header = (

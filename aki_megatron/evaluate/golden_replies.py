@@ -114,7 +114,7 @@ def _yes_no(case: Case) -> Any:
 
 def _choice(case: Case) -> Any:
     def find(rules: Rules) -> Any:
-        extracted = extract_choice(case["prediction"], case["options"], rules)
+        extracted = extract_choice(case["prediction"], case["options"] or {}, rules)
         return {"extracted": extracted, "hit": extracted == case["answer"]}
 
     return by_rules(find)

@@ -1,23 +1,26 @@
 """Judges: a server that times out, returns garbage, refuses; the cache of replies; the offline heuristic."""
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aki_megatron.errors import DataError
+from aki_megatron.errors import ConfigError, DataError
 from aki_megatron.evaluate.benchmarks.question import BenchmarkQuestion, Prediction
 from aki_megatron.evaluate.judges.api import ApiJudge
 from aki_megatron.evaluate.judges.cache import CachedJudge, ReplayedJudge
 from aki_megatron.evaluate.judges.heuristic import HeuristicJudge
 from aki_megatron.evaluate.judges.judge import JudgeError, JudgeRequest, JudgeUnavailableError
 from aki_megatron.evaluate.judges.judging import judge_all
+from aki_megatron.evaluate.judges.prompts import DEFAULT_PROMPTS, load_prompts
 
 Answer = tuple[int, bytes]
 
@@ -237,3 +240,18 @@ def test_the_offline_heuristic(item: Prediction, reply: str) -> None:
     heuristic = HeuristicJudge()
     assert heuristic.is_heuristic and "heuristic" in heuristic.name
     assert heuristic.ask(JudgeRequest(item, "")) == reply
+
+
+def test_prompts_hold_their_parts_and_a_file_replaces_them(tmp_path: Path) -> None:
+    filled = DEFAULT_PROMPTS.fill("mmvet", question="q $answer", answer="2 <AND> 7", reply="$5")
+    assert "Question: q $answer\nReference: 2 <AND> 7\nAnswer: $5\nGrade:" in filled
+    assert "$" not in DEFAULT_PROMPTS.fill("llavabench", caption="c", question="q", answer="a", reply="r")
+    assert "$" not in DEFAULT_PROMPTS.fill("mathvista", question="q", reply="r")
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps(asdict(replace(DEFAULT_PROMPTS, name="mine"))))
+    assert load_prompts(path).name == "mine"
+    without = path.read_text().replace("$reply", "")
+    for content, message in (("[", "no JSON"), ("{}", "keys name, mmvet"), (without, "lacks $reply")):
+        path.write_text(content)
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            load_prompts(path)

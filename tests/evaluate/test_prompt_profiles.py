@@ -3,12 +3,16 @@
 from dataclasses import replace
 
 import pytest
+from chat_folders import PHI3_LIKE
 from public_files import png
 
+from aki_megatron.data.template import Template
+from aki_megatron.data.tokenizer import Tokenizer
 from aki_megatron.errors import DataError
 from aki_megatron.evaluate.benchmark_conversation import to_conversation
 from aki_megatron.evaluate.benchmarks.question import BenchmarkQuestion, InlineImage
 from aki_megatron.evaluate.prompts import PROFILES, ImagePart
+from aki_megatron.families.registry import FAMILIES
 from aki_megatron.types import Modality, Placeholder
 
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -76,6 +80,14 @@ def test_a_conversation_of_the_kit_places_the_image() -> None:
     conversation = to_conversation(question, PROFILES["vlmevalkit"])
     assert conversation.turns[0].placeholders == (Placeholder(len("Question: See "), Modality.IMAGE),)
     assert conversation.turns[0].prompt == "Question: See ?\n" and conversation.images == [png("blue")]
+
+
+@pytest.mark.parametrize(("profile", "line_break"), [("table6", "\n"), ("vlmevalkit", "")])
+def test_the_template_renders_the_layout_of_each_profile(profile: str, line_break: str) -> None:
+    template = Template(Tokenizer(PHI3_LIKE, FAMILIES["phi3"].chat), {Modality.IMAGE: 3}, 512, "S")
+    parts = template.conversation_parts(to_conversation(ask("MM-Vet", "What is x?"), PROFILES[profile]))
+    prompt = "".join(part.text for part in parts[:-1])
+    assert prompt.endswith(f"<|user|>\n<image>{line_break}What is x?<|end|>\n<|assistant|>\n")
 
 
 def test_an_image_that_the_file_does_not_have_is_named() -> None:

@@ -10,6 +10,7 @@ from aki_megatron.evaluate.benchmarks.question import BenchmarkQuestion, ImageSo
 from aki_megatron.evaluate.benchmarks.score import BenchmarkScore
 from aki_megatron.evaluate.extraction.rules import Rules
 from aki_megatron.evaluate.judges.judge import Judge
+from aki_megatron.evaluate.judges.prompts import DEFAULT_PROMPTS, JudgePrompts
 
 MMMU_PARSERS = ("kit", "official")
 
@@ -62,6 +63,7 @@ class ScoringOptions:
     rules: Rules = Rules.MAR2025
     mmmu_parser: str = "kit"
     judge: Judge | None = None
+    judge_prompts: JudgePrompts = DEFAULT_PROMPTS
     judge_workers: int = 8
     """Requests to the judge at a time."""
 

@@ -5,6 +5,7 @@ in the kit, which averages it in: the table has both figures, the headline leave
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from aki_megatron.evaluate.benchmarks.question import BenchmarkQuestion, Predict
 from aki_megatron.evaluate.benchmarks.score import BenchmarkScore, JudgeUse, ScoreTable
 from aki_megatron.evaluate.judges.judge import JudgeRequest
 from aki_megatron.evaluate.judges.judging import judge_all
-from aki_megatron.evaluate.judges.prompts import LLAVABENCH_SYSTEM, llavabench_prompt
+from aki_megatron.evaluate.judges.prompts import JudgePrompts
 
 CATEGORIES = ("conv", "detail", "complex")
 FAILED = (-1.0, -1.0)
@@ -49,12 +50,14 @@ def read_grades(reply: str) -> Grade | None:
         return None
 
 
-def requests(prediction: Prediction) -> list[JudgeRequest]:
+def requests(prediction: Prediction, prompts: JudgePrompts) -> list[JudgeRequest]:
     """Return the one request about a prediction."""
     question = prediction.question
     caption = str(question.details.get("caption", ""))
-    prompt = llavabench_prompt(caption, question.text, question.answer, prediction.reply)
-    return [JudgeRequest(prediction, prompt, LLAVABENCH_SYSTEM, temperature=TEMPERATURE)]
+    prompt = prompts.fill(
+        "llavabench", caption=caption, question=question.text, answer=question.answer, reply=prediction.reply
+    )
+    return [JudgeRequest(prediction, prompt, prompts.llavabench_system, temperature=TEMPERATURE)]
 
 
 def aggregate(grades: Sequence[tuple[str, Grade]]) -> dict[str, dict[str, float]]:
@@ -92,7 +95,8 @@ def score(predictions: Sequence[Prediction], options: ScoringOptions) -> Benchma
     if options.judge is None:
         notes = ("LLaVA-Bench needs a judge; give one with --judge.",)
         return BenchmarkScore(benchmark=name, columns={"LLaVA": None}, judge=JudgeUse("none"), notes=notes)
-    judgements = judge_all(options.judge, predictions, requests, read_grades, workers=options.judge_workers)
+    ask = partial(requests, prompts=options.judge_prompts)
+    judgements = judge_all(options.judge, predictions, ask, read_grades, workers=options.judge_workers)
     categories = [prediction.question.category for prediction in predictions]
     found = aggregate_both([(c, judgement.value) for c, judgement in zip(categories, judgements, strict=True)])
     kit, usable = found["failures_averaged_in"], found["failures_excluded"]

@@ -8,6 +8,7 @@ import ast
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from aki_megatron.evaluate.benchmarks.benchmark import Benchmark, HubFiles, Record, ScoringOptions, TsvFile
@@ -17,7 +18,7 @@ from aki_megatron.evaluate.extraction.choice import extract_choice
 from aki_megatron.evaluate.extraction.rules import Rules
 from aki_megatron.evaluate.judges.judge import JudgeRequest
 from aki_megatron.evaluate.judges.judging import judge_all
-from aki_megatron.evaluate.judges.prompts import mathvista_prompt
+from aki_megatron.evaluate.judges.prompts import JudgePrompts
 
 TRIES = 5
 
@@ -125,9 +126,9 @@ def _comparable(question: BenchmarkQuestion, value: Extraction) -> tuple[Extract
         return found, question.answer
 
 
-def requests(prediction: Prediction) -> list[JudgeRequest]:
+def requests(prediction: Prediction, prompts: JudgePrompts) -> list[JudgeRequest]:
     """Return the tries for one prediction, each with a higher temperature than the one before."""
-    prompt = mathvista_prompt(prediction.question.text, prediction.reply)
+    prompt = prompts.fill("mathvista", question=prediction.question.text, reply=prediction.reply)
     return [
         JudgeRequest(prediction, prompt, temperature=0.5 * attempt, max_tokens=128, attempt=attempt)
         for attempt in range(TRIES)
@@ -166,7 +167,8 @@ def score(predictions: Sequence[Prediction], options: ScoringOptions) -> Benchma
     undecided = [p for p in predictions if not outcomes[p.question.id].is_prefetched]
     use, notes = JudgeUse(), ["Without a judge only replies that are the answer itself can be right."]
     if judge is not None:
-        judgements = judge_all(judge, undecided, requests, str, workers=options.judge_workers)
+        ask = partial(requests, prompts=options.judge_prompts)
+        judgements = judge_all(judge, undecided, ask, str, workers=options.judge_workers)
         for prediction, judgement in zip(undecided, judgements, strict=True):
             outcomes[prediction.question.id] = outcome(prediction, rules, judgement.value or "")
         failed = sum(judgement.value is None for judgement in judgements)

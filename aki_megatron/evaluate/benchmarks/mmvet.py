@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from aki_megatron.evaluate.benchmarks.benchmark import Benchmark, HubFiles, Record, ScoringOptions, TsvFile
@@ -9,7 +10,7 @@ from aki_megatron.evaluate.benchmarks.question import BenchmarkQuestion, Predict
 from aki_megatron.evaluate.benchmarks.score import BenchmarkScore, JudgeUse, ScoreTable
 from aki_megatron.evaluate.judges.judge import JudgeRequest
 from aki_megatron.evaluate.judges.judging import Judgement, judge_all
-from aki_megatron.evaluate.judges.prompts import mmvet_prompt
+from aki_megatron.evaluate.judges.prompts import JudgePrompts
 
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 TRIES = 5
@@ -48,9 +49,10 @@ def read_grade(reply: str) -> float | None:
     return None if grade < 0 or grade > 1 else grade
 
 
-def requests(prediction: Prediction) -> list[JudgeRequest]:
+def requests(prediction: Prediction, prompts: JudgePrompts) -> list[JudgeRequest]:
     """Return the tries for one prediction, each with a higher temperature than the one before."""
-    prompt = mmvet_prompt(prediction.question.text, prediction.question.answer, prediction.reply)
+    answer = prediction.question.answer.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+    prompt = prompts.fill("mmvet", question=prediction.question.text, answer=answer, reply=prediction.reply)
     return [
         JudgeRequest(prediction, prompt, temperature=0.5 * attempt, max_tokens=8, attempt=attempt)
         for attempt in range(TRIES)
@@ -89,7 +91,8 @@ def score(predictions: Sequence[Prediction], options: ScoringOptions) -> Benchma
     if options.judge is None:
         notes = ("MM-Vet needs a judge; give one with --judge.",)
         return BenchmarkScore(benchmark="MM-Vet", columns={"MM-Vet": None}, judge=JudgeUse("none"), notes=notes)
-    judgements = judge_all(options.judge, predictions, requests, read_grade, workers=options.judge_workers)
+    ask = partial(requests, prompts=options.judge_prompts)
+    judgements = judge_all(options.judge, predictions, ask, read_grade, workers=options.judge_workers)
     pairs = zip(predictions, judgements, strict=True)
     found = aggregate([(prediction.question.category, grade_of(judgement)) for prediction, judgement in pairs])
     num_failed = sum(judgement.value is None for judgement in judgements)

@@ -35,16 +35,17 @@ def read_parquet(record: Record) -> BenchmarkQuestion:
         text="\n".join(line for line in lines if not _OPTION.match(line.strip())).strip(),
         answer=record.text("answer").strip(),
         choices=options,
+        details={} if options else {"is_open": True},
         images=record.images,
     )
 
 
 def read_reply(prediction: Prediction, rules: Rules) -> Choice:
-    """Read the option of a reply; a question without options asks for its answer itself."""
+    """Read the option of a reply; a question of the parquet files without options asks for its answer itself."""
     question = prediction.question
-    if question.choices:
+    if not question.details.get("is_open"):
         return read_choice(prediction, rules)
-    # the kit has no rule for these; a reply that states the answer and no more is right
+    # the kit's table has no such questions, so it has no rule; a reply that states the answer and no more is right
     stated = prediction.reply.strip().strip(".").lower() == question.answer.strip().strip(".").lower()
     return Choice(prediction, "A", "A" if stated and not prediction.error else None)
 
@@ -52,7 +53,7 @@ def read_reply(prediction: Prediction, rules: Rules) -> Choice:
 def score(predictions: Sequence[Prediction], options: ScoringOptions) -> BenchmarkScore:
     """Score RealWorldQA."""
     choices = [read_reply(prediction, options.rules) for prediction in predictions]
-    num_open = sum(not prediction.question.choices for prediction in predictions)
+    num_open = sum(bool(prediction.question.details.get("is_open")) for prediction in predictions)
     found = accuracies(choices)
     notes = (f"{num_open} questions have no options; their replies must equal the answer.",) if num_open else ()
     return BenchmarkScore(

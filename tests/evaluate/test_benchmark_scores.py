@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from aki_megatron.evaluate.benchmarks import cvbench, mmbench, mme, mmmu, pope
+from aki_megatron.evaluate.benchmarks import cvbench, llavabench, mmbench, mme, mmmu, pope
 from aki_megatron.evaluate.benchmarks.benchmark import ScoringOptions
 from aki_megatron.evaluate.benchmarks.question import BenchmarkQuestion, Prediction
 from aki_megatron.evaluate.benchmarks.registry import BENCHMARKS
@@ -160,6 +160,20 @@ def test_mmmu_has_two_parsers_and_two_splits() -> None:
     assert drawn == {0.0, 100.0}
     assert score(rows[1:]).columns == {"MMMU": None}
     assert mmmu.reference_answers(rows[1].question) == ["25", "x"]
+
+
+def test_a_category_named_as_its_discipline_replaces_it_in_every_split() -> None:
+    fields = {"choices": {"A": "cat", "B": "dog"}, "l2_category": "Science"}
+    rows = [predict("MMMU", "1", "A", split="dev", category="Science", **fields),
+            predict("MMMU", "2", "A", split="validation", category="Math", **fields)]  # fmt: skip
+    found = mmmu.kit_accuracies(mmmu.read_kit(rows, Rules.MAR2025))
+    assert found["validation"] == {"Overall": 100.0, "Science": None, "Math": 100.0}
+
+
+def test_llavabench_is_a_ratio_of_means_and_leaves_nan_out() -> None:
+    found = llavabench.aggregate([("conv", (8.0, 4.0)), ("conv", (2.0, 3.0)), ("detail", (5.0, float("nan")))])
+    assert (found["conv"]["relative"], found["overall"]["model"], found["overall"]["reference"]) == (70.0, 35.0, 50.0)
+    assert llavabench.aggregate([("conv", (0.0, 1.0))])["conv"]["relative"] == float("inf")
 
 
 def test_cvbench_is_strict_and_a_mean_over_sources() -> None:

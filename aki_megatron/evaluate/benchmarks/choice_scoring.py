@@ -51,15 +51,18 @@ def read_choices(predictions: Sequence[Prediction], rules: Rules) -> list[Choice
     return [read_choice(prediction, rules) for prediction in predictions]
 
 
-def accuracies(choices: Sequence[Choice], l2_name: Callable[[str], str] = str) -> Accuracies:
+def accuracies(
+    choices: Sequence[Choice], l2_name: Callable[[str], str] = str, among: Sequence[Choice] | None = None
+) -> Accuracies:
     """Return the percentage of hits: Overall, of each second-level category, of each category.
 
     l2_name  the name that a second-level category is printed by; a category of the same name replaces it, as in the
              kit's tables
+    among    what the categories are read from, if there are more than those of ``choices``
     """
     found: Accuracies = {"Overall": percent([choice.is_hit for choice in choices])}
     for name, of in (("l2_category", l2_name), ("category", str)):
-        groups = sorted({getattr(choice.prediction.question, name) for choice in choices} - {""})
+        groups = sorted({getattr(choice.prediction.question, name) for choice in among or choices} - {""})
         for group in groups:
             hits = [choice.is_hit for choice in choices if getattr(choice.prediction.question, name) == group]
             found[of(group)] = percent(hits)

@@ -69,7 +69,8 @@ def aggregate(grades: Sequence[tuple[str, Grade]]) -> dict[str, dict[str, float]
 
 
 def _means(grades: Sequence[Grade]) -> dict[str, float]:
-    reference, model = np.mean(np.array(grades, dtype=np.float64), axis=0)
+    # as in the kit, a grade of nan is left out of its mean
+    reference, model = (_nan_mean([grade[place] for grade in grades]) for place in (0, 1))
     with np.errstate(divide="ignore", invalid="ignore"):
         relative = model / reference * 100
     return {
@@ -78,6 +79,12 @@ def _means(grades: Sequence[Grade]) -> dict[str, float]:
         "model": float(model * 10),
         "reference": float(reference * 10),
     }
+
+
+def _nan_mean(values: Sequence[float]) -> np.float64:
+    known = np.array([value for value in values if value == value], dtype=np.float64)
+    with np.errstate(invalid="ignore"):
+        return known.mean() if len(known) else np.float64("nan")
 
 
 def aggregate_both(grades: Sequence[tuple[str, Grade | None]]) -> dict[str, Any]:

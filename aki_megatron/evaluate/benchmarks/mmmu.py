@@ -108,13 +108,9 @@ def read_kit(predictions: Sequence[Prediction], rules: Rules) -> list[Choice]:
 
 def kit_accuracies(choices: Sequence[Choice]) -> dict[str, Accuracies]:
     """Return the accuracies of each split; every split has a value for every category, None without a question."""
-    all_names = accuracies(choices)
     splits = dict.fromkeys(choice.prediction.question.split for choice in choices)
-    found = {}
-    for split in splits:
-        of_split = accuracies([choice for choice in choices if choice.prediction.question.split == split])
-        found[split] = {name: of_split.get(name) for name in all_names}
-    return found
+    by_split = {split: [choice for choice in choices if choice.prediction.question.split == split] for split in splits}
+    return {split: accuracies(group, among=choices) for split, group in by_split.items()}
 
 
 def reference_answers(question: BenchmarkQuestion) -> str | list[str]:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from aki_megatron.errors import DataError
 from aki_megatron.evaluate.benchmarks.benchmark import ScoringOptions
-from aki_megatron.evaluate.benchmarks.question import Prediction, read_predictions
+from aki_megatron.evaluate.benchmarks.files import QuestionSet
+from aki_megatron.evaluate.benchmarks.question import BenchmarkQuestion, Prediction, read_predictions
 from aki_megatron.evaluate.benchmarks.registry import BENCHMARKS, find_benchmark
 from aki_megatron.evaluate.benchmarks.score import BenchmarkScore
 from aki_megatron.evaluate.judges.prompts import DEFAULT_PROMPTS
@@ -59,6 +60,26 @@ class QuestionsInfo:
             return cls(**{**values, "notes": tuple(values.get("notes", ()))})
         except (ValueError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is not what evaluate.py run writes ({error}); remove it.") from error
+
+
+def begin_benchmark(folder: Path, found: QuestionSet, *, profile: str, model: str) -> list[BenchmarkQuestion]:
+    """Record what is asked, and return the questions that have no prediction yet, in the order of the file.
+
+    Raises DataError where the folder's predictions on this benchmark are by another model, prompt profile or file.
+    """
+    name = found.benchmark.name
+    info = QuestionsInfo(name, found.source, len(found.questions), profile, model, found.notes)
+    before = QuestionsInfo.load(folder, name)
+    if before is None:
+        info.save(folder)
+    elif before != info:
+        changed = {k: (v, asdict(info)[k]) for k, v in asdict(before).items() if v != asdict(info)[k]}
+        lines = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())
+        raise DataError(f"{folder / name} holds other predictions: {lines}. Give another folder, or remove it.")
+    place = folder / name
+    predictions = read_predictions(place) if any(place.glob("predictions*.jsonl")) else []
+    answered = {prediction.question.id for prediction in predictions}
+    return [question for question in found.questions if question.id not in answered]
 
 
 def folder_predictions(folder: Path) -> dict[str, list[Prediction]]:

@@ -183,3 +183,10 @@ def test_no_parquet_file_and_a_path_instead_of_an_image(tmp_path: Path, monkeypa
     write_parquet(tmp_path)
     with pytest.raises(DataError, match="image holds no image but .*x.png"):
         read("POPE", tmp_path)["1"].images[0].read()
+
+
+def test_options_that_are_no_list_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "MMMU/MMMU/Art/validation-00000-of-00001.parquet"
+    monkeypatch.setitem(HUB_FILES, name, [{**HUB_FILES[name][0], "options": "['cat'"}])
+    with pytest.raises(DataError, match=r"row 0: options .* are no list"):
+        read("MMMU", write_parquet(tmp_path))

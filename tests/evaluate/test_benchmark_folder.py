@@ -13,7 +13,13 @@ import pytest
 from public_files import write_tables
 
 from aki_megatron.errors import DataError
-from aki_megatron.evaluate.benchmark_folder import QuestionsInfo, folder_predictions, load_scores, score_folder
+from aki_megatron.evaluate.benchmark_folder import (
+    QuestionsInfo,
+    begin_benchmark,
+    folder_predictions,
+    load_scores,
+    score_folder,
+)
 from aki_megatron.evaluate.benchmark_report import main_table, to_html, to_markdown, write_reports
 from aki_megatron.evaluate.benchmarks.benchmark import ScoringOptions
 from aki_megatron.evaluate.benchmarks.files import load_questions
@@ -60,6 +66,18 @@ def test_a_line_cut_short_is_left_out_and_the_file_continued(folder: Path) -> No
     assert read_predictions(path) == [first]
     append_predictions(path, [second])
     assert read_predictions(path) == [first, second]
+
+
+def test_a_benchmark_is_begun_once_and_continued_with_what_is_not_answered(tmp_path: Path) -> None:
+    found = load_questions(BENCHMARKS["MME"], [write_tables(tmp_path / "tables")])
+    out = tmp_path / "out"
+    assert begin_benchmark(out, found, profile="table6", model="m") == list(found.questions)
+    append_predictions(out / "MME/predictions-0.jsonl", [Prediction(found.questions[0], "Yes")])
+    assert begin_benchmark(out, found, profile="table6", model="m") == [found.questions[1]]
+    append_predictions(out / "MME/predictions-1.jsonl", [Prediction(found.questions[1], "", error="no image")])
+    assert begin_benchmark(out, found, profile="table6", model="m") == []
+    with pytest.raises(DataError, match="profile was 'table6', now 'vlmevalkit'; model was 'm', now 'n'"):
+        begin_benchmark(out, found, profile="vlmevalkit", model="n")
 
 
 def test_several_workers_and_repeated_lines(folder: Path) -> None:

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from aki_megatron.errors import DataError
 from aki_megatron.evaluate.benchmarks.benchmark import Benchmark, HubFiles, Record, ScoringOptions, TsvFile
 from aki_megatron.evaluate.benchmarks.choice_scoring import (
     PARSER,
@@ -68,19 +69,29 @@ def read_parquet(record: Record) -> BenchmarkQuestion:
     name = record.text("id")
     split, _, rest = name.partition("_")
     subject = rest.rpartition("_")[0]
-    options = ast.literal_eval(record.text("options", default="[]")) if record.text("options", default="") else []
+    options = _options(record)
     is_open = record.text("question_type", default="multiple-choice") == "open"
     return BenchmarkQuestion(
         benchmark="MMMU",
         id=name,
         text=record.text("question"),
         answer=record.text("answer"),
-        choices={} if is_open else {chr(ord("A") + number): str(text) for number, text in enumerate(options)},
+        choices={} if is_open else {chr(ord("A") + number): text for number, text in enumerate(options)},
         category=subject,
         l2_category=DISCIPLINES.get(subject, ""),
         split=split,
         images=record.images,
     )
+
+
+def _options(record: Record) -> list[str]:
+    """Return the options, which the parquet files hold as a Python list written as text."""
+    written = record.text("options", default="[]")
+    try:
+        options = ast.literal_eval(written)
+    except (ValueError, SyntaxError) as error:
+        raise DataError(f"{record.where}: options {written[:80]!r} are no list.") from error
+    return [str(option) for option in options] if isinstance(options, list) else []
 
 
 def kit_choices(choices: Mapping[str, str], answer: str) -> Mapping[str, str]:

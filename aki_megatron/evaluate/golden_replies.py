@@ -41,7 +41,7 @@ class GoldenFile:
 
 def check_folder(folder: Path) -> list[GoldenFile]:
     """Check every known file of a folder. Raises DataError where it has none, and for a case of another form."""
-    paths = sorted(path for path in folder.glob("*.jsonl") if path.stem in CHECKS)
+    paths = sorted(path for path in folder.glob("*.jsonl") if check_name(path))
     if not paths:
         names = ", ".join(f"{name}.jsonl" for name in CHECKS)
         raise DataError(f"{folder} holds no file of golden replies; known are {names}.")
@@ -50,12 +50,18 @@ def check_folder(folder: Path) -> list[GoldenFile]:
 
 def unknown_files(folder: Path) -> list[Path]:
     """Return the files of cases that no check is known for."""
-    return sorted(path for path in folder.glob("*.jsonl") if path.stem not in CHECKS)
+    return sorted(path for path in folder.glob("*.jsonl") if not check_name(path))
+
+
+def check_name(path: Path) -> str:
+    """Return which check a file is for: its name is the check's, or begins with it (mcq-2.jsonl); "" for none."""
+    found = [name for name in CHECKS if path.stem == name or path.stem.startswith((f"{name}-", f"{name}_", f"{name}."))]
+    return max(found, key=len, default="")
 
 
 def check_file(path: Path) -> GoldenFile:
     """Check every case of a file."""
-    check = CHECKS[path.stem]
+    check = CHECKS[check_name(path)]
     num_cases, mismatches = 0, []
     for number, case in read_lines(path):
         num_cases += 1

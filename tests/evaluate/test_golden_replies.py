@@ -13,7 +13,7 @@ from aki_megatron.evaluate.extraction.choice import extract_choice
 from aki_megatron.evaluate.extraction.mmmu_official import parse_open
 from aki_megatron.evaluate.extraction.rules import Rules
 from aki_megatron.evaluate.extraction.yes_no import extract_yes_no
-from aki_megatron.evaluate.golden_replies import CHECKS, check_file, check_folder
+from aki_megatron.evaluate.golden_replies import CHECKS, check_file, check_folder, check_name
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests/golden/evaluation"
@@ -51,6 +51,12 @@ def test_a_missing_and_an_additional_value_are_mismatches(tmp_path: Path) -> Non
     for expected in ({**case["expected"], "more": 1}, {"gold": case["expected"]["gold"]}):
         (tmp_path / "cvbench.jsonl").write_text(json.dumps({**case, "expected": expected}))
         assert len(check_file(tmp_path / "cvbench.jsonl").mismatches) == 1
+
+
+def test_a_further_set_may_have_a_suffix() -> None:
+    assert [check_name(Path(f"{stem}.jsonl")) for stem in ("mcq", "mmmu_kit-2", "table_mmmu_kit_b", "mcqs", "x")] == [
+        "mcq", "mmmu_kit", "table_mmmu_kit", "", "",
+    ]  # fmt: skip
 
 
 def test_folders_without_cases_and_cases_of_another_form_are_refused(tmp_path: Path) -> None:

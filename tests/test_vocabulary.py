@@ -31,6 +31,11 @@ WORDS: dict[str, str] = {
 }
 """Word inside an identifier (snake or camel case) -> what to say instead."""
 
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "judge": ("aki_megatron/evaluate/", "tools/evaluate.py", "tests/evaluate/"),
+}
+"""Word -> where it is the standard term: a judge is also the language model that scores replies."""
+
 IDENTIFIERS: dict[str, str] = {
     "Carry": "StageActivations",
     "Wire": "P2PCommunicator",
@@ -99,7 +104,8 @@ def bad_identifiers(path: str, source: str) -> Iterator[str]:
         if name in IDENTIFIERS:
             yield f"{path}:{line}: {name}: say {IDENTIFIERS[name]}"
         for word in sorted(parts(name) & WORDS.keys()):
-            yield f"{path}:{line}: {name}: say {WORDS[word]}"
+            if not path.startswith(ALLOWED.get(word, ())):
+                yield f"{path}:{line}: {name}: say {WORDS[word]}"
 
 
 def bad_prose(path: str, source: str) -> Iterator[str]:
@@ -157,3 +163,5 @@ def test_the_prose_check_fires(source: str) -> None:
 def test_the_checks_let_standard_terms_pass() -> None:
     source = '"""Keep at most k files."""\nfor batch in microbatches:\n    swish(batch.place, knowledge)\n'
     assert [*bad_identifiers("a.py", source), *bad_prose("a.py", source)] == []
+    assert list(bad_identifiers("aki_megatron/evaluate/judges/judge.py", "class Judge: pass")) == []
+    assert len(list(bad_identifiers("aki_megatron/train/loop.py", "class Judge: pass"))) == 1

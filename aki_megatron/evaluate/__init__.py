@@ -1,1 +1,1 @@
-"""Greedy generation, accuracies, reports, attention masks as images, golden numbers."""
+"""Greedy generation, accuracies, public benchmarks, judges, reports, attention masks as images, golden numbers."""

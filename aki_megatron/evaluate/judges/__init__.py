@@ -1,0 +1,1 @@
+"""Judges of free-form replies: an OpenAI-compatible endpoint, a replay cache, an offline heuristic."""

@@ -51,8 +51,8 @@ EXPORTED_IMPORTS = {
 }
 """Relative imports of files that are copied into exported folders, where transformers asks for them."""
 
-TOOL_VENDORS = {"webdataset"}
-"""Vendors that tools/ may use too."""
+TOOL_VENDORS = {"webdataset", "transformers"}
+"""Vendors that tools/ may use too: benchmarks compare with them."""
 
 ENVIRONMENT = {"parallel/topology.py"}
 """Files of the package that read the environment; launcher/ does as well."""

@@ -164,8 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             times: tuple[list[float], list[float]] = ([], [])
             for _ in range(arguments.rounds):
                 ours = timed(times[0], answer_with_ours, stage, chosen, batch_size)
-                theirs = timed(times[1], answer_with_transformers, model, chosen, batch_size)
-                different += ours != theirs
+                external = timed(times[1], answer_with_transformers, model, chosen, batch_size)
+                different += ours != external
             rates = [len(chosen) / min(seconds) for seconds in times]
             figures[name] = {"ours": rates[0], "transformers": rates[1], "ratio": rates[0] / rates[1]}
             table.add_row(name, f"{rates[0]:.2f}", f"{rates[1]:.2f}", f"{rates[0] / rates[1]:.2f}")

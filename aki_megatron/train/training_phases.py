@@ -1,4 +1,4 @@
-"""Phases of a run that train different parts: which one a step or a checkpoint belongs to, and the change to the next."""
+"""Phases of a run that train different parts: the phase of a step or of a checkpoint, and the change to the next."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from aki_megatron.checkpoint import files
+from aki_megatron.checkpoint.adapters import write_adapter
 from aki_megatron.checkpoint.conversion_report import (
     ConversionReport,
     TensorRecord,
@@ -60,6 +61,9 @@ from aki_megatron.errors import CheckpointError
 
 RELEASE_FILE, TRAINING_FILE = "model.safetensors", "checkpoint_0.pt"
 """What to-official writes: the whole model, or the release's training checkpoint, which lacks the vision encoder."""
+
+ADAPTER_FOLDER = "adapter"
+"""Folder inside that of to-hf that holds the low-rank adapters, where they are not merged."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -135,12 +139,15 @@ def to_hf(
     *,
     tokenizer: Path | None,
     shard_bytes: int = SHARD_BYTES,
+    adapter: bool = False,
 ) -> ConversionReport:
     """Convert a checkpoint to a folder that plain transformers loads.
 
     tokenizer  None takes the one that the checkpoint holds, or the one its run was trained with
+    adapter    write low-rank adapters into the folder ADAPTER_FOLDER inside, as peft loads them onto the rest; false:
+               merge them into the weights
     """
-    source, model = open_checkpoint(checkpoint)
+    source, model = open_checkpoint(checkpoint, merged=not adapter)
     tokenizer = tokenizer or run_tokenizer(source.path)
     table = export_names(model.config)
     sources = {"checkpoint": str(source.path), "tokenizer": str(tokenizer)}
@@ -156,7 +163,12 @@ def to_hf(
         shard_bytes=shard_bytes,
         system_message=run_system_message(source.path),
     )
-    compare_logits(report, source.path, _exported_reference(folder, table), settings)
+    if adapter:
+        write_adapter(
+            CheckpointSource(source.path, verify=False), model.config, folder / ADAPTER_FOLDER, settings.dtype
+        )
+        report.notes["adapter"] = f"low-rank adapters in {ADAPTER_FOLDER}, not merged into the weights"
+    compare_logits(report, source.path, _exported_reference(folder, table), settings, merged=not adapter)
     return report
 
 

@@ -61,7 +61,8 @@ CASES += [
 
 def with_table(setting: Setting, table: str, **more: object) -> Setting:
     # a limit that some steps exceed and some do not
-    clip = {"encoder": 12.0, "rates": 12.0, "lora": 5.0}.get(table, 1.0)
+    clips = {"encoder": 12.0, "rates": 12.0, "lora": 5.0, "encoder alone": 0.35, "head alone": 0.8}
+    clip = clips.get(table, 1.0)
     values = {name: getattr(setting, name) for name in setting.__dataclass_fields__}
     return Setting(**values | {"trainable": TrainableConfig.model_validate(TABLES[table]), "clip": clip} | more)
 

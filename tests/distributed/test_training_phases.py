@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_resume import LAYOUTS, Layout
-from tiny import OPTIMIZER, Setting, Trained, difference, rank_batches, rate, take_steps, tiny_engine, tiny_model
+from tiny import OPTIMIZER, Setting, Trained, difference, own_batches, rank_batches, tiny_engine, tiny_model
 from torch import nn
 
 from aki_megatron.checkpoint.checkpointer import Checkpointer
@@ -36,6 +36,8 @@ FULL = Setting(phases=PHASES, clip=2.0)
 LORA = Setting(trainable=TrainableConfig.model_validate({"decoder": "lora", "lora": {"rank": 3}}), phases=PHASES[:2])
 LORA = replace(LORA, phases=(PHASES[0], PhaseTrainable()), clip=2.0)
 STEPS_OF_PHASE = 2
+RATE = 2e-3
+"""Without a warm-up, at a larger rate, the first update of a gradient near eps would turn its rounding into 1e-5."""
 
 
 def phase_of(step: int) -> int:
@@ -71,7 +73,7 @@ def plain(setting: Setting) -> Trained:
                 losses[-1] += loss.item()
             norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), setting.max_grad_norm)))
             for group in optimizer.param_groups:
-                group["lr"] = rate(step) * group["lr_factor"]
+                group["lr"] = RATE * group["lr_factor"]
             optimizer.step()
         weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         state = {name: optimizer.state[parameters[name]] for name in parameters if parameters[name] in optimizer.state}
@@ -91,7 +93,7 @@ def run(engine: PhasedEngine, topology: Topology, first: int, last: int) -> tupl
     losses, norms = [], []
     for step in range(first, last):
         engine.enter_phase(phase_of(step))
-        (report,) = take_steps(engine, topology, [step])
+        report = engine.train_step(own_batches(step, topology), RATE)
         losses.append(report.loss)
         norms.append(report.grad_norm)
     return losses, norms
@@ -134,7 +136,7 @@ def test_the_reference_would_differ_with_another_number_of_updates(monkeypatch):
     """Otherwise equality would not prove the count of the bias correction."""
     right = plain.__wrapped__(FULL)
     monkeypatch.setitem(OPTIMIZER, "beta2", 0.999)
-    assert difference(plain.__wrapped__(FULL), right) > 100 * LIMIT
+    assert difference(plain.__wrapped__(FULL), right) > 10 * LIMIT
 
 
 def state_after(topology: Topology, setting: Setting, last: int) -> dict[str, float]:
@@ -150,7 +152,7 @@ def test_state_is_of_what_trains_alone(pool):
     counts = {name: value for name, value in one.items() if name.startswith(global_state.STEP)}
     assert counts == {"optimizer.step": 5.0, "optimizer.step.1": 3.0}
     parts = {name.split(".")[1] for name in one if name.startswith("exp_avg.")}
-    assert parts == {"layers", "input_embedder"}, "the decoder, and the encoder that began with it"
+    assert parts == {"layers"}, "the decoder, which began in phase 1; the first moments of the others are gone"
     spread = pool.run(4, state_after, replace(FULL, zero_stage=2), 5, tensor=2, pipeline=2)
     names = {name for state in spread for name in state}
     assert names == one.keys()

@@ -56,7 +56,7 @@ class VisionPartConfig(PartConfig):
 class DecoderPartConfig(PartConfig):
     """The decoder's layers."""
 
-    mode: Literal["frozen", "full", "lora"] = "full"
+    mode: Literal["frozen", "full", "lora"] = "full"  # type: ignore[assignment]  # one more than the other parts
     """full: every parameter of the layers trains. frozen: none does. lora: low-rank adapters beside the layers' linear
     maps train (trainable.lora), and the layers themselves do not."""
 

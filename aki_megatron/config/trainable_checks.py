@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from aki_megatron.config.run import RunConfig
-from aki_megatron.config.trainable import PARTS, PhaseTrainable, phase_table
+from aki_megatron.config.trainable import PARTS, PartConfig, PhaseTrainable, TrainableConfig, phase_table
 
 
 def trainable_problems(run: RunConfig) -> Iterator[str]:
@@ -38,9 +38,9 @@ def trainable_problems(run: RunConfig) -> Iterator[str]:
         )
 
 
-def _frozen_with_rates(run: RunConfig) -> Iterator[tuple[str, object]]:
+def _frozen_with_rates(run: RunConfig) -> Iterator[tuple[str, PartConfig]]:
     """Yield key and value of every frozen part with settings of its training."""
-    tables = [("trainable", run.trainable)]
+    tables: list[tuple[str, TrainableConfig | PhaseTrainable]] = [("trainable", run.trainable)]
     tables += [(f"data.phases[{n}].trainable", phase.trainable) for n, phase in enumerate(run.data.phases)]
     for prefix, table in tables:
         for name in PARTS:

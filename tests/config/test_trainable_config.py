@@ -1,11 +1,14 @@
 """The table of what trains: values, phases, and every refusal."""
 
+from pathlib import Path
+
 import pytest
 from demo_runs import SFT
 
 from aki_megatron.config.changes import check_changeable, check_progress
 from aki_megatron.config.load import load_run
 from aki_megatron.config.run import RunConfig
+from aki_megatron.config.save import check_resume, dump_run
 from aki_megatron.config.trainable import DEFAULT_PLAN
 from aki_megatron.errors import ConfigError
 from aki_megatron.train.run_summary import summary_lines, trained_text
@@ -88,6 +91,13 @@ REFUSED: list[tuple[list[str], str]] = [
 def test_what_cannot_train_is_refused(flags: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         load(*flags)
+
+
+def test_another_table_is_refused_and_explained(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(dump_run(load()))
+    assert check_resume(tmp_path / "config.yaml", load()) == []
+    with pytest.raises(ConfigError, match='trainable.decoder.mode was "full".*"lora" now[^$]*data.phases to the next'):
+        check_resume(tmp_path / "config.yaml", load("--trainable.decoder.mode", "lora"))
 
 
 def test_a_run_that_goes_on_keeps_its_table() -> None:

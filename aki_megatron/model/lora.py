@@ -92,8 +92,9 @@ def build_adapters(layer: str, config: DecoderConfig, lora: LoraConfig, linears:
         part = LORA_TARGETS[target][1]
         if layer in ("attention.qkv", "mlp.gate_up"):
             parts = sizes if part is None else (sizes[part],)
-            first: nn.Module = nn.Linear(config.hidden_size, lora.rank, bias=False)
-            _init_first(first.weight)
+            whole = nn.Linear(config.hidden_size, lora.rank, bias=False)
+            _init_first(whole.weight)
+            first: nn.Module = whole
             second = linears.column(lora.rank, sum(parts), bias=False, std=0.0, part_sizes=parts)
         else:
             in_features = config.intermediate_size if layer == "mlp.down" else config.hidden_size

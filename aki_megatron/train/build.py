@@ -296,14 +296,16 @@ def build_trainer(
         for line in summary_lines(config, stages, world_size=topology.world_size):
             console.print(line)
     loader = build_loader(config, tokenizer, topology, console, sources)
+
+    def should_apply_update(loss: float, grad_norm: float) -> bool:
+        return guard.should_step(loss, grad_norm)  # built below: its state is loaded first
+
     build = partial(
         build_engine,
         config,
         stages,
         topology,
-        should_apply_update=lambda loss, grad_norm: guard.should_step(
-            loss, grad_norm
-        ),  # built below: its state is loaded first
+        should_apply_update=should_apply_update,
         set_phase=tracker.set_phase,
     )
     initializer = weight_initializer(config, topology, resuming=checkpoint is not None)

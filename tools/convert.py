@@ -162,8 +162,9 @@ def to_hf(arguments: argparse.Namespace) -> int:
             settings(arguments),
             tokenizer=arguments.tokenizer,
             shard_bytes=round(arguments.shard_gigabytes * 1e9),
+            adapter=arguments.adapter,
         )
-        if not arguments.skip_logits_check:
+        if not (arguments.skip_logits_check or arguments.adapter):
             tokenizer = arguments.tokenizer or run_tokenizer(checkpoint)
             report.notes["generation"] = check_generation(folder, checkpoint, tokenizer)
         return report
@@ -313,7 +314,7 @@ def build_parser() -> argparse.ArgumentParser:
     added.add_argument("--aki", type=as_path, help="instead of --lm and --vision: a folder that to-hf wrote")
     add(added, "--vision", *to_checkpoint, *COMMON)
     added = command(to_hf)
-    add(added, "checkpoint", "--tokenizer", "--shard-gigabytes", *COMMON)
+    add(added, "checkpoint", "--tokenizer", "--shard-gigabytes", "--adapter", *COMMON)
     added = command(from_official)
     added.add_argument("release", type=as_path, help="the release's safetensors, a folder with it, or a .pt")
     add(added, "--vision", *to_checkpoint, *COMMON)
@@ -361,6 +362,10 @@ FLAGS: dict[str, dict[str, Any]] = {
         "type": gigabytes,
         "default": SHARD_BYTES / 1e9,
         "help": "largest file (default %(default)g)",
+    },
+    "--adapter": {
+        "action": "store_true",
+        "help": "do not merge low-rank adapters; write them as the folder adapter inside, which peft loads",
     },
     "--training": {"action": "store_true", "help": "a .pt as the release's training writes it, without vision encoder"},
     "--weights-only": {"action": "store_true", "help": "leave the optimizer state out"},

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from aki_megatron.checkpoint import files
+from aki_megatron.checkpoint.adapters import MergedWeights, merge_adapters, without_adapters
 from aki_megatron.checkpoint.conversion_report import (
     STRICT,
     AllowedMismatches,
@@ -65,16 +66,19 @@ class ConversionSettings:
     start_progress: StartProgress = lambda _title, _num_bytes: lambda _read: None
 
 
-def open_checkpoint(path: Path) -> tuple[CheckpointSource, ConvertedModel]:
+def open_checkpoint(path: Path, *, merged: bool = True) -> tuple[CheckpointSource | MergedWeights, ConvertedModel]:
     """A checkpoint's weights, and the model they belong to.
+
+    merged  add low-rank adapters to the weights they belong to; false: leave them out
 
     Raises CheckpointError when there is none, when it is damaged, or when its tensors are not those of its model.
     """
     source = CheckpointSource(path)
     model = ConvertedModel(*load_model(source.path / files.CONFIG))
-    shapes = {name: spec.shape for name, spec in source.specs.items()}
+    weights = merge_adapters(source, model.config) if merged else without_adapters(source)
+    shapes = {name: spec.shape for name, spec in weights.specs.items()}
     check_shapes(shapes, model_shapes(model.config), str(source.path))
-    return source, model
+    return weights, model
 
 
 def write_weights(
@@ -176,18 +180,27 @@ def complete_weights(native: TensorSource, config: ModelConfig, settings: Conver
 
 
 def compare_logits(
-    report: ConversionReport, checkpoint: Path, reference: Reference, settings: ConversionSettings
+    report: ConversionReport,
+    checkpoint: Path,
+    reference: Reference,
+    settings: ConversionSettings,
+    *,
+    merged: bool = True,
 ) -> None:
     """Compute logits with a checkpoint and with the reference, and add the outcome to the report.
+
+    merged  with its low-rank adapters, if it has any; false: without them
 
     Raises CheckpointError where they differ.
     """
     if not settings.check_logits:
         report.notes["check"] = "logits not compared (--skip-logits-check)"
         return
-    source = CheckpointSource(checkpoint, verify=False)
+    model = load_model(checkpoint / files.CONFIG)[0]
+    stored = CheckpointSource(checkpoint, verify=False)
+    source = merge_adapters(stored, model) if merged else without_adapters(stored)
     with_progress = ProgressSource(source, settings.start_progress("comparing logits", total_bytes(source)))
-    comparison = check_logits(with_progress, load_model(checkpoint / files.CONFIG)[0], reference)
+    comparison = check_logits(with_progress, model, reference)
     if not comparison.passed:
         raise CheckpointError(
             f"The logits of what was written and of its source differ, and nothing is left of it. {comparison.text()}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from aki_megatron.checkpoint import files
+from aki_megatron.checkpoint.adapters import write_adapter
 from aki_megatron.checkpoint.conversion_report import (
     ConversionReport,
     TensorRecord,
@@ -74,6 +75,9 @@ LONGROPE_NOTE = (
     "transformers takes those of the longest sequence for the whole batch"
 )
 """In the report of to-hf."""
+
+ADAPTER_FOLDER = "adapter"
+"""Folder inside that of to-hf that holds the low-rank adapters, where they are not merged."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -160,12 +164,15 @@ def to_hf(
     *,
     tokenizer: Path | None,
     shard_bytes: int = SHARD_BYTES,
+    adapter: bool = False,
 ) -> ConversionReport:
     """Convert a checkpoint to a folder that plain transformers loads.
 
     tokenizer  None takes the one that the checkpoint holds, or the one its run was trained with
+    adapter    write low-rank adapters into the folder ADAPTER_FOLDER inside, as peft loads them onto the rest; false:
+               merge them into the weights
     """
-    source, model = open_checkpoint(checkpoint)
+    source, model = open_checkpoint(checkpoint, merged=not adapter)
     tokenizer = tokenizer or run_tokenizer(source.path)
     with TemporaryDirectory() as grown:
         check_tokenizer(model.config, tokenizer, Path(grown))
@@ -185,7 +192,12 @@ def to_hf(
         system_message=run_system_message(source.path),
         images=run_images(source.path),
     )
-    compare_logits(report, source.path, _exported_reference(folder, table), settings)
+    if adapter:
+        write_adapter(
+            CheckpointSource(source.path, verify=False), model.config, folder / ADAPTER_FOLDER, settings.dtype
+        )
+        report.notes["adapter"] = f"low-rank adapters in {ADAPTER_FOLDER}, not merged into the weights"
+    compare_logits(report, source.path, _exported_reference(folder, table), settings, merged=not adapter)
     return report
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from aki_megatron.checkpoint import files
+from aki_megatron.checkpoint.adapters import MergedWeights, merge_adapters
 from aki_megatron.checkpoint.collectives import RankGroup
 from aki_megatron.checkpoint.dcp_io import CheckpointSource
 from aki_megatron.checkpoint.hf_folders import check_folder, language_source, vision_source
@@ -42,8 +43,10 @@ def copy_weights(stage: Stage, source: TensorSource, *, tensor_rank: int = 0, te
     return names
 
 
-def open_weights(checkpoint: Path, model: ModelConfig) -> CheckpointSource:
+def open_weights(checkpoint: Path, model: ModelConfig) -> CheckpointSource | MergedWeights:
     """The weights of a checkpoint, or of the newest one in a folder of checkpoints or a run folder; collective.
+
+    Low-rank adapters are merged into the weights they belong to.
 
     Raises CheckpointError on every rank where there is no intact checkpoint, or with every tensor that is missing,
     unexpected, or of another shape than in ``model``.
@@ -51,7 +54,7 @@ def open_weights(checkpoint: Path, model: ModelConfig) -> CheckpointSource:
     ranks = RankGroup()
     path = ranks.run_on_all(lambda: files.find_checkpoint(checkpoint))
     ranks.verify_checkpoint(path)
-    source = ranks.run_on_all(lambda: CheckpointSource(path, verify=False))
+    source = ranks.run_on_all(lambda: merge_adapters(CheckpointSource(path, verify=False), model))
     check_shapes({name: spec.shape for name, spec in source.specs.items()}, model_shapes(model), str(path))
     return source
 

@@ -9,6 +9,7 @@ from torch import nn
 from aki_megatron.checkpoint.tensors import Shape
 from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.config.model import ModelConfig
+from aki_megatron.config.trainable import DEFAULT_PLAN, TrainingPlan
 from aki_megatron.errors import CheckpointError
 from aki_megatron.model.stage import build_model
 
@@ -20,10 +21,13 @@ USE_MATCHING_MODEL = (
 )
 
 
-def meta_parameters(config: ModelConfig) -> dict[str, nn.Parameter]:
-    """Every parameter of the whole model by name, on the meta device; tied embeddings are listed once."""
+def meta_parameters(config: ModelConfig, plan: TrainingPlan = DEFAULT_PLAN) -> dict[str, nn.Parameter]:
+    """Every parameter of the whole model by name, on the meta device; tied embeddings are listed once.
+
+    plan  says which of them train and which adapters there are
+    """
     with torch.device("meta"):
-        return dict(build_model(config, attention=AttentionConfig(rule="causal")).named_parameters())
+        return dict(build_model(config, attention=AttentionConfig(rule="causal"), plan=plan).named_parameters())
 
 
 def model_shapes(config: ModelConfig) -> dict[str, Shape]:

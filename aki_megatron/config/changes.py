@@ -48,6 +48,11 @@ FIXED_REASON = (
     "weights (--init.weights)"
 )
 
+TRAINABLE_REASON = (
+    "the checkpoint holds optimizer state of what trained; let a later phase train otherwise (data.phases, which "
+    "--allow_change data.phases may change), or start another run (--run.dir) from this run's weights (--init.weights)"
+)
+
 HISTORY = "# changed: "
 """Start of a comment in config.yaml about a change."""
 
@@ -137,6 +142,11 @@ def check_progress(saved: RunConfig, new: RunConfig, *, step: int, data_step: in
             f"train.steps={new.train.steps} is less than the {step} steps that are done; "
             f"add --train.steps {step} or more."
         )
+    if saved.training_plans()[0].lora != new.training_plans()[0].lora:
+        raise ConfigError(
+            "data.phases cannot be changed like this: the decoder would get or lose low-rank adapters (mode lora), "
+            "and the checkpoint holds other tensors; start another run from it (--init.weights)."
+        )
     old, changed = _phases(saved), _phases(new)
     first = 0
     for number, before in enumerate(old):
@@ -157,7 +167,7 @@ def check_progress(saved: RunConfig, new: RunConfig, *, step: int, data_step: in
 
 def _continues(before: PhaseConfig, after: PhaseConfig, *, is_over: bool, used: int, is_last: bool) -> bool:
     """Return whether a phase of which ``used`` steps' worth of data is used may become ``after``."""
-    if (before.sources, before.order) != (after.sources, after.order):
+    if (before.sources, before.order, before.trainable) != (after.sources, after.order, after.trainable):
         return False
     return before.steps == after.steps if is_over else is_last or after.steps >= used
 
@@ -173,4 +183,5 @@ def check_changeable(names: Sequence[str]) -> None:
         if name not in known:
             raise ConfigError(f"--allow_change {name}: there is no such key{suggestion(name, KEYS)}")
         if not is_allowed(name, (*CHANGEABLE, *MAY_CHANGE)):
-            raise ConfigError(f"--allow_change {name}: {FIXED_REASON}. Keys that can change: {', '.join(CHANGEABLE)}.")
+            reason = TRAINABLE_REASON if name.split(".")[0] == "trainable" else FIXED_REASON
+            raise ConfigError(f"--allow_change {name}: {reason}. Keys that can change: {', '.join(CHANGEABLE)}.")

@@ -255,6 +255,11 @@ KEYS = {
 BESIDE = """\
 | data | number of ranks / (tensor x pipeline) | any size |
 | packing | `data.packing.enabled`: several samples in one sequence, each a segment of its own | any |
+| what trains | `trainable`, and per phase `data.phases` ([training_parts.md](training_parts.md)) | any |
+
+Every part that trains or does not, low-rank adapters and stages of which nothing trains are proven in
+[tests/distributed/test_trainable.py](../tests/distributed/test_trainable.py), changes from phase to phase in
+[tests/distributed/test_training_phases.py](../tests/distributed/test_training_phases.py).
 
 Data parallelism is in every row, at any size that divides `train.global_batch_size`. Packed sequences are part of the
 batches with which the rows are proven.

@@ -11,6 +11,7 @@ from aki_megatron.config.data import DataConfig
 from aki_megatron.config.deepspeed import problems_of_settings
 from aki_megatron.config.field_info import list_problems
 from aki_megatron.config.run import RunConfig
+from aki_megatron.config.trainable_checks import trainable_problems
 from aki_megatron.errors import ConfigError
 from aki_megatron.families.base import ENDOFCHUNK_TOKEN, IMAGE_TOKEN, PAD_TOKEN
 from aki_megatron.families.registry import FAMILIES
@@ -261,6 +262,7 @@ CHECKS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     packing_problems,
     length_problems,
     schedule_problems,
+    trainable_problems,
     init_problems,
     attention_problems,
     parallel_problems,

@@ -17,6 +17,7 @@ from aki_megatron.config.section import (
     Weight,
     as_tuple,
 )
+from aki_megatron.config.trainable import PhaseTrainable
 
 SYSTEM_MESSAGE = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -95,6 +96,8 @@ class PhaseConfig(Section):
     stopped (docs/data.md)."""
     order: Literal["image_first", "text_first"] = "image_first"
     """text_first puts the question (or caption) before the image: dual-order training (papers, section 3.2)."""
+    trainable: PhaseTrainable = PhaseTrainable()
+    """Parts of the model that train otherwise than the section trainable says, for example {decoder: frozen}."""
 
 
 class PackingConfig(Section):

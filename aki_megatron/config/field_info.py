@@ -117,6 +117,12 @@ def is_path(info: FieldInfo) -> bool:
     return types == [Path]
 
 
+def without_null(annotation: Any) -> Any:
+    """Return the type of a value other than null, where there is one such type."""
+    types, _, _ = _parts(annotation)
+    return types[0] if len(types) == 1 else annotation
+
+
 def takes_null(info: FieldInfo) -> bool:
     """Return whether null is a value of the field."""
     return _parts(info.annotation, info.metadata)[2]

@@ -1,5 +1,7 @@
 """The configuration of a run: plain data, one section per part; cross_checks.py checks them against each other."""
 
+import bisect
+import itertools
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat
@@ -18,6 +20,7 @@ from aki_megatron.config.section import (
     Seed,
     no_stand_in,
 )
+from aki_megatron.config.trainable import PhaseTrainable, TrainableConfig, TrainingPlan, training_plans
 
 MAX_BATCH_SIZE = 2**20
 """Samples per optimizer step; every step plans all of them."""
@@ -34,7 +37,7 @@ class InitConfig(Section):
     """Pretrained weights to start from. Parts without a path are initialized at random."""
 
     vision: FilePath | None = None
-    """Hugging Face folder of a SigLIP model. The encoder stays frozen."""
+    """Hugging Face folder of a SigLIP model. The encoder stays frozen unless trainable.vision says otherwise."""
     language: FilePath | None = None
     """Hugging Face folder of a language model of the family model.decoder.family."""
     weights: FilePath | None = None
@@ -162,9 +165,20 @@ class RunConfig(Section):
     attention: AttentionConfig
     train: TrainConfig
     optimizer: OptimizerConfig
+    trainable: TrainableConfig = TrainableConfig()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig
     watch: WatchConfig = WatchConfig()
     log: LogConfig = LogConfig()
     deepspeed: dict[str, Any] = {}
     """DeepSpeed settings that the run does not decide, in DeepSpeed's format; --ds_config fills it."""
+
+    def training_plans(self) -> tuple[TrainingPlan, ...]:
+        """Return what each phase of data.phases trains; one plan where there are none."""
+        phases = [phase.trainable for phase in self.data.phases]
+        return training_plans(self.trainable, phases or [PhaseTrainable()])
+
+    def training_phase(self, data_step: int) -> int:
+        """Return the phase of the data step with this number, counted from 0; the last phase goes on without end."""
+        ends = list(itertools.accumulate(phase.steps for phase in self.data.phases[:-1]))
+        return bisect.bisect_right(ends, data_step)

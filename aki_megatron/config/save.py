@@ -124,6 +124,8 @@ def how_to_go_on(config_file: Path, refused: Sequence[Change]) -> str:
         text += f", or go on with the new values: --allow_change {','.join(names)}"
     elif len(fixed) < len(refused):
         text += f". While a run goes on, {', '.join(fixed)} cannot change; the others can, with --allow_change"
+    if any(change.key.startswith("trainable.") for change in refused):
+        text += ". What trains may change from one of data.phases to the next (--allow_change data.phases)"
     return text + "."
 
 

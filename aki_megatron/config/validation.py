@@ -18,6 +18,7 @@ from aki_megatron.config.field_info import (
     section_class,
     suggestion,
     upper_limit,
+    without_null,
 )
 from aki_megatron.config.moved_keys import moved_keys
 from aki_megatron.config.nested import Location, dotted
@@ -50,7 +51,7 @@ def _walk(location: Location) -> tuple[Location, FieldInfo | None, type[BaseMode
         elif isinstance(part, str) and model is not None and part in model.model_fields:
             known.append(part)
             around, info = model, model.model_fields[part]
-            model = section_class(info.annotation)
+            model = section_class(without_null(info.annotation))
         elif isinstance(part, str) and model is not None:
             return (*known, part), None, model
         else:

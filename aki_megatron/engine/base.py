@@ -37,7 +37,8 @@ class ShardedStage(Protocol):
     """One pipeline stage with its optimizer, whose state may be partitioned over the ranks of its data group.
 
     All ranks of the data group call the methods marked collective, in the same order. ``name`` is a parameter's name in
-    ``module``; ``moment`` is one of global_state.MOMENTS, or None for the master weight.
+    ``module``; ``moment`` is one of global_state.MOMENTS, or None for the master weight. Parameters that require no
+    gradient are frozen: they have no moments and change only by ``set_full_param``.
     """
 
     module: Stage
@@ -83,13 +84,8 @@ class ShardedStage(Protocol):
     def sync_params(self) -> None:
         """Copy the master weights to the parameters that forward passes use; collective."""
 
-    @property
-    def num_updates(self) -> int:
-        """Optimizer updates so far, as AdamW's bias correction counts them."""
-        ...
-
-    @num_updates.setter
-    def num_updates(self, count: int) -> None: ...
+    def set_num_updates(self, counts: Mapping[int, int]) -> None:
+        """Set the number of updates so far, as AdamW's bias correction counts them, by PartPlan.since."""
 
 
 class Engine(Protocol):

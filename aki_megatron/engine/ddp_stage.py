@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from aki_megatron.attention import AttentionMask
 from aki_megatron.engine.base import GradientGroup
-from aki_megatron.engine.optimizer import init_moments
+from aki_megatron.engine.optimizer import init_moments, set_learning_rate
 from aki_megatron.model.stage import Stage
 from aki_megatron.parallel.topology import Topology
 from aki_megatron.types import Modality, StackedIds
@@ -65,8 +65,7 @@ class DDPStage:
             for buffer in self._buffers:
                 parts = self._rank_parts(buffer)
                 dist.all_gather(parts, parts[self._topology.data_rank].clone(), group=self._topology.data_group)
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self._adamw, lr)
         self._adamw.step()
         self.skip_step()
 
@@ -82,14 +81,10 @@ class DDPStage:
     def sync_params(self) -> None:
         pass  # the master weights are the parameters
 
-    @property
-    def num_updates(self) -> int:
-        return int(self._adamw.state[self._adamw.param_groups[0]["params"][0]]["step"])
-
-    @num_updates.setter
-    def num_updates(self, count: int) -> None:
-        for state in self._adamw.state.values():
-            state["step"].fill_(float(count))
+    def set_num_updates(self, counts: Mapping[int, int]) -> None:
+        for group in self._adamw.param_groups:
+            for parameter in group["params"]:
+                self._adamw.state[parameter]["step"].fill_(float(counts[group["update_counter"]]))
 
     def _tensor(self, name: str, moment: str | None) -> Tensor:
         parameter = self._parameters[name]

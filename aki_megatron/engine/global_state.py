@@ -10,7 +10,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 WEIGHT, MOMENTS, STEP = "weight", ("exp_avg", "exp_avg_sq"), "optimizer.step"
-"""``weight.<parameter>``: float32 master weight; moments: AdamW's; ``optimizer.step``: number of its updates."""
+"""``weight.<parameter>``: float32 master weight; moments: AdamW's; ``optimizer.step``: number of its updates, and
+``optimizer.step.<n>`` of those since phase n began, for parts that began to train in it."""
+
+
+def step_key(since: int) -> str:
+    """Return the name of the number of updates since a phase of the run (PartPlan.since)."""
+    return f"{STEP}.{since}" if since else STEP
 
 
 def key(kind: str, parameter: str) -> str:

@@ -2,54 +2,94 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from aki_megatron.config.trainable import DEFAULT_PLAN, TrainingPlan
 from aki_megatron.engine.global_state import MOMENTS
 from aki_megatron.model.sharding import shard_spec
 from aki_megatron.model.stage import TIED_PARAMETERS, Stage, global_names
+from aki_megatron.model.trainable import part_plan
 
 EMBEDDING = "token_embedding"
 """Name of the module that holds the token embedding tables, of the vocabulary and of added tokens."""
 
 
-def parameter_groups(stage: Stage, weight_decay: float) -> list[dict[str, Any]]:
+class _GroupKey(NamedTuple):
+    """What the parameters of one group agree on."""
+
+    tied: bool
+    tensor_sharded: bool
+    decays: bool
+    weight_decay: float
+    lr_factor: float
+    update_counter: int
+
+
+def parameter_groups(stage: Stage, weight_decay: float, plan: TrainingPlan = DEFAULT_PLAN) -> list[dict[str, Any]]:
     """Return the trainable parameters of a stage in groups; all but the token embedding tables decay.
 
-    Norms, biases, latents and the LM head decay too, as in the official release (268 tensors decay, 2 do not).
+    Norms, biases, latents and the LM head decay too, as in the official release (268 tensors decay, 2 do not), unless
+    ``plan`` gives their part a decay of its own.
     Parameters of one group also agree on ``tensor_sharded`` (tensor ranks hold shards, not copies) and ``tied`` (the
-    first and the last stage hold the same parameters), which the gradient norm and the exchange of tied gradients need.
+    first and the last stage hold the same parameters), which the gradient norm and the exchange of tied gradients need,
+    and on their part's ``lr_factor`` and ``update_counter`` (PartPlan.since).
     Empty groups are left out; frozen parameters are in none.
     """
-    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
+    groups: dict[_GroupKey, list[nn.Parameter]] = {}
     names, decoder = global_names(stage), stage.config.decoder
     for name, parameter in stage.named_parameters():
-        if parameter.requires_grad:
-            decays, is_sharded = EMBEDDING not in names[name].split("."), shard_spec(name, decoder) is not None
-            tied = decoder.tie_word_embeddings and names[name] in TIED_PARAMETERS.values()
-            groups.setdefault((tied, is_sharded, decays), []).append(parameter)
+        if not parameter.requires_grad:
+            continue
+        part = part_plan(names[name], plan)
+        decays = EMBEDDING not in names[name].split(".")
+        key = _GroupKey(
+            tied=decoder.tie_word_embeddings and names[name] in TIED_PARAMETERS.values(),
+            tensor_sharded=shard_spec(name, decoder) is not None,
+            decays=decays,
+            weight_decay=(weight_decay if decays else 0.0) if part.weight_decay is None else part.weight_decay,
+            lr_factor=part.lr_factor,
+            update_counter=part.since,
+        )
+        groups.setdefault(key, []).append(parameter)
     return [
         {
             "params": groups[key],
-            "weight_decay": weight_decay if key[2] else 0.0,
-            "tensor_sharded": key[1],
-            "tied": key[0],
+            "weight_decay": key.weight_decay,
+            "tensor_sharded": key.tensor_sharded,
+            "tied": key.tied,
+            "lr_factor": key.lr_factor,
+            "update_counter": key.update_counter,
         }
         for key in sorted(groups)
     ]
 
 
 def adamw(
-    stage: Stage, *, weight_decay: float, beta1: float, beta2: float, eps: float, fused: bool = False
+    stage: Stage,
+    *,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    fused: bool = False,
+    plan: TrainingPlan = DEFAULT_PLAN,
 ) -> torch.optim.AdamW:
-    """Return AdamW over the parameter groups of ``stage``; the learning rate is set before every step.
+    """Return AdamW over the parameter groups of ``stage``; ``set_learning_rate`` sets the rate before every step.
 
     fused  use torch's single-pass kernel, which makes AdamW on the CPU fast enough for offloaded state
+    plan   what trains; the stage was built with it, and has a parameter that trains
     """
-    groups = parameter_groups(stage, weight_decay)
+    groups = parameter_groups(stage, weight_decay, plan)
     return torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), eps=eps, fused=fused or None)
+
+
+def set_learning_rate(optimizer: torch.optim.AdamW, lr: float) -> None:
+    """Set the rate of every group: ``lr`` times the group's factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_factor"]
 
 
 def init_moments(optimizer: torch.optim.AdamW, parameters: Iterable[Tensor]) -> None:

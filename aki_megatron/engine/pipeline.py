@@ -60,6 +60,7 @@ class PipelineEngine:
         precision: Literal["bf16", "fp32"],
         max_grad_norm: float,
         mask_check_interval: int,
+        update_counters: Sequence[int] = (0,),
         should_apply_update: Callable[[float, float], bool] = _always,
         set_phase: Callable[[str], None] = _ignore_phase,
     ) -> None:
@@ -68,6 +69,7 @@ class PipelineEngine:
         num_microbatches    per step and data rank
         max_grad_norm        limit of the global gradient norm
         mask_check_interval  steps between comparisons of attention masks
+        update_counters      TrainingPlan.update_counters: the numbers of updates that the global state holds
         should_apply_update  called on every rank before each update with the same loss and finite gradient norm; False
                              skips the step
         set_phase            told what this rank does, several times per micro-batch: it must be cheap
@@ -91,9 +93,11 @@ class PipelineEngine:
             schedule=schedules[topology.pipeline_rank],
             dtype=dtype,
             set_phase=set_phase,
+            first_trained=_first_trained(stages, topology),
         )
         self._mesh = DeviceMesh.from_group(topology.pipeline_stage_group, topology.device.type)
         self._global_names = [global_names(stage.module) for stage in stages]
+        self._num_updates = dict.fromkeys(update_counters, 0)
         self._steps_taken = 0
         self._not_finite_in_a_row = 0
 
@@ -148,6 +152,8 @@ class PipelineEngine:
             if (factor := clip_factor(norm, self._max_grad_norm)) < 1.0:
                 stage.scale_gradients(factor)
             stage.optimizer_step(lr)
+        if norm is not None:
+            self._num_updates = {since: count + 1 for since, count in self._num_updates.items()}
 
     def _reduce(self, loss: Tensor, control: ControlRequest) -> tuple[float, float, ControlRequest]:
         """Sum tied gradients over their two copies; return summed loss, gradient norm and requests of the world.
@@ -188,7 +194,8 @@ class PipelineEngine:
         tensors: dict[str, Tensor] = {}
         for stage, name, moment, key in self._entries():
             tensors[key] = global_state.shard_first_dim(self._full_tensor(stage, name, moment), self._mesh)
-        tensors[global_state.STEP] = torch.tensor(float(self._stages[0].num_updates))
+        for since, count in self._num_updates.items():
+            tensors[global_state.step_key(since)] = torch.tensor(float(count))
         return tensors
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
@@ -198,8 +205,9 @@ class PipelineEngine:
             spec = shard_spec(name, stage.module.config.decoder)
             full = global_state.gather(tensors[key])
             stage.set_full_param(name, shard_tensor(full, spec, topology.tensor_rank, topology.tensor), moment)
+        self._num_updates = {since: int(tensors[global_state.step_key(since)]) for since in self._num_updates}
         for stage in self._stages:
-            stage.num_updates = int(tensors[global_state.STEP])
+            stage.set_num_updates(self._num_updates)
             stage.sync_params()
         self._not_finite_in_a_row = 0
 
@@ -225,3 +233,19 @@ class PipelineEngine:
         shards = [torch.empty_like(local) for _ in range(self._topology.tensor)]
         dist.all_gather(shards, local.contiguous(), group=self._topology.tensor_group)
         return unshard_tensor(shards, spec)
+
+
+def _first_trained(stages: Sequence[ShardedStage], topology: Topology) -> int:
+    """Return the index in the whole model of the first stage with a trainable parameter; collective.
+
+    Where none has one it is the number of stages of the whole model.
+    """
+    first = topology.pipeline * len(stages)
+    for virtual_stage in reversed(range(len(stages))):
+        if any(parameter.requires_grad for parameter in stages[virtual_stage].module.parameters()):
+            first = virtual_stage * topology.pipeline + topology.pipeline_rank
+    if topology.pipeline == 1:
+        return first
+    smallest = torch.tensor(first, device=topology.device)
+    dist.all_reduce(smallest, dist.ReduceOp.MIN, group=topology.pipeline_group)
+    return int(smallest)

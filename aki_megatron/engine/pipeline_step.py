@@ -19,9 +19,10 @@ from aki_megatron.types import Batch, Modality, StageActivations
 class PipelineContext:
     """What all steps of an engine have in common.
 
-    stages     this rank's stages, one per virtual stage
-    dtype      of activations and media
-    set_phase  is told what this rank does, before it does it
+    stages         this rank's stages, one per virtual stage
+    dtype          of activations and media
+    set_phase      is told what this rank does, before it does it
+    first_trained  index in the whole model of the first stage with a parameter that trains: backward passes end there
     """
 
     stages: Sequence[ShardedStage]
@@ -30,6 +31,11 @@ class PipelineContext:
     schedule: RankSchedule
     dtype: torch.dtype
     set_phase: Callable[[str], None]
+    first_trained: int = 0
+
+    def is_exchanged(self, message: Message) -> bool:
+        """Return whether a message of the schedule is sent: stages below the first that trains get no gradient."""
+        return message.kind == "forward" or message.stage >= self.first_trained
 
     @property
     def num_stages(self) -> int:
@@ -61,7 +67,7 @@ class PipelineStep:
         self._mask_checker = mask_checker
         self._loss = torch.zeros((), device=context.topology.device)
         self._in_flight: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
-        """(virtual stage, micro-batch) -> hidden states received (None on the first stage) and output."""
+        """(virtual stage, micro-batch) -> hidden states received (None where they need no gradient) and output."""
         self._outgoing: dict[Message, StageActivations | Tensor] = {}
         """Outputs of this rank that the current schedule step sends."""
 
@@ -75,8 +81,8 @@ class PipelineStep:
             if step.action is not None:
                 context.set_phase(f"waiting for {step.action.kind} {step.action.microbatch_index}")
                 (self._forward if step.action.kind == "forward" else self._backward)(step.action)
-            sends = [(message, self._outgoing.pop(message)) for message in step.sends]
-            context.communicator.exchange(sends, step.receives)
+            sends = [(message, self._outgoing.pop(message)) for message in filter(context.is_exchanged, step.sends)]
+            context.communicator.exchange(sends, list(filter(context.is_exchanged, step.receives)))
         context.set_phase("sending")
         context.communicator.end_step()
         assert not self._in_flight and not self._outgoing
@@ -94,13 +100,15 @@ class PipelineStep:
             media = {modality: items.to(context.dtype) for modality, items in first.media.items()}
         else:
             received = context.communicator.wait_activations(self._incoming("forward", index, microbatch_index))
-            inputs, ids = received.hidden.requires_grad_(), received.ids
-            hidden = inputs
+            inputs, ids = received.hidden, received.ids
+            if index > context.first_trained:
+                hidden = inputs.requires_grad_()
         context.set_phase(f"forward {microbatch_index}")
         mask = stage.module.build_mask(ids)
         if self._mask_checker is not None:
             self._mask_checker.record(index, microbatch_index, mask, ids)
-        output = stage.forward(inputs, ids, media, mask)
+        with torch.set_grad_enabled(index >= context.first_trained):
+            output = stage.forward(inputs, ids, media, mask)
         self._in_flight[action.virtual_stage, microbatch_index] = (hidden, output)
         if index == context.num_stages - 1:
             self._loss += output.detach()
@@ -111,6 +119,8 @@ class PipelineStep:
         context, microbatch_index = self._context, action.microbatch_index
         stage, index = context.stages[action.virtual_stage], self._stage_index(action)
         hidden, output = self._in_flight.pop((action.virtual_stage, microbatch_index))
+        if index < context.first_trained:
+            return
         gradient = None
         if index == context.num_stages - 1:
             output = output * self._loss_scale

@@ -16,10 +16,11 @@ Private parts of DeepSpeed are used here and in zero_state.py only, and only in 
 """
 
 import contextlib
+import functools
 import io
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any, Literal
@@ -34,7 +35,7 @@ from aki_megatron.attention import AttentionMask
 from aki_megatron.engine import global_state
 from aki_megatron.engine.base import GradientGroup
 from aki_megatron.engine.frozen_weights import FrozenWeights
-from aki_megatron.engine.optimizer import init_moments
+from aki_megatron.engine.optimizer import init_moments, set_learning_rate
 from aki_megatron.engine.settings import deepspeed_settings
 from aki_megatron.engine.state_check import check_state_access
 from aki_megatron.engine.zero_state import build_zero_state
@@ -60,11 +61,10 @@ class ZeroStage:
         precision: Literal["bf16", "fp32"],
         deepspeed_config: Mapping[str, Any],
     ) -> None:
-        """Wrap ``module`` (float32, on the CPU, same weights on every data rank) and partition it in place; collective.
+        """Wrap ``module`` (float32, on the CPU, same weights on every data rank) and partition it in place; collective
+        over the data ranks.
 
-        Every rank of the world must create the same number of these, because DeepSpeed synchronizes the world.
-
-        optimizer         over the trainable parameters, in the groups of optimizer.parameter_groups
+        optimizer         over the trainable parameters, at least one, in the groups of optimizer.parameter_groups
         deepspeed_config  further DeepSpeed settings in its own format; what the run decides overrides them
 
         Raises ConfigError for settings or versions of DeepSpeed that are not supported, and on every data rank for
@@ -76,6 +76,7 @@ class ZeroStage:
         self._adamw = optimizer
         self._zero_stage = zero_stage
         self._group_flags = [(group["tensor_sharded"], group["tied"]) for group in optimizer.param_groups]
+        self._update_counters = [group["update_counter"] for group in optimizer.param_groups]
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         weights = _fp32_weights(module, topology.device)
         assert all(parameter.dim() for parameter in module.parameters()), (
@@ -84,7 +85,8 @@ class ZeroStage:
         settings = deepspeed_settings(
             deepspeed_config, zero_stage=zero_stage, precision=precision, num_ranks=topology.data
         )
-        with contextlib.redirect_stdout(io.StringIO()):  # one of its optimizers prints memory tables
+        # one of its optimizers prints memory tables
+        with contextlib.redirect_stdout(io.StringIO()), _barriers_within(topology.data_group):
             self._engine, self._optimizer, _, _ = self._deepspeed.initialize(
                 model=module, optimizer=optimizer, config=settings, mpu=_DataParallelUnit(topology)
             )
@@ -122,8 +124,7 @@ class ZeroStage:
         torch._foreach_mul_([tensor for group in self.gradients() for tensor in group.tensors], factor)
 
     def optimizer_step(self, lr: float) -> None:
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self._adamw, lr)
         self._engine.step()
 
     def skip_step(self) -> None:
@@ -161,14 +162,9 @@ class ZeroStage:
     def sync_params(self) -> None:
         self._state.sync_params()
 
-    @property
-    def num_updates(self) -> int:
-        return int(self._adamw.state[self._state.master_weights()[0]]["step"])
-
-    @num_updates.setter
-    def num_updates(self, count: int) -> None:
-        for master in self._state.master_weights():
-            self._adamw.state[master]["step"].fill_(float(count))
+    def set_num_updates(self, counts: Mapping[int, int]) -> None:
+        for master, group in zip(self._state.master_weights(), self._state.master_groups(), strict=True):
+            self._adamw.state[master]["step"].fill_(float(counts[self._update_counters[group]]))
 
     def gathered_params(self) -> contextlib.AbstractContextManager[None]:
         """Return a context inside which the module's parameters are whole; collective over the data ranks."""
@@ -195,6 +191,22 @@ def _fp32_weights(module: Stage, device: torch.device) -> dict[str, Tensor]:
     """
     on_cpu = device.type == "cpu"
     return {name: weight.detach().clone() if on_cpu else weight.detach() for name, weight in module.named_parameters()}
+
+
+@contextlib.contextmanager
+def _barriers_within(group: ProcessGroup) -> Iterator[None]:
+    """Let DeepSpeed's barriers wait for ``group`` alone: stages of other ranks may have nothing that it trains.
+
+    It calls them as ``dist.barrier()``, which waits for the whole world.
+    """
+    from deepspeed import comm
+
+    barrier = comm.barrier
+    comm.barrier = functools.partial(barrier, group=group)
+    try:
+        yield
+    finally:
+        comm.barrier = barrier
 
 
 class _DataParallelUnit:

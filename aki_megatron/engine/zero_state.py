@@ -45,6 +45,10 @@ class ZeroState:
         """Return the flat float32 master weights of this rank's partition."""
         return self._optimizer.single_partition_of_fp32_groups
 
+    def master_groups(self) -> list[int]:
+        """Return the parameter group of each master weight."""
+        return list(range(len(self.master_weights())))
+
     def discard_gradients(self) -> None:
         """Discard the accumulated gradients of a skipped step."""
         self._optimizer.zero_grad(set_to_none=True)
@@ -115,6 +119,10 @@ class _Zero3State(ZeroState):
 
     def master_weights(self) -> list[Tensor]:
         return self._optimizer.fp32_partitioned_groups_flat
+
+    def master_groups(self) -> list[int]:
+        sub_groups = self._optimizer.sub_group_to_group_id
+        return [sub_groups[number] for number in range(len(self.master_weights()))]
 
     def discard_gradients(self) -> None:
         self._optimizer._pre_step()

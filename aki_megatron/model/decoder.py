@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from aki_megatron.attention import AttentionMask, LayerCache, attend, attend_cached
 from aki_megatron.config.model import DecoderConfig
+from aki_megatron.config.trainable import LoraConfig
 from aki_megatron.model.linears import LinearFactory
+from aki_megatron.model.lora import Adapters, build_adapters
 from aki_megatron.model.rotary import apply_rotary
 from aki_megatron.model.sharding import gate_up_sizes, qkv_sizes
 
@@ -40,6 +42,8 @@ class Attention(nn.Module):
         self.q_norm = HeadNorm(config.head_dim, config.norm_eps, linears) if traits.qk_norm else None
         self.k_norm = HeadNorm(config.head_dim, config.norm_eps, linears) if traits.qk_norm else None
         self.out_proj = linears.row(config.attention_size, config.hidden_size, bias=False, std=residual_std)
+        self.qkv_lora: Adapters | None = None
+        self.out_lora: Adapters | None = None
 
     def forward(
         self,
@@ -57,7 +61,7 @@ class Attention(nn.Module):
         the keys and values of the first ``lengths`` [B] positions. With a cache alone (T = 1): a decode step, in which
         the new token attends to the whole cache.
         """
-        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        qkv = _adapted(self.qkv_proj, self.qkv_lora, x).unflatten(-1, (-1, self.head_dim))
         # a tensor rank holds fewer heads, in the same proportion
         num_kv_heads = qkv.shape[2] // (self.queries_per_key + 2)
         qk = apply_rotary(self._normalize(qkv[:, :, :-num_kv_heads], num_kv_heads), cos, sin).transpose(1, 2)
@@ -71,7 +75,7 @@ class Attention(nn.Module):
             assert cache is not None
             cache.append(k, v)
             context = attend_cached(q, cache)
-        return self.out_proj(context.transpose(1, 2).flatten(2))
+        return _adapted(self.out_proj, self.out_lora, context.transpose(1, 2).flatten(2))
 
     def _normalize(self, qk: Tensor, num_kv_heads: int) -> Tensor:
         """Normalize queries and keys [B, T, Hq + Hkv, d]; families without these norms return them unchanged."""
@@ -88,11 +92,18 @@ class MLP(nn.Module):
         sizes, std = gate_up_sizes(config), config.hidden_size**-0.5
         self.gate_up_proj = linears.column(config.hidden_size, sum(sizes), bias=False, std=std, part_sizes=sizes)
         self.down_proj = linears.row(config.intermediate_size, config.hidden_size, bias=False, std=residual_std)
+        self.gate_up_lora: Adapters | None = None
+        self.down_lora: Adapters | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]"""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        gate, up = _adapted(self.gate_up_proj, self.gate_up_lora, x).chunk(2, dim=-1)
+        return _adapted(self.down_proj, self.down_lora, F.silu(gate) * up)
+
+
+def _adapted(layer: nn.Module, adapters: Adapters | None, x: Tensor) -> Tensor:
+    """Return a linear layer's output with what its adapters add."""
+    return layer(x) if adapters is None else layer(x) + adapters(x)
 
 
 class DecoderLayer(nn.Module):
@@ -109,6 +120,14 @@ class DecoderLayer(nn.Module):
         self.attention = Attention(config, linears, config.attention_size**-0.5 * residual_scale)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = MLP(config, linears, config.intermediate_size**-0.5 * residual_scale)
+
+    def add_adapters(self, config: DecoderConfig, lora: LoraConfig, linears: LinearFactory) -> None:
+        """Add low-rank adapters to the linear layers that are targets; they add zero until they are trained."""
+        attention, mlp = self.attention, self.mlp
+        attention.qkv_lora = build_adapters("attention.qkv", config, lora, linears)
+        attention.out_lora = build_adapters("attention.out", config, lora, linears)
+        mlp.gate_up_lora = build_adapters("mlp.gate_up", config, lora, linears)
+        mlp.down_lora = build_adapters("mlp.down", config, lora, linears)
 
     def forward(
         self,

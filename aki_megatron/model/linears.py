@@ -1,7 +1,7 @@
 """Linear layers and embeddings, requested by how they may be split; whether they are is not the model's concern."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,19 @@ class LinearFactory(Protocol):
         part_sizes  of the maps that the layer fuses, each of which is split by itself; empty: one map
         """
 
-    def row(self, in_features: int, out_features: int, *, bias: bool, std: float) -> nn.Module:
-        """[..., local in_features] -> [..., out_features]."""
+    def row(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        std: float,
+        init: Callable[[Tensor], Any] | None = None,
+    ) -> nn.Module:
+        """[..., local in_features] -> [..., out_features].
+
+        init  fills the whole weight in place of the normal distribution
+        """
 
     def embedding(self, vocab_size: int, hidden_size: int, *, std: float) -> nn.Module:
         """Ids [...] -> embeddings [..., hidden_size]; the table may be split by vocabulary."""
@@ -65,8 +76,16 @@ class LocalLinears:
     ) -> nn.Module:
         return _linear(in_features, out_features, bias, std)
 
-    def row(self, in_features: int, out_features: int, *, bias: bool, std: float) -> nn.Module:
-        return _linear(in_features, out_features, bias, std)
+    def row(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        std: float,
+        init: Callable[[Tensor], Any] | None = None,
+    ) -> nn.Module:
+        return _linear(in_features, out_features, bias, std, init)
 
     def embedding(self, vocab_size: int, hidden_size: int, *, std: float) -> nn.Module:
         table = _UninitializedEmbedding(vocab_size, hidden_size)
@@ -102,10 +121,15 @@ class _UninitializedEmbedding(nn.Embedding):
         """Leave the memory uninitialized; ``LocalLinears.embedding`` fills it."""
 
 
-def _linear(in_features: int, out_features: int, bias: bool, std: float) -> nn.Linear:
+def _linear(
+    in_features: int, out_features: int, bias: bool, std: float, init: Callable[[Tensor], Any] | None = None
+) -> nn.Linear:
     layer = _UninitializedLinear(in_features, out_features, bias=bias)
     with torch.no_grad():
-        layer.weight.normal_(std=std)
+        if init is None:
+            layer.weight.normal_(std=std)
+        else:
+            init(layer.weight)
         if bias:
             layer.bias.zero_()
     return layer

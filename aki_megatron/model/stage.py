@@ -19,11 +19,13 @@ from torch.utils.checkpoint import checkpoint
 from aki_megatron.attention import AttentionMask, LayerCache
 from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.config.model import DecoderConfig, ModelConfig
+from aki_megatron.config.trainable import DEFAULT_PLAN, TrainingPlan
 from aki_megatron.model.decoder import DecoderLayer
 from aki_megatron.model.init import seeded
 from aki_megatron.model.linears import LinearFactory, LocalLinears
 from aki_megatron.model.media_encoders import media_encoders
 from aki_megatron.model.rotary import Rotary
+from aki_megatron.model.trainable import set_trained
 from aki_megatron.types import IGNORE, NO_SEGMENT, Modality, StackedIds
 
 NO_MEDIA: Mapping[Modality, Tensor] = MappingProxyType({})
@@ -72,14 +74,14 @@ def scatter_media_embeds(text_embeds: Tensor, media_embeds: Tensor, modality_ids
 
 
 class InputEmbedder(nn.Module):
-    """Batch to hidden states: for every modality a frozen encoder and a resampler, and the token embedding."""
+    """Batch to hidden states: for every modality an encoder and a resampler, and the token embedding."""
 
     def __init__(self, config: ModelConfig, linears: LinearFactory, *, seed: int) -> None:
         super().__init__()
         self.config = config
         for media in media_encoders(config).values():
             with seeded(seed, f"input_embedder.{media.encoder_name}"):
-                self.add_module(media.encoder_name, media.build_encoder(config).requires_grad_(False))
+                self.add_module(media.encoder_name, media.build_encoder(config))
             with seeded(seed, f"input_embedder.{media.resampler_name}"):
                 self.add_module(media.resampler_name, media.build_resampler(config))
         with seeded(seed, "input_embedder.token_embedding"):
@@ -92,9 +94,7 @@ class InputEmbedder(nn.Module):
             items = media.get(modality)
             if items is None:
                 items = torch.zeros(0, *parts.item_shape(self.config), device=token_ids.device)
-            with torch.no_grad():
-                features = self.get_submodule(parts.encoder_name)(items)
-            embeds = self.get_submodule(parts.resampler_name)(features)
+            embeds = self.get_submodule(parts.resampler_name)(self.get_submodule(parts.encoder_name)(items))
             hidden = scatter_media_embeds(hidden, embeds, modality_ids, modality)
         return hidden
 
@@ -303,6 +303,7 @@ def build_stage(
     seed: int = 0,
     linears: LinearFactory | None = None,
     recompute: bool = False,
+    plan: TrainingPlan = DEFAULT_PLAN,
 ) -> Stage:
     """Build the stage with these consecutive decoder layers, randomly initialized.
 
@@ -310,12 +311,17 @@ def build_stage(
     torch's default device in its default dtype. Decoder, embedding and LM head are initialized as GPT-2's (Radford et
     al., 2019), encoder and resampler by torch's defaults; the weights do not depend on the parallel layout.
     A stage with a tied LM head and no input embedder holds a copy of the tables, which the engine keeps equal.
+
+    plan  what trains, and the decoder's low-rank adapters; by default all but the vision encoder, without adapters
     """
     linears = linears or LocalLinears()
     decoder_layers: dict[int, DecoderLayer] = {}
     for index in layers:
         with seeded(seed, f"layers.{index}"):
             decoder_layers[index] = DecoderLayer(config.decoder, linears)
+        if plan.lora is not None:
+            with seeded(seed, f"layers.{index}.lora"):
+                decoder_layers[index].add_adapters(config.decoder, plan.lora, linears)
     input_embedder = InputEmbedder(config, linears, seed=seed) if layers[0] == 0 else None
     lm_head = None
     if layers[-1] == config.decoder.num_layers - 1:
@@ -324,7 +330,7 @@ def build_stage(
         if config.decoder.tie_word_embeddings and input_embedder is None:
             with seeded(seed, "input_embedder.token_embedding"):
                 tie_weights(lm_head, TokenEmbedding(config.decoder, linears))
-    return Stage(
+    stage = Stage(
         config,
         attention=attention,
         input_embedder=input_embedder,
@@ -332,10 +338,18 @@ def build_stage(
         lm_head=lm_head,
         recompute=recompute,
     )
+    set_trained(stage, global_names(stage), plan)
+    return stage
 
 
 def build_model(
-    config: ModelConfig, *, attention: AttentionConfig, seed: int = 0, linears: LinearFactory | None = None
+    config: ModelConfig,
+    *,
+    attention: AttentionConfig,
+    seed: int = 0,
+    linears: LinearFactory | None = None,
+    plan: TrainingPlan = DEFAULT_PLAN,
 ) -> Stage:
     """Build the whole model as one stage, like ``build_stage``."""
-    return build_stage(config, range(config.decoder.num_layers), attention=attention, seed=seed, linears=linears)
+    layers = range(config.decoder.num_layers)
+    return build_stage(config, layers, attention=attention, seed=seed, linears=linears, plan=plan)

@@ -9,7 +9,7 @@ never a tensor of size V.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
@@ -61,9 +61,17 @@ class TensorParallelLinears:
         layer = self._megatron.Column(in_features, out_features, bias=bias, gather_output=False, **self._settings())
         return self._initialize(layer, full, ShardSpec(0, tuple(part_sizes) or (out_features,)))
 
-    def row(self, in_features: int, out_features: int, *, bias: bool, std: float) -> nn.Module:
+    def row(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        std: float,
+        init: Callable[[Tensor], Any] | None = None,
+    ) -> nn.Module:
         """[..., in_features / tensor ranks] -> [..., out_features], summed over the tensor ranks; replicated bias."""
-        full = self._local.row(in_features, out_features, bias=bias, std=std)
+        full = self._local.row(in_features, out_features, bias=bias, std=std, init=init)
         layer = self._megatron.Row(
             in_features, out_features, bias=bias, input_is_parallel=True, skip_bias_add=False, **self._settings()
         )

@@ -13,8 +13,9 @@ STARTING = "starting"
 SAVING = "saving a checkpoint"
 ROLLING_BACK = "rolling back to a checkpoint"
 FINISHING = "finishing"
+CHANGING_PHASE = "changing what trains"
 
-SLOW_PHASES = {STARTING, SAVING, ROLLING_BACK, FINISHING}
+SLOW_PHASES = {STARTING, SAVING, ROLLING_BACK, FINISHING, CHANGING_PHASE}
 """Phases that may last watch.init_timeout."""
 
 

@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from aki_megatron.checkpoint.checkpointer import Checkpointer
 from aki_megatron.checkpoint.initial_weights import weight_initializer
 from aki_megatron.checkpoint.run_text import read_tokenizer_files
@@ -13,6 +15,7 @@ from aki_megatron.config.batch_sizes import micro_batch_size, num_microbatches
 from aki_megatron.config.deepspeed import offload_device, settings_for_engine
 from aki_megatron.config.run import RunConfig
 from aki_megatron.config.save import dump_run
+from aki_megatron.config.trainable import TrainingPlan
 from aki_megatron.console import IsolatedConsole
 from aki_megatron.data.fingerprint import Fingerprint
 from aki_megatron.data.loader import EmptyStepLoader, StepLoader
@@ -21,6 +24,7 @@ from aki_megatron.data.sample_stream import Source
 from aki_megatron.data.tokenizer import Tokenizer
 from aki_megatron.engine.base import Engine, ShardedStage
 from aki_megatron.engine.ddp_stage import DDPStage
+from aki_megatron.engine.frozen_stage import FrozenStage
 from aki_megatron.engine.optimizer import adamw, learning_rate
 from aki_megatron.engine.pipeline import PipelineEngine
 from aki_megatron.engine.zero_stage import ZeroStage
@@ -50,6 +54,7 @@ from aki_megatron.train.data_changes import EXTRA_KEY, fingerprint_run, fingerpr
 from aki_megatron.train.loop import Trainer, TrainState
 from aki_megatron.train.run_summary import summary_lines, uses_recompute
 from aki_megatron.train.side_output import OutputFailures, isolate_side_outputs
+from aki_megatron.train.training_phases import build_phased_engine, enter_phase, saved_phase
 
 logger = logging.getLogger("aki_megatron.train")
 
@@ -91,7 +96,7 @@ def partition_layers(config: RunConfig) -> list[range]:
     )
 
 
-def build_stages(config: RunConfig, stages: Sequence[range], topology: Topology) -> Iterator[Stage]:
+def build_stages(config: RunConfig, stages: Sequence[range], topology: Topology, plan: TrainingPlan) -> Iterator[Stage]:
     """Build this pipeline rank's stages, one per virtual stage, with this tensor rank's shard of random weights."""
     linears = build_linears(topology)
     for layers in stages[topology.pipeline_rank :: topology.pipeline]:
@@ -102,11 +107,14 @@ def build_stages(config: RunConfig, stages: Sequence[range], topology: Topology)
             seed=config.train.seed,
             linears=linears,
             recompute=uses_recompute(config),
+            plan=plan,
         )
 
 
-def build_sharded_stage(config: RunConfig, stage: Stage, topology: Topology) -> ShardedStage:
+def build_sharded_stage(config: RunConfig, stage: Stage, topology: Topology, plan: TrainingPlan) -> ShardedStage:
     """Build a stage with its optimizer state, which ZeRO partitions over the data ranks or every rank holds."""
+    if not any(parameter.requires_grad for parameter in stage.parameters()):
+        return FrozenStage(stage, topology, dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
     o = config.optimizer
     optimizer = adamw(
         stage,
@@ -115,6 +123,7 @@ def build_sharded_stage(config: RunConfig, stage: Stage, topology: Topology) -> 
         beta2=o.beta2,
         eps=o.eps,
         fused=offload_device(config.deepspeed, "offload_optimizer") != "none",
+        plan=plan,
     )
     if config.parallel.zero_stage == 0:
         return DDPStage(stage, topology, optimizer)
@@ -133,21 +142,23 @@ def build_engine(
     stages: Sequence[range],
     topology: Topology,
     *,
-    init_weights: Callable[[Stage], None],
+    init_weights: Callable[[Stage], None] = lambda stage: None,
+    training_phase: int = 0,
     should_apply_update: Callable[[float, float], bool] = lambda loss, grad_norm: True,
     set_phase: Callable[[str], None] = lambda phase: None,
 ) -> Engine:
     """Build the engine over this rank's stages.
 
     init_weights                    sets the weights of a stage from which the run starts
+    training_phase                  of RunConfig.training_plans: what the engine trains
     should_apply_update, set_phase  see PipelineEngine
 
     One stage at a time is held whole in memory: it is sharded before the next is built.
     """
-    sharded_stages = []
-    for stage in build_stages(config, stages, topology):
+    sharded_stages, plan = [], config.training_plans()[training_phase]
+    for stage in build_stages(config, stages, topology, plan):
         init_weights(stage)
-        sharded_stages.append(build_sharded_stage(config, stage, topology))
+        sharded_stages.append(build_sharded_stage(config, stage, topology, plan))
     return PipelineEngine(
         sharded_stages,
         topology,
@@ -155,6 +166,7 @@ def build_engine(
         precision=config.train.precision,
         max_grad_norm=config.optimizer.max_grad_norm,
         mask_check_interval=config.parallel.mask_check_interval,
+        update_counters=plan.update_counters,
         should_apply_update=should_apply_update,
         set_phase=set_phase,
     )
@@ -187,15 +199,26 @@ def checkpoint_extra(
     }
 
 
-def load_checkpoint(engine: Engine, checkpointer: Checkpointer, checkpoint: Path) -> dict[str, Any]:
-    """Load a checkpoint into the engine; return its ``checkpoint_extra``. Collective."""
+def load_checkpoint(
+    engine: Engine,
+    checkpointer: Checkpointer,
+    checkpoint: Path,
+    select_phase: Callable[[Path], None] = lambda checkpoint: None,
+) -> dict[str, Any]:
+    """Load a checkpoint into the engine; return its ``checkpoint_extra``. Collective.
+
+    select_phase  makes the engine one of the phase of a checkpoint
+    """
+    select_phase(checkpoint)
     tensors = engine.state_dict()
     extra = checkpointer.load(checkpoint, tensors)
     engine.load_state_dict(tensors)
     return extra
 
 
-def load_latest(engine: Engine, checkpointer: Checkpointer) -> Mapping[str, Any]:
+def load_latest(
+    engine: Engine, checkpointer: Checkpointer, select_phase: Callable[[Path], None] = lambda checkpoint: None
+) -> Mapping[str, Any]:
     """Load the newest checkpoint during a run, after a save in progress. Raises CheckpointError without one."""
     try:
         checkpointer.wait()
@@ -206,7 +229,7 @@ def load_latest(engine: Engine, checkpointer: Checkpointer) -> Mapping[str, Any]
             f"The run must roll back to a checkpoint (watch.on_non_finite, watch.on_loss_spike), but "
             f"{checkpointer.folder} has none: even the first could not be written; the logs say why."
         )
-    return load_checkpoint(engine, checkpointer, checkpoint)
+    return load_checkpoint(engine, checkpointer, checkpoint, select_phase)
 
 
 def build_lr_schedule(config: RunConfig) -> Callable[[int], float]:
@@ -273,20 +296,31 @@ def build_trainer(
         for line in summary_lines(config, stages, world_size=topology.world_size):
             console.print(line)
     loader = build_loader(config, tokenizer, topology, console, sources)
-    engine = build_engine(
+
+    def should_apply_update(loss: float, grad_norm: float) -> bool:
+        return guard.should_step(loss, grad_norm)  # built below: its state is loaded first
+
+    build = partial(
+        build_engine,
         config,
         stages,
         topology,
-        init_weights=weight_initializer(config, topology, resuming=checkpoint is not None),
-        should_apply_update=lambda loss, grad_norm: guard.should_step(
-            loss, grad_norm
-        ),  # built below: its state is loaded first
+        should_apply_update=should_apply_update,
         set_phase=tracker.set_phase,
     )
+    initializer = weight_initializer(config, topology, resuming=checkpoint is not None)
+    engine = build_phased_engine(config, build, initializer, checkpoint)
     extra = load_checkpoint(engine, checkpointer, checkpoint) if checkpoint else {}
     guard = LossSpikeGuard(config.watch, extra.get("loss_spike_guard"), record_event=event_recorder)
     state = TrainState(extra["step"], extra["data_step"], extra["data"]) if extra else TrainState()
     control = ControlSignals(paths, stop_signals, checks_files=is_rank_zero)
+
+    def select_phase(checkpoint: Path) -> None:
+        engine.select_phase(saved_phase(config, checkpoint))
+
+    def record_phase(text: str) -> None:
+        progress(text)
+        event_recorder(state.step, "change", text)
 
     def save(step: int, keep_older: bool) -> None:
         extra = checkpoint_extra(state, guard, fingerprints)
@@ -314,6 +348,7 @@ def build_trainer(
         learning_rate=build_lr_schedule(config),
         state=state,
         poll_control=control.poll,
-        load_latest=partial(load_latest, engine, checkpointer),
+        load_latest=partial(load_latest, engine, checkpointer, select_phase),
         set_phase=tracker.set_phase,
+        begin_data_step=partial(enter_phase, config, engine, record=record_phase, set_phase=tracker.set_phase),
     )

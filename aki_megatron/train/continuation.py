@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from aki_megatron.checkpoint import files
 from aki_megatron.config.changes import Change, check_progress
@@ -39,7 +40,9 @@ def check_continuation(paths: RunPaths, config: RunConfig, allow_change: Sequenc
         check_history(paths, config, allow_change)
     step = newest_step(paths)
     if changes and step:
-        check_progress(load_saved(paths.config), config, step=step, data_step=_data_step(paths, step))
+        checkpoint = files.latest_checkpoint(paths.checkpoints)
+        assert checkpoint is not None, step
+        check_progress(load_saved(paths.config), config, step=step, data_step=read_data_step(checkpoint, default=step))
     if not is_done or (changes and config.train.steps > step):
         check_history(paths, config, allow_change)
         return ""
@@ -56,14 +59,12 @@ def check_continuation(paths: RunPaths, config: RunConfig, allow_change: Sequenc
     )
 
 
-def _data_step(paths: RunPaths, step: int) -> int:
-    """Return how many steps' worth of data the newest checkpoint has used; ``step`` where it does not say."""
-    checkpoint = files.latest_checkpoint(paths.checkpoints)
-    assert checkpoint is not None, step
+def read_data_step(checkpoint: Path, default: int = 0) -> int:
+    """Return how many steps' worth of data a checkpoint has used; ``default`` where it does not say."""
     try:
         return int(json.loads((checkpoint / files.EXTRA).read_text())["extra"]["data_step"])
     except (OSError, ValueError, KeyError, TypeError):  # loading the checkpoint will name the file
-        return step
+        return default
 
 
 def record_configuration(

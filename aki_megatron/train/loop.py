@@ -38,6 +38,10 @@ class Callback:
         """After another method of a callback that is not required has failed; none is called any more."""
 
 
+def _go_on(_data_step: int) -> None:
+    pass
+
+
 class StepSource(Protocol):
     """This rank's endless stream of batches (data/loader.py)."""
 
@@ -79,6 +83,9 @@ class Trainer:
     """Loads the newest checkpoint into the engine; returns what was saved with it. Collective."""
     set_phase: Callable[[str], None]
     """Told what this rank does (supervise/progress.py)."""
+    begin_data_step: Callable[[int], None] = _go_on
+    """Called before the optimizer step that uses the data step with this number, counted from 0; collective. It changes
+    what trains at the border of a phase."""
 
     def train(self) -> bool:
         """Train until ``steps`` optimizer steps are done, or a rank asks to stop; return whether the run is done."""
@@ -91,6 +98,7 @@ class Trainer:
                 self.set_phase("waiting for data")
                 loaded = next(steps)
                 rate, request = self.learning_rate(state.step), self.poll_control()
+                self.begin_data_step(state.data_step)
                 report = self.engine.train_step(loaded.batches, rate, control=request)
                 state.data_step += 1
                 state.data = loaded.next_state

@@ -11,6 +11,8 @@ from aki_megatron.config.batch_sizes import (
     rank_batch_size,
 )
 from aki_megatron.config.run import RunConfig
+from aki_megatron.config.trainable import PARTS
+from aki_megatron.model.trainable import part_of
 from aki_megatron.parallel.pipeline_partition import estimate_costs
 from aki_megatron.parallel.schedule import bubble_fraction, build_schedule
 
@@ -20,14 +22,37 @@ def summary_lines(config: RunConfig, stages: Sequence[range], *, world_size: int
 
     stages  decoder layers of each of the pipeline x virtual_stages stages, in model order
     """
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in meta_parameters(config.model).values()]
-    trained = sum(size for size, requires_grad in sizes if requires_grad)
-    yield f"model: {sum(size for size, _ in sizes):,} parameters, {trained:,} of them trained"
+    plans = config.training_plans()
+    total = sum(parameter.numel() for parameter in meta_parameters(config.model, plans[0]).values())
+    yield f"model: {total:,} parameters, {trained_text(config, 0)}"
+    for phase, plan in enumerate(plans):
+        if phase and plan != plans[phase - 1]:
+            begin = sum(each.steps for each in config.data.phases[:phase])
+            yield f"phase {phase + 1}, from step {begin + 1:,}: {trained_text(config, phase)}"
     yield step_line(config, world_size)
     if len(stages) > 1:
         yield stages_line(config, stages)
     if config.parallel.pipeline > 1:
         yield from bubble_lines(config, world_size)
+
+
+def trained_text(config: RunConfig, phase: int) -> str:
+    """Return how many parameters a phase trains, in all and of each part, and how fast those that differ."""
+    plan = config.training_plans()[phase]
+    counts: dict[str, int] = {}
+    for name, parameter in meta_parameters(config.model, plan).items():
+        if parameter.requires_grad:
+            counts[part_of(name)] = counts.get(part_of(name), 0) + parameter.numel()
+    parts = []
+    for name, count in counts.items():
+        part = plan.part(name)
+        rank = f" lora rank {plan.lora.rank}" if part.mode == "lora" and plan.lora else ""
+        rate = f" at lr x {part.lr_factor:g}" if part.lr_factor != 1.0 else ""
+        decay = f" with weight decay {part.weight_decay:g}" if part.weight_decay is not None else ""
+        parts.append(f"{name}{rank} {count:,}{rate}{decay}")
+    frozen = [name for name in PARTS if name not in counts]
+    text = f"{sum(counts.values()):,} of them trained: {', '.join(parts)}"
+    return text + (f"; frozen: {', '.join(frozen)}" if frozen else "")
 
 
 def step_line(config: RunConfig, world_size: int) -> str:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
+from aki_megatron.config.trainable import PhaseTrainable, TrainableConfig, TrainingPlan, training_plans
 from aki_megatron.engine.ddp_stage import DDPStage
+from aki_megatron.engine.frozen_stage import FrozenStage
 from aki_megatron.engine.optimizer import adamw, learning_rate
 from aki_megatron.engine.pipeline import PipelineEngine
 from aki_megatron.engine.zero_stage import ZeroStage
@@ -72,6 +74,16 @@ class Setting:
     deepspeed: tuple[tuple[str, Any], ...] = ()
     """Further names and values at the top of DeepSpeed's settings."""
     mask_check_interval: int = 100
+    trainable: TrainableConfig = TrainableConfig()
+    phases: tuple[PhaseTrainable, ...] = (PhaseTrainable(),)
+    phase: int = 0
+    """Of ``phases``: the one that is trained."""
+    clip: float | None = None
+    """Limit of the gradient norm, in place of the usual one."""
+
+    @property
+    def plan(self) -> TrainingPlan:
+        return training_plans(self.trainable, list(self.phases))[self.phase]
 
     @property
     def model(self) -> ModelConfig:
@@ -82,12 +94,12 @@ class Setting:
     @property
     def max_grad_norm(self) -> float:
         """A norm that some steps exceed and some do not."""
-        return 1.4 if self.tied else 10.0
+        return self.clip or (1.4 if self.tied else 10.0)
 
 
 def tiny_model(setting: Setting = Setting()) -> Stage:
     """The whole model in one process."""
-    return build_model(setting.model, attention=AttentionConfig(rule=setting.rule))
+    return build_model(setting.model, attention=AttentionConfig(rule=setting.rule), plan=setting.plan)
 
 
 def tiny_stages(topology: Topology, setting: Setting) -> list[Stage]:
@@ -101,7 +113,12 @@ def tiny_stages(topology: Topology, setting: Setting) -> list[Stage]:
     linears = build_linears(topology)
     return [
         build_stage(
-            own, run, attention=AttentionConfig(rule=setting.rule), linears=linears, recompute=setting.recompute
+            own,
+            run,
+            attention=AttentionConfig(rule=setting.rule),
+            linears=linears,
+            recompute=setting.recompute,
+            plan=setting.plan,
         )
         for own, run in ((setting.model, run) for run in layers[topology.pipeline_rank :: topology.pipeline])
     ]
@@ -113,7 +130,7 @@ def shard_stage(stage: Stage, topology: Topology, setting: Setting) -> ZeroStage
     return ZeroStage(
         stage,
         topology,
-        adamw(stage, **OPTIMIZER, fused=setting.offload),
+        adamw(stage, **OPTIMIZER, fused=setting.offload, plan=setting.plan),
         zero_stage=setting.zero_stage,
         precision=setting.precision,
         deepspeed_config={**dict(setting.deepspeed), "zero_optimization": zero_settings},
@@ -130,8 +147,12 @@ def tiny_engine(
     sharded_stages: list[Any] = []
     for stage in tiny_stages(topology, setting):
         init_weights(stage)
-        if setting.zero_stage == 0:
-            sharded_stages.append(DDPStage(stage, topology, adamw(stage, **OPTIMIZER)))
+        if not any(parameter.requires_grad for parameter in stage.parameters()):
+            dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
+            sharded_stages.append(FrozenStage(stage, topology, dtype=dtype))
+        elif setting.zero_stage == 0:
+            optimizer = adamw(stage, **OPTIMIZER, plan=setting.plan)
+            sharded_stages.append(DDPStage(stage, topology, optimizer))
         else:
             sharded_stages.append(shard_stage(stage, topology, setting))
     return PipelineEngine(
@@ -141,6 +162,7 @@ def tiny_engine(
         precision=setting.precision,
         max_grad_norm=setting.max_grad_norm,
         mask_check_interval=setting.mask_check_interval,
+        update_counters=setting.plan.update_counters,
         **more,
     )
 
@@ -261,7 +283,7 @@ def reference_training(steps: Iterable[int] = range(STEPS), setting: Setting = S
     In bf16 a copy of the model runs forward and backward; weights and gradients are kept in fp32.
     """
     model = tiny_model(setting)
-    optimizer = adamw(model, **OPTIMIZER)
+    optimizer = adamw(model, **OPTIMIZER, plan=setting.plan)
     losses, norms = [], []
     for step in steps:
         batches = rank_batches(step, 0, 1)
@@ -279,7 +301,7 @@ def reference_training(steps: Iterable[int] = range(STEPS), setting: Setting = S
                 _add_gradients(model, replica)
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), setting.max_grad_norm)))
         for group in optimizer.param_groups:
-            group["lr"] = rate(step)
+            group["lr"] = rate(step) * group["lr_factor"]
         optimizer.step()
     return Trained(losses, norms, {name: weight.detach().clone() for name, weight in model.named_parameters()})
 

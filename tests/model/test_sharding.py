@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from aki_megatron.checkpoint.shapes import model_shapes
+from aki_megatron.checkpoint.shapes import meta_parameters, model_shapes
 from aki_megatron.config.model import DecoderConfig, ModelConfig
+from aki_megatron.config.trainable import LoraConfig, PartPlan, TrainingPlan
 from aki_megatron.families.registry import FAMILIES
 from aki_megatron.model.sharding import SHARD_SPECS, ShardSpec, shard_spec, shard_tensor, unshard_tensor
 
@@ -14,6 +15,9 @@ from aki_megatron.model.sharding import SHARD_SPECS, ShardSpec, shard_spec, shar
 def test_part_sizes_sum_to_the_dimension(family: str, num_kv_heads: int) -> None:
     config = ModelConfig(decoder=DecoderConfig(family=family, num_kv_heads=num_kv_heads))
     shapes = model_shapes(config)
+    for targets in ((), ("qkv_proj", "gate_up_proj"), ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")):
+        plan = TrainingPlan({"decoder": PartPlan("lora")}, LoraConfig(rank=3, targets=targets))
+        shapes |= {name: tuple(parameter.shape) for name, parameter in meta_parameters(config, plan).items()}
     specs = {name: shard_spec(name, config.decoder) for name in shapes}
     sharded = {name.replace("layers.31.", "layers.{i}.") for name, spec in specs.items() if spec}
     assert sharded >= set(SHARD_SPECS) - (set() if family == "qwen2" else {"layers.{i}.attention.qkv_proj.bias"})

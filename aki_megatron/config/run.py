@@ -18,6 +18,7 @@ from aki_megatron.config.section import (
     Seed,
     no_stand_in,
 )
+from aki_megatron.config.validation_section import ValidationConfig
 
 MAX_BATCH_SIZE = 2**20
 """Samples per optimizer step; every step plans all of them."""
@@ -164,6 +165,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig
+    validation: ValidationConfig = ValidationConfig()
     watch: WatchConfig = WatchConfig()
     log: LogConfig = LogConfig()
     deepspeed: dict[str, Any] = {}

@@ -87,10 +87,13 @@ def open_captions(config: DataConfig, captions: CaptionsConfig, progress: Callab
     )
 
 
-def build_sources(config: DataConfig, progress: Callable[[str], None]) -> dict[str, Source[Any]]:
+def build_sources(
+    config: DataConfig, progress: Callable[[str], None], split: str = SPLIT
+) -> dict[str, Source[Any]]:
     """Open every source of a run by name, once however many phases use it.
 
-    ``progress`` as in open_captions; it also gets what is left out of annotation files.
+    progress  as in open_captions; it also gets what is left out of annotation files
+    split     of the datasets that have several
     """
     if config.kind == "captions":
         datasets = {captions.name: open_captions(config, captions, progress) for captions in config.captions}
@@ -103,7 +106,7 @@ def build_sources(config: DataConfig, progress: Callable[[str], None]) -> dict[s
     opened = open_sources(
         config.root,
         names,
-        SPLIT,
+        split,
         multi_turn=multi_turn,
         max_bad_fraction=config.max_bad_fraction,
         progress=progress,
@@ -111,16 +114,16 @@ def build_sources(config: DataConfig, progress: Callable[[str], None]) -> dict[s
     return {
         source.name: Source(
             opened[source.name],
-            locate=partial(_locate_conversation, config.root, source.name, opened[source.name]),
+            locate=partial(_locate_conversation, config.root, source.name, split, opened[source.name]),
             augment=source.augment == "official",
         )
         for source in config.sources
     }
 
 
-def _locate_conversation(root: Path, name: str, items: Sequence[Conversation], index: int) -> str:
+def _locate_conversation(root: Path, name: str, split: str, items: Sequence[Conversation], index: int) -> str:
     """Return how messages name a conversation: by its annotation files and key."""
-    files = [str(root / file) for file in dataset_reader(name).files[SPLIT] if Path(file).suffix]
+    files = [str(root / file) for file in dataset_reader(name).files[split] if Path(file).suffix]
     return f"{' and '.join(files)}, sample {items[index].key}"
 
 

@@ -39,6 +39,16 @@ class DDPStage:
     def forward(self, inputs: Tensor, ids: StackedIds, pixels: Tensor | None, mask: AttentionMask) -> Tensor:
         return self.module(inputs, ids, pixels, mask=mask)
 
+    @torch.no_grad()
+    def infer(
+        self, inputs: Tensor, ids: StackedIds, pixels: Tensor | None, mask: AttentionMask, *, next_tokens: bool
+    ) -> Tensor:
+        run = self.module.next_tokens if next_tokens else self.module
+        return run(inputs, ids, pixels, mask=mask)
+
+    def end_inference(self) -> None:
+        pass
+
     def backward(self, output: Tensor, gradient: Tensor | None, *, is_last: bool) -> None:
         output.backward(gradient)
         if is_last and self._topology.data > 1:

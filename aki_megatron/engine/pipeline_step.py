@@ -1,7 +1,8 @@
-"""Forward and backward passes of one training step on one rank, as the pipeline schedule orders them."""
+"""The passes of one step on one rank, as the pipeline schedule orders them: those of training, or forward alone."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +14,10 @@ from aki_megatron.parallel.p2p_communication import P2PCommunicator
 from aki_megatron.parallel.schedule import Action, Kind, Message, RankSchedule
 from aki_megatron.parallel.topology import Topology
 from aki_megatron.types import Batch, StageActivations
+
+Mode = Literal["train", "loss", "next_tokens"]
+"""What a step computes: gradients; the loss of each micro-batch; or the most likely next tokens. The last two have a
+schedule of forward passes alone."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class PipelineContext:
     schedule: RankSchedule
     dtype: torch.dtype
     set_phase: Callable[[str], None]
+    mode: Mode = "train"
 
     @property
     def num_stages(self) -> int:
@@ -60,6 +66,8 @@ class PipelineStep:
         self._loss_scale = loss_scale
         self._mask_checker = mask_checker
         self._loss = torch.zeros((), device=context.topology.device)
+        self.outputs: dict[int, Tensor] = {}
+        """Micro-batch -> what the LM head returned, on the rank that holds it; empty in training."""
         self._in_flight: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
         """(virtual stage, micro-batch) -> hidden states received (None on the first stage) and output."""
         self._outgoing: dict[Message, StageActivations | Tensor] = {}
@@ -92,16 +100,22 @@ class PipelineStep:
             inputs, ids, pixels = first.token_ids, first.ids, first.pixels.to(context.dtype)
         else:
             received = context.communicator.wait_activations(self._incoming("forward", index, microbatch_index))
-            inputs, ids = received.hidden.requires_grad_(), received.ids
-            hidden = inputs
+            inputs, ids = received.hidden, received.ids
+            hidden = inputs.requires_grad_(context.mode == "train")
         context.set_phase(f"forward {microbatch_index}")
         mask = stage.module.build_mask(ids)
         if self._mask_checker is not None:
             self._mask_checker.record(index, microbatch_index, mask, ids)
-        output = stage.forward(inputs, ids, pixels, mask)
-        self._in_flight[action.virtual_stage, microbatch_index] = (hidden, output)
-        if index == context.num_stages - 1:
+        is_last = index == context.num_stages - 1
+        if context.mode == "train":
+            output = stage.forward(inputs, ids, pixels, mask)
+            self._in_flight[action.virtual_stage, microbatch_index] = (hidden, output)
+        else:
+            output = stage.infer(inputs, ids, pixels, mask, next_tokens=context.mode == "next_tokens")
+        if is_last and context.mode == "train":
             self._loss += output.detach()
+        elif is_last:
+            self.outputs[microbatch_index] = output
         else:
             self._send("forward", index + 1, microbatch_index, StageActivations(output.detach(), ids))
 

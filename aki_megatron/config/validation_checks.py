@@ -33,7 +33,7 @@ def validation_problems(run: RunConfig) -> Iterator[str]:
             yield f"validation.{key} names {', '.join(twice)} more than once; keep one entry of each."
     for captions in validation.captions:
         if not captions.shards or any(not pattern.strip() for pattern in captions.shards):
-            yield f"validation.captions {captions.name}: shards holds an empty pattern or nothing; name the tars to read."
+            yield f"validation.captions {captions.name}: shards is empty; name the tars to read."
     yield from _answer_problems(run)
 
 

@@ -87,9 +87,7 @@ def open_captions(config: DataConfig, captions: CaptionsConfig, progress: Callab
     )
 
 
-def build_sources(
-    config: DataConfig, progress: Callable[[str], None], split: str = SPLIT
-) -> dict[str, Source[Any]]:
+def build_sources(config: DataConfig, progress: Callable[[str], None], split: str = SPLIT) -> dict[str, Source[Any]]:
     """Open every source of a run by name, once however many phases use it.
 
     progress  as in open_captions; it also gets what is left out of annotation files

@@ -195,7 +195,7 @@ class Stage(nn.Module):
     def next_tokens(
         self, inputs: Tensor, ids: StackedIds, pixels: Tensor | None = None, *, mask: AttentionMask | None = None
     ) -> Tensor:
-        """Return what ``forward`` does, but on the last stage the most likely next token [S] at each supervised position.
+        """Return what ``forward`` does, but the last stage the most likely next token [S] at each supervised position.
 
         The target of a position says no more here than that its next token is wanted.
         """

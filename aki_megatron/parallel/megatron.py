@@ -100,7 +100,7 @@ class TensorParallelLinears:
         return _VocabParallelLossSum.apply(logits, targets, self._group, self._megatron.entropy)
 
     def argmax(self, logits: Tensor) -> Tensor:
-        """Token id [S] int64 of the largest logit over all tensor ranks, the lowest of equal ones; equal on all ranks."""
+        """Token id [S] int64 of the largest logit over all tensor ranks, the lowest of equal ones; equal on all."""
         local = first_argmax(logits)
         largest = logits.gather(-1, local[:, None]).squeeze(-1).float()
         token_ids = local + self._rank * logits.shape[-1]

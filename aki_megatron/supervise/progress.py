@@ -13,8 +13,10 @@ STARTING = "starting"
 SAVING = "saving a checkpoint"
 ROLLING_BACK = "rolling back to a checkpoint"
 FINISHING = "finishing"
+VALIDATING = "validating"
+"""Between the rounds of a validation, each of which may last as long as a step."""
 
-SLOW_PHASES = {STARTING, SAVING, ROLLING_BACK, FINISHING}
+SLOW_PHASES = {STARTING, SAVING, ROLLING_BACK, FINISHING, VALIDATING}
 """Phases that may last watch.init_timeout."""
 
 

@@ -44,12 +44,14 @@ from aki_megatron.train.build_callbacks import (
     build_trackers,
     write_run_report,
 )
+from aki_megatron.train.build_validation import build_validator, open_validation_set
 from aki_megatron.train.callbacks import ProgressCallback, ReportCallback, RunFinalizer
 from aki_megatron.train.continuation import record_configuration
 from aki_megatron.train.data_changes import EXTRA_KEY, fingerprint_run, fingerprints_to_json
 from aki_megatron.train.loop import Trainer, TrainState
 from aki_megatron.train.run_summary import summary_lines, uses_recompute
 from aki_megatron.train.side_output import OutputFailures, isolate_side_outputs
+from aki_megatron.train.validation import Validator
 
 logger = logging.getLogger("aki_megatron.train")
 
@@ -175,7 +177,10 @@ def build_checkpointer(config: RunConfig, topology: Topology) -> Checkpointer:
 
 
 def checkpoint_extra(
-    state: TrainState, guard: LossSpikeGuard, fingerprints: Mapping[str, Fingerprint] | None = None
+    state: TrainState,
+    guard: LossSpikeGuard,
+    fingerprints: Mapping[str, Fingerprint] | None = None,
+    validator: Validator | None = None,
 ) -> dict[str, Any]:
     """Return what a checkpoint holds besides the engine's state, as JSON values; ``load_checkpoint`` returns it."""
     return {
@@ -183,6 +188,7 @@ def checkpoint_extra(
         "data_step": state.data_step,
         "data": dict(state.data),
         "loss_spike_guard": guard.state_dict(),
+        **({"validation": validator.state_dict(state.step)} if validator else {}),
         EXTRA_KEY: fingerprints_to_json(fingerprints or {}),
     }
 
@@ -257,6 +263,7 @@ def build_trainer(
     checkpoint = checkpointer.latest()
     progress = console.print if is_rank_zero else lambda line: None
     sources = build_sources(config.data, progress) if topology.reads_data else {}
+    validation_set = open_validation_set(config, tokenizer, topology, progress)
     fingerprints: dict[str, Fingerprint] = {}
     data_changes: list[str] = []
     if is_rank_zero:
@@ -287,10 +294,22 @@ def build_trainer(
     guard = LossSpikeGuard(config.watch, extra.get("loss_spike_guard"), record_event=event_recorder)
     state = TrainState(extra["step"], extra["data_step"], extra["data"]) if extra else TrainState()
     control = ControlSignals(paths, stop_signals, checks_files=is_rank_zero)
+    validator = build_validator(
+        config, engine, tokenizer, topology, validation_set, checkpointer, control.poll, tracker.set_phase
+    )
+    if validator and extra:
+        validator.load_state_dict(extra.get("validation"))
 
     def save(step: int, keep_older: bool) -> None:
-        extra = checkpoint_extra(state, guard, fingerprints)
-        checkpointer.save(step, engine.state_dict(), extra, rank_files=logs.unwritten_files(), keep_older=keep_older)
+        extra = checkpoint_extra(state, guard, fingerprints, validator)
+        checkpointer.save(
+            step,
+            engine.state_dict(),
+            extra,
+            rank_files=logs.unwritten_files(),
+            keep_older=keep_older,
+            best_step=validator.best_step(step) if validator else None,
+        )
 
     callbacks = [
         ProgressCallback(tracker),
@@ -316,4 +335,5 @@ def build_trainer(
         poll_control=control.poll,
         load_latest=partial(load_latest, engine, checkpointer),
         set_phase=tracker.set_phase,
+        validator=validator,
     )

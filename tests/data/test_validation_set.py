@@ -107,7 +107,7 @@ def loaded_keys(validation_set: ValidationSet) -> list[str]:
 
 def test_the_samples_are_of_the_split_and_depend_on_nothing_else(demo_root: Path) -> None:
     keys = loaded_keys(opened(demo(demo_root, "--validation.samples", "6")))
-    assert len(keys) == len(set(keys)) == 24
+    assert len(keys) == len(set(keys)) == 6 + 4 + 6 + 6, "vsr has 4"
     others = ("--train.seed", "77", "--data.phases", "[{steps: 1600, sources: [vsr]}]", "--data.mixing", "uniform")
     assert loaded_keys(opened(demo(demo_root, "--validation.samples", "6", *others))) == keys
     both = [loaded_keys(opened(demo(demo_root, "--validation.samples", "6"), rank, 2)) for rank in (0, 1)]
@@ -115,7 +115,8 @@ def test_the_samples_are_of_the_split_and_depend_on_nothing_else(demo_root: Path
     everything = loaded_keys(opened(demo(demo_root, "--validation.samples", "0")))
     assert set(keys) < set(everything) and len(everything) == len(set(everything))
     train = loaded_keys(opened(demo(demo_root, "--validation.samples", "0", "--validation.split", "train")))
-    assert not set(train) & set(everything)
+    ids = [{key for key in found if key.startswith("vqav2/")} for found in (train, everything)]
+    assert all(ids) and not ids[0] & ids[1], "ids of other datasets are numbers that start anew in each split"
 
 
 def test_sources_without_the_split_are_left_out_or_refused(demo_root: Path) -> None:
@@ -141,7 +142,7 @@ def test_missing_files_are_named_before_the_start(demo_root: Path, tmp_path: Pat
 
 
 def test_captions(demo_root: Path) -> None:
-    captions = '[{name: val, shards: ["captions/{00000..00001}.tar"]}]'
+    captions = '[{name: val, shards: ["captions/00000.tar"]}]'
     config = demo(demo_root, "--validation.captions", captions, "--validation.samples", "5", kind="pretrain")
     keys = loaded_keys(opened(config))
     assert len(set(keys)) == 5 and loaded_keys(opened(config)) == keys
@@ -172,7 +173,7 @@ def test_too_many_bad_samples_end_the_validation(tmp_path: Path, demo_root: Path
     validation_set = opened(caption_run(tmp_path, demo_root, good=12, bad=12))
     loader = validation_set.open_loader()
     rounds = loader.steps(0)
-    with pytest.raises(BadSampleBudgetExceeded, match="val.tar"):
+    with pytest.raises(BadSampleBudgetExceeded, match=r"(?s)more than data.max_bad_fraction=0.001 allows.*val/0"):
         for _ in validation_set.planner.plans:
             next(rounds)
     loader.close()

@@ -106,7 +106,7 @@ class ValidationPlanner:
         """
         self.num_microbatches = num_microbatches
         self._streams = streams
-        self._num_samples = num_samples
+        self.num_samples = num_samples
         self._micro_batch_size = micro_batch_size
         self._data_rank = data_rank
         self._data_size = data_size
@@ -132,7 +132,7 @@ class ValidationPlanner:
 
     def _plan_microbatches(self) -> list[MicrobatchPlan]:
         plans, first = [], 0
-        for source, (stream, num_samples) in enumerate(zip(self._streams, self._num_samples, strict=True)):
+        for source, (stream, num_samples) in enumerate(zip(self._streams, self.num_samples, strict=True)):
             sequences = self._sequences(stream, num_samples)
             numbered = list(enumerate(sequences, first))
             first += len(sequences)
@@ -171,6 +171,13 @@ class ValidationSet:
     planner: ValidationPlanner
     dataset: MicrobatchDataset
     pin_memory: bool = False
+
+    def describe(self) -> str:
+        """Return when and on what is validated, for people."""
+        validation = self.config.validation
+        parts = [f"{name} {size:,}" for name, size in zip(self.sources, self.planner.num_samples, strict=True)]
+        questions = f", {validation.generate:,} questions of each answered" if validation.generate else ""
+        return f"validation: every {validation.interval:,} steps on samples of {', '.join(parts)}{questions}"
 
     def open_loader(self) -> StepLoader:
         """Return a loader of the rounds that counts its bad samples from 0, as every validation does."""

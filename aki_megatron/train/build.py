@@ -279,6 +279,8 @@ def build_trainer(
         record_start_configuration(config, data_changes, event_recorder, console)
         for line in summary_lines(config, stages, world_size=topology.world_size):
             console.print(line)
+        if validation_set:
+            console.print(validation_set.describe())
     loader = build_loader(config, tokenizer, topology, console, sources)
     engine = build_engine(
         config,

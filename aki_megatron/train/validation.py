@@ -87,6 +87,7 @@ class Validator:
         Raises BadSampleBudgetExceeded on a rank that cannot read too many of its samples.
         """
         started = time.monotonic()
+        self._set_phase(VALIDATING)  # to plan a packed validation takes long the first time
         sums = torch.zeros(len(self._names), 6, dtype=torch.float64)
         with torch.random.fork_rng(devices=[]):  # torch's DataLoader draws a seed
             answers = self._measure(sums)

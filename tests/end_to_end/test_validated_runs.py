@@ -1,4 +1,4 @@
-"""Runs that validate while they train: nothing that is trained changes; record, best checkpoint, stops, resumed runs."""
+"""Runs that validate while they train: what is trained, the record, the best checkpoint, stops, resumed runs."""
 
 import os
 import shutil

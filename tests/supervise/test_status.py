@@ -74,7 +74,7 @@ def test_a_run_that_goes_well(paths: RunPaths) -> None:
 
 
 def test_the_last_validation_and_the_best_checkpoint_are_shown(paths: RunPaths) -> None:
-    assert "validation" not in shown(paths) and "best" not in shown(paths)
+    assert "validation  " not in shown(paths) and "best  " not in shown(paths)
     source = {"loss": 1.25, "supervised_tokens": 3, "samples": 2}
     for step, loss, accuracy in ((100, 1.25, None), (200, None, 50.0)):
         line = {"step": step, "loss": loss, "accuracy": accuracy, "sources": {"vsr": source}}

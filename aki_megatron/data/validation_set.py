@@ -177,7 +177,8 @@ class ValidationSet:
         validation = self.config.validation
         parts = [f"{name} {size:,}" for name, size in zip(self.sources, self.planner.num_samples, strict=True)]
         questions = f", {validation.generate:,} questions of each answered" if validation.generate else ""
-        return f"validation: every {validation.interval:,} steps on samples of {', '.join(parts)}{questions}"
+        interval = "step" if validation.interval == 1 else f"{validation.interval:,} steps"
+        return f"validation: every {interval} on samples of {', '.join(parts)}{questions}"
 
     def open_loader(self) -> StepLoader:
         """Return a loader of the rounds that counts its bad samples from 0, as every validation does."""

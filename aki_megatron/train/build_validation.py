@@ -103,6 +103,7 @@ def build_questions(
         image_options=image_options(config.data),
         data_rank=topology.data_rank,
         data_size=topology.data,
+        max_prompt_positions=config.model.decoder.rope.max_position_embeddings - config.validation.max_new_tokens,
     )
 
 

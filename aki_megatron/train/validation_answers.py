@@ -47,8 +47,13 @@ class ValidationQuestions:
         image_options: ImageOptions,
         data_rank: int,
         data_size: int,
+        max_prompt_positions: int,
     ) -> None:
-        """``validation_set`` is None on ranks that read no data; ``names`` are those of its sources, on every rank."""
+        """
+        names                 of the sources, on every rank
+        validation_set        None on ranks that read no data
+        max_prompt_positions  a question whose prompt is longer cannot be answered, and counts as a bad sample
+        """
         self._names = names
         self._settings = settings
         self._set = validation_set
@@ -56,6 +61,7 @@ class ValidationQuestions:
         self._image_options = image_options
         self._data_rank = data_rank
         self._data_size = data_size
+        self._max_prompt_positions = max_prompt_positions
         self._questions: list[_Question] | None = None
         self._bad = [0] * len(names)
 
@@ -90,6 +96,15 @@ class ValidationQuestions:
         answer = self._template.tokenizer.decode(list(tokens)).strip()
         return Prediction(conversation.key, "", turn.prompt, turn.response, answer, None)
 
+    def _read_prompt(self, conversation: Conversation) -> Sample:
+        prompt = read_prompt(conversation, self._template, self._settings.image_size, self._image_options)
+        if len(prompt.token_ids) > self._max_prompt_positions:
+            raise DataError(
+                f"{conversation.key}: the prompt has {len(prompt.token_ids)} positions, which leaves no room for an "
+                f"answer of validation.max_new_tokens={self._settings.max_new_tokens} within the decoder's positions."
+            )
+        return prompt
+
     def _read(self) -> list[_Question]:
         """Read and decode this rank's questions, once per start."""
         if self._set is None:
@@ -101,9 +116,7 @@ class ValidationQuestions:
                 try:
                     with sample_errors(f"question {number} of source {name}"):
                         conversation = self._set.question(name, number)
-                        prompt = read_prompt(
-                            conversation, self._template, self._settings.image_size, self._image_options
-                        )
+                        prompt = self._read_prompt(conversation)
                 except DataError as error:
                     self._bad[source] += 1
                     budget.record(0, [BadSample(name, str(error))])

@@ -74,10 +74,11 @@ def build_callbacks(
         callbacks.append(LogCallback(str, console))
     if topology.rank != 0:
         return callbacks
+    callbacks.append(MetricsCallback(paths.metrics, open_log))
+    if config.validation.interval or paths.validation.exists():  # it may hold steps that are repeated
+        callbacks.append(ValidationLogCallback(paths.validation, open_log))
     return [
         *callbacks,
-        MetricsCallback(paths.metrics, open_log),
-        ValidationLogCallback(paths.validation, open_log),
         ConsoleCallback(config.train.steps, config.log.interval, console),
     ]
 

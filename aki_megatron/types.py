@@ -3,7 +3,7 @@
 Letters: B sequences, T positions, N images, Q latents per image, D hidden size, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
 from pathlib import Path
@@ -33,36 +33,11 @@ class Modality(IntEnum):
     IMAGE = 3
     """One position per resampler latent."""
     AUDIO = 4
+    """One position per resampler latent."""
 
 
-@dataclass(frozen=True)
-class Turn:
-    """One exchange: what the user asks and what the assistant must answer."""
-
-    prompt: str
-    response: str
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """One fine-tuning sample before tokenization.
-
-    key    names the sample in errors and in the sample audit log: ``source/task/annotation id``
-    image  an encoded JPEG, PNG or GIF as a file or as bytes; None for text only
-    """
-
-    key: str
-    turns: tuple[Turn, ...]
-    image: Path | bytes | None
-
-
-@dataclass(frozen=True)
-class Caption:
-    """One pretraining sample before tokenization; ``image`` holds the bytes of an encoded JPEG or PNG."""
-
-    key: str
-    text: str
-    image: bytes
+MEDIA_MODALITIES = (Modality.IMAGE, Modality.AUDIO)
+"""Modalities whose positions hold the output of an encoder and a resampler instead of token embeddings."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +53,86 @@ class DecodedImage:
 
 
 @dataclass(frozen=True)
+class MediaItem:
+    """One image of a sample: encoded, as a file or as its bytes, or decoded for the encoder of its modality."""
+
+    modality: Modality
+    content: Path | bytes | DecodedImage
+
+
+def image_items(image: Path | bytes | DecodedImage | None) -> tuple[MediaItem, ...]:
+    """Return the media of a sample with this one image; None: without any."""
+    return () if image is None else (MediaItem(Modality.IMAGE, image),)
+
+
+@dataclass(frozen=True)
+class Placeholder:
+    """Where in a prompt a media item stands: before the character at ``offset``."""
+
+    offset: int
+    modality: Modality
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One exchange: what the user asks and what the assistant must answer.
+
+    placeholders  in the order of their offsets, which is that of the conversation's media
+    """
+
+    prompt: str
+    response: str
+    placeholders: tuple[Placeholder, ...] = ()
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One fine-tuning sample before tokenization.
+
+    key             names the sample in errors and in the sample audit log: ``source/task/annotation id``
+    media           what the placeholders of all turns stand for, in order; without any placeholder the media come
+                    before the first prompt, each followed by a newline, as in AKI's format
+    system_message  of this sample; None: that of the run (data.system_message)
+    """
+
+    key: str
+    turns: tuple[Turn, ...]
+    media: tuple[MediaItem, ...] = ()
+    system_message: str | None = None
+
+    @property
+    def images(self) -> list[Path | bytes | DecodedImage]:
+        """The images among the media."""
+        return [item.content for item in self.media if item.modality == Modality.IMAGE]
+
+
+@dataclass(frozen=True)
+class Caption:
+    """One pretraining sample before tokenization.
+
+    image   the bytes of an encoded image
+    prefix  fraction of the text, from its beginning, that is prompt: not learnt, and visible to the image
+    """
+
+    key: str
+    text: str
+    image: bytes
+    prefix: float = 0.0
+
+    @property
+    def media(self) -> tuple[MediaItem, ...]:
+        """The image."""
+        return image_items(self.image)
+
+
+@dataclass(frozen=True)
 class Sample:
     """Token ids, modality ids and targets of one sample, all built by the template in one pass.
 
-    The three lists have one length. Each image occupies Q consecutive positions whose token id is the image token and
-    whose modality is IMAGE. ``targets[i]`` is the token to predict **from** position i (already shifted), IGNORE where
-    nothing is supervised. A stream returns decoded images, so that an unreadable one is replaced before it is batched.
+    The three lists have one length. Each media item occupies Q consecutive positions, in the order of ``media``, whose
+    token id is the image token and whose modality is the item's. ``targets[i]`` is the token to predict **from**
+    position i (already shifted), IGNORE where nothing is supervised. A stream returns decoded media, so that an
+    unreadable one is replaced before it is batched.
     ``num_cut_tokens`` is by how many tokens the text was too long for data.max_text_tokens.
     """
 
@@ -91,8 +140,13 @@ class Sample:
     token_ids: list[int]
     modality_ids: list[int]
     targets: list[int]
-    image: Path | bytes | DecodedImage | None
+    media: tuple[MediaItem, ...] = ()
     num_cut_tokens: int = 0
+
+    @property
+    def images(self) -> list[Path | bytes | DecodedImage]:
+        """The images among the media."""
+        return [item.content for item in self.media if item.modality == Modality.IMAGE]
 
 
 @dataclass(frozen=True)
@@ -104,7 +158,8 @@ class Batch:
     segment_ids      [B, T] int32, index of the sample in its sequence; NO_SEGMENT on padding
     position_ids     [B, T] int32, restarting at 0 in every segment
     targets          [B, T] int64, already shifted; IGNORE where nothing is supervised
-    pixels           [N, 3, H, W] float32, images in the row-major order of their IMAGE positions
+    media            modality -> [N, ...] float32, the inputs of its encoder in the row-major order of their positions:
+                     images are [N, 3, H, W]; a modality that no sample has may be missing
     num_bad_samples  samples that could not be used while this batch was built
     num_cut_samples  samples whose text is longer than data.max_text_tokens, and so was cut
 
@@ -116,7 +171,7 @@ class Batch:
     segment_ids: Tensor
     position_ids: Tensor
     targets: Tensor
-    pixels: Tensor
+    media: Mapping[Modality, Tensor]
     num_bad_samples: int = 0
     num_cut_samples: int = 0
 
@@ -125,8 +180,9 @@ class Batch:
         for name in ("modality_ids", "segment_ids", "position_ids", "targets"):
             if getattr(self, name).shape != shape:
                 raise ValueError(f"Batch.{name} has shape {tuple(getattr(self, name).shape)}, token_ids {tuple(shape)}")
-        if self.pixels.dim() != 4:
-            raise ValueError(f"Batch.pixels must be [N, 3, H, W], got {tuple(self.pixels.shape)}")
+        images = self.media.get(Modality.IMAGE)
+        if images is not None and images.dim() != 4:
+            raise ValueError(f"Images must be [N, 3, H, W], got {tuple(images.shape)}")
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on ``device``."""
@@ -141,7 +197,17 @@ class Batch:
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
             changed[name] = function(value) if isinstance(value, Tensor) else value
+        changed["media"] = {modality: function(tensor) for modality, tensor in self.media.items()}
         return Batch(**changed)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the batch, media included."""
+        values = [getattr(self, name) for name in self.__dataclass_fields__]
+        return [value for value in values if isinstance(value, Tensor)] + list(self.media.values())
+
+    def num_items(self, modality: Modality) -> int:
+        """Number of media items of a modality."""
+        return len(self.media[modality]) if modality in self.media else 0
 
     @property
     def supervised_tokens(self) -> int:
@@ -232,6 +298,7 @@ class StepReport:
     positions: int
     """All positions, padding included; tokens / positions is the fraction that is not wasted."""
     images: int
+    """Media items of all modalities."""
     bad_samples: int
     """Elements of the data sources that could not be used."""
     seconds: float

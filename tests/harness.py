@@ -209,6 +209,7 @@ def _leave_world() -> None:
     from deepspeed.utils import groups
 
     gc.collect()
+    gc.freeze()  # what is left lives on; DeepSpeed collects garbage often, and each time would visit all of it
     groups._release_process_group_references()
     comm.cdb = None
     # it numbers modules and parameters over the life of a process; ranks of one world must agree on the numbers

@@ -36,6 +36,7 @@ ADAPTERS = {
         "checkpoint/configuration_aki.py",
         "checkpoint/modeling_aki.py",
         "checkpoint/processing_aki.py",
+        "checkpoint/image_processing_aki.py",
     },
     "wandb": {"train/wandb_callback.py"},
     "rich": {"console.py"},
@@ -43,7 +44,11 @@ ADAPTERS = {
 }
 """Vendor -> the files of the package that import it."""
 
-EXPORTED_IMPORTS = {("checkpoint/modeling_aki.py", ".configuration_aki.AkiConfig")}
+EXPORTED_IMPORTS = {
+    ("checkpoint/modeling_aki.py", ".configuration_aki.AkiConfig"),
+    ("checkpoint/processing_aki.py", ".image_processing_aki.AkiImageProcessor"),
+    ("checkpoint/processing_aki.py", ".image_processing_aki.flatten_images"),
+}
 """Relative imports of files that are copied into exported folders, where transformers asks for them."""
 
 TOOL_VENDORS = {"webdataset"}

@@ -43,7 +43,7 @@ IDENTIFIERS: dict[str, str] = {
     "Stray": "MaskBlocks",
     "Front": "InputEmbedder",
     "PlainLinears": "LocalLinears",
-    "place_images": "scatter_image_embeds",
+    "place_images": "scatter_media_embeds",
     "edge_group": "embedding_group",
     "alone_group": "self_group",
     "HangWatch": "Watchdog",

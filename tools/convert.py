@@ -4,8 +4,8 @@
         a checkpoint to train from: --init.weights start, --data.tokenizer start/step_000000/tokenizer, and the model
         section of start/step_000000/config.yaml (Phi-3.5, LLaMA 3.2, Qwen2.5, Qwen3; folders as they are downloaded)
     python tools/convert.py to-hf runs/sft --dtype bf16 --out aki-hf
-        a folder that plain transformers loads (a run's checkpoint holds fp32 masters, twice as large):
-        AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)
+        a folder that plain transformers loads (a run's checkpoint holds fp32 masters, twice as large); its README.md
+        says how
     python tools/convert.py from-official model.safetensors --out aki
     python tools/convert.py from-official checkpoint_9.pt --vision siglip-so400m-patch14-384 --out aki
         the release, or one of its training checkpoints, which leave the vision encoder out
@@ -23,51 +23,105 @@
         load official weights and reproduce what the official code computed with them
 
 Weights are streamed: one tensor is in memory at a time. Every tensor must be present, of the right shape, and no other;
-each conversion ends with a report (conversion.json), the logits of both sides compared with the MMA mask active, and
-the sha256 of what was written. Exit codes: 0 done, 1 a verification failed, 2 a mistake that the message explains.
+each conversion ends with the logits of both sides compared with the MMA mask active (to-hf also with the tokens that
+both generate) and with a report: short here, whole in conversion.json, with the sha256 of every file. Exit codes: 0
+done, 1 a verification failed, 2 a mistake that the message explains.
 Help on a command: python tools/convert.py from-hf --help
 """
 
-import argparse
-import math
-import resource
+import os
+import signal
 import sys
+
+if __name__ == "__main__":  # the imports below take seconds
+
+    def _interrupted(*_: object) -> None:
+        os.write(2, b"convert: interrupted; nothing is left of the output.\n")
+        os._exit(130)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupted)
+
+import argparse
+import resource
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 
+from aki_megatron.argument_types import as_path, gigabytes, whole_number
 from aki_megatron.checkpoint import conversions
 from aki_megatron.checkpoint.conversion_report import AllowedMismatches, ConversionReport
 from aki_megatron.checkpoint.conversion_steps import ConversionSettings, ConvertedModel
+from aki_megatron.checkpoint.files import find_checkpoint
 from aki_megatron.checkpoint.listing import list_tensors, verify_files
+from aki_megatron.checkpoint.run_text import run_tokenizer
 from aki_megatron.checkpoint.upgrade import upgrade as upgrade_checkpoint
 from aki_megatron.checkpoint.writers import SHARD_BYTES, staging_dir
 from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.config.model import ModelConfig
 from aki_megatron.config.save import load_model
 from aki_megatron.errors import CheckpointError, UserError
+from aki_megatron.evaluate.generation_check import check_generation
 from aki_megatron.evaluate.golden import verify_golden
 
 DTYPES = {"stored": None, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+MAX_FILES = 100_000
 
 PROGRESS_SECONDS = 10
 """Between two progress lines."""
 
 
+STOPPING = {signal.SIGINT: "interrupted", signal.SIGTERM: "ended by SIGTERM", signal.SIGHUP: "the terminal closed"}
+"""Signals that end a conversion, and what its last line calls them."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code."""
     arguments = build_parser().parse_args(argv)
+    with stopping_signals():
+        try:
+            return int(arguments.run(arguments))
+        except UserError as error:
+            print(f"convert: {error}", file=sys.stderr)
+            return 2
+        except BrokenPipeError:  # the reader of the output has ended: inspect PATH | head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+        except OSError as error:
+            print(f"convert: {error.filename or 'a file'} cannot be read: {error.strerror}.", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt as stopped:
+            number = stopped.args[0] if stopped.args else signal.SIGINT
+            print(f"convert: {STOPPING[number]}; nothing is left of the output.", file=sys.stderr)
+            return 128 + number
+
+
+@contextmanager
+def stopping_signals() -> Iterator[None]:
+    """Raise KeyboardInterrupt(number) at the first signal of STOPPING; ignore others, which would stop the cleaning."""
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt(number)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    # what nohup or a shell without job control ignores stays ignored
+    before = {each: signal.getsignal(each) for each in STOPPING if is_main and signal.getsignal(each) != signal.SIG_IGN}
+    for each in before:
+        signal.signal(each, stop)
     try:
-        return int(arguments.run(arguments))
-    except UserError as error:
-        print(f"convert: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("convert: interrupted; nothing is left of the output.", file=sys.stderr)
-        return 130
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def from_hf(arguments: argparse.Namespace) -> int:
@@ -76,7 +130,14 @@ def from_hf(arguments: argparse.Namespace) -> int:
     if stock == (arguments.aki is not None) or (not stock and (arguments.lm or arguments.vision)):
         raise CheckpointError("Give --lm and --vision together, or --aki alone.")
     if arguments.aki:
-        return write(arguments, lambda folder: conversions.from_export(arguments.aki, folder, settings(arguments)))
+        if arguments.model:
+            raise CheckpointError("Leave --model out with --aki: the folder's config.json describes the model.")
+        return write(
+            arguments,
+            lambda folder: conversions.from_export(
+                arguments.aki, folder, settings(arguments), tokenizer=arguments.tokenizer
+            ),
+        )
     return write(
         arguments,
         lambda folder: conversions.from_hf(
@@ -92,16 +153,22 @@ def from_hf(arguments: argparse.Namespace) -> int:
 
 def to_hf(arguments: argparse.Namespace) -> int:
     """Convert a checkpoint to a folder for transformers."""
-    return write(
-        arguments,
-        lambda folder: conversions.to_hf(
-            arguments.checkpoint,
+
+    def convert(folder: Path) -> ConversionReport:
+        checkpoint = find_checkpoint(arguments.checkpoint)
+        report = conversions.to_hf(
+            checkpoint,
             folder,
             settings(arguments),
             tokenizer=arguments.tokenizer,
             shard_bytes=round(arguments.shard_gigabytes * 1e9),
-        ),
-    )
+        )
+        if not arguments.skip_logits_check:
+            tokenizer = arguments.tokenizer or run_tokenizer(checkpoint)
+            report.notes["generation"] = check_generation(folder, checkpoint, tokenizer)
+        return report
+
+    return write(arguments, convert)
 
 
 def from_official(arguments: argparse.Namespace) -> int:
@@ -178,7 +245,7 @@ def verify(arguments: argparse.Namespace) -> int:
 def write(arguments: argparse.Namespace, convert: Callable[[Path], ConversionReport]) -> int:
     """Convert into a folder that becomes --out if all goes well; write and print the report."""
     start = time.monotonic()
-    with staging_dir(arguments.out) as folder:
+    with staging_dir(arguments.out, lambda line: print(f"convert: {line}", file=sys.stderr)) as folder:
         report = convert(folder)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         report.notes["took"] = f"{time.monotonic() - start:.0f} s, at most {peak / 1e9:.2f} GB of memory"
@@ -242,13 +309,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     to_checkpoint = ("--model", "--tokenizer", "--files", "--seed", *EXCEPTIONS)
     added = command(from_hf)
-    added.add_argument("--lm", type=Path, help="folder of the language model")
-    added.add_argument("--aki", type=Path, help="instead of --lm and --vision: a folder that to-hf wrote")
+    added.add_argument("--lm", type=as_path, help="folder of the language model")
+    added.add_argument("--aki", type=as_path, help="instead of --lm and --vision: a folder that to-hf wrote")
     add(added, "--vision", *to_checkpoint, *COMMON)
     added = command(to_hf)
     add(added, "checkpoint", "--tokenizer", "--shard-gigabytes", *COMMON)
     added = command(from_official)
-    added.add_argument("release", type=Path, help="the release's safetensors, a folder with it, or a .pt")
+    added.add_argument("release", type=as_path, help="the release's safetensors, a folder with it, or a .pt")
     add(added, "--vision", *to_checkpoint, *COMMON)
     added = command(to_official)
     add(added, "checkpoint", "--training", *COMMON)
@@ -257,56 +324,38 @@ def build_parser() -> argparse.ArgumentParser:
     added = command(upgrade)
     add(added, "checkpoint", "--files", "--out")
     added = command(inspect)
-    added.add_argument("path", type=Path, help="a checkpoint, a run, a folder, a safetensors file or a .pt")
+    added.add_argument("path", type=as_path, help="a checkpoint, a run, a folder, a safetensors file or a .pt")
     added.add_argument("--all", action="store_true", help="every tensor, instead of one line for all layers")
     added = command(verify)
-    added.add_argument("path", type=Path, nargs="?", help="an output of these commands, or any checkpoint")
-    added.add_argument("--golden", type=Path, help="a folder of golden values, as tests/golden/official_aki")
+    added.add_argument("path", type=as_path, nargs="?", help="an output of these commands, or any checkpoint")
+    added.add_argument("--golden", type=as_path, help="a folder of golden values, as tests/golden/official_aki")
     return parser
-
-
-def output_path(text: str) -> Path:
-    """A path in which the shell may have left ~ as it is (--out=~/x)."""
-    return Path(text).expanduser()
-
-
-def positive_int(text: str) -> int:
-    """A whole number above 0."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
-    return int(text)
-
-
-def gigabytes(text: str) -> float:
-    """A finite number above 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
-    return number
 
 
 _NAMES = "%s (a name, or a prefix and *); may be given several times"
 _REPEATED = {"action": "append", "default": [], "metavar": "NAME"}
 
 FLAGS: dict[str, dict[str, Any]] = {
-    "checkpoint": {"type": Path, "help": "a checkpoint, a folder of them, or a run (its newest is taken)"},
-    "--out": {"type": output_path, "required": True, "help": "folder to write; must not exist, or be empty"},
-    "--vision": {"type": Path, "help": "folder of SigLIP"},
+    "checkpoint": {"type": as_path, "help": "a checkpoint, a folder of them, or a run (its newest is taken)"},
+    "--out": {"type": as_path, "required": True, "help": "folder to write; must not exist, or be empty"},
+    "--vision": {"type": as_path, "help": "folder of SigLIP"},
     "--model": {
-        "type": Path,
+        "type": as_path,
         "help": "YAML with sections model and attention, as any run's config.yaml (default: the sizes in the folders "
         "and AKI's resampler; AKI-4B for from-official)",
     },
-    "--tokenizer": {"type": Path, "help": "folder of the tokenizer (default: beside the weights, or the run's)"},
-    "--files": {"type": positive_int, "help": "how many files to write (default: about 5 GB each)"},
-    "--seed": {"type": int, "default": 42, "help": "of randomly initialized weights (default %(default)s, as a run's)"},
+    "--tokenizer": {"type": as_path, "help": "folder of the tokenizer (default: beside the weights, or the run's)"},
+    "--files": {"type": whole_number(1, MAX_FILES), "help": "how many files to write (default: about 5 GB each)"},
+    "--seed": {
+        "type": whole_number(0, 2**63 - 1),
+        "default": 42,
+        "help": "of randomly initialized weights (default %(default)s, as a run's)",
+    },
     "--dtype": {
         "choices": list(DTYPES),
         "default": "stored",
-        "help": "what to write (default: each tensor's own, which is fp32 in a run's checkpoints)",
+        "help": "precision to write (default: each tensor's own). A run's checkpoints hold fp32 masters: --dtype bf16 "
+        "writes half as much",
     },
     "--shard-gigabytes": {
         "type": gigabytes,

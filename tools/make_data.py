@@ -27,7 +27,7 @@ from pathlib import Path
 
 from aki_megatron.console import progress_bar
 from aki_megatron.data.shard_writer import pairs_from_folder, pairs_from_table, run_configuration, write_shards
-from aki_megatron.data.shards import expand_shards, missing_shards
+from aki_megatron.data.shards import expand_shards, missing_shards, wildcard_hint
 from aki_megatron.data.tar_damage import tar_damages
 from aki_megatron.data.tar_index import index_matches, index_path, read_header, write_index
 from aki_megatron.errors import DataError, UserError
@@ -40,15 +40,26 @@ RAW = argparse.RawDescriptionHelpFormatter
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command, ``demo_command`` if none is named; return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    command = COMMANDS[arguments.pop(0)] if arguments and arguments[0] in COMMANDS else demo_command
     try:
-        return command(arguments)
+        return _command(arguments)(arguments)
     except UserError as error:
         print(f"make_data: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("make_data: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _command(arguments: list[str]) -> Callable[[Sequence[str]], int]:
+    """Take the command from the arguments; ``demo_command`` where there are options only."""
+    if not arguments or arguments[0].startswith("-"):
+        return demo_command
+    if arguments[0] not in COMMANDS:
+        raise DataError(
+            f"There is no command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}, and without one --out "
+            "draws the demo's data. See --help."
+        )
+    return COMMANDS[arguments.pop(0)]
 
 
 def demo_command(argv: Sequence[str]) -> int:
@@ -179,7 +190,8 @@ def index_command(argv: Sequence[str]) -> int:
     tars = expand_shards(arguments.shards, Path())
     if missing := missing_shards(arguments.shards, Path()):
         if not arguments.skip_missing:
-            raise DataError("These tars do not exist (--skip_missing leaves them out):\n  " + "\n  ".join(missing))
+            listing, hint = "\n  ".join(missing), wildcard_hint(arguments.shards)
+            raise DataError(f"These tars do not exist (--skip_missing leaves them out){hint}:\n  {listing}")
         existing = [tar for tar in tars if tar.is_file()]
         print(f"{len(tars) - len(existing)} of {len(tars)} tars do not exist and are left out: {', '.join(missing)}")
         tars = existing

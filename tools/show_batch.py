@@ -167,7 +167,7 @@ def sequence_images(batch: Batch, index: int, num_image_tokens: int) -> list[Ima
     """Return the images of one sequence as the encoder gets them, [-1, 1] back to bytes."""
     num_images = ((batch.modality_ids == Modality.IMAGE).sum(1) // num_image_tokens).tolist()
     first = sum(num_images[:index])
-    pixels = batch.pixels[first : first + num_images[index]].permute(0, 2, 3, 1).numpy()
+    pixels = batch.media[Modality.IMAGE][first : first + num_images[index]].permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(np.rint((image * 0.5 + 0.5) * 255).clip(0, 255).astype(np.uint8)) for image in pixels]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from aki_megatron.attention.rules import rings, square_side, visible_text
 from aki_megatron.attention.token_segments import Ints, Spans, TokenSegments, segment_tokens
 from aki_megatron.config.attention import ATTENTION_RULES, AttentionConfig
-from aki_megatron.types import Modality
+from aki_megatron.types import MEDIA_MODALITIES, Modality
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TokenFacts:
     turn      number of the turn
     image     number of the image
     ring      of an image token on the square grid of its image
-    visible   mma: whether images may see this token
+    visible   mma: whether media may see this token
     """
 
     segment: Tensor
@@ -80,7 +80,7 @@ def _rings(tokens: TokenSegments, images: Spans) -> Ints:
 
 
 def _mma(facts: TokenFacts, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    ahead = (facts.modality[b, q] == Modality.IMAGE) & facts.visible[b, k]
+    ahead = torch.isin(facts.modality, torch.tensor(MEDIA_MODALITIES))[b, q] & facts.visible[b, k]
     return (k <= q) | (ahead & (facts.turn[b, q] == facts.turn[b, k]))
 
 

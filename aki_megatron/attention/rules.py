@@ -6,8 +6,9 @@ positions in reference_mask.py (the dense mask), and three nested loops in the t
 know of a rule is in the registry (config/attention.py).
 
 causal       j <= i.
-mma          MMA paper, eq. 5, per turn: image positions also see the later prompt text of their turn, assistant marker
-             included. Image to image stays causal; responses stay causal and are not seen from before.
+mma          MMA paper, eq. 5, per turn: positions of media (images, audio) also see the later prompt text of their
+             turn, assistant marker included. Media to media stays causal; responses stay causal and are not seen from
+             before.
 mma_general  MMA paper, eq. 6, inside the prompt of one turn: tokens of different modality see each other both ways.
 mixed        Image positions see their whole image; everything else is causal.
 cca          Concentric causal attention (cca-llava): inside an image, row-major on a square grid, a token sees the
@@ -32,7 +33,7 @@ from aki_megatron.attention.token_segments import (
 )
 from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.hashing import GOLDEN_GAMMA, splitmix64
-from aki_megatron.types import Modality
+from aki_megatron.types import MEDIA_MODALITIES, Modality
 
 NO_SPANS = np.zeros((0, 2), dtype=np.int64)
 
@@ -67,14 +68,14 @@ def pairs(first: Ints, second: Ints) -> Ints:
 
 
 def visible_text(tokens: TokenSegments, attention: AttentionConfig) -> Ints:
-    """Valid tokens that images may see under ``mma``, ascending: prompt text, thinned by ``visible_fraction``."""
+    """Valid tokens that media may see under ``mma``, ascending: prompt text, thinned by ``visible_fraction``."""
     text = np.flatnonzero(tokens.modality == Modality.TEXT)
     if attention.visible_fraction >= 1.0:
         return text
-    image_runs = np.flatnonzero(tokens.run_modality == Modality.IMAGE)
-    turns, first = np.unique(tokens.run_turn[image_runs], return_index=True)
-    # only text after the first image of a turn counts; text before it is seen causally anyway
-    low = np.searchsorted(text, tokens.runs.ends[image_runs[first]])
+    media_runs = np.flatnonzero(np.isin(tokens.run_modality, MEDIA_MODALITIES))
+    turns, first = np.unique(tokens.run_turn[media_runs], return_index=True)
+    # only text after the first media item of a turn counts; text before it is seen causally anyway
+    low = np.searchsorted(text, tokens.runs.ends[media_runs[first]])
     size = np.searchsorted(text, tokens.turns.ends[turns]) - low
     group, rank = group_and_rank(size)
     kept = np.floor(attention.visible_fraction * size + 0.5).astype(np.int64)[group]
@@ -119,14 +120,14 @@ def build_causal(tokens: TokenSegments, attention: AttentionConfig, image_tokens
 
 
 def build_mma(tokens: TokenSegments, attention: AttentionConfig, image_tokens: int) -> MaskSpec:
-    """One rectangle for each run of image tokens: its queries, and the visible text after it in its turn as keys."""
-    image_runs = np.flatnonzero(tokens.run_modality == Modality.IMAGE)
-    if not len(image_runs) or attention.visible_fraction == 0.0:
+    """One rectangle for each run of media tokens: its queries, and the visible text after it in its turn as keys."""
+    media_runs = np.flatnonzero(np.isin(tokens.run_modality, MEDIA_MODALITIES))
+    if not len(media_runs) or attention.visible_fraction == 0.0:
         return NO_LOOK_AHEAD
     text = visible_text(tokens, attention)
-    starts, ends = tokens.runs.starts[image_runs], tokens.runs.ends[image_runs]
+    starts, ends = tokens.runs.starts[media_runs], tokens.runs.ends[media_runs]
     low = np.searchsorted(text, ends)
-    high = np.searchsorted(text, tokens.turns.ends[tokens.run_turn[image_runs]])
+    high = np.searchsorted(text, tokens.turns.ends[tokens.run_turn[media_runs]])
     seen = high > low
     starts, ends, low, high = starts[seen], ends[seen], low[seen], high[seen]
     return MaskSpec(pairs(starts, ends), pairs(low, high), text, NO_SPANS, pairs(starts, text[high - 1]))

@@ -26,8 +26,14 @@ KINDS = {
 }
 """What a conversion can do with a tensor."""
 
-SUMMARIZED = ("mapped", "concatenated", "split")
-"""Kinds of which the printed report gives only the number."""
+LISTED = ("extended", "missing", "mismatched", "unexpected")
+"""Kinds of which the printed report has a line for each tensor, or for the same tensor of all layers."""
+
+GROUPED = ("initialized", "skipped")
+"""Kinds of which it has the number in each part of the model; of the others it has the number."""
+
+MAX_LINES = 5
+"""Lines of one kind that it has at most; conversion.json has all."""
 
 EXCEPTIONS_HINT = (
     "Give the folder, the file or the sizes (--model) that belong together, or name an exception: --allow-missing, "
@@ -55,6 +61,11 @@ class TensorRecord:
         shape = "x".join(map(str, self.shape))
         names = f"{' + '.join(self.source_names) or '-'} -> {' + '.join(self.target_names) or '-'}"
         return layer_pattern(f"{names}  {shape}  {self.note}").rstrip()
+
+    def part(self) -> str:
+        """The part of the model that it belongs to: ``input_embedder.resampler``."""
+        (name, *_) = self.target_names or self.source_names
+        return ".".join(name.split(".")[:2])
 
 
 @dataclass(frozen=True)
@@ -102,19 +113,30 @@ class ConversionReport:
         files.write_json(folder / REPORT, asdict(self))
 
     def text(self) -> str:
-        """What to print: counts, every record that is not summarized, notes, and the outputs with their sha256."""
+        """What to print: a line for each kind, what is out of the ordinary, notes, and the size of what was written."""
         lines = []
         for kind, meaning in KINDS.items():
             records = [record for record in self.records if record.kind == kind]
             if not records:
                 continue
             lines.append(f"{kind:14} {len(records):5}  {meaning}")
-            if kind not in SUMMARIZED:
-                counts = Counter(record.text() for record in records)
-                lines += [f"    {line}" + (f"  ({count} times)" if count > 1 else "") for line, count in counts.items()]
+            if kind in LISTED:
+                lines += _shortened(Counter(record.text() for record in records), " times")
+            if kind in GROUPED:
+                lines += _shortened(Counter(record.part() for record in records), " tensors")
         lines += [f"{title}: {text}" for title, text in self.notes.items()]
-        lines += [f"{entry['sha256']}  {name}  {entry['bytes']:,} bytes" for name, entry in self.outputs.items()]
+        size = sum(entry["bytes"] for entry in self.outputs.values())
+        lines.append(
+            f"{len(self.outputs)} files, {size:,} bytes; {REPORT} has what became of every tensor, and the sha256 of "
+            "every file"
+        )
         return "\n".join(lines)
+
+
+def _shortened(counts: Counter[str], unit: str) -> list[str]:
+    """Return the first lines with how often each occurs, and the number of the others."""
+    lines = [f"    {line}" + (f"  ({count}{unit})" if count > 1 else "") for line, count in counts.items()]
+    return lines if len(lines) <= MAX_LINES else [*lines[: MAX_LINES - 1], f"    and {len(lines) - MAX_LINES + 1} more"]
 
 
 @dataclass(frozen=True)
@@ -167,6 +189,12 @@ def match_tensors(
             records.append(outcome)
         else:
             refused += outcome
+    refused += [
+        f"dtype: {name} is stored as {str(found[name].dtype).removeprefix('torch.')}, a weight is floating point"
+        for external in readable.values()
+        for name in external
+        if not found[name].dtype.is_floating_point
+    ]
     unexpected = sorted(found.keys() - {name for external in table.values() for name in external})
     skipped = [name for name in unexpected if matches_any(name, allowed.unexpected)]
     records += [TensorRecord("unexpected", (name,), (), found[name].shape) for name in skipped]

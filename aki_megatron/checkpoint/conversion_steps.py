@@ -26,10 +26,10 @@ from aki_megatron.checkpoint.shapes import check_shapes, model_shapes
 from aki_megatron.checkpoint.tensors import ProgressSource, TensorSource, cast, merge, select, total_bytes
 from aki_megatron.checkpoint.writers import SHARD_BYTES
 from aki_megatron.config.attention import AttentionConfig
-from aki_megatron.config.data import SYSTEM_MESSAGE
+from aki_megatron.config.data import OFFICIAL_IMAGES, SYSTEM_MESSAGE, ImagesConfig
 from aki_megatron.config.model import DecoderConfig, ModelConfig
 from aki_megatron.config.save import dump_model, load_model
-from aki_megatron.data.tokenizer import Vocabulary
+from aki_megatron.data.tokenizer import Vocabulary, grow_tokenizer
 from aki_megatron.errors import CheckpointError, ConfigError
 from aki_megatron.families.registry import FAMILIES
 
@@ -84,6 +84,7 @@ def write_weights(
     settings: ConversionSettings,
     tokenizer: Path | None,
     system_message: str = SYSTEM_MESSAGE,
+    images: ImagesConfig = OFFICIAL_IMAGES,
 ) -> Path:
     """Write ``folder``/step_000000 from a source of all of the model's tensors; return its path."""
     shapes = model_shapes(model.config)
@@ -93,7 +94,7 @@ def write_weights(
         folder,
         0,
         stored_weights(ordered),
-        config_yaml=dump_model(model.config, model.attention, system_message),
+        config_yaml=dump_model(model.config, model.attention, system_message, images),
         attach={files.TOKENIZER: tokenizer} if tokenizer else {},
         num_files=settings.num_files or default_num_files(ordered),
     )
@@ -116,17 +117,12 @@ def check_vocabulary(config: ModelConfig, vocabulary: Vocabulary, tokenizer: Pat
         )
 
 
-def check_tokenizer(
-    language: Path, config: DecoderConfig, vocabulary: Vocabulary, grown: Path, tokenizer: Path
-) -> None:
-    """Compare an extended tokenizer with the language model's folder.
+def check_chat_tokens(config: DecoderConfig, grown: Path, tokenizer: Path) -> None:
+    """Raise ConfigError where an extended tokenizer lacks special tokens of the family's chat format.
 
     grown  folder of the extended tokenizer; ``tokenizer`` is the one it was made of, for the error
-
-    Raises ConfigError where it lacks tokens of the family's chat format, or where it has more tokens, but for those
-    that AKI adds, than the folder's tables have rows.
     """
-    chat, rows = FAMILIES[config.family].chat, stored_vocab_size(language, config)
+    chat = FAMILIES[config.family].chat
     added = json.loads((grown / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
     special = {token["content"] for token in added}
     if missing := [token for token in chat.special_tokens if token not in special]:
@@ -134,6 +130,22 @@ def check_tokenizer(
             f"The tokenizer {tokenizer} lacks the special tokens {', '.join(missing)} of the family {config.family}; "
             "give the tokenizer of this language model (--tokenizer)."
         )
+
+
+def check_tokenizer(model: ModelConfig, tokenizer: Path, grown: Path) -> None:
+    """Extend a tokenizer into the folder ``grown`` and compare it with a model.
+
+    Raises ConfigError unless its sizes are the model's and it has the special tokens of the family's chat format;
+    DataError where it cannot be read.
+    """
+    vocabulary = grow_tokenizer(tokenizer, grown)
+    check_chat_tokens(model.decoder, grown, tokenizer)
+    check_vocabulary(model, vocabulary, tokenizer)
+
+
+def check_rows(language: Path, config: DecoderConfig, vocabulary: Vocabulary, tokenizer: Path) -> None:
+    """Raise ConfigError where a tokenizer has more tokens, but for AKI's, than a language model's tables have rows."""
+    rows = stored_vocab_size(language, config)
     # a <pad> that AKI adds is the last token before <image>
     published = vocabulary.vocab_size - (vocabulary.pad_id == vocabulary.vocab_size - 1)
     if published > rows:

@@ -17,6 +17,8 @@ from aki_megatron.checkpoint.conversion_report import (
 from aki_megatron.checkpoint.conversion_steps import (
     ConversionSettings,
     ConvertedModel,
+    check_chat_tokens,
+    check_rows,
     check_tokenizer,
     check_vocabulary,
     compare_logits,
@@ -35,12 +37,18 @@ from aki_megatron.checkpoint.hf_config import (
     vision_config,
     vision_config_json,
 )
-from aki_megatron.checkpoint.hf_export import export, export_names, exported_source, exported_system_message
+from aki_megatron.checkpoint.hf_export import (
+    export,
+    export_names,
+    exported_images,
+    exported_source,
+    exported_system_message,
+)
 from aki_megatron.checkpoint.hf_folders import language_source, vision_source
 from aki_megatron.checkpoint.hf_reference import Reference
 from aki_megatron.checkpoint.official import has_vision_encoder, match_official, official_names, open_official
 from aki_megatron.checkpoint.readers import open_safetensors
-from aki_megatron.checkpoint.run_text import run_system_message, run_tokenizer
+from aki_megatron.checkpoint.run_text import run_images, run_system_message, run_tokenizer
 from aki_megatron.checkpoint.shapes import model_shapes
 from aki_megatron.checkpoint.tensors import (
     NameTable,
@@ -61,6 +69,12 @@ from aki_megatron.errors import CheckpointError
 RELEASE_FILE, TRAINING_FILE = "model.safetensors", "checkpoint_0.pt"
 """What to-official writes: the whole model, or the release's training checkpoint, which lacks the vision encoder."""
 
+LONGROPE_NOTE = (
+    "the folder chooses short or long factors for each sequence by its own length, as training does; stock "
+    "transformers takes those of the longest sequence for the whole batch"
+)
+"""In the report of to-hf."""
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -79,11 +93,14 @@ def from_hf(
     """
     sources = {"language": str(language), "vision": str(vision), "tokenizer": str(tokenizer)}
     report = ConversionReport("from-hf", sources)
-    decoder_config(language, vocab_size=1, num_added_tokens=0)  # its faults first: the tokenizer's class reads it too
+    # faults of config.json first: the tokenizer's class reads it too
+    decoder_config(language, vocab_size=1, num_added_tokens=0)
+    vision_config(vision)
     with TemporaryDirectory() as tokenizer_dir:
         vocabulary = grow_tokenizer(tokenizer, Path(tokenizer_dir))
         model = model or _model_of_folders(language, vision, vocabulary)
-        check_tokenizer(language, model.config.decoder, vocabulary, Path(tokenizer_dir), tokenizer)
+        check_chat_tokens(model.config.decoder, Path(tokenizer_dir), tokenizer)
+        check_rows(language, model.config.decoder, vocabulary, tokenizer)
         check_vocabulary(model.config, vocabulary, tokenizer)
         folders = [vision_source(vision, model.config.vision), language_source(language, model.config.decoder)]
         matches = [match_folder(pretrained, model.config, settings.allowed) for pretrained in folders]
@@ -111,19 +128,27 @@ def from_hf(
     return report
 
 
-def from_export(exported: Path, folder: Path, settings: ConversionSettings) -> ConversionReport:
-    """Convert a folder that ``to_hf`` wrote to a checkpoint."""
+def from_export(
+    exported: Path, folder: Path, settings: ConversionSettings, *, tokenizer: Path | None = None
+) -> ConversionReport:
+    """Convert a folder that ``to_hf`` wrote to a checkpoint.
+
+    tokenizer  None takes the folder's own, if it has one
+    """
     opened = exported_source(exported, settings.allowed)
     report = ConversionReport("from-hf", {"aki": str(exported)}, list(opened.match.records))
     model = ConvertedModel(opened.config, AttentionConfig.model_validate({"rule": opened.rule}))
     weights = complete_weights(opened.source, opened.config, settings)
-    with TemporaryDirectory() as tokenizer_dir:
+    with TemporaryDirectory() as tokenizer_dir, TemporaryDirectory() as grown:
         # without the folder's config.json, because of which transformers would offer to run the folder's own code
-        tokenizer_files = [path for name in TOKENIZER_FILES if (path := exported / name).is_file()]
+        tokenizer_files = [path for name in TOKENIZER_FILES if (path := (tokenizer or exported) / name).is_file()]
         for path in tokenizer_files:
             shutil.copy(path, tokenizer_dir)
-        tokenizer = Path(tokenizer_dir) if tokenizer_files else None
-        checkpoint = write_weights(folder, weights, model, settings, tokenizer, exported_system_message(exported))
+        if tokenizer_files or tokenizer:
+            check_tokenizer(opened.config, tokenizer or Path(tokenizer_dir), Path(grown))
+        kept = Path(tokenizer_dir) if tokenizer_files else None
+        message, images = exported_system_message(exported), exported_images(exported)
+        checkpoint = write_weights(folder, weights, model, settings, kept, message, images)
     compare_logits(report, checkpoint, _exported_reference(exported, opened.match.table), settings)
     return report
 
@@ -142,9 +167,12 @@ def to_hf(
     """
     source, model = open_checkpoint(checkpoint)
     tokenizer = tokenizer or run_tokenizer(source.path)
+    with TemporaryDirectory() as grown:
+        check_tokenizer(model.config, tokenizer, Path(grown))
     table = export_names(model.config)
-    sources = {"checkpoint": str(source.path), "tokenizer": str(tokenizer)}
-    report = ConversionReport("to-hf", sources, external_records(source, table))
+    report = ConversionReport("to-hf", _published_source(source.path), external_records(source, table))
+    if model.config.decoder.rope.rope_type == "longrope":
+        report.notes["longrope"] = LONGROPE_NOTE
     with_progress = ProgressSource(source, settings.start_progress("writing the folder", total_bytes(source)))
     export(
         with_progress,
@@ -155,6 +183,7 @@ def to_hf(
         settings.dtype,
         shard_bytes=shard_bytes,
         system_message=run_system_message(source.path),
+        images=run_images(source.path),
     )
     compare_logits(report, source.path, _exported_reference(folder, table), settings)
     return report
@@ -196,7 +225,7 @@ def from_official(
     tokenizer = tokenizer or (beside if (beside / "tokenizer.json").is_file() else None)
     with TemporaryDirectory() as tokenizer_dir:
         if tokenizer:
-            check_vocabulary(model.config, grow_tokenizer(tokenizer, Path(tokenizer_dir)), tokenizer)
+            check_tokenizer(model.config, tokenizer, Path(tokenizer_dir))
         weights = complete_weights(native, model.config, settings)
         checkpoint = write_weights(folder, weights, model, settings, Path(tokenizer_dir) if tokenizer else None)
     compare_logits(report, checkpoint, _stock_reference(external, table, model.config), settings)
@@ -207,7 +236,7 @@ def to_official(checkpoint: Path, folder: Path, settings: ConversionSettings, *,
     """Convert a checkpoint to the official release's file; with ``training`` to its training checkpoint."""
     source, model = open_checkpoint(checkpoint)
     table = official_names(model.config, vision=not training)
-    report = ConversionReport("to-official", {"checkpoint": str(source.path)}, external_records(source, table))
+    report = ConversionReport("to-official", _published_source(source.path), external_records(source, table))
     report.records += skipped_records(source, sorted(source.specs.keys() - table.keys()))
     external = to_external(source, table, model.config.decoder)
     prepared = prepare(external, settings, "writing the release's tensors")
@@ -237,6 +266,12 @@ def reshard(checkpoint: Path, folder: Path, settings: ConversionSettings, *, wei
         num_files=settings.num_files or default_num_files(tensors),
     )
     return report
+
+
+def _published_source(checkpoint: Path) -> dict[str, str]:
+    """Name a checkpoint in a folder that may be published: by its content, without a path of this machine."""
+    digest = files.file_digest(checkpoint / files.MANIFEST)["sha256"]
+    return {"checkpoint": checkpoint.name, f"sha256 of its {files.MANIFEST}": digest}
 
 
 def _model_of_folders(language: Path, vision: Path, vocabulary: Vocabulary) -> ConvertedModel:

@@ -89,6 +89,10 @@ class CheckpointSource:
         }
 
     def get(self, name: str) -> Tensor:
+        others = ((other, self._read(other)) for other in self.specs if other != name)
+        return require_finite(self._read(name), name, self.path, others)
+
+    def _read(self, name: str) -> Tensor:
         spec = self.specs[name]
         state = {self._prefix + name: torch.empty(spec.shape, dtype=spec.dtype)}
         try:
@@ -100,7 +104,7 @@ class CheckpointSource:
                 f"{self.path} was removed while it was read. A run that still trains keeps its newest checkpoints only "
                 "(checkpoint.keep_last): wait for its end, or name one that it keeps (checkpoint.keep_every)."
             ) from error
-        return require_finite(state[self._prefix + name], name, self.path)
+        return state[self._prefix + name]
 
     def other_files(self) -> dict[str, Path]:
         """The checkpoint's files by name, but for the tensors, their index, the configuration and the manifest."""

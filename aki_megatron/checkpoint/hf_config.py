@@ -1,17 +1,21 @@
 """config.json of Hugging Face folders to a section of our configuration, and back.
 
 What differs between language models is in their family's file (aki_megatron/families); SigLIP has one table of keys
-here. A folder whose model the layers here cannot compute (other head dimensions, biases, sliding windows, other rotary
-embeddings) is refused with the key that says so.
+here. A folder whose model the layers here cannot compute (biases, sliding windows, other rotary embeddings) is refused
+with the key that says so.
 """
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
-from aki_megatron.config.model import DecoderConfig, RopeConfig, VisionConfig
+from pydantic import ValidationError
+
+from aki_megatron.checkpoint.foreign_files import kind_of, refuse_other_folder, refuse_pointer
+from aki_megatron.checkpoint.hf_rope import ROPE_KEYS, rope_config, text_of, unsupported_rope
+from aki_megatron.config.model import DecoderConfig, VisionConfig
 from aki_megatron.config.section import Section
 from aki_megatron.errors import CheckpointError, ConfigError
 from aki_megatron.families.base import HFConfigKeys
@@ -20,24 +24,12 @@ from aki_megatron.families.registry import FAMILIES
 VOCAB_SIZE_MULTIPLE = 64
 """A padded_vocab_size beyond the folder's vocab_size is a multiple of this, so that tensor ranks can split it."""
 
-_ROPE_KEYS = {
-    "default": {"theta": "rope_theta"},
-    "longrope": {
-        "theta": "rope_theta",
-        "max_position_embeddings": "max_position_embeddings",
-        "original_max_position_embeddings": "original_max_position_embeddings",
-        "short_factor": "short_factor",
-        "long_factor": "long_factor",
-    },
-    "llama3": {
-        "theta": "rope_theta",
-        "original_max_position_embeddings": "original_max_position_embeddings",
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-    },
-}
-"""rope_type -> what its angles depend on: field of RopeConfig -> key of config.json."""
+_DECODER_SIZES = (
+    *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "padded_vocab_size"),
+    "max_position_embeddings",
+)
+_VISION_SIZES = ("hidden_size", "num_layers", "num_heads", "intermediate_size", "image_size", "patch_size")
+"""Fields that must be whole numbers above 0."""
 
 _VISION_KEYS = (
     ("hidden_size", "hidden_size", 768),
@@ -59,17 +51,30 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
+        refuse_other_folder(folder)
         raise CheckpointError(
             f"{folder} is not a Hugging Face model folder: it has no config.json. "
             "Give the folder that holds config.json and model.safetensors."
         )
     try:
+        refuse_pointer(path)
         config_json = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); fetch it again.") from error
+        raise CheckpointError(f"{path} is not JSON ({error}) but {kind_of(path)}; fetch it again.") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from None
     if not isinstance(config_json, dict):
         raise CheckpointError(f"{path} must hold a JSON object; fetch it again.")
     return config_json
+
+
+def _part(folder: Path, name: str) -> dict[str, Any]:
+    """The part ``name`` of a folder's config.json; the whole of it where it has no such part."""
+    config_json = read_config_json(folder)
+    part = config_json.get(name, config_json)
+    if not isinstance(part, dict):
+        _refuse(folder, [f"{name}={text_of(part)}; it must be a JSON object"])
+    return part
 
 
 def decoder_config(folder: Path, *, vocab_size: int, num_added_tokens: int, lm_head_bias: bool = True) -> DecoderConfig:
@@ -79,21 +84,22 @@ def decoder_config(folder: Path, *, vocab_size: int, num_added_tokens: int, lm_h
 
     Raises CheckpointError without a readable config.json; ConfigError with everything in it that is not supported.
     """
-    config_json = read_config_json(folder)
-    config_json = config_json.get("text_config", config_json)  # where models with an encoder have their language model
+    config_json = _part(folder, "text_config")  # where models with an encoder have their language model
     model_type = config_json.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         _refuse(folder, [f"model_type={model_type}; supported language models are {', '.join(FAMILIES)}"])
     family = FAMILIES[model_type].config
     hf = {"tie_word_embeddings": False, "rope_theta": 10000.0, **family.defaults, **config_json}
-    problems = list(_no_sizes(hf, family))
-    if problems := problems or [*_unsupported_layers(hf, family), *_unsupported_rope(hf, family)]:
+    keys = {"max_position_embeddings": "max_position_embeddings", **family.field_keys}
+    problems = list(_no_sizes(hf, {name: keys[name] for name in _DECODER_SIZES}))
+    if problems := problems or [*_unsupported_layers(hf, family), *unsupported_rope(hf, family)]:
         _refuse(folder, problems)
     values = {name: hf[key] for name, key in family.field_keys.items()}
     values["num_kv_heads"] = values["num_kv_heads"] or values["num_heads"]
+    values["head_dim"] = hf.get("head_dim") or values["hidden_size"] // values["num_heads"]
     values["padded_vocab_size"] = padded_vocab_size(values["padded_vocab_size"], vocab_size + num_added_tokens)
     values |= {"vocab_size": vocab_size, "num_added_tokens": num_added_tokens, "lm_head_bias": lm_head_bias}
-    return DecoderConfig(**values, rope=_rope_config(hf, family))
+    return _build(folder, lambda: DecoderConfig(**values, rope=rope_config(hf, family)), keys)
 
 
 def padded_vocab_size(rows: int, tokens: int) -> int:
@@ -106,12 +112,13 @@ def vision_config(folder: Path) -> VisionConfig:
 
     Raises CheckpointError without a readable config.json; ConfigError where it describes another encoder.
     """
-    hf = read_config_json(folder)
-    hf = hf.get("vision_config", hf)
+    hf = {key: default for _, key, default in _VISION_KEYS} | _part(folder, "vision_config")
     required = {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh", "num_channels": 3}
-    if problems := list(_other_values(hf, required)):
+    sizes = {name: key for name, key, _ in _VISION_KEYS if name in _VISION_SIZES}
+    if problems := [*_other_values(hf, required), *_no_sizes(hf, sizes)]:
         _refuse(folder, problems)
-    return VisionConfig(**{name: hf.get(key, default) for name, key, default in _VISION_KEYS})
+    keys = {name: key for name, key, _ in _VISION_KEYS}
+    return _build(folder, lambda: VisionConfig(**{name: hf[key] for name, key in keys.items()}), keys)
 
 
 def language_config_json(config: DecoderConfig) -> dict[str, Any]:
@@ -138,7 +145,7 @@ def language_config_json(config: DecoderConfig) -> dict[str, Any]:
         "pad_token_id": None,
         **family.required,
     }
-    if "head_dim" in family.defaults:
+    if "head_dim" in family.defaults or config.attention_size != config.hidden_size:
         hf["head_dim"] = config.head_dim
     if rope.rope_type == "longrope":
         hf["original_max_position_embeddings"] = rope.original_max_position_embeddings
@@ -148,7 +155,7 @@ def language_config_json(config: DecoderConfig) -> dict[str, Any]:
             "long_factor": list(rope.long_factor),
         }
     elif rope.rope_type == "llama3":
-        scaling = {key: getattr(rope, name) for name, key in _ROPE_KEYS["llama3"].items() if name != "theta"}
+        scaling = {key: getattr(rope, name) for name, key in ROPE_KEYS["llama3"].items() if name != "theta"}
         hf["rope_scaling"] = {"rope_type": "llama3"} | scaling
     return hf
 
@@ -171,14 +178,14 @@ def check_decoder_config(folder: Path, config: DecoderConfig) -> None:
     found = decoder_config(
         folder, vocab_size=config.vocab_size, num_added_tokens=config.num_added_tokens, lm_head_bias=config.lm_head_bias
     )
-    keys = dict(FAMILIES[found.family].config.field_keys)
+    keys = {**FAMILIES[found.family].config.field_keys, "head_dim": "head_dim"}
     rows_key = keys["padded_vocab_size"]
     if found.padded_vocab_size != read_config_json(folder).get(rows_key, found.padded_vocab_size):
         keys["padded_vocab_size"] = f"{rows_key}, padded to hold all tokens"
     differences = _differences("model.decoder", config, found, keys)
     rope_keys = {"rope_type": "rope_type"}
     if found.rope.rope_type == config.rope.rope_type:
-        rope_keys |= _ROPE_KEYS[found.rope.rope_type]
+        rope_keys |= ROPE_KEYS[found.rope.rope_type]
     _raise_if([*differences, *_differences("model.decoder.rope", config.rope, found.rope, rope_keys)], folder)
 
 
@@ -191,27 +198,56 @@ def check_vision_config(folder: Path, config: VisionConfig) -> None:
     _raise_if(_differences("model.vision", config, vision_config(folder), keys), folder)
 
 
-def _no_sizes(hf: Mapping[str, Any], family: HFConfigKeys) -> Iterator[str]:
-    """Sizes that are no whole number above 0; num_key_value_heads may be null, which means as many as heads."""
-    for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "padded_vocab_size"):
-        key = family.field_keys[name]
+_Built = TypeVar("_Built", DecoderConfig, VisionConfig)
+
+
+def _build(folder: Path, make: Callable[[], _Built], keys: Mapping[str, str]) -> _Built:
+    """Make a section of the configuration.
+
+    keys  field -> key of config.json
+
+    Raises ConfigError that names the folder and the key where a value contradicts the section.
+    """
+    try:
+        return make()
+    except ConfigError as error:
+        _refuse(folder, [str(error)])
+    except ValidationError as error:
+        problems = []
+        for one in error.errors():
+            first, *rest = (str(name) for name in one["loc"])
+            problems.append(f"{'.'.join([keys.get(first, first), *rest])}={text_of(one['input'])}: {one['msg']}")
+        _refuse(folder, problems)
+
+
+def _no_sizes(hf: Mapping[str, Any], keys: Mapping[str, str]) -> Iterator[str]:
+    """Sizes that are no whole number above 0; num_key_value_heads may be null, which means as many as heads.
+
+    keys  field -> key of config.json
+    """
+    for name, key in keys.items():
         value = hf[key]
         if name == "num_kv_heads" and value is None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            yield f"{key}={_null(value)}; it must be a whole number above 0"
+            yield f"{key}={text_of(value)}; it must be a whole number above 0"
 
 
 def _unsupported_layers(hf: Mapping[str, Any], family: HFConfigKeys) -> Iterator[str]:
     """Everything but the rotary embedding that the layers here cannot compute."""
     yield from _other_values(hf, {"hidden_act": "silu", **family.required})
     hidden_key, heads_key = family.field_keys["hidden_size"], family.field_keys["num_heads"]
-    head_dim = hf[hidden_key] / hf[heads_key]
-    if (hf.get("head_dim") or head_dim) != head_dim:
-        yield f"head_dim={hf['head_dim']}; only {hidden_key} / {heads_key} = {head_dim:g} is supported"
+    head_dim = hf.get("head_dim")
+    if head_dim is None and hf[hidden_key] % hf[heads_key]:
+        yield f"{hidden_key}={hf[hidden_key]} / {heads_key}={hf[heads_key]} is no whole number; there is no head_dim"
+    elif head_dim is not None and (not isinstance(head_dim, int) or isinstance(head_dim, bool) or head_dim < 1):
+        yield f"head_dim={head_dim}; it must be a whole number above 0"
     if hf.get("quantization_config"):
         yield "quantization_config; give the folder of the full-precision model"
-    if _uses_sliding_window(hf, family) and hf["sliding_window"] < hf["max_position_embeddings"]:
+    window = hf.get("sliding_window")
+    if window is not None and not isinstance(window, int):
+        yield f"sliding_window={window}; it must be a whole number or null"
+    elif _uses_sliding_window(hf, family) and hf["sliding_window"] < hf["max_position_embeddings"]:
         yield (
             f"sliding_window={hf['sliding_window']} below max_position_embeddings={hf['max_position_embeddings']}; "
             "only attention over the whole sequence is supported"
@@ -228,54 +264,6 @@ def _uses_sliding_window(hf: Mapping[str, Any], family: HFConfigKeys) -> bool:
         return True
     num_layers = hf[family.field_keys["num_layers"]]
     return bool(hf.get(family.sliding_window_switch)) and num_layers > hf.get("max_window_layers", 28)
-
-
-def _rope_settings(hf: Mapping[str, Any], family: HFConfigKeys) -> tuple[str, dict[str, Any]]:
-    """rope_type and its settings: transformers 4 writes rope_theta and rope_scaling, transformers 5 rope_parameters."""
-    found = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    # null means absent, as in transformers; but for rope_theta, which has no other value then
-    settings = {key: value for key, value in found.items() if value is not None or key == "rope_theta"}
-    rope_type = settings.pop("type", "default")
-    rope_type = settings.pop("rope_type", rope_type)
-    return family.rope_type_aliases.get(rope_type, rope_type), settings
-
-
-def _unsupported_rope(hf: Mapping[str, Any], family: HFConfigKeys) -> Iterator[str]:
-    rope_type, settings = _rope_settings(hf, family)
-    if rope_type not in family.rope_types:
-        yield f"rope_type={rope_type}; supported for {hf['model_type']}: {', '.join(family.rope_types)}"
-        return
-    if {**hf, **settings}.get("partial_rotary_factor", 1.0) != 1.0:
-        yield "partial_rotary_factor; only rotary embeddings over the whole head dimension are supported"
-    keys = _ROPE_KEYS[rope_type].values()
-    known = {*keys, "original_max_position_embeddings", "partial_rotary_factor"}
-    found = {**hf, **settings}
-    if rope_type == "longrope" and "factor" in settings:
-        # transformers computes it from the two lengths and ignores what is written
-        known.add("factor")
-        longest, original = found.get("max_position_embeddings"), found.get("original_max_position_embeddings")
-        if not original or not longest or settings["factor"] != longest / original:
-            yield f"factor={settings['factor']}; only {longest} / {original}, the ratio of the lengths, is supported"
-    yield from (f"{key}={_null(found[key])}; it must be a number above 0" for key in keys if _is_no_number(key, found))
-    yield from (f"unknown {key}={settings[key]} for rope_type={rope_type}" for key in settings if key not in known)
-    yield from (f"no {key}, which rope_type={rope_type} needs" for key in keys if key not in {**hf, **settings})
-
-
-def _is_no_number(key: str, found: Mapping[str, Any]) -> bool:
-    """Whether a key of the rotary embedding is there with a value that is no number above 0; lists of factors pass."""
-    value = found.get(key, 1)
-    return not isinstance(value, list) and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0)
-
-
-def _null(value: Any) -> str:
-    return "null" if value is None else str(value)
-
-
-def _rope_config(hf: Mapping[str, Any], family: HFConfigKeys) -> RopeConfig:
-    rope_type, settings = _rope_settings(hf, family)
-    found = {**hf, **settings}
-    values = {name: found[key] for name, key in _ROPE_KEYS[rope_type].items()}
-    return RopeConfig(**values | {"rope_type": rope_type, "max_position_embeddings": hf["max_position_embeddings"]})
 
 
 def _other_values(hf: Mapping[str, Any], required: Mapping[str, Any]) -> Iterator[str]:

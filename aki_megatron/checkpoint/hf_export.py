@@ -26,21 +26,26 @@ from aki_megatron.checkpoint.hf_config import (
     vision_config,
     vision_config_json,
 )
+from aki_megatron.checkpoint.model_card import draw_example, model_card
 from aki_megatron.checkpoint.readers import open_safetensors
 from aki_megatron.checkpoint.shapes import check_shapes, model_shapes
 from aki_megatron.checkpoint.tensors import NameTable, TensorSource, cast, to_external, to_native
 from aki_megatron.checkpoint.weight_names import LM_HEAD, language_names, vision_names
 from aki_megatron.checkpoint.writers import SHARD_BYTES, write_shards
 from aki_megatron.config.attention import AttentionConfig, export_refusal
-from aki_megatron.config.data import SYSTEM_MESSAGE
+from aki_megatron.config.data import OFFICIAL_IMAGES, SYSTEM_MESSAGE, ImagesConfig
 from aki_megatron.config.model import ModelConfig, ResamplerConfig
 from aki_megatron.data.tokenizer import grow_tokenizer
 from aki_megatron.errors import CheckpointError, ConfigError
 from aki_megatron.families.base import IMAGE_TOKEN
 from aki_megatron.families.registry import FAMILIES
 
-CONFIGURATION, MODELLING, PROCESSING = "configuration_aki.py", "modeling_aki.py", "processing_aki.py"
-"""Files beside this one that are copied into the folder."""
+CONFIGURATION, MODELLING = "configuration_aki.py", "modeling_aki.py"
+PROCESSING, IMAGE_PROCESSING = "processing_aki.py", "image_processing_aki.py"
+"""Files beside this one that are copied into the folder; the second line with a tokenizer only."""
+
+MODEL_CARD, EXAMPLE_IMAGE = "README.md", "example.png"
+"""What the Hugging Face Hub shows of the folder, and the image in its example."""
 
 ADDED_NAMES = {
     "input_embedder.token_embedding.added_tokens": "model.added_embedding.weight",
@@ -96,8 +101,9 @@ def export(
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     system_message: str = SYSTEM_MESSAGE,
+    images: ImagesConfig = OFFICIAL_IMAGES,
 ) -> None:
-    """Write the folder: weights, config.json, the modelling file, and with a tokenizer also it and the processor.
+    """Write the folder: weights, config.json, modelling file; with a tokenizer also it, the processor, a model card.
 
     source       every tensor of the model under its native name
     attention    the rule that the model was trained under
@@ -106,6 +112,7 @@ def export(
     dtype        precision of the weights; None keeps each tensor's own
     shard_bytes  largest file of weights
     system_message  of the chat template; the one that the model was trained with
+    images       how the processor makes pixels; as the model was trained
 
     One tensor is in memory at a time.
 
@@ -119,13 +126,17 @@ def export(
     out.mkdir(parents=True, exist_ok=True)
     config_json = export_config_json(config, attention)
     if tokenizer is not None:
-        config_json["image_token_id"] = write_processor(tokenizer, config, out, system_message)
+        config_json["image_token_id"] = write_processor(tokenizer, config, out, system_message, images)
     external = to_external(source, export_names(config), config.decoder)
     if dtype is not None:
         external = cast(external, dtype)
     dtypes = {spec.dtype for spec in external.specs.values()}
     saved_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     files.write_json(out / "config.json", config_json | {"dtype": str(saved_dtype).removeprefix("torch.")})
+    if tokenizer is not None:
+        card = model_card(config, attention, saved_dtype, system_message, images)
+        (out / MODEL_CARD).write_text(card, encoding="utf-8")
+        (out / EXAMPLE_IMAGE).write_bytes(draw_example())
     _copy(CONFIGURATION, out)
     _copy(MODELLING, out)
     write_shards(out, external, shard_bytes=shard_bytes)
@@ -155,8 +166,14 @@ def export_config_json(config: ModelConfig, attention: AttentionConfig) -> dict[
     }
 
 
-def write_processor(tokenizer: Path, config: ModelConfig, out: Path, system_message: str = SYSTEM_MESSAGE) -> int:
-    """Write the tokenizer with AKI's tokens, the processor, and the generation settings; return the id of <image>.
+def write_processor(
+    tokenizer: Path,
+    config: ModelConfig,
+    out: Path,
+    system_message: str = SYSTEM_MESSAGE,
+    images: ImagesConfig = OFFICIAL_IMAGES,
+) -> int:
+    """Write the tokenizer with AKI's tokens, the processors, and the generation settings; return the id of <image>.
 
     Raises CheckpointError where the tokenizer has other tokens than the model; DataError where it cannot be read.
     """
@@ -176,7 +193,6 @@ def write_processor(tokenizer: Path, config: ModelConfig, out: Path, system_mess
     processor = {
         "processor_class": "AkiProcessor",
         "auto_map": {"AutoProcessor": f"{PROCESSING.removesuffix('.py')}.AkiProcessor"},
-        "image_size": config.vision.image_size,
         "num_image_tokens": config.resampler.num_latents,
         "image_token": IMAGE_TOKEN,
         "system_message": system_message,
@@ -184,6 +200,14 @@ def write_processor(tokenizer: Path, config: ModelConfig, out: Path, system_mess
         "response_ends": list(dict.fromkeys((chat.turn_end, chat.sample_end, end_of_text))),
     }
     files.write_json(out / "processor_config.json", processor)
+    size = config.vision.image_size
+    image_processor = {
+        "image_processor_type": "AkiImageProcessor",
+        "auto_map": {"AutoImageProcessor": f"{IMAGE_PROCESSING.removesuffix('.py')}.AkiImageProcessor"},
+        "size": {"height": size, "width": size},
+        **images.model_dump(mode="json"),
+    }
+    files.write_json(out / "preprocessor_config.json", image_processor)
     generation = {
         "bos_token_id": vocabulary.bos_id,
         "eos_token_id": [token_id for token_id in stop_ids if token_id is not None],
@@ -193,17 +217,35 @@ def write_processor(tokenizer: Path, config: ModelConfig, out: Path, system_mess
     }
     files.write_json(out / "generation_config.json", generation)
     _copy(PROCESSING, out)
+    _copy(IMAGE_PROCESSING, out)
     return vocabulary.image_id
 
 
 def exported_system_message(folder: Path) -> str:
     """Return the system message of a folder's chat template; AKI's where the folder has no processor."""
-    path = folder / "processor_config.json"
+    return str(_read_settings(folder / "processor_config.json").get("system_message", SYSTEM_MESSAGE))
+
+
+def exported_images(folder: Path) -> ImagesConfig:
+    """Return how a folder's image processor makes pixels; AKI's way where the folder has none."""
+    path = folder / "preprocessor_config.json"
+    settings = _read_settings(path)
+    known = {name: settings[name] for name in ImagesConfig.model_fields if name in settings}
     try:
-        return str(json.loads(path.read_text(encoding="utf-8")).get("system_message", SYSTEM_MESSAGE))
+        return ImagesConfig.model_validate(known)
+    except ValueError as error:
+        raise CheckpointError(f"{path} holds other image settings than to-hf writes ({error}); export again.") from None
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Return a JSON object; an empty one where there is no file."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(settings, dict), "a list or a value"
+        return settings
     except FileNotFoundError:
-        return SYSTEM_MESSAGE
-    except (OSError, ValueError, AttributeError) as error:
+        return {}
+    except (OSError, ValueError, AssertionError) as error:
         raise CheckpointError(f"{path} is not a JSON object ({error}); export again.") from None
 
 

@@ -22,7 +22,7 @@ from aki_megatron.checkpoint.hf_config import (
 from aki_megatron.checkpoint.readers import open_safetensors
 from aki_megatron.checkpoint.shapes import check_shapes
 from aki_megatron.checkpoint.tensors import LazyTensors, NameTable, TensorSource, TensorSpec, to_external
-from aki_megatron.checkpoint.weight_names import language_names, vision_names
+from aki_megatron.checkpoint.weight_names import is_buffer, language_names, vision_names
 from aki_megatron.config.model import DecoderConfig, ModelConfig, VisionConfig
 from aki_megatron.errors import CheckpointError
 from aki_megatron.families.registry import FAMILIES
@@ -69,6 +69,7 @@ def language_source(folder: Path, config: DecoderConfig) -> PretrainedFolder:
                 "correct config.json."
             )
         skipped = (lm_head,)
+    skipped += tuple(name for name in stored.specs if is_buffer(name))
     specs = {name: spec for name, spec in stored.specs.items() if name not in skipped}
     _check_rows(folder, config, {name: specs[name] for name in (embedding, lm_head) if name in specs})
     rows = config.padded_vocab_size
@@ -94,8 +95,13 @@ def stored_vocab_size(folder: Path, config: DecoderConfig) -> int:
 
 
 def _check_rows(folder: Path, config: DecoderConfig, tables: Mapping[str, TensorSpec]) -> None:
-    """Raise CheckpointError where a table has other rows than config.json says: part of it would be random."""
+    """Raise CheckpointError where rows of other tokens than AKI's would be random."""
     rows = stored_vocab_size(folder, config)
+    if config.vocab_size > rows + 1:  # a <pad> that AKI adds is a token of the tables, too
+        raise CheckpointError(
+            f"{folder} has {rows} rows, the model has vocab_size={config.vocab_size} tokens besides AKI's: the rows of "
+            "the others would be random. Give the tokenizer and the sizes that belong to this language model."
+        )
     if found := [f"{name} has {spec.shape[0]}" for name, spec in tables.items() if spec.shape[:1] != (rows,)]:
         raise CheckpointError(
             f"{folder}: config.json says vocab_size={rows} rows, but {' and '.join(found)}: one of several "
@@ -115,7 +121,7 @@ def vision_source(folder: Path, config: VisionConfig) -> PretrainedFolder:
     # the text tower of a whole SigLIP is not used, nor is the pooling head where the configuration leaves it out
     skipped: tuple[str, ...] = ("text_model.", "logit_scale", "logit_bias") if prefix else ()
     skipped += () if config.pooling_head else (f"{prefix}head.",)
-    specs = {name: spec for name, spec in stored.specs.items() if not name.startswith(skipped)}
+    specs = {name: spec for name, spec in stored.specs.items() if not name.startswith(skipped) and not is_buffer(name)}
     tensors = LazyTensors(specs, {name: lambda name=name: stored.get(name) for name in specs})  # type: ignore[misc]
     return PretrainedFolder(
         folder, tensors, vision_names(config, prefix), tuple(name for name in stored.specs if name not in specs)
@@ -129,6 +135,10 @@ def check_folder(folder: PretrainedFolder, config: ModelConfig, shapes: Mapping[
 
     Raises CheckpointError with every tensor that is missing, unexpected, or of another shape.
     """
+    specs = folder.tensors.specs
+    used = [name for names in folder.table.values() for name in names if name in specs]
+    if whole := [name for name in used if not specs[name].dtype.is_floating_point]:
+        raise CheckpointError(f"{folder.path}: {', '.join(whole)} hold whole numbers, no weights; fetch it again.")
     native = LazyTensors({name: TensorSpec(shapes[name], torch.float32) for name in folder.table}, {})
     expected = {name: spec.shape for name, spec in to_external(native, folder.table, config.decoder).specs.items()}
     check_shapes({name: spec.shape for name, spec in folder.tensors.specs.items()}, expected, str(folder.path))

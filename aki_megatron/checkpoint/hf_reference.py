@@ -84,7 +84,8 @@ class HFReferenceModel:
         embeds = self._padded(TOKEN_EMBEDDING)[batch.token_ids.where(~added, 0)]
         if decoder.num_added_tokens:
             embeds[added] = self._readers[ADDED_EMBEDDING]()[batch.token_ids[added] - decoder.vocab_size]
-        embeds[batch.modality_ids == Modality.IMAGE] = self._resample(self._vision_features(batch.pixels)).flatten(0, 1)
+        latents = self._resample(self._vision_features(batch.media[Modality.IMAGE])).flatten(0, 1)
+        embeds[batch.modality_ids == Modality.IMAGE] = latents
         return embeds
 
     def rotary(self, valid: Tensor) -> tuple[Tensor, Tensor]:

@@ -88,6 +88,9 @@ def load_pretrained(
     shapes = model_shapes(config) if folders else {}
     for folder in folders:
         check_folder(folder, config, shapes)
+        if folder.extended:
+            names = " and ".join(folder.extended)
+            logger.info("%s: rows for added tokens: %s extended %s", folder.path, names, folder.growth_note)
         source = to_native(folder.tensors, folder.table)
         remaining -= copy_weights(stage, source, tensor_rank=tensor_rank, tensor_ranks=tensor_ranks)
     return sorted(remaining)

@@ -7,7 +7,7 @@ B sequences, T positions, V vocabulary.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,10 +99,8 @@ def check_logits(native: TensorSource, config: ModelConfig, reference: Reference
     signs = torch.randn(mutual.shape, generator=torch.Generator().manual_seed(0)).sign()
     perturbed = mutual * (1 + PERTURBATION * signs)
     for number in range(config.decoder.num_layers):
-        stage = _one_layer_stage(number, config, model.native_tensor)
-        hidden = (stage if stage.lm_head is None else stage.logits)(
-            hidden, ids, None if stage.input_embedder is None else batch.pixels
-        )
+        stage = stage_from_tensors(config, [number], AttentionConfig(rule="mma"), model.native_tensor)
+        hidden = (stage if stage.lm_head is None else stage.logits)(hidden, ids, batch.media)
         del stage  # free it before the reference's layer is read
         layer = model.layer(number)
         mutual, causal, perturbed = (
@@ -160,7 +158,7 @@ def synthetic_batch(config: ModelConfig) -> Batch:
         segment_ids=torch.zeros_like(tokens).where(valid, NO_SEGMENT),
         position_ids=positions,
         targets=targets,
-        pixels=torch.rand(1, 3, size, size, generator=generator) * 2 - 1,
+        media={Modality.IMAGE: torch.rand(1, 3, size, size, generator=generator) * 2 - 1},
     )
 
 
@@ -176,10 +174,15 @@ def _additive_mask(batch: Batch, *, mutual: bool) -> Tensor:
     return torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min).unsqueeze(1)
 
 
-def _one_layer_stage(number: int, config: ModelConfig, tensor: Callable[[str], Tensor]) -> Stage:
-    """A stage of one decoder layer in fp32; the first has the input embedder too, and the last the LM head."""
+def stage_from_tensors(
+    config: ModelConfig, layers: Sequence[int], attention: AttentionConfig, tensor: Callable[[str], Tensor]
+) -> Stage:
+    """Build a stage of these decoder layers; the first has the input embedder too, and the last the LM head.
+
+    tensor  returns a tensor by its native name; the stage takes it as it is
+    """
     with torch.device("meta"):
-        stage = build_stage(config, [number], attention=AttentionConfig(rule="mma"))
+        stage = build_stage(config, layers, attention=attention)
     tied = TIED_PARAMETERS if config.decoder.tie_word_embeddings else {}
     stage.load_state_dict({name: tensor(tied.get(name, name)) for name in stage.state_dict()}, assign=True)
     return stage

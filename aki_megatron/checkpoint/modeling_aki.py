@@ -137,7 +137,7 @@ class AkiPreTrainedModel(PreTrainedModel):
     input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["AkiResampler"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
 
     def __init__(self, config: AkiConfig) -> None:

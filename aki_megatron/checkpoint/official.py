@@ -4,13 +4,20 @@ Its names begin with ``vision_encoder.`` (SigLIP), ``vision_tokenizer.`` (the re
 a separate embedding of the added tokens and with an LM head bias). AKI-4B has 718 tensors.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
-from aki_megatron.checkpoint.conversion_report import STRICT, AllowedMismatches, TensorMatch, match_tensors
+from aki_megatron.checkpoint.conversion_report import (
+    STRICT,
+    AllowedMismatches,
+    TensorMatch,
+    TensorRecord,
+    match_tensors,
+)
 from aki_megatron.checkpoint.readers import FileTensors, open_safetensors, open_torch_file
 from aki_megatron.checkpoint.shapes import model_shapes
 from aki_megatron.checkpoint.tensors import NameTable, TensorSource
-from aki_megatron.checkpoint.weight_names import language_names, linear_rules, name_table, vision_names
+from aki_megatron.checkpoint.weight_names import is_buffer, language_names, linear_rules, name_table, vision_names
 from aki_megatron.config.model import ModelConfig
 from aki_megatron.errors import CheckpointError
 from aki_megatron.families.base import WeightRule
@@ -93,4 +100,8 @@ def match_official(source: FileTensors, config: ModelConfig, allowed: AllowedMis
     Raises CheckpointError with every tensor that is missing, unexpected or of another shape and not allowed by name.
     """
     table = official_names(config, vision=has_vision_encoder(source))
-    return match_tensors(source.specs, table, model_shapes(config), source=str(source.path), allowed=allowed)
+    buffers = [name for name in source.specs if is_buffer(name)]
+    specs = {name: spec for name, spec in source.specs.items() if name not in buffers}
+    match = match_tensors(specs, table, model_shapes(config), source=str(source.path), allowed=allowed)
+    skipped = tuple(TensorRecord("skipped", (name,), (), source.specs[name].shape) for name in buffers)
+    return replace(match, records=match.records + skipped)

@@ -1,4 +1,4 @@
-"""AKI's processor for plain transformers (5.x): this file is copied into an exported folder.
+"""AKI's processor for plain transformers (>= 5.0, < 6): this file is copied into an exported folder.
 
 It converts texts and images to the model's inputs. ``<image>`` in a text stands for one image and becomes as many
 positions as the resampler has latents. A text is split into parts, each tokenized by itself, as in training: everything
@@ -8,12 +8,11 @@ message. Texts are neither completed nor truncated: write them with all special 
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-from transformers import BatchFeature, ProcessorMixin
+from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
+
+from .image_processing_aki import AkiImageProcessor, flatten_images
 
 PAD, TEXT, RESPONSE, IMAGE = 0, 1, 2, 3
 """Values of ``modality_ids``, as in modeling_aki.py."""
@@ -25,7 +24,7 @@ _IGNORED = ("padding", "add_special_tokens")
 class AkiProcessor(ProcessorMixin):
     """Texts and images to input_ids, attention_mask, modality_ids and pixel_values.
 
-    image_size        height and width in pixels that every image is resized to (bicubic; aspect ratio not kept)
+    image_processor   makes the pixels of images (image_processing_aki.py)
     num_image_tokens  positions of one image in the text
     image_token       token that stands for an image
     response_start    text after which a response begins
@@ -37,8 +36,8 @@ class AkiProcessor(ProcessorMixin):
 
     def __init__(
         self,
+        image_processor: Any,
         tokenizer: Any,
-        image_size: int = 384,
         num_image_tokens: int = 144,
         image_token: str = "<image>",
         response_start: str = "<|assistant|>\n",
@@ -48,12 +47,19 @@ class AkiProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> None:
         self.system_message = system_message
-        self.image_size = image_size
         self.num_image_tokens = num_image_tokens
         self.image_token = image_token
         self.response_start = response_start
         self.response_ends = list(response_ends)
-        super().__init__(tokenizer, chat_template=chat_template)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: Any, processor_dict: Any = None, **kwargs: Any
+    ) -> list[Any]:
+        """Return both parts. AutoImageProcessor asks for torchvision in some releases, which is not needed here."""
+        parts = (AkiImageProcessor, AutoTokenizer)
+        return [part.from_pretrained(pretrained_model_name_or_path, **kwargs) for part in parts]
 
     def __call__(
         self,
@@ -65,7 +71,7 @@ class AkiProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Return one sequence per text, padded to the longest.
 
-        images        PIL images or paths, for all texts in order; a list, or a list per text
+        images        as AkiImageProcessor takes them, for all texts in order; a list, or a list per text
         text          one or several texts
         padding_side  left to generate, right for a forward pass
 
@@ -77,7 +83,7 @@ class AkiProcessor(ProcessorMixin):
         if unknown:
             raise ValueError(f"AkiProcessor has no {', '.join(unknown)}: texts are neither truncated nor completed.")
         texts = [text] if isinstance(text, str) else list(text)
-        flat_images = _flatten(images)
+        flat_images = flatten_images(images)
         expected = sum(each.count(self.image_token) for each in texts)
         if expected != len(flat_images):
             raise ValueError(
@@ -96,7 +102,7 @@ class AkiProcessor(ProcessorMixin):
             "modality_ids": [padded(modalities, PAD) for _, modalities in sequences],
         }
         if flat_images:
-            data["pixel_values"] = np.stack([self._pixels(image) for image in flat_images])
+            data |= self.image_processor(flat_images)
         return BatchFeature(data, tensor_type=return_tensors)
 
     @property
@@ -134,18 +140,3 @@ class AkiProcessor(ProcessorMixin):
             ids += tokens
             modalities += [modality] * len(tokens)
         return ids, modalities
-
-    def _pixels(self, image: Image.Image | str | Path) -> np.ndarray:
-        """float32 [3, image_size, image_size] in [-1, 1]: bytes / 255, mean 0.5, standard deviation 0.5."""
-        opened = Image.open(image) if isinstance(image, str | Path) else image
-        rgb = opened.convert("RGB").resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
-        pixels = np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1)).astype(np.float32)
-        return (pixels / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
-
-
-def _flatten(images: Any) -> list[Any]:
-    if images is None:
-        return []
-    if isinstance(images, list | tuple):
-        return [image for group in images for image in _flatten(group)]
-    return [images]

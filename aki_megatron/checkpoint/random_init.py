@@ -11,15 +11,12 @@ from aki_megatron.config.model import ModelConfig
 from aki_megatron.model.decoder import DecoderLayer
 from aki_megatron.model.init import seeded
 from aki_megatron.model.linears import LocalLinears
-from aki_megatron.model.resampler import PerceiverResampler
+from aki_megatron.model.media_encoders import MEDIA_ENCODERS
 from aki_megatron.model.stage import LMHead, TokenEmbedding
-from aki_megatron.model.vision import VisionEncoder
 
 MODULES: dict[str, Callable[[ModelConfig], nn.Module]] = {
-    "input_embedder.vision_encoder": lambda config: VisionEncoder(config.vision),
-    "input_embedder.resampler": lambda config: PerceiverResampler(
-        config.resampler, config.vision.hidden_size, config.decoder.hidden_size
-    ),
+    **{f"input_embedder.{media.encoder_name}": media.build_encoder for media in MEDIA_ENCODERS.values()},
+    **{f"input_embedder.{media.resampler_name}": media.build_resampler for media in MEDIA_ENCODERS.values()},
     "input_embedder.token_embedding": lambda config: TokenEmbedding(config.decoder, LocalLinears()),
     "layers": lambda config: DecoderLayer(config.decoder, LocalLinears()),
     "lm_head": lambda config: LMHead(config.decoder, LocalLinears()),

@@ -16,11 +16,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from aki_megatron.checkpoint.foreign_files import kind_of, refuse_adapter_names, refuse_other_folder, refuse_pointer
 from aki_megatron.checkpoint.tensors import Shape, TensorSpec, require_finite
+from aki_megatron.checkpoint.weight_names import is_buffer
 from aki_megatron.errors import CheckpointError
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Dtypes that weights are read and written in, by their safetensors names."""
+
+_BUFFER_DTYPES = {"I64": torch.int64, "BOOL": torch.bool}
+"""Dtypes of tensors that are no weights and are never quantized ones; matching refuses them as weights."""
+_SMALL_DTYPES = {"I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+"""Dtypes that hold buffers or quantized weights: the name tells."""
+_QUANTIZED_NAMES = (".qweight", ".qzeros", ".absmax", ".quant_map", ".SCB", ".weight_scale", ".weight_scale_inv")
 
 
 @dataclass(frozen=True)
@@ -57,14 +65,19 @@ class FileTensors:
         return {name: location.spec for name, location in self.locations.items()}
 
     def get(self, name: str) -> Tensor:
-        return require_finite(self.locations[name].read(), name, self.locations[name].file)
+        others = (
+            (other, location.read())
+            for other, location in self.locations.items()
+            if other != name and location.spec.dtype.is_floating_point
+        )
+        return require_finite(self.locations[name].read(), name, self.locations[name].file, others)
 
 
 def open_safetensors(path: Path) -> FileTensors:
     """The tensors of a safetensors file, or of a folder with one file or with all shards of a model.
 
-    Raises CheckpointError where a file is missing or damaged, where it holds quantized weights, or where two files hold
-    a tensor of the same name.
+    Raises CheckpointError where a file is missing or damaged, where it holds quantized weights or a LoRA adapter, or
+    where two files hold a tensor of the same name.
     """
     locations: dict[str, TensorLocation] = {}
     for file in [path] if path.is_file() else weight_files(path):
@@ -74,6 +87,7 @@ def open_safetensors(path: Path) -> FileTensors:
                     f"{name} is in {locations[name].file.name} and in {file}; remove the file that does not belong."
                 )
             locations[name] = location
+    refuse_adapter_names(path, locations)
     return FileTensors(path, locations)
 
 
@@ -86,6 +100,7 @@ def weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if not shards:
+        refuse_other_folder(folder)
         pickles = sorted(file.name for file in folder.glob("*") if file.suffix in (".bin", ".pt", ".pth"))
         raise CheckpointError(
             f"{folder} holds no weights: looked for model.safetensors and model-00001-of-0000N.safetensors. "
@@ -110,6 +125,7 @@ def _safetensors_locations(file: Path) -> dict[str, TensorLocation]:
     and sizes give the offsets.
     """
     try:
+        refuse_pointer(file)
         with safe_open(file, framework="pt") as header:
             entries = {name: header.get_slice(name) for name in header.offset_keys()}
             specs = {
@@ -117,7 +133,8 @@ def _safetensors_locations(file: Path) -> dict[str, TensorLocation]:
             }
         offset = file.stat().st_size - sum(spec.nbytes for spec in specs.values())
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is not a readable safetensors file ({error}); fetch it again.") from None
+        kind = f", but {kind_of(file)}" if file.is_file() else ""
+        raise CheckpointError(f"{file} is not a readable safetensors file ({error}){kind}; fetch it again.") from None
     locations = {}
     for name, spec in specs.items():
         locations[name] = TensorLocation(file, offset, spec, contiguous_stride(spec.shape))
@@ -126,12 +143,13 @@ def _safetensors_locations(file: Path) -> dict[str, TensorLocation]:
 
 
 def _spec(file: Path, name: str, dtype: str, shape: Shape) -> TensorSpec:
-    if dtype not in SAFETENSORS_DTYPES:
+    readable = SAFETENSORS_DTYPES | _BUFFER_DTYPES | (_SMALL_DTYPES if is_buffer(name) else {})
+    if dtype not in readable or name.endswith(_QUANTIZED_NAMES):
         raise CheckpointError(
             f"{file}: {name} is stored as {dtype}; weights are read from {', '.join(SAFETENSORS_DTYPES)}. "
             "Quantized folders are not read; give the folder of the full-precision model."
         )
-    return TensorSpec(shape, SAFETENSORS_DTYPES[dtype])
+    return TensorSpec(shape, readable[dtype])
 
 
 def open_torch_file(file: Path) -> FileTensors:
@@ -141,6 +159,7 @@ def open_torch_file(file: Path) -> FileTensors:
 
     Raises CheckpointError where it is no such file, or where it holds anything but tensors and plain values.
     """
+    refuse_pointer(file)
     if not zipfile.is_zipfile(file):
         raise CheckpointError(
             f"{file} is not a readable file of torch.save (torch >= 1.6); fetch it again, or save it again with a "
@@ -156,6 +175,7 @@ def open_torch_file(file: Path) -> FileTensors:
     state = content.get("model_state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{file} holds neither a state dict nor one under the name model_state_dict.")
+    refuse_adapter_names(file, state)
     record_offsets = _record_offsets(file)
     locations: dict[str, TensorLocation] = {}
     for stored_name, tensor in state.items():

@@ -1,10 +1,10 @@
-"""The text side of a checkpoint: the tokenizer and the system message that its run was trained with."""
+"""The inputs of a checkpoint's run that an export takes along: tokenizer, system message, treatment of images."""
 
 import json
 from pathlib import Path
 
 from aki_megatron.checkpoint import files
-from aki_megatron.config.data import SYSTEM_MESSAGE
+from aki_megatron.config.data import SYSTEM_MESSAGE, ImagesConfig
 from aki_megatron.config.yaml_file import read_yaml
 from aki_megatron.data.fingerprint import TOKENIZER_FILES, Fingerprint, tokenizer_fingerprint
 from aki_megatron.errors import CheckpointError
@@ -53,6 +53,11 @@ def run_tokenizer(checkpoint: Path) -> Path:
 def run_system_message(checkpoint: Path) -> str:
     """Return the system message of the run that wrote a checkpoint; AKI's where a conversion wrote it."""
     return str(_data_section(checkpoint).get("system_message", SYSTEM_MESSAGE))
+
+
+def run_images(checkpoint: Path) -> ImagesConfig:
+    """Return how the run that wrote a checkpoint made pixels of images; AKI's way where a conversion wrote it."""
+    return ImagesConfig.model_validate(_data_section(checkpoint).get("images", {}))
 
 
 def _data_section(checkpoint: Path) -> dict[str, object]:

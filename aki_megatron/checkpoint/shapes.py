@@ -31,6 +31,11 @@ def model_shapes(config: ModelConfig) -> dict[str, Shape]:
     return {name: tuple(parameter.shape) for name, parameter in meta_parameters(config).items()}
 
 
+def num_parameters(config: ModelConfig) -> int:
+    """Number of the whole model's parameters."""
+    return sum(parameter.numel() for parameter in meta_parameters(config).values())
+
+
 @dataclass(frozen=True)
 class ShapeComparison:
     """Sorted names of the tensors that differ."""

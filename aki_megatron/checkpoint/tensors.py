@@ -6,7 +6,7 @@ A conversion never holds a whole model: a source lists its tensors and reads any
 *Native* names are the parameter names of our model; *external* names are those of another format.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -82,14 +82,36 @@ class ProgressSource:
         return tensor
 
 
-def require_finite(tensor: Tensor, name: str, where: Path) -> Tensor:
-    """Return the tensor. Raises CheckpointError with the number of its values that are NaN or infinite, if any."""
-    if tensor.is_floating_point() and (bad := tensor.numel() - int(tensor.isfinite().sum())):
-        raise CheckpointError(
-            f"{where}: {name} holds {bad:,} NaN or infinite values of {tensor.numel():,}; fetch it again, or take an "
-            "earlier checkpoint."
-        )
-    return tensor
+MAX_NAMED = 8
+"""Tensors with values that are not finite that an error names; it counts the others."""
+
+
+def require_finite(tensor: Tensor, name: str, where: Path, others: Iterable[tuple[str, Tensor]] = ()) -> Tensor:
+    """Return the tensor.
+
+    others  name and content of the source's other tensors, read only where this one is refused
+
+    Raises CheckpointError with every tensor that holds values that are NaN or infinite, and how many, if this one does.
+    """
+    if not (bad := _num_non_finite(tensor)):
+        return tensor
+    also = [(other, found, content.numel()) for other, content in others if (found := _num_non_finite(content))]
+    named = ", ".join(f"{other} ({found:,} of {numel:,})" for other, found, numel in also[:MAX_NAMED])
+    rest = f" and {len(also) - MAX_NAMED} more" if len(also) > MAX_NAMED else ""
+    text = f"; so do {len(also)} other tensors: {named}{rest}" if also else ""
+    raise CheckpointError(
+        f"{where}: {name} holds {bad:,} NaN or infinite values of {tensor.numel():,}{text}; fetch it again, or take an "
+        "earlier checkpoint."
+    )
+
+
+def _num_non_finite(tensor: Tensor) -> int:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return 0
+    # the extremes are NaN where any element is; faster than isfinite() of all elements, and without a copy
+    if bool(torch.stack(torch.aminmax(tensor)).isfinite().all()):
+        return 0
+    return tensor.numel() - int(tensor.isfinite().sum())
 
 
 def to_native(external: TensorSource, table: NameTable) -> LazyTensors:

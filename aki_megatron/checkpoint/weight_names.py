@@ -21,6 +21,15 @@ DECODER_LAYER = "layers.{i}."
 """Native prefix of the tensors of decoder layer i."""
 
 
+_BUFFERS = ("position_ids", "inv_freq", "attn.bias", "masked_bias", "num_batches_tracked", "token_type_ids")
+"""Ends of the names of tensors that older libraries save beside the weights: numbers that the code computes."""
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor's name is that of a buffer, which no model needs."""
+    return name.endswith(_BUFFERS)
+
+
 def linear_rules(native: str, external: str) -> tuple[WeightRule, WeightRule]:
     """Return the rules of a module with a weight and a bias, which no rank splits."""
     return WeightRule(f"{native}.weight", f"{external}.weight"), WeightRule(f"{native}.bias", f"{external}.bias")

@@ -7,10 +7,8 @@ written. Callers write into a ``staging_dir``, which is renamed once everything 
 import hashlib
 import json
 import os
-import shutil
 import struct
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,36 +18,16 @@ from torch import Tensor
 from aki_megatron.checkpoint import files
 from aki_megatron.checkpoint.dcp_io import HashingWriter
 from aki_megatron.checkpoint.readers import SAFETENSORS_DTYPES, open_torch_file
+from aki_megatron.checkpoint.staging import staging_dir
 from aki_megatron.checkpoint.tensors import TensorSource, total_bytes
 from aki_megatron.errors import CheckpointError
+
+__all__ = ["SHARD_BYTES", "staging_dir", "write_safetensors", "write_shards", "write_torch_file"]
 
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 SHARD_BYTES = 5 * 10**9
 """Default size of a shard of a Hugging Face folder, as in transformers."""
-
-
-@contextmanager
-def staging_dir(out: Path) -> Iterator[Path]:
-    """A folder to write into, renamed to ``out`` if the block succeeds and removed if it fails.
-
-    Raises CheckpointError where ``out`` exists and is not an empty folder, or where the disk is full.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists and is not empty; choose another --out, or remove it first.")
-    out = out.absolute()
-    staging = out.parent / f"{files.WRITING}{out.name}"
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        yield staging
-        files.sync_dir(staging)
-        staging.replace(out)  # replaces an empty folder
-        files.sync_dir(out.parent)
-    except OSError as error:
-        raise CheckpointError(f"{out} cannot be written: {error}. Nothing is left of it.") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def write_safetensors(file: Path, source: TensorSource, names: Iterable[str] | None = None) -> None:

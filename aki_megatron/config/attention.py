@@ -49,7 +49,7 @@ ATTENTION_RULES: dict[str, AttentionRule] = {
     "causal": AttentionRule(summary="Every position sees what precedes it.", look_ahead="none"),
     "mma": AttentionRule(
         summary=(
-            "Modality-mutual attention (eq. 5): image positions also see the later prompt text of their turn, "
+            "Modality-mutual attention (eq. 5): media positions also see the later prompt text of their turn, "
             "through the assistant marker; everything else is causal."
         ),
         look_ahead="prompt",
@@ -91,11 +91,11 @@ class AttentionConfig(Section):
     """Who may attend to whom: a rule of ATTENTION_RULES and its options."""
 
     rule: RuleName
-    """causal: each position sees what precedes it. mma: image positions also see the prompt of their turn.
+    """causal: each position sees what precedes it. mma: media positions also see the prompt of their turn.
     mma_general: modalities of one prompt see each other. mixed: image positions see their whole image. cca: concentric
     causal attention, with its position ids. docs/combinations.md describes them."""
     visible_fraction: float = Field(default=1.0, ge=0, le=1)
-    """mma: fraction of the prompt text after the first image of a turn that its images see; 0 is causal."""
+    """mma: fraction of the prompt text after the first media item of a turn that its media see; 0 is causal."""
     selection: Literal["prefix", "suffix", "random"] = "prefix"
     """mma: which part of that text: the first tokens, the last ones, or a random subset. A larger fraction contains a
     smaller one."""

@@ -7,6 +7,7 @@ from math import isqrt
 from aki_megatron.config.attention import ATTENTION_RULES, rules_for_supervised_text
 from aki_megatron.config.batch_sizes import divisors
 from aki_megatron.config.combinations import refusals
+from aki_megatron.config.data import DataConfig
 from aki_megatron.config.deepspeed import problems_of_settings
 from aki_megatron.config.field_info import list_problems
 from aki_megatron.config.run import RunConfig
@@ -26,15 +27,32 @@ class ContradictionError(ConfigError):
         self.problems = problems
 
 
+def _caption_prefix_problems(data: DataConfig) -> Iterator[str]:
+    """Check that the prefix is a range of fractions below 1 of captions that follow their image."""
+    limits = data.caption_prefix
+    if len(limits) != 2 or not 0.0 <= limits[0] <= limits[1] < 1.0:
+        yield (
+            f"data.caption_prefix={list(limits)} must be [low, high] with 0 <= low <= high < 1, for example [0.0, 0.5]."
+        )
+    if data.kind != "captions":
+        yield "data.caption_prefix is for data.kind=captions; conversations have prompts of their own: remove it."
+    if any(phase.order == "text_first" for phase in data.phases):
+        yield (
+            "data.caption_prefix makes a prompt of text after an image, but a phase has order=text_first, where the "
+            "image comes last; remove one of them."
+        )
+
+
 def data_problems(run: RunConfig) -> Iterator[str]:
     """Check that the sources fit data.kind, and that the attention rule cannot see the supervised text."""
     data = run.data
     if data.kind == "captions":
-        if ATTENTION_RULES[run.attention.rule].needs_prompt_after_image:
+        if ATTENTION_RULES[run.attention.rule].needs_prompt_after_image and not data.caption_prefix:
             yield (
                 f"data.kind=captions cannot be trained with attention.rule={run.attention.rule}: image positions would "
                 "look ahead at the caption, which is supervised, so the answer would leak; "
-                f"set attention.rule to {rules_for_supervised_text()}."
+                f"set attention.rule to {rules_for_supervised_text()}, or let a first part of every caption be prompt: "
+                "data.caption_prefix [0.0, 0.5]."
             )
         if not data.captions:
             yield (
@@ -48,6 +66,8 @@ def data_problems(run: RunConfig) -> Iterator[str]:
             yield "data.kind=conversations needs data.sources; for example [{name: vqav2, weight: 1}]."
         if data.captions:
             yield "data.kind=conversations reads data.sources; remove data.captions, or set data.kind to captions."
+    if data.caption_prefix:
+        yield from _caption_prefix_problems(data)
     for key, names in (("sources", [source.name for source in data.sources]),
                        ("captions", [captions.name for captions in data.captions])):  # fmt: skip
         twice = [name for name, count in Counter(names).items() if count > 1]

@@ -8,6 +8,7 @@ from aki_megatron.config.datasets import CAPTION_FORMATS, DATASETS, OCR_GRANULAR
 from aki_megatron.config.section import (
     AtMost,
     FilePath,
+    Floats,
     Gigabytes,
     NonNegativeInt,
     PositiveInt,
@@ -80,13 +81,18 @@ class ImagesConfig(Section):
     stored."""
 
 
+OFFICIAL_IMAGES = ImagesConfig()
+"""What the released code does."""
+
+
 class PhaseConfig(Section):
     """A number of optimizer steps with a choice of sources and an order of image and text."""
 
     steps: PositiveInt
     """Optimizer steps of the phase; the phases of a run add up to train.steps."""
     sources: Strings = ()
-    """Names of the sources to sample from; empty: all."""
+    """Names of the sources to sample from; empty: all. A source that an earlier phase read goes on where that phase
+    stopped (docs/data.md)."""
     order: Literal["image_first", "text_first"] = "image_first"
     """text_first puts the question (or caption) before the image: dual-order training (papers, section 3.2)."""
 
@@ -99,7 +105,7 @@ class PackingConfig(Section):
     sequence_length: Annotated[PositiveInt, AtMost(2**24)] = 4096
     """Length of a packed sequence in positions: text tokens and image latents."""
     max_images: Annotated[PositiveInt, AtMost(2**20)] = 32
-    """Largest number of images in a packed sequence."""
+    """Largest number of images (and other media) in a packed sequence."""
     buffer_size: Annotated[PositiveInt, AtMost(2**24)] = 4096
     """Samples that are packed at a time: more leave less padding and take longer to pack."""
 
@@ -128,6 +134,10 @@ class DataConfig(Section):
     """Hugging Face tokenizer folder of the family model.decoder.family, as published or with AKI's added tokens."""
     system_message: str = SYSTEM_MESSAGE
     """System message of every conversation."""
+    caption_prefix: Floats = ()
+    """Captions: [low, high], fractions from 0 to below 1. Of every caption a first part, of a fraction drawn anew for
+    every sample, is prompt: not learnt, and visible to the image, so that attention.rule mma trains on captions without
+    a leak. Empty: the whole caption is learnt."""
     max_text_tokens: Annotated[PositiveInt, AtMost(2**24)]
     """Longest text of a sample in tokens, chat markers included, image latents not (papers, Table 3: 128 and 512)."""
     max_bad_fraction: float = Field(default=0.001, ge=0, le=1)

@@ -141,11 +141,14 @@ class DecoderConfig(Section):
     family: Annotated[str, OneOf(FAMILIES)] = DEFAULT_FAMILY
     """Decoder family: biases and norms of the attention, tensor names in Hugging Face folders, chat format."""
     hidden_size: Size = 3072
-    """Hidden size of the transformer; head_dim is hidden_size / num_heads."""
+    """Hidden size of the transformer."""
     num_layers: Layers = 32
     """Number of transformer layers."""
     num_heads: Size = 32
     """Number of query heads."""
+    head_dim: int = Field(default=0, ge=0, le=2**24)
+    """Dimension of an attention head; 0 takes hidden_size / num_heads, as most models have it (Qwen3-0.6B and 4B have
+    128 instead)."""
     num_kv_heads: Size = 32
     """Number of key and value heads; fewer than num_heads is grouped-query attention."""
     intermediate_size: Size = 8192
@@ -167,11 +170,15 @@ class DecoderConfig(Section):
 
     @model_validator(mode="after")
     def _relations(self) -> "DecoderConfig":
-        _check_divisible("model.decoder", "hidden_size", self.hidden_size, "num_heads", self.num_heads)
+        if not self.head_dim:
+            _check_divisible("model.decoder", "hidden_size", self.hidden_size, "num_heads", self.num_heads)
+            # the section is frozen once it is valid; every reader, and what is written, has the resolved number
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
         _check_divisible("model.decoder", "num_heads", self.num_heads, "num_kv_heads", self.num_kv_heads)
         if self.head_dim % 2:
             raise ConfigError(
-                f"model.decoder: hidden_size / num_heads = {self.head_dim} must be even: rotary embedding needs pairs."
+                f"model.decoder.head_dim={self.head_dim} (hidden_size / num_heads where it is not set) must be even: "
+                "rotary embedding needs pairs."
             )
         if self.total_vocab_size > self.padded_vocab_size:
             raise ConfigError(
@@ -194,9 +201,9 @@ class DecoderConfig(Section):
         return FAMILIES[self.family].traits
 
     @property
-    def head_dim(self) -> int:
-        """Dimension of an attention head."""
-        return self.hidden_size // self.num_heads
+    def attention_size(self) -> int:
+        """Features of all query heads together; hidden_size in most models."""
+        return self.num_heads * self.head_dim
 
     @property
     def total_vocab_size(self) -> int:

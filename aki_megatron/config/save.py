@@ -9,7 +9,7 @@ import yaml
 
 from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.config.changes import HISTORY, Change, check_changeable, differences, is_allowed
-from aki_megatron.config.data import SYSTEM_MESSAGE
+from aki_megatron.config.data import OFFICIAL_IMAGES, SYSTEM_MESSAGE, ImagesConfig
 from aki_megatron.config.field_info import list_problems
 from aki_megatron.config.load import file_values
 from aki_megatron.config.model import ModelConfig
@@ -39,11 +39,19 @@ def dump_run(run: RunConfig, history: Sequence[str] = ()) -> str:
     return HEADER + "".join(f"{HISTORY}{line}\n" for line in history) + _yaml(public_values(run, digests=True))
 
 
-def dump_model(model: ModelConfig, attention: AttentionConfig, system_message: str = SYSTEM_MESSAGE) -> str:
-    """Return the sections that a converted checkpoint holds as YAML; a system message only if not AKI's."""
+def dump_model(
+    model: ModelConfig,
+    attention: AttentionConfig,
+    system_message: str = SYSTEM_MESSAGE,
+    images: ImagesConfig = OFFICIAL_IMAGES,
+) -> str:
+    """Return the sections that a converted checkpoint holds as YAML; of the data what is not AKI's default."""
     values = {"model": model.model_dump(mode="json"), "attention": attention.model_dump(mode="json")}
-    if system_message != SYSTEM_MESSAGE:
-        values["data"] = {"system_message": system_message}
+    data: dict[str, Any] = {} if system_message == SYSTEM_MESSAGE else {"system_message": system_message}
+    if images != OFFICIAL_IMAGES:
+        data["images"] = images.model_dump(mode="json")
+    if data:
+        values["data"] = data
     return MODEL_HEADER + _yaml(values)
 
 

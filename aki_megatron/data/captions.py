@@ -76,7 +76,7 @@ def _blip3_ocr(raw: str, text_format: TextFormat) -> str:
             f"character {error.start + 1} of the description is half a surrogate pair "
             f"(\\u{ord(text[error.start]):04x}); the text was cut in the middle of a character."
         ) from error
-    return text
+    return text.removeprefix(BYTE_ORDER_MARK)
 
 
 def _find_description(entries: list[dict[str, Any]], text_format: TextFormat) -> dict[str, Any]:

@@ -17,17 +17,15 @@ from typing import Any
 from aki_megatron.config.run import RunConfig
 from aki_megatron.data.bad_samples import num_tolerated
 from aki_megatron.data.fault_kinds import FaultCounts, fault_kind
-from aki_megatron.data.image import decode_image
-from aki_megatron.data.pipeline import SPLIT, build_sources, build_template, build_tokenizer
-from aki_megatron.data.sample_stream import Source
+from aki_megatron.data.image import ImageOptions, decode_image
+from aki_megatron.data.pipeline import SPLIT, build_sources, build_template, build_tokenizer, image_options
+from aki_megatron.data.sample_stream import Source, read_item
 from aki_megatron.data.sources.records import LazyConversations
-from aki_megatron.data.template import Template
 from aki_megatron.data.validation_set import validation_sources
 from aki_megatron.errors import ConfigError, DataError
-from aki_megatron.types import Caption, Modality
+from aki_megatron.types import MEDIA_MODALITIES, Sample
 
 MISSING_IMAGE = "the image file is missing"
-NO_RESPONSE = "no supervised token (empty, or truncated at the length limit)"
 
 VALIDATION = "validation"
 """In the names of sources that are validated on."""
@@ -66,6 +64,8 @@ class SourceCheck:
     image_uses: Counter[str] = field(default_factory=Counter)
     malformed: FaultCounts = field(default_factory=FaultCounts)
     faults: FaultCounts = field(default_factory=FaultCounts)
+    notes: list[str] = field(default_factory=list)
+    """What a run says when it opens the tars: those with unreadable samples, those that are missing."""
     cannot_open: str = ""
     """Why the source cannot be opened at all."""
 
@@ -89,25 +89,40 @@ def check_run_data(
     key = "captions" if config.data.kind == "captions" else "sources"
     parts = [(entry.name, entry, SPLIT) for entry in getattr(config.data, key)]
     if config.validation.interval:
-        found = validation_sources(config)
-        parts += [(f"{entry.name} ({VALIDATION})", entry, config.validation.split) for entry in found]
+        validated = validation_sources(config)
+        parts += [(f"{entry.name} ({VALIDATION})", entry, config.validation.split) for entry in validated]
     for name, entry, split in parts:
         # what is bad is counted here, however much it is
         data = config.data.model_copy(update={key: (entry,), "max_bad_fraction": 1.0})
         try:
-            source = build_sources(data, lambda line: None, split)[entry.name]
+            notes: list[str] = []
+            source = build_sources(data, notes.append, split)[entry.name]
         except (ConfigError, DataError) as error:
             yield SourceCheck(name, cannot_open=str(error))
             continue
-        checker = _Checker(name, source, template, config.model.vision.image_size)
-        yield checker.check(max_samples, num_workers, progress)
+        render: Callable[[Any], Any] = template.render_conversation
+        if config.data.kind == "captions":
+            render = template.render_caption
+        options = image_options(config.data)
+        checker = _Checker(name, source, render, config.model.vision.image_size, options)
+        found = checker.check(max_samples, num_workers, progress)
+        if config.data.kind == "captions":  # faults of annotation files are in ``malformed``
+            found.notes = notes
+        yield found
 
 
 class _Checker:
     """Check one source. Its methods that take a part of the work run in worker processes."""
 
-    def __init__(self, name: str, source: Source[Any], template: Template, image_size: int) -> None:
-        self.name, self.source, self.template, self.image_size = name, source, template, image_size
+    def __init__(
+        self,
+        name: str,
+        source: Source[Any],
+        render: Callable[[Any], Sample | None],
+        image_size: int,
+        options: ImageOptions,
+    ) -> None:
+        self.name, self.source, self.render, self.image_size, self.options = name, source, render, image_size, options
 
     def check(self, max_samples: int, num_workers: int, progress: Progress) -> SourceCheck:
         items = self.source.items
@@ -136,25 +151,26 @@ class _Checker:
         for index in indices:
             key = ""
             try:
-                item = self.source.items[index]
+                item, sample = read_item(
+                    self.source, index, self.render, read=self.source.items.__getitem__, name=self.name
+                )
                 key = item.key
-                caption = isinstance(item, Caption)
-                sample = self.template.render_caption(item) if caption else self.template.render_conversation(item)
-                if sample is None:
-                    raise DataError(f"Sample {key}: {NO_RESPONSE}")
-                if isinstance(item.image, bytes):
-                    decode_image(item.image, self.image_size, key=key)
-            except Exception as error:  # whatever a decoder or a tokenizer raises is a fault of this sample
-                _add_fault(found, key, error)
+                for medium in item.media:
+                    if isinstance(medium.content, bytes):
+                        decode_image(medium.content, self.image_size, key=key, options=self.options)
+            except DataError as error:
+                reason = str(error)
+                found.faults.record(fault_kind(reason.replace(key, "...") if key else reason), reason)
                 continue
-            num_image = sample.modality_ids.count(Modality.IMAGE)
-            num_text = len(sample.token_ids) - num_image + (num_image > 0)  # <image> counts as one
+            num_media = sum(kind in MEDIA_MODALITIES for kind in sample.modality_ids)
+            num_text = len(sample.token_ids) - num_media + len(sample.media)  # a media item counts as one
             found.token_counts[num_text + sample.num_cut_tokens] += 1
             found.num_over_cap += sample.num_cut_tokens > 0
             found.num_readable += 1
-            if isinstance(item.image, Path):
-                found.image_uses[str(item.image)] += 1
-                keys.setdefault(str(item.image), key)
+            for medium in item.media:
+                if isinstance(medium.content, Path):
+                    found.image_uses[str(medium.content)] += 1
+                    keys.setdefault(str(medium.content), key)
         return found, keys
 
     def check_images(self, images: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -162,16 +178,17 @@ class _Checker:
         bad = []
         for image, key in images:
             try:
-                decode_image(Path(image), self.image_size, key=key)
-            except Exception as error:  # as above
-                missing = not Path(image).exists()
-                bad.append((image, MISSING_IMAGE if missing else str(error) or type(error).__name__))
+                decode_image(Path(image), self.image_size, key=key, options=self.options)
+            except DataError as error:
+                bad.append((image, str(error) if _exists(image) else MISSING_IMAGE))
         return bad
 
 
-def _add_fault(found: SourceCheck, key: str, error: Exception) -> None:
-    reason = str(error) if isinstance(error, DataError) else f"Sample {key}: {type(error).__name__}: {error}"
-    found.faults.record(fault_kind(reason.replace(key, "...") if key else reason), reason)
+def _exists(image: str) -> bool:
+    try:
+        return Path(image).exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _add_bad_image(found: SourceCheck, image: str, key: str, reason: str) -> None:

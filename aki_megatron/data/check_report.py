@@ -32,6 +32,7 @@ def report_lines(found: SourceCheck, config: DataConfig) -> Iterator[str]:
         yield from (f"    {line}" for line in histogram_lines(found.token_counts))
         yield f"  over the cap   {found.num_over_cap:,} samples cut at data.max_text_tokens={config.max_text_tokens}"
     yield from _fault_lines(found)
+    yield from (f"  {note}" for note in found.notes)
     if found.is_refused(config.max_bad_fraction):
         yield f"  A RUN WOULD STOP: more is bad than data.max_bad_fraction={config.max_bad_fraction} allows"
 

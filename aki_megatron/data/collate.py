@@ -1,17 +1,16 @@
-"""Collate samples into a batch: sequences of one or several samples, right padding, ids as tensors, stacked images.
+"""Collate samples into a batch: sequences of one or several samples, right padding, ids as tensors, stacked media.
 
 B sequences, T positions, N images.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import DTypeLike
 
 from aki_megatron.data.image import decode_image, normalize
-from aki_megatron.types import IGNORE, NO_SEGMENT, Batch, DecodedImage, Modality, Sample
+from aki_megatron.types import IGNORE, NO_SEGMENT, Batch, DecodedImage, MediaItem, Modality, Sample
 
 
 def collate(
@@ -57,10 +56,7 @@ def collate(
             targets[where] = sample.targets
             start += num_tokens
     images = [
-        _decoded(sample.image, image_size, sample.key)
-        for sequence in sequences
-        for sample in sequence
-        if sample.image is not None
+        _decoded(item, image_size, sample.key) for sequence in sequences for sample in sequence for item in sample.media
     ]
     return Batch(
         token_ids=torch.from_numpy(token_ids),
@@ -68,7 +64,7 @@ def collate(
         segment_ids=torch.from_numpy(segment_ids),
         position_ids=torch.from_numpy(position_ids),
         targets=torch.from_numpy(targets),
-        pixels=normalize(images, image_size),
+        media={Modality.IMAGE: normalize(images, image_size)},
         num_bad_samples=num_bad_samples,
         num_cut_samples=sum(sample.num_cut_tokens > 0 for sequence in sequences for sample in sequence),
     )
@@ -78,5 +74,5 @@ def _filled(num_sequences: int, length: int, value: int, dtype: DTypeLike) -> np
     return np.full((num_sequences, length), int(value), dtype=dtype)
 
 
-def _decoded(image: Path | bytes | DecodedImage, size: int, key: str) -> DecodedImage:
-    return image if isinstance(image, DecodedImage) else decode_image(image, size, key=key)
+def _decoded(item: MediaItem, size: int, key: str) -> DecodedImage:
+    return item.content if isinstance(item.content, DecodedImage) else decode_image(item.content, size, key=key)

@@ -45,6 +45,7 @@ CROP_ASPECT_RANGE = (3 / 4, 4 / 3)
 FLIP_PROBABILITY = 0.5
 
 _CROP_ATTEMPTS = 10
+_BITS_PER_SAMPLE = 258  # tag of TIFF
 
 _ADDRESS = re.compile(r"<[\w.]+ object at 0x[0-9a-f]+>")
 
@@ -80,9 +81,11 @@ def decode_image(image: Path | bytes, size: int, *, key: str, options: ImageOpti
     name = _name(image, key)
     try:
         data = image.read_bytes() if isinstance(image, Path) else image
-    except (OSError, ValueError) as error:  # ValueError: a path with a null byte or half a surrogate pair
+    except (OSError, ValueError, MemoryError) as error:  # ValueError: a path with a null byte or half a surrogate pair
         reason = error.strerror if isinstance(error, OSError) else None
-        raise UnreadableImage(f"{name} cannot be read: {reason or error}") from error
+        raise UnreadableImage(
+            f"{name} cannot be read: {reason or str(error) or 'it does not fit into memory'}"
+        ) from error
     try:
         with sample_errors(name):
             rgb = _decode_rgb(data, size, options)
@@ -102,14 +105,17 @@ def _decode_rgb(data: bytes, size: int, options: ImageOptions) -> bytes:
         opened = Image.open(BytesIO(data), formats=_installed_formats())
     except UnidentifiedImageError as error:
         kind = file_kind(data[:HEAD_BYTES])
-        hint = "; it is damaged at its beginning, or of a variant that is not read" if kind.endswith("image") else ""
+        form = kind.removeprefix("an ").removeprefix("a ").removesuffix(" image").replace(" ", "")
+        hint = "; it is damaged at its beginning, or of a variant that is not read" if form in FORMATS else ""
         raise UnreadableImage(f"is not a readable image but {kind}{hint}. Read are {', '.join(FORMATS)}.") from error
+    except Image.DecompressionBombError as error:  # Pillow's own limit is far above MAX_PIXELS
+        raise UnreadableImage(f"has more than {MAX_PIXELS} pixels (decompression bomb?).") from error
     with opened:
         width, height = opened.size
         if width * height > MAX_PIXELS:
             raise UnreadableImage(f"has {width} x {height} pixels, more than {MAX_PIXELS} (decompression bomb?).")
         turned = ImageOps.exif_transpose(opened) if options.exif_rotation else opened
-        rgb = _to_rgb(turned, options)
+        rgb = _to_rgb(turned, opened.format, options)
         if rgb.size != (size, size):
             rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
         return rgb.tobytes()
@@ -122,19 +128,34 @@ def _installed_formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _to_rgb(image: Image.Image, options: ImageOptions) -> Image.Image:
-    """Convert to RGB as Pillow does, but 16-bit grey by its high byte. Raises UnreadableImage for 32-bit grey."""
+def _to_rgb(image: Image.Image, form: str | None, options: ImageOptions) -> Image.Image:
+    """Convert to RGB as Pillow does, but 16-bit grey by its high byte. Raises UnreadableImage for 32-bit grey.
+
+    form  Pillow's name of the format that the image was opened from; a turned image has none
+    """
     if image.mode == "RGB" and not (options.transparency == "white" and image.has_transparency_data):
         return image
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-        high_byte = np.asarray(image).astype(np.int64) >> 8
-        return Image.fromarray(high_byte.astype(np.uint8), "L").convert("RGB")
+    if image.mode.startswith("I;16") or (image.mode == "I" and form == "PPM"):
+        return _high_byte_of_grey(image, options)
     if image.mode in ("I", "F"):
-        raise UnreadableImage("has grey of 32 bits, whose range is not known; convert it to 8 or 16 bits.")
+        raise UnreadableImage(
+            "has grey of 32 bits or of signed numbers, whose range is not known; convert it to 8 or 16 bits."
+        )
     if options.transparency == "white" and image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _high_byte_of_grey(image: Image.Image, options: ImageOptions) -> Image.Image:
+    """Convert grey of 16 bits, or of 12 as some TIFFs have it, to RGB by the highest eight bits."""
+    num_bits = min(16, *getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,)))
+    grey = np.asarray(image).astype(np.int64)
+    high_byte = (grey >> (num_bits - 8)).astype(np.uint8)
+    transparent = image.info.get("transparency")  # the value of transparent pixels (PNG)
+    if options.transparency == "white" and isinstance(transparent, int):
+        high_byte[grey == transparent] = 255
+    return Image.fromarray(high_byte, "L").convert("RGB")
 
 
 def _decoder_message(data: bytes, error: DataError) -> str:

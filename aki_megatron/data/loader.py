@@ -19,7 +19,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from aki_megatron.data.bad_samples import BadSample, BadSampleBudget
@@ -310,9 +309,8 @@ def _exit_on_lost_result(error: Exception, _result: object) -> None:
 
 def _in_shared_memory(loaded: LoadedMicrobatch) -> LoadedMicrobatch:
     """Move the tensors where the rank can read them; done here, where an error can be reported."""
-    for tensor in vars(loaded.batch).values():
-        if isinstance(tensor, Tensor):
-            tensor.share_memory_()
+    for tensor in loaded.batch.tensors():
+        tensor.share_memory_()
     return loaded
 
 

@@ -1,6 +1,7 @@
 """Build everything a run reads: tokenizer, templates, sources, phases, and which samples each step holds."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from aki_megatron.data.captions import TextFormat
 from aki_megatron.data.fingerprint import FileFingerprints, Fingerprint, tokenizer_fingerprint
 from aki_megatron.data.image import ImageOptions
 from aki_megatron.data.loader import MicrobatchDataset, StepLoader
-from aki_megatron.data.mixture import Mixture
+from aki_megatron.data.mixture import Mixture, SourcePass
 from aki_megatron.data.packing import PackedSampler, PackingLimits
 from aki_megatron.data.permutation import derive_seed
 from aki_megatron.data.sample_stream import MixtureStream, SampleStream, Source
@@ -25,7 +26,7 @@ from aki_megatron.data.sources import dataset_reader, open_sources
 from aki_megatron.data.template import Template
 from aki_megatron.data.tokenizer import Tokenizer
 from aki_megatron.families.registry import FAMILIES
-from aki_megatron.types import Conversation
+from aki_megatron.types import Caption, Conversation, Modality
 
 TOKENIZER_NAME = "tokenizer"
 """Name of the tokenizer's fingerprint; those of sources are ``source NAME``."""
@@ -51,12 +52,15 @@ def build_tokenizer(config: RunConfig) -> Tokenizer:
 
 def build_template(config: RunConfig, tokenizer: Tokenizer, *, text_first: bool = False) -> Template:
     """Build the template that renders this run's samples."""
+    packing, positions = config.data.packing, config.model.decoder.rope.max_position_embeddings
     return Template(
         tokenizer,
-        num_image_tokens=config.model.resampler.num_latents,
+        num_media_tokens={Modality.IMAGE: config.model.resampler.num_latents},
         max_text_tokens=config.data.max_text_tokens,
         system_message=config.data.system_message,
         text_first=text_first,
+        max_positions=min(positions, packing.sequence_length) if packing.enabled else positions,
+        max_media=packing.max_images if packing.enabled else None,
     )
 
 
@@ -112,17 +116,27 @@ def build_sources(config: DataConfig, progress: Callable[[str], None], split: st
     return {
         source.name: Source(
             opened[source.name],
-            locate=partial(_locate_conversation, config.root, source.name, split, opened[source.name]),
+            locate=partial(
+                _locate_conversation, _annotation_files(config.root, source.name, split), opened[source.name]
+            ),
             augment=source.augment == "official",
         )
         for source in config.sources
     }
 
 
-def _locate_conversation(root: Path, name: str, split: str, items: Sequence[Conversation], index: int) -> str:
-    """Return how messages name a conversation: by its annotation files and key."""
-    files = [str(root / file) for file in dataset_reader(name).files[split] if Path(file).suffix]
-    return f"{' and '.join(files)}, sample {items[index].key}"
+def _annotation_files(root: Path, name: str, split: str) -> str:
+    """Return the annotation files of a source, as messages name them."""
+    files = dataset_reader(name).files_below(root, split)
+    return " and ".join(str(root / file) for file in files if Path(file).suffix)
+
+
+def _locate_conversation(files: str, items: Sequence[Conversation], index: int) -> str:
+    """Return how messages name a conversation: by its annotation files and key; by its number if it has no key."""
+    sample = f"number {index}"
+    with suppress(Exception):  # reading it may be what failed
+        sample = items[index].key
+    return f"{files}, sample {sample}"
 
 
 def data_fingerprints(
@@ -144,6 +158,12 @@ def data_fingerprints(
     return found
 
 
+def _with_prefix(limits: Sequence[float], seed: int, caption: Caption, n: int) -> Caption:
+    """Return the caption of sample ``n``, of which a fraction between two limits is prompt: uniform, by number."""
+    low, high = limits
+    return replace(caption, prefix=low + (high - low) * (derive_seed("caption prefix", seed, n) / 2**64))
+
+
 def source_weights(config: DataConfig, sources: Mapping[str, Source[Any]]) -> dict[str, float]:
     """Return the weight of every source in the mixture; not normalized."""
     entries = config.captions if config.kind == "captions" else config.sources
@@ -156,21 +176,42 @@ def build_stream(
     config: RunConfig, tokenizer: Tokenizer, sources: Mapping[str, Source[Any]], phase: int
 ) -> SampleStream:
     """Build the stream of numbered samples of one phase."""
-    data, phase_config, seed = config.data, run_phases(config)[phase], phase_seed(config.train.seed, phase)
-    weights = source_weights(data, sources)
-    names = phase_config.sources or tuple(weights)
+    data, phase_config, mixture = config.data, run_phases(config)[phase], phase_mixture(config, sources, phase)
     template = build_template(config, tokenizer, text_first=phase_config.order == "text_first")
-    chosen = {name: sources[name] for name in names}
+    chosen = {name: sources[name] for name in mixture.names}
     render: Callable[[Any], Any] = template.render_conversation
+    prepare = None
     if data.kind == "captions":
         render = template.render_caption
+        prepare = partial(_with_prefix, data.caption_prefix, mixture.seed) if data.caption_prefix else None
         chosen = {
-            name: replace(source, order=_shard_order(source.items, seed, name, data.shards_per_block))
+            name: replace(
+                source, order=_shard_order(source.items, mixture.passes[name].seed, name, data.shards_per_block)
+            )
             for name, source in chosen.items()
         }
-    mixture = Mixture({name: weights[name] for name in names}, seed=seed)
     image_size, options = config.model.vision.image_size, image_options(data)
-    return MixtureStream(chosen, mixture, render, image_size=image_size, image_options=options)
+    return MixtureStream(chosen, mixture, render, image_size=image_size, image_options=options, prepare=prepare)
+
+
+def phase_mixture(config: RunConfig, sources: Mapping[str, Source[Any]], phase: int) -> Mixture:
+    """Return the mixture of a phase: it goes on with each source where the earlier phases stopped.
+
+    How many samples a packed phase takes depends on their lengths, so packed phases begin anew, each in its own order.
+    """
+    weights = source_weights(config.data, sources)
+    passes: dict[str, SourcePass] = {}
+    for number, phase_config in enumerate(run_phases(config)[: phase + 1]):
+        names = phase_config.sources or tuple(weights)
+        mixture = Mixture(
+            {name: weights[name] for name in names},
+            seed=phase_seed(config.train.seed, number),
+            passes=passes,
+            num_items={name: len(sources[name].items) for name in names},
+        )
+        if number < phase and not config.data.packing.enabled:
+            passes |= mixture.passes_after(phase_config.steps * config.train.global_batch_size)
+    return mixture
 
 
 def _shard_order(dataset: Any, seed: int, name: str, shards_per_block: int) -> ShardOrder:

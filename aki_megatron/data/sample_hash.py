@@ -1,4 +1,4 @@
-"""Hash what a sample trains, for the sample audit log: token ids, modality ids, targets and its image, not its name.
+"""Hash what a sample trains, for the sample audit log: token ids, modality ids, targets and its media, not its name.
 
 A step's hash is the sum of its samples' hashes modulo 2^64, so it does not depend on how they are dealt to ranks.
 """
@@ -15,14 +15,14 @@ HASH_VERSION = 2
 def sample_hash(sequence: int, index: int, sample: Sample) -> int:
     """Return a 64-bit hash of a sample's content, its sequence in the step and its index in the sequence.
 
-    Its image is decoded, as streams return it. The checksum of the encoded image stands for the pixels: hashing those
+    Its media are decoded, as streams return them. The checksum of an encoded image stands for the pixels: hashing those
     would take 3 % of the loader's time.
     """
     digest = blake2b(f"{sequence} {index} {len(sample.token_ids)} ".encode(), digest_size=8)
     digest.update(array("i", sample.token_ids).tobytes())
     digest.update(bytes(sample.modality_ids))
     digest.update(array("i", sample.targets).tobytes())
-    if sample.image is not None:
-        assert isinstance(sample.image, DecodedImage), sample.key
-        digest.update(f"{sample.image.size} {sample.image.checksum}".encode())
+    decoded = [item.content for item in sample.media if isinstance(item.content, DecodedImage)]
+    assert len(decoded) == len(sample.media), sample.key
+    digest.update(" ".join(f"{image.size} {image.checksum}" for image in decoded).encode())
     return int.from_bytes(digest.digest(), "little")

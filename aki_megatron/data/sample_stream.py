@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from aki_megatron.data.bad_samples import BadSample, BadSampleBudgetExceeded, sample_errors
@@ -11,7 +10,9 @@ from aki_megatron.data.mixture import Mixture, SourceDraw
 from aki_megatron.data.permutation import derive_seed
 from aki_megatron.data.shard_order import ShardOrder
 from aki_megatron.errors import DataError
-from aki_megatron.types import Caption, Conversation, Sample
+from aki_megatron.types import Caption, Conversation, DecodedImage, MediaItem, Sample
+
+NO_RESPONSE = "no supervised token (empty, or truncated at the length limit)"
 
 MAX_ATTEMPTS = 100
 """Items tried for one sample before its source is given up."""
@@ -42,7 +43,7 @@ class SampleStream(Protocol):
         ...
 
     def length(self, n: int) -> tuple[int, int]:
-        """Return the number of positions and of images of sample n, without decoding anything."""
+        """Return the number of positions and of media items of sample n, without decoding anything."""
         ...
 
 
@@ -71,6 +72,29 @@ class Source(Generic[Item]):
     augment: bool = False
 
 
+def read_item(
+    source: Source[Item], index: int, render: Callable[[Item], Sample | None], *, read: Callable[[int], Item], name: str
+) -> tuple[Item, Sample]:
+    """Return item ``index`` of a source as ``read`` gives it, and as ``render`` does.
+
+    Raises DataError, which says where the item is, whatever goes wrong with it.
+    """
+
+    def location() -> str:
+        if source.locate is not None:
+            return source.locate(index)
+        return f"item {index} of source {name}" if item is None else item.key
+
+    item: Item | None = None
+    with sample_errors(location):
+        item = read(index)
+        item.key.encode()  # keys are hashed and logged; half a surrogate pair cannot be
+        sample = render(item)
+        if sample is None:
+            raise DataError(f"{location()}: {NO_RESPONSE}")
+    return item, sample
+
+
 class MixtureStream(Generic[Item]):
     """Draw from a mixture, render, decode, and replace bad items, for captions or for conversations.
 
@@ -87,62 +111,65 @@ class MixtureStream(Generic[Item]):
         *,
         image_size: int,
         image_options: ImageOptions = OFFICIAL_OPTIONS,
+        prepare: Callable[[Item, int], Item] | None = None,
     ) -> None:
+        """Draw from ``mixture``; ``prepare`` returns an item as sample number n takes it, None: as it is."""
         assert set(mixture.names) == set(sources), (mixture.names, sorted(sources))
         self._sources: list[Source[Item]] = [sources[name] for name in mixture.names]
         self._mixture = mixture
         self._render: Callable[[Item], Sample | None] = render
+        self._prepare: Callable[[Item, int], Item] | None = prepare
         self._images = ImageCache(image_size, image_options)
 
     def sample(self, n: int, *, replace_images: bool = True) -> LoadedSample:
         draw = self._mixture.draw(n)
         name, source = self._mixture.names[draw.source], self._sources[draw.source]
         bad_samples: list[BadSample] = []
-        for item, sample in self._rendered(n, draw, source.items.__getitem__, bad_samples):
-            if item.image is None:
-                return LoadedSample(sample, tuple(bad_samples))
+        for index, item, sample in self._rendered(n, draw, source.items.__getitem__, bad_samples):
+            augment_seed = derive_seed("augment", self._mixture.seed, n) if source.augment else None
             try:
-                augment_seed = derive_seed("augment", self._mixture.seed, n) if source.augment else None
-                image = self._images.decode(item.image, key=item.key, augment_seed=augment_seed)
+                media = tuple(self._decode(medium, item.key, augment_seed) for medium in sample.media)
             except DataError as error:
-                bad_samples.append(BadSample(name, str(error)))
+                # a file is named by the error; encoded bytes are a part of what ``locate`` names
+                encoded = any(isinstance(medium.content, bytes) for medium in sample.media)
+                file = f"{source.locate(index)}: " if source.locate and encoded else ""
+                bad_samples.append(BadSample(name, f"{file}{error}"))
                 if not replace_images:
                     return LoadedSample(None, tuple(bad_samples))
             else:
-                return LoadedSample(replace(sample, image=image), tuple(bad_samples))
+                return LoadedSample(replace(sample, media=media), tuple(bad_samples))
         raise _no_readable_item(name, bad_samples)
+
+    def _decode(self, item: MediaItem, key: str, augment_seed: int | None) -> MediaItem:
+        """Return a media item decoded. Raises DataError; the images of one sample are augmented alike."""
+        assert not isinstance(item.content, DecodedImage), key
+        return MediaItem(item.modality, self._images.decode(item.content, key=key, augment_seed=augment_seed))
 
     def length(self, n: int) -> tuple[int, int]:
         draw = self._mixture.draw(n)
         name, source = self._mixture.names[draw.source], self._sources[draw.source]
         bad_samples: list[BadSample] = []
-        for item, sample in self._rendered(n, draw, source.read_text or source.items.__getitem__, bad_samples):
-            return len(sample.token_ids), int(item.image is not None)
+        for _, _, sample in self._rendered(n, draw, source.read_text or source.items.__getitem__, bad_samples):
+            return len(sample.token_ids), len(sample.media)
         raise _no_readable_item(name, bad_samples)
 
     def _rendered(
         self, n: int, draw: SourceDraw, read: Callable[[int], Item], bad_samples: list[BadSample]
-    ) -> Iterator[tuple[Item, Sample]]:
-        """Yield the candidates for sample n whose text is good; append the bad ones before them to ``bad_samples``."""
-        name = self._mixture.names[draw.source]
+    ) -> Iterator[tuple[int, Item, Sample]]:
+        """Yield the candidates for sample n whose text is good: index, item, sample.
+
+        The bad ones before each are appended to ``bad_samples``.
+        """
+        name, source = self._mixture.names[draw.source], self._sources[draw.source]
+        prepare = self._prepare
+        render = self._render if prepare is None else lambda item: self._render(prepare(item, n))
         for index in self._candidates(n, draw):
             try:
-                with sample_errors(f"item {index} of source {name}"):
-                    item = read(index)
-                location = partial(self._location, draw.source, index, item)
-                with sample_errors(location):
-                    item.key.encode()  # keys are hashed and logged; half a surrogate pair cannot be
-                    sample = self._render(item)
-                if sample is None:
-                    raise DataError(f"{location()}: no supervised token (empty, or truncated at the length limit)")
+                item, sample = read_item(source, index, render, read=read, name=name)
             except DataError as error:
                 bad_samples.append(BadSample(name, str(error)))
             else:
-                yield item, sample
-
-    def _location(self, source: int, index: int, item: Item) -> str:
-        locate = self._sources[source].locate
-        return locate(index) if locate is not None else item.key
+                yield index, item, sample
 
     def _candidates(self, n: int, draw: SourceDraw) -> Iterator[int]:
         """Yield the item of sample n, then its replacements."""

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,7 +79,8 @@ def pairs_from_folder(folder: Path) -> PairSource:
     if not folder.is_dir():
         raise DataError(f"--folder {folder} is no folder.")
     suffixes = {f".{suffix}" for suffix in IMAGE_SUFFIXES}
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = [path for path in found if path.suffix.lower() in suffixes]
     if not files:
         raise DataError(f"{folder} holds no image; looked for {', '.join(IMAGE_SUFFIXES)} in it and its subfolders.")
 
@@ -90,7 +91,22 @@ def pairs_from_folder(folder: Path) -> PairSource:
         except (OSError, UnicodeDecodeError) as error:
             return ImageTextPair(name, DataError(f"its caption {text.name} cannot be read: {error}"), "")
 
-    return PairSource(len(files), map(read, files))
+    def leave_out(path: Path) -> ImageTextPair:
+        is_text = path.suffix == ".txt"
+        reason = "there is no image of its name" if is_text else "its suffix is that of no image"
+        reason += f"; read are {', '.join(IMAGE_SUFFIXES)}"
+        return ImageTextPair(path.relative_to(folder).as_posix(), DataError(reason), "")
+
+    others = _captioned_others(found, files)
+    return PairSource(len(files) + len(others), chain(map(read, files), map(leave_out, others)))
+
+
+def _captioned_others(found: list[Path], images: list[Path]) -> list[Path]:
+    """Return the files with a text of their name that are no image, and the texts that no file has the name of."""
+    texts = {path.with_suffix("") for path in found if path.suffix == ".txt"}
+    others = [path for path in found if path.suffix not in (".txt", ".json") and path.with_suffix("") in texts]
+    named = {path.with_suffix("") for path in others}
+    return sorted({*others} - {*images} | {stem.with_name(f"{stem.name}.txt") for stem in texts - named})
 
 
 def pairs_from_table(table: Path, image_column: str, caption_column: str, image_root: Path | None = None) -> PairSource:
@@ -298,7 +314,9 @@ def _pair(name: str, record: tuple[Any, Any], root: Path) -> ImageTextPair:
         return ImageTextPair(name, DataError(f"the caption is no text but {type(caption).__name__}"), "")
     if isinstance(image, bytes):
         return ImageTextPair(name, image, caption)
-    if not isinstance(image, str) or not image:
+    if image == "" or image is None:
+        return ImageTextPair(name, DataError("there is no image in this row"), caption)
+    if not isinstance(image, str):
         return ImageTextPair(
             name, DataError(f"the image is neither a path nor bytes but {type(image).__name__}"), caption
         )
@@ -326,16 +344,20 @@ def _csv_rows(table: Path, columns: tuple[str, str]) -> tuple[int, Iterator[tupl
 
     def rows() -> Iterator[tuple[Any, Any]]:
         with table.open(newline="", encoding="utf-8-sig") as file:
-            for row in csv.DictReader(file):
+            for row in csv.DictReader(file, strict=True):
                 yield row[columns[0]], row[columns[1]]
 
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            if missing := _missing_columns(table, columns, next(reader, [])):
-                raise missing
-            return sum(bool(row) for row in reader), rows()
-    except (UnicodeDecodeError, csv.Error) as error:
+            # strict: a quotation mark that is never closed would make one caption of all that follows
+            reader = csv.reader(file, strict=True)
+            try:
+                if missing := _missing_columns(table, columns, next(reader, [])):
+                    raise missing
+                return sum(bool(row) for row in reader), rows()
+            except csv.Error as error:
+                raise DataError(f"{table} is not a valid CSV file: {error} (up to line {reader.line_num}).") from error
+    except UnicodeDecodeError as error:
         raise DataError(f"{table} is not a CSV file in UTF-8: {error}") from error
 
 

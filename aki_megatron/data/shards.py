@@ -268,10 +268,10 @@ def _existing_shards(
     if not missing:
         return shards, stats
     if report_skipped is None:
-        listing = "\n  ".join(missing)
+        listing, hint = "\n  ".join(missing), wildcard_hint(patterns)
         raise DataError(
-            f"Tars of the shards {list(patterns)} do not exist (root {root}):\n  {listing}\nFetch them, or leave out "
-            "what is missing with skip_missing: true of the caption set."
+            f"Tars of the shards {list(patterns)} do not exist (root {root}){hint}:\n  {listing}\nFetch them, or "
+            "leave out what is missing with skip_missing: true of the caption set."
         )
     kept = [(shard, found) for shard, found in zip(shards, stats, strict=True) if found is not None or shard.command]
     if not kept:
@@ -283,6 +283,13 @@ def _existing_shards(
     return [shard for shard, _ in kept], [found for _, found in kept]
 
 
+def wildcard_hint(patterns: Sequence[str]) -> str:
+    """Return what to say about patterns of missing tars that have wildcards; empty where they have none."""
+    if any(set(pattern) & set("*?[") for pattern in patterns):
+        return ". Wildcards are not expanded here; write {00000..00007}.tar"
+    return ""
+
+
 def missing_shards(patterns: Sequence[str], root: Path) -> list[str]:
     """Return the tars that do not exist, the first ten by name. Commands are not run."""
     shards = parse_patterns(patterns, root)
@@ -291,6 +298,6 @@ def missing_shards(patterns: Sequence[str], root: Path) -> list[str]:
 
 def _list_missing(shards: Sequence[Shard], stats: Sequence[os.stat_result | None]) -> list[str]:
     pairs = zip(shards, stats, strict=True)
-    missing = [str(shard) for shard, found in pairs if found is None and shard.tar is not None]
+    missing = [shard.tar for shard, found in pairs if found is None and shard.tar is not None]
     rest = [f"... and {len(missing) - 10:,} more of {len(shards):,} tars"] if len(missing) > 10 else []
-    return missing[:10] + rest
+    return [f"{tar} (a folder)" if tar.is_dir() else str(tar) for tar in missing[:10]] + rest

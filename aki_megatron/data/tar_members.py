@@ -16,10 +16,13 @@ MAX_MEMBER_BYTES = 2**28
 LINK = "is a link to another member, and links are not followed; pack the files again with tar --hard-dereference"
 SPARSE = "is stored as a sparse file, which is not read; pack the files again without tar --sparse"
 
+OTHER_KIND = "is a device, a pipe or a folder, not a file"
+
 _BLOCK, _CHUNK = 512, 2**20
 _ZEROS = bytes(_BLOCK)
 _FILE = (b"0", b"\0", b"7")
 _LINKS = (b"1", b"2")
+_NO_FILES = (b"3", b"4", b"5", b"6")
 _EXTENDED = (b"x", b"g", b"L", b"K")
 # links, devices, folders: a size in their header does not count bytes that follow
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
@@ -83,8 +86,8 @@ def _members_from(handle: int, size: int, offset: int, lost: bool) -> Generator[
             return _Damage(name, problem, offset) if problem else None
         header = parse_header(block)
         if header is None:
-            problem = f"the tar is malformed after this key: no valid header at byte {offset}."
-            return _Damage(name, problem, offset)
+            where = "after this key" if name else "at its beginning"
+            return _Damage(name, f"the tar is malformed {where}: no valid header at byte {offset}.", offset)
         kind, data_size, start = header.kind, int(extended.get("size", header.size)), offset + _BLOCK
         if kind in _EXTENDED:
             data_size = header.size  # a pax size is that of the member after it
@@ -100,6 +103,7 @@ def _members_from(handle: int, size: int, offset: int, lost: bool) -> Generator[
             extended |= _parse_extended(kind, os.pread(handle, min(data_size, MAX_MEMBER_BYTES), start))
         else:
             problem = LINK if kind in _LINKS else SPARSE if kind == b"S" or "sparse" in extended else ""
+            problem = OTHER_KIND if kind in _NO_FILES else problem
             if (kind in _FILE or problem) and not name.endswith("/"):
                 yield Member(name, ByteRange(start, data_size), problem, lost=lost)
             extended = {}

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from aki_megatron.data.file_kind import HEAD_BYTES, file_kind
+from aki_megatron.data.file_kind import HEAD_BYTES, file_kind, is_known_kind
 from aki_megatron.data.tar_members import (
     EMPTY_RANGE,
     MAX_MEMBER_BYTES,
@@ -42,6 +42,11 @@ DOTTED = (
     "the name has a dot before its suffix, and a key ends at the first dot (as in webdataset); rename the members "
     "without it (2023_0.jpg for 2023.0.jpg)."
 )
+APART = (
+    "its image and its text are apart in the tar, and the members of a sample must follow each other (as in "
+    "webdataset); pack the files again with tar --sort=name."
+)
+_LACKS = ("no image member", "no txt member", "no txt and image member")
 LOST = "it lies behind the point where the tar is damaged, and nothing from there on is read; repair the tar."
 
 
@@ -84,9 +89,26 @@ def scan_tar(tar: Path) -> Iterator[TarSample]:
             error = f"the file is no tar but {kind}; put an uncompressed tar there, or fetch it again."
             yield TarSample("", error=error, damaged=True)
             return
-        yield from _group(iter_members(handle, os.fstat(handle).st_size))
+        yield from _join_apart(list(_group(iter_members(handle, os.fstat(handle).st_size))))
     finally:
         os.close(handle)
+
+
+def _join_apart(samples: list[TarSample]) -> Iterator[TarSample]:
+    """Yield the samples; of those whose members are apart, as in a tar of files by suffix, each once with that error.
+
+    Their parts are incomplete samples of one key: one with the text, one with the image, maybe one with neither.
+    """
+    parts: dict[str, list[str]] = {}
+    for sample in samples:
+        if sample.error.startswith(_LACKS):
+            parts.setdefault(sample.key, []).append(sample.error.partition(" (")[0])
+    apart = {key for key, lacking in parts.items() if [lacking.count(what) for what in _LACKS[:2]] == [1, 1]}
+    for sample in samples:
+        if sample.key not in apart or not sample.error.startswith(_LACKS):
+            yield sample
+        elif sample.error.startswith(_LACKS[0]):
+            yield sample._replace(error=APART)
 
 
 def _group(members: Iterable[Member]) -> Iterator[TarSample]:
@@ -127,7 +149,9 @@ def _foreign_kind(handle: int) -> str:
     head = os.pread(handle, HEAD_BYTES, 0)
     if head and (not any(head) or parse_header(head.ljust(HEAD_BYTES, b"\0")) is not None):
         return ""
-    return "" if find_header(handle, 0) is not None else file_kind(head)
+    kind = file_kind(head)
+    # an archive that is not compressed may hold a tar whole, and so its headers
+    return kind if is_known_kind(kind) or find_header(handle, 0) is None else ""
 
 
 def _is_whole(run: _Run) -> bool:

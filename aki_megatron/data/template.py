@@ -16,18 +16,37 @@ Text-first order, for dual-order training (AKI, Figure 4), puts the image after 
     fine-tuning  ... <|user|>\\n{prompt}\\n<image><|end|>\\n<|assistant|>\\n{response}<|endoftext|>
     captions     <s>{caption}<image><|endofchunk|><|endoftext|>
 
+Prompts with placeholders (users' own data) hold their media where the placeholders stand, in any turn, and nothing is
+added around them; text-first order then moves those of the first prompt to its end.
+
+With a prefix, the first part of a caption is prompt: the image may see it under a rule that looks ahead, and the model
+is trained on the rest only. The tokens are those of the caption without a prefix.
+
 The space after <s> is the lone space token that the release's slow tokenizer puts before <|system|> (and not
 before <image>), and that its inference code writes out. Newlines after Phi-3's markers vanish in tokenization; those
 of the other families and the one after <image> stay, and belong to the prompt.
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 from aki_megatron.data.tokenizer import Tokenizer
 from aki_megatron.errors import ConfigError, DataError
 from aki_megatron.families.base import ENDOFCHUNK_TOKEN, IMAGE_TOKEN
-from aki_megatron.types import BYTE_ORDER_MARK, IGNORE, Caption, Conversation, Modality, Sample
+from aki_megatron.types import (
+    BYTE_ORDER_MARK,
+    IGNORE,
+    MEDIA_MODALITIES,
+    Caption,
+    Conversation,
+    Modality,
+    Placeholder,
+    Sample,
+    Turn,
+)
 
 MIN_TEXT_TOKENS = 5
 """Of a caption: its start, <image>, one token of text, <|endofchunk|>, the end."""
@@ -44,10 +63,12 @@ class Part(NamedTuple):
 class Template:
     """Render text and images into samples, as the family of the tokenizer writes them.
 
-    num_image_tokens  positions of one image (Q)
-    max_text_tokens   longest text in tokens: markers and <image> (as one) count, the other image positions do not
+    num_media_tokens  modality -> positions of one of its items (Q)
+    max_text_tokens   longest text in tokens: markers and every media item (as one) count
     system_message    empty leaves the system block out
-    text_first        put the image after the first question, or after the caption
+    text_first        put the media after the first question, or after the caption
+    max_positions     longest training sample in positions, media included; None: any length
+    max_media         largest number of media of a training sample; None: any number
 
     Truncation keeps the end marker. Text that holds a special token literally raises DataError: it would turn into that
     token, and any escape would train on text that the dataset does not have. So does half of a surrogate pair. In the
@@ -55,13 +76,15 @@ class Template:
     """
 
     tokenizer: Tokenizer
-    num_image_tokens: int
+    num_media_tokens: Mapping[Modality, int]
     max_text_tokens: int
     system_message: str
     text_first: bool = False
+    max_positions: int | None = None
+    max_media: int | None = None
 
     def __post_init__(self) -> None:
-        assert self.num_image_tokens > 0, self.num_image_tokens
+        assert min(self.num_media_tokens.values()) > 0, self.num_media_tokens
         if self.max_text_tokens < MIN_TEXT_TOKENS:
             raise ConfigError(
                 f"data.max_text_tokens={self.max_text_tokens} leaves no room for text beside the markers; "
@@ -76,28 +99,53 @@ class Template:
     def conversation_parts(self, conversation: Conversation) -> list[Part]:
         """Return the string of a conversation in parts; the token that ends a response belongs to it.
 
-        Raises DataError for text that holds a special token.
+        Raises DataError for text that holds a special token, and for placeholders that are not those of the media.
         """
         turns, chat = conversation.turns, self.tokenizer.chat
         assert turns, conversation.key
-        self._refuse_unusable(conversation.key, *(text for turn in turns for text in (turn.prompt, turn.response)))
-        image = Part(IMAGE_TOKEN, Modality.IMAGE) if conversation.image is not None else None
+        own = conversation.system_message
+        texts = [text for turn in turns for text in (turn.prompt, turn.response)]
+        self._refuse_unusable(conversation.key, *texts, *([] if own is None else [own]))
         ending, user = chat.turn_end + chat.turn_separator, chat.header("user")
-        message = self.system_message.removeprefix(BYTE_ORDER_MARK)
+        message = (self.system_message if own is None else own).removeprefix(BYTE_ORDER_MARK)
         system = f"{chat.header('system')}{message}{ending}" if message else ""
         opening, closing = f"{chat.conversation_start}{system}{user}", f"{ending}{chat.response_start}"
         parts: list[Part] = []
-        for number, turn in enumerate(turns):
-            if number or image is None:
-                parts.append(Part(f"{opening}{turn.prompt}{closing}", Modality.TEXT))
-            elif self.text_first:
-                parts += [Part(f"{opening}{turn.prompt}\n", Modality.TEXT), image, Part(closing, Modality.TEXT)]
-            else:
-                parts += [Part(opening, Modality.TEXT), image, Part(f"\n{turn.prompt}{closing}", Modality.TEXT)]
+        for number, (turn, pieces) in enumerate(zip(turns, self._prompt_pieces(conversation), strict=True)):
+            parts += _joined([opening, *pieces, closing])
             opening = f"{chat.turn_separator}{user}"
             last = number == len(turns) - 1
             parts.append(Part(f"{turn.response}{chat.sample_end if last else chat.turn_end}", Modality.RESPONSE))
         return parts
+
+    def _prompt_pieces(self, conversation: Conversation) -> list[list[str | Modality]]:
+        """Return every prompt as texts and the media between them. Raises DataError where they do not fit together."""
+        media = [item.modality for item in conversation.media]
+        for modality in media:
+            if modality not in self.num_media_tokens:
+                raise DataError(
+                    f"Sample {conversation.key} holds media of modality {modality.name.lower()}, which this model has "
+                    "no encoder for."
+                )
+        turns = conversation.turns
+        placed = [placeholder.modality for turn in turns for placeholder in turn.placeholders]
+        if placed and placed != media:
+            raise DataError(
+                f"Sample {conversation.key} has {_counted(placed)} in its prompts but {_counted(media)} beside them; "
+                "give one file for each placeholder, in order."
+            )
+        if not placed and media:
+            first = Turn(turns[0].prompt, "", tuple(Placeholder(0, modality) for modality in media))
+            return [self._aki_pieces(first), *map(_placed_pieces, turns[1:])]
+        pieces = [_placed_pieces(turn) for turn in turns]
+        return [self._aki_pieces(turns[0]), *pieces[1:]] if self.text_first and turns[0].placeholders else pieces
+
+    def _aki_pieces(self, turn: Turn) -> list[str | Modality]:
+        """Return a prompt with its media before it, each followed by a newline, or after it in text-first order."""
+        media = [placeholder.modality for placeholder in turn.placeholders]
+        if self.text_first:
+            return [turn.prompt, *(piece for modality in media for piece in ("\n", modality))]
+        return [*(piece for modality in media for piece in (modality, "\n")), turn.prompt]
 
     def caption_parts(self, caption: Caption) -> list[Part]:
         """Return the string of a caption in parts. Raises DataError for text that holds a special token."""
@@ -128,13 +176,20 @@ class Template:
         return self._sample(conversation, ids, modalities, markers, num_tokens)
 
     def render_caption(self, caption: Caption) -> Sample | None:
-        """Render a pretraining sample; None if the caption is empty. Truncation keeps both end markers."""
+        """Render a pretraining sample; None if the caption is empty. Truncation keeps both end markers.
+
+        The prefix is a fraction of what truncation leaves; at least one token stays learnt.
+        """
         ids, modalities = self._tokenize(self.caption_parts(caption))
         num_tokens = len(ids)
         if num_tokens > self.max_text_tokens:
             kept = 3 if self.text_first else 2  # the image and the end markers stay
             del ids[self.max_text_tokens - kept : -kept], modalities[self.max_text_tokens - kept : -kept]
         markers = (self.tokenizer.endofchunk_id, self.tokenizer.sample_end_id)
+        if caption.prefix > 0.0:
+            text = [at for at, kind in enumerate(modalities) if kind == Modality.RESPONSE and ids[at] not in markers]
+            for at in text[: min(int(caption.prefix * len(text)), len(text) - 1)]:
+                modalities[at] = int(Modality.TEXT)
         return self._sample(caption, ids, modalities, markers, num_tokens)
 
     def render_prompt(self, conversation: Conversation) -> Sample:
@@ -143,11 +198,11 @@ class Template:
         Nothing is supervised and nothing is truncated; the last response is ignored.
         """
         ids, modalities = self._tokenize(self.conversation_parts(conversation)[:-1])
-        sample = self._expand_image(conversation, ids, modalities)
-        return Sample(sample.key, sample.token_ids, sample.modality_ids, [IGNORE] * len(sample.token_ids), sample.image)
+        sample = self._expand_media(conversation, ids, modalities)
+        return replace(sample, targets=[IGNORE] * len(sample.token_ids))
 
     def _tokenize(self, parts: list[Part]) -> tuple[list[int], list[int]]:
-        """Return the ids and modalities of the tokens, an image still being one token."""
+        """Return the ids and modalities of the tokens, a media item still being one token."""
         ids: list[int] = []
         modalities: list[int] = []
         for part in parts:
@@ -164,24 +219,43 @@ class Template:
         markers: tuple[int, int],
         num_tokens: int,
     ) -> Sample | None:
-        """Return the sample of ``num_tokens`` tokens that were cut to ``ids``; None without a supervised token."""
+        """Return the sample of ``num_tokens`` tokens that were cut to ``ids``; None without a supervised token.
+
+        Raises DataError for a sample whose media are too many for a sequence.
+        """
         response = int(Modality.RESPONSE)
         if not any(kind == response and token not in markers for token, kind in zip(ids, modalities, strict=True)):
             return None
-        return self._expand_image(source, ids, modalities, num_cut_tokens=num_tokens - len(ids))
+        sample = self._expand_media(source, ids, modalities, num_cut_tokens=num_tokens - len(ids))
+        if self.max_media is not None and len(sample.media) > self.max_media:
+            raise DataError(
+                f"Sample {source.key} holds {len(sample.media)} media, more than data.packing.max_images="
+                f"{self.max_media} of a sequence; raise it, or split the sample."
+            )
+        if self.max_positions is not None and len(sample.token_ids) > self.max_positions:
+            raise DataError(
+                f"Sample {source.key} takes {len(sample.token_ids)} positions with its {len(sample.media)} media, more "
+                f"than the {self.max_positions} of a sequence (data.packing.sequence_length, or "
+                "model.decoder.rope.max_position_embeddings); raise it, or split the sample."
+            )
+        return sample
 
-    def _expand_image(
+    def _expand_media(
         self, source: Conversation | Caption, ids: list[int], modalities: list[int], num_cut_tokens: int = 0
     ) -> Sample:
-        """Expand the image to its positions and set the targets: the next token where that is a RESPONSE."""
-        image = int(Modality.IMAGE)
-        if image in modalities:
-            at = modalities.index(image)
-            ids[at : at + 1] = [ids[at]] * self.num_image_tokens
-            modalities[at : at + 1] = [image] * self.num_image_tokens
+        """Expand media to their positions and set the targets: the next token where that is a RESPONSE.
+
+        Media that were cut off with the end of the text are left out.
+        """
+        media = [at for at, kind in enumerate(modalities) if kind in MEDIA_MODALITIES]
+        for at in reversed(media):
+            kind = modalities[at]
+            num_tokens = self.num_media_tokens[Modality(kind)]
+            ids[at : at + 1] = [ids[at]] * num_tokens
+            modalities[at : at + 1] = [kind] * num_tokens
         response = int(Modality.RESPONSE)
         targets = [token if kind == response else IGNORE for token, kind in zip(ids[1:], modalities[1:], strict=True)]
-        return Sample(source.key, ids, modalities, [*targets, IGNORE], source.image, num_cut_tokens)
+        return Sample(source.key, ids, modalities, [*targets, IGNORE], source.media[: len(media)], num_cut_tokens)
 
     def _refuse_unusable(self, key: str, *texts: str) -> None:
         for text in texts:
@@ -197,3 +271,36 @@ class Template:
         except UnicodeEncodeError as error:
             return f"contains {text[error.start]!r}, half of a surrogate pair, which no tokenizer takes"
         return ""
+
+
+def _placed_pieces(turn: Turn) -> list[str | Modality]:
+    """Return a prompt with its media where their placeholders stand."""
+    offsets = [0, *(placeholder.offset for placeholder in turn.placeholders), len(turn.prompt)]
+    texts = [turn.prompt[start:end] for start, end in pairwise(offsets)]
+    pieces: list[str | Modality] = [texts[0]]
+    for placeholder, text in zip(turn.placeholders, texts[1:], strict=True):
+        pieces += [placeholder.modality, text]
+    return pieces
+
+
+def _joined(pieces: Sequence[str | Modality]) -> list[Part]:
+    """Return prompt pieces as parts: adjacent texts are one part, each media item is one."""
+    parts: list[Part] = []
+    text = ""
+    for piece in (*pieces, None):
+        if isinstance(piece, str):
+            text += piece
+            continue
+        if text:
+            parts.append(Part(text, Modality.TEXT))
+        if piece is not None:
+            parts.append(Part(IMAGE_TOKEN, piece))
+        text = ""
+    return parts
+
+
+def _counted(media: Sequence[Modality]) -> str:
+    """Return how many media of which modality there are, for a message."""
+    counts = Counter(media)
+    names = [f"{count} {modality.name.lower()} item{'s' * (count > 1)}" for modality, count in counts.items()]
+    return " and ".join(names) or "no media"

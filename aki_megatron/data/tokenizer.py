@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from aki_megatron.config.model import DecoderConfig
+from aki_megatron.data.file_kind import HEAD_BYTES, file_kind
 from aki_megatron.errors import ConfigError, DataError
 from aki_megatron.families.base import ENDOFCHUNK_TOKEN, IMAGE_TOKEN, PAD_TOKEN, ChatFormat
 
@@ -37,7 +38,7 @@ class Tokenizer:
 
     def __init__(self, folder: Path, chat: ChatFormat) -> None:
         self.folder, self.chat = folder, chat
-        loaded = _open(folder)
+        loaded = open_fast_tokenizer(folder)
         _add_tokens(loaded, folder)
         rules = _without_prefix_rules(json.loads(loaded.backend_tokenizer.to_str()))
         self._backend = tokenizers.Tokenizer.from_str(json.dumps(rules))
@@ -150,7 +151,7 @@ def grow_tokenizer(source: Path, out: Path) -> Vocabulary:
     Raises DataError where the folder has no fast tokenizer or no end-of-text token, or where the added tokens would not
     be its last ones.
     """
-    loaded = _open(source)
+    loaded = open_fast_tokenizer(source)
     _add_tokens(loaded, source)
     size, ids = len(loaded), loaded.get_vocab()
     image_id, endofchunk_id = ids[IMAGE_TOKEN], ids[ENDOFCHUNK_TOKEN]
@@ -201,8 +202,8 @@ def _with_training_ids(loaded: PreTrainedTokenizerFast) -> PreTrainedTokenizerFa
     )
 
 
-def _open(folder: Path) -> PreTrainedTokenizerFast:
-    """Load the fast tokenizer of a local folder with transformers."""
+def open_fast_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Load the fast tokenizer of a local folder with transformers. Raises DataError where there is none."""
     if not folder.is_dir():
         raise DataError(f"Tokenizer folder {folder} does not exist (data.tokenizer).")
     if not (folder / "tokenizer.json").is_file():
@@ -211,14 +212,35 @@ def _open(folder: Path) -> PreTrainedTokenizerFast:
             f"Tokenizer folder {folder} has no tokenizer.json (found: {found}). A fast tokenizer is needed; "
             "save it with transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)."
         )
+    for path in sorted(folder.glob("*.json")):
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+        if "git-lfs" in (kind := file_kind(head)):
+            raise DataError(f"Tokenizer folder {folder}: {path.name} is {kind}.")
     try:
         # False: a folder that brings code (one that to-hf wrote) would have transformers ask whether to run it
         loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library raises bare Exception for malformed JSON; the cause is kept
+        if fault := _config_fault(folder):
+            raise DataError(
+                f"{folder / 'config.json'}, which transformers reads with the tokenizer, has a fault: {fault}. Correct "
+                "it, or give a folder with the tokenizer's files alone."
+            ) from error
         raise DataError(f"Tokenizer folder {folder} cannot be read: {error}") from error
     if not isinstance(loaded, PreTrainedTokenizerFast):
         raise DataError(f"Tokenizer folder {folder} gives {type(loaded).__name__}, which is not a fast tokenizer.")
     return loaded
+
+
+def _config_fault(folder: Path) -> str:
+    """Return why transformers cannot read the folder's config.json; empty where it can, or where there is none."""
+    if not (folder / "config.json").is_file():
+        return ""
+    try:
+        AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # anything: a division by zero, a missing key
+        return f"{type(error).__name__}: {error}" if isinstance(error, ArithmeticError | KeyError) else str(error)
+    return ""
 
 
 def _without_prefix_rules(rules: dict[str, Any]) -> dict[str, Any]:

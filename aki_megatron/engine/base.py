@@ -9,7 +9,7 @@ from torch import Tensor
 from aki_megatron.attention import AttentionMask
 from aki_megatron.errors import UserError
 from aki_megatron.model.stage import Stage
-from aki_megatron.types import Batch, ControlRequest, StackedIds, StepReport
+from aki_megatron.types import Batch, ControlRequest, Modality, StackedIds, StepReport
 
 MAX_SKIPPED_IN_A_ROW = 10
 """Consecutive steps without a finite gradient after which training stops."""
@@ -45,12 +45,18 @@ class ShardedStage(Protocol):
     def begin_step(self) -> None:
         """Gather the parameters for the coming step; collective."""
 
-    def forward(self, inputs: Tensor, ids: StackedIds, pixels: Tensor | None, mask: AttentionMask) -> Tensor:
-        """Return ``module(inputs, ids, pixels, mask=mask)``."""
+    def forward(self, inputs: Tensor, ids: StackedIds, media: Mapping[Modality, Tensor], mask: AttentionMask) -> Tensor:
+        """Return ``module(inputs, ids, media, mask=mask)``."""
         ...
 
     def infer(
-        self, inputs: Tensor, ids: StackedIds, pixels: Tensor | None, mask: AttentionMask, *, next_tokens: bool
+        self,
+        inputs: Tensor,
+        ids: StackedIds,
+        media: Mapping[Modality, Tensor],
+        mask: AttentionMask,
+        *,
+        next_tokens: bool,
     ) -> Tensor:
         """Return what ``forward`` does, or ``module.next_tokens``, without a graph, between two steps.
 

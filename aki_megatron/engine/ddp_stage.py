@@ -1,5 +1,7 @@
 """ShardedStage without DeepSpeed: ZeRO stage 0 in float32, in which every data rank holds the whole optimizer state."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from aki_megatron.engine.base import GradientGroup
 from aki_megatron.engine.optimizer import init_moments
 from aki_megatron.model.stage import Stage
 from aki_megatron.parallel.topology import Topology
-from aki_megatron.types import StackedIds
+from aki_megatron.types import Modality, StackedIds
 
 
 class DDPStage:
@@ -36,15 +38,21 @@ class DDPStage:
     def begin_step(self) -> None:
         pass  # parameters are always whole
 
-    def forward(self, inputs: Tensor, ids: StackedIds, pixels: Tensor | None, mask: AttentionMask) -> Tensor:
-        return self.module(inputs, ids, pixels, mask=mask)
+    def forward(self, inputs: Tensor, ids: StackedIds, media: Mapping[Modality, Tensor], mask: AttentionMask) -> Tensor:
+        return self.module(inputs, ids, media, mask=mask)
 
     @torch.no_grad()
     def infer(
-        self, inputs: Tensor, ids: StackedIds, pixels: Tensor | None, mask: AttentionMask, *, next_tokens: bool
+        self,
+        inputs: Tensor,
+        ids: StackedIds,
+        media: Mapping[Modality, Tensor],
+        mask: AttentionMask,
+        *,
+        next_tokens: bool,
     ) -> Tensor:
         run = self.module.next_tokens if next_tokens else self.module
-        return run(inputs, ids, pixels, mask=mask)
+        return run(inputs, ids, media, mask=mask)
 
     def end_inference(self) -> None:
         pass

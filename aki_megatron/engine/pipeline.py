@@ -107,7 +107,7 @@ class PipelineEngine:
         self._set_phase("counting tokens")
         shapes = broadcast_shapes(microbatches, self._num_micro_batches, topology)
         counts = [
-            (s.supervised_tokens, s.tokens, s.num_sequences * s.sequence_length, s.num_images,
+            (s.supervised_tokens, s.tokens, s.num_sequences * s.sequence_length, s.num_media,
              s.num_bad_samples, s.num_cut_samples)
             for s in shapes
         ]  # fmt: skip

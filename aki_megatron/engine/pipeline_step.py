@@ -1,6 +1,6 @@
 """The passes of one step on one rank, as the pipeline schedule orders them: those of training, or forward alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +13,7 @@ from aki_megatron.parallel.batch_broadcast import MicrobatchShape, broadcast_bat
 from aki_megatron.parallel.p2p_communication import P2PCommunicator
 from aki_megatron.parallel.schedule import Action, Kind, Message, RankSchedule
 from aki_megatron.parallel.topology import Topology
-from aki_megatron.types import Batch, StageActivations
+from aki_megatron.types import Batch, Modality, StageActivations
 
 Mode = Literal["train", "loss", "next_tokens"]
 """What a step computes: gradients; the loss of each micro-batch; or the most likely next tokens. The last two have a
@@ -25,7 +25,7 @@ class PipelineContext:
     """What all steps of an engine have in common.
 
     stages     this rank's stages, one per virtual stage
-    dtype      of activations and pixels
+    dtype      of activations and media
     set_phase  is told what this rank does, before it does it
     """
 
@@ -93,11 +93,13 @@ class PipelineStep:
     def _forward(self, action: Action) -> None:
         context, microbatch_index = self._context, action.microbatch_index
         stage, index = context.stages[action.virtual_stage], self._stage_index(action)
-        hidden = pixels = None
+        hidden = None
+        media: Mapping[Modality, Tensor] = {}
         if index == 0:
             batch = self._microbatches[microbatch_index] if context.topology.reads_data else None
             first = broadcast_batch(batch, self._shapes[microbatch_index], context.topology)
-            inputs, ids, pixels = first.token_ids, first.ids, first.pixels.to(context.dtype)
+            inputs, ids = first.token_ids, first.ids
+            media = {modality: items.to(context.dtype) for modality, items in first.media.items()}
         else:
             received = context.communicator.wait_activations(self._incoming("forward", index, microbatch_index))
             inputs, ids = received.hidden, received.ids
@@ -108,10 +110,10 @@ class PipelineStep:
             self._mask_checker.record(index, microbatch_index, mask, ids)
         is_last = index == context.num_stages - 1
         if context.mode == "train":
-            output = stage.forward(inputs, ids, pixels, mask)
+            output = stage.forward(inputs, ids, media, mask)
             self._in_flight[action.virtual_stage, microbatch_index] = (hidden, output)
         else:
-            output = stage.infer(inputs, ids, pixels, mask, next_tokens=context.mode == "next_tokens")
+            output = stage.infer(inputs, ids, media, mask, next_tokens=context.mode == "next_tokens")
         if is_last and context.mode == "train":
             self._loss += output.detach()
         elif is_last:

@@ -39,7 +39,7 @@ from aki_megatron.engine.zero_state import build_zero_state
 from aki_megatron.errors import ConfigError
 from aki_megatron.model.stage import Stage
 from aki_megatron.parallel.topology import Topology
-from aki_megatron.types import StackedIds
+from aki_megatron.types import Modality, StackedIds
 
 TESTED_VERSIONS = ("0.19.8",)
 """DeepSpeed versions whose private parts used here are tested."""
@@ -73,7 +73,6 @@ class ZeroStage:
         self._topology = topology
         self._adamw = optimizer
         self._zero_stage = zero_stage
-        self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self._group_flags = [(group["tensor_sharded"], group["tied"]) for group in optimizer.param_groups]
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         weights = _fp32_weights(module, topology.device)
@@ -100,16 +99,22 @@ class ZeroStage:
     def begin_step(self) -> None:
         self._state.gather_params()
 
-    def forward(self, inputs: Tensor, ids: StackedIds, pixels: Tensor | None, mask: AttentionMask) -> Tensor:
-        return self._engine(inputs, ids, None if pixels is None else pixels.to(self._dtype), mask=mask)
+    def forward(self, inputs: Tensor, ids: StackedIds, media: Mapping[Modality, Tensor], mask: AttentionMask) -> Tensor:
+        return self._engine(inputs, ids, media, mask=mask)
 
     @torch.no_grad()
     def infer(
-        self, inputs: Tensor, ids: StackedIds, pixels: Tensor | None, mask: AttentionMask, *, next_tokens: bool
+        self,
+        inputs: Tensor,
+        ids: StackedIds,
+        media: Mapping[Modality, Tensor],
+        mask: AttentionMask,
+        *,
+        next_tokens: bool,
     ) -> Tensor:
         # around DeepSpeed, whose forward pass prepares a backward pass
         run = self.module.next_tokens if next_tokens else self.module
-        return run(inputs, ids, None if pixels is None else pixels.to(self._dtype), mask=mask)
+        return run(inputs, ids, media, mask=mask)
 
     def end_inference(self) -> None:
         self._state.partition_params()

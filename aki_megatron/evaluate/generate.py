@@ -3,7 +3,7 @@
 B sequences, T positions, V columns of the logits.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import torch
@@ -14,12 +14,20 @@ from aki_megatron.model.stage import Stage
 from aki_megatron.types import IGNORE, NO_SEGMENT, Batch, Modality, StackedIds, stack_ids
 
 
-def generate(stage: Stage, prompts: Batch, *, stop_ids: Collection[int], max_new_tokens: int) -> list[list[int]]:
+def generate(
+    stage: Stage,
+    prompts: Batch,
+    *,
+    stop_ids: Collection[int],
+    max_new_tokens: int,
+    on_logits: Callable[[Tensor], object] = lambda logits: None,
+) -> list[list[int]]:
     """Continue every prompt greedily.
 
     prompts         one segment per sequence, right padded, of any lengths (Template.render_prompt, collated)
     stop_ids        a sequence ends before the first of these tokens
     max_new_tokens  or at this many new tokens
+    on_logits       gets the logits [B, V] that each new token is chosen by
 
     Returns the new tokens of each sequence without the stop id. Every new token attends to all earlier tokens of its
     sequence; no prompt token attends to a new one. The result equals that of each prompt by itself and without a cache.
@@ -31,6 +39,7 @@ def generate(stage: Stage, prompts: Batch, *, stop_ids: Collection[int], max_new
     state = GenerationState(stage, prompts, max_new_tokens)
     logits = state.prefill()
     for step in range(max_new_tokens):
+        on_logits(logits)
         next_tokens = logits.argmax(dim=-1)
         for index, token in enumerate(next_tokens.tolist()):
             if token in stop_ids:
@@ -85,7 +94,7 @@ class GenerationState:
         return self.stage.logits(
             self.batch.token_ids[:, :longest],
             stack_ids(self.batch).prefix(longest),
-            self.batch.pixels,
+            self.batch.media,
             self.caches,
             positions=self.lengths - 1,
         )
@@ -106,7 +115,7 @@ class GenerationState:
             return self.prefill()
         columns = (batch.modality_ids, batch.segment_ids, batch.position_ids, batch.targets)
         ids = StackedIds.stack(*(column[new][:, None] for column in columns))
-        return self.stage.logits(tokens[:, None], ids, None, self.caches)[:, 0]
+        return self.stage.logits(tokens[:, None], ids, caches=self.caches)[:, 0]
 
     def _passes_longrope_threshold(self) -> bool:
         """Return whether a sequence now needs longrope's long factors: its cached keys were rotated by the short."""

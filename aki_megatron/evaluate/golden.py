@@ -135,11 +135,13 @@ def _compute_from_ids(case: GoldenCase) -> dict[str, Tensor]:
 def _compute_features(model: Stage, case: GoldenCase) -> dict[str, Tensor]:
     assert model.input_embedder is not None
     batch, embedder = case.batch, model.input_embedder
-    computed = {"inputs_embeds": embedder(batch.token_ids, batch.modality_ids, batch.pixels)[case.valid]}
+    computed = {"inputs_embeds": embedder(batch.token_ids, batch.modality_ids, batch.media)[case.valid]}
     if "pixel_values" in case.recorded:
         # images of sequences without an image token are encoded too, and then not used
-        computed["image_features"] = embedder.vision_encoder(case.recorded["pixel_values"].flatten(0, 2).float())
-        computed["vision_tokens"] = embedder.resampler(computed["image_features"])
+        computed["image_features"] = embedder.get_submodule("vision_encoder")(
+            case.recorded["pixel_values"].flatten(0, 2).float()
+        )
+        computed["vision_tokens"] = embedder.get_submodule("resampler")(computed["image_features"])
     return computed
 
 
@@ -149,21 +151,21 @@ def _compute_forward(model: Stage, case: GoldenCase) -> dict[str, Tensor]:
     batch, ids = case.batch, stack_ids(case.batch)
     hidden: list[Tensor] = []
     hook = model.lm_head.norm.register_forward_hook(lambda _module, _inputs, output: hidden.append(output))
-    logits = model.logits(batch.token_ids, ids, batch.pixels)[case.valid]
+    logits = model.logits(batch.token_ids, ids, batch.media)[case.valid]
     hook.remove()
     return {
         "final_hidden": hidden[0][case.valid],
         "logits": logits[:, case.logit_columns],
         "logits_logsumexp": logits.logsumexp(dim=-1),
         "logits_argmax": logits.argmax(dim=-1),
-        "loss": model(batch.token_ids, ids, batch.pixels) / batch.supervised_tokens,
+        "loss": model(batch.token_ids, ids, batch.media) / batch.supervised_tokens,
     }
 
 
 def _compute_gradients(model: Stage, case: GoldenCase) -> dict[str, Tensor]:
     batch, external = case.batch, official_names(model.config)
     model.zero_grad()
-    (model(batch.token_ids, stack_ids(batch), batch.pixels) / batch.supervised_tokens).backward()
+    (model(batch.token_ids, stack_ids(batch), batch.media) / batch.supervised_tokens).backward()
     computed: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:

@@ -198,7 +198,7 @@ def _batch(recorded: Mapping[str, Tensor], config: ModelConfig, tokens: SpecialT
     if pixels is not None:
         # a sequence without an image token has an image too, which is not used
         images = pixels.flatten(0, 2)[(recorded["input_ids"] == tokens.image).any(dim=1)].float()
-    return Batch(token_ids, modality_ids, segment_ids, position_ids, targets, images)
+    return Batch(token_ids, modality_ids, segment_ids, position_ids, targets, {Modality.IMAGE: images})
 
 
 def _expand(recorded: Mapping[str, Tensor], index: int, latents: int, tokens: SpecialTokens) -> tuple[list[int], ...]:

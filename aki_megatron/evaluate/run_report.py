@@ -156,8 +156,10 @@ def _examples(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
     return [
         {
             "prediction": prediction,
-            "image": _base64(Path(prediction.image).read_bytes()) if prediction.image else "",
-            "image_type": "png" if prediction.image and prediction.image.endswith(".png") else "jpeg",
+            "images": [
+                (_base64(Path(image).read_bytes()), "png" if image.endswith(".png") else "jpeg")
+                for image in prediction.images
+            ],
         }
         for group in by_task.values()
         for prediction in group[:EXAMPLES_PER_TASK]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from aki_megatron.data.bad_samples import BadSample, BadSampleBudget
+from aki_megatron.data.bad_samples import BadSample, BadSampleBudget, sample_errors
 from aki_megatron.data.collate import collate
 from aki_megatron.data.image import OFFICIAL_OPTIONS, ImageOptions, decode_image
 from aki_megatron.data.sources import task_of
@@ -14,7 +14,7 @@ from aki_megatron.errors import DataError
 from aki_megatron.evaluate.generate import generate
 from aki_megatron.evaluate.scores import Prediction
 from aki_megatron.model.stage import Stage
-from aki_megatron.types import Batch, Conversation, Sample
+from aki_megatron.types import Batch, Conversation, DecodedImage, MediaItem, Sample
 
 
 def select_questions(
@@ -29,7 +29,9 @@ def select_questions(
     for name, source in sources.items():
         for index in range(len(source)):
             try:
-                question = source[index]
+                with sample_errors(f"question {index} of source {name}"):
+                    question = source[index]
+                    question.key.encode()  # half a surrogate pair cannot be written to the predictions
             except DataError as error:
                 unreadable.append(BadSample(name, str(error)))
             else:
@@ -45,12 +47,15 @@ def select_questions(
 def read_prompt(
     conversation: Conversation, template: Template, image_size: int, image_options: ImageOptions = OFFICIAL_OPTIONS
 ) -> Sample:
-    """Render the prompt of a conversation and decode its image. Raises DataError where either cannot be done."""
-    sample = template.render_prompt(conversation)
-    if conversation.image is None:
-        return sample
-    image = decode_image(conversation.image, image_size, key=sample.key, options=image_options)
-    return replace(sample, image=image)
+    """Render the prompt of a conversation and decode its media. Raises DataError where either cannot be done."""
+    with sample_errors(f"question {conversation.key}"):
+        sample = template.render_prompt(conversation)
+    images = [
+        MediaItem(item.modality, decode_image(item.content, image_size, key=sample.key, options=image_options))
+        for item in sample.media
+        if not isinstance(item.content, DecodedImage)
+    ]
+    return replace(sample, media=tuple(images))
 
 
 def collate_prompts(prompts: Sequence[Sample], template: Template, image_size: int) -> Batch:
@@ -99,6 +104,6 @@ def predict(
                 question=turn.prompt,
                 reference_answer=turn.response,
                 generated_answer=tokenizer.decode(ids).strip(),
-                image=str(conversation.image) if isinstance(conversation.image, Path) else None,
+                images=[str(image) for image in conversation.images if isinstance(image, Path)],
             )
         progress(first + len(group))

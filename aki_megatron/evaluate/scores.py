@@ -14,8 +14,8 @@ class Prediction:
     question: str
     reference_answer: str
     generated_answer: str
-    image: str | None
-    """Path of the image file."""
+    images: list[str]
+    """Paths of the image files."""
 
     @property
     def correct(self) -> bool:

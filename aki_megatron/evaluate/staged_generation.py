@@ -67,7 +67,7 @@ def fill_sequences(prompts: Sequence[Continuation], settings: GenerationSettings
     free_positions = free_images = 0
     for prompt in prompts:
         length = len(prompt.prompt.token_ids) + settings.max_new_tokens
-        images = int(prompt.prompt.image is not None)
+        images = len(prompt.prompt.media)
         if not sequences or length > free_positions or images > free_images:
             sequences.append([])
             free_positions, free_images = settings.max_positions, settings.max_images

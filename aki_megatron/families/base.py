@@ -109,6 +109,28 @@ class WeightNames:
     """Whole name; absent from folders with tied embeddings."""
 
 
+@dataclass(frozen=True)
+class Licence:
+    """A licence as model cards on the Hugging Face Hub name it."""
+
+    id: str
+    """Identifier of the Hub; ``other`` where it has none."""
+    name: str = ""
+    """Name of an ``other`` licence."""
+    link: str = ""
+    """Its text, of an ``other`` licence."""
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """A published language model, recognized by its sizes."""
+
+    hub_id: str
+    hidden_size: int
+    num_layers: int
+    licence: Licence
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReferenceClasses:
     """Dotted paths of the transformers classes that conversions are checked against (checkpoint/hf_reference.py)."""
@@ -183,3 +205,10 @@ class Family:
     weights: WeightNames
     chat: ChatFormat
     reference: ReferenceClasses
+    published: tuple[PublishedModel, ...] = ()
+    """Models that an exported folder's model card names, with the licence that their weights pass on."""
+
+    def published_model(self, hidden_size: int, num_layers: int) -> PublishedModel | None:
+        """Return the published model of these sizes, if there is one."""
+        sizes = (hidden_size, num_layers)
+        return next((model for model in self.published if (model.hidden_size, model.num_layers) == sizes), None)

@@ -5,6 +5,8 @@ from aki_megatron.families.base import (
     Family,
     FamilyTraits,
     HFConfigKeys,
+    Licence,
+    PublishedModel,
     ReferenceClasses,
     WeightNames,
 )
@@ -43,5 +45,10 @@ FAMILY = Family(
         layer="transformers.models.llama.modeling_llama.LlamaDecoderLayer",
         norm="transformers.models.llama.modeling_llama.LlamaRMSNorm",
         rotary="transformers.models.llama.modeling_llama.LlamaRotaryEmbedding",
+    ),
+    published=(
+        PublishedModel("meta-llama/Llama-3.2-1B-Instruct", 2048, 16, Licence("llama3.2")),
+        PublishedModel("meta-llama/Llama-3.2-3B-Instruct", 3072, 28, Licence("llama3.2")),
+        PublishedModel("meta-llama/Llama-3.1-8B-Instruct", 4096, 32, Licence("llama3.1")),
     ),
 )

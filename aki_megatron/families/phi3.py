@@ -7,6 +7,8 @@ from aki_megatron.families.base import (
     Family,
     FamilyTraits,
     HFConfigKeys,
+    Licence,
+    PublishedModel,
     ReferenceClasses,
     WeightNames,
     WeightRule,
@@ -54,6 +56,7 @@ FAMILY = Family(
         norm="transformers.models.phi3.modeling_phi3.Phi3RMSNorm",
         rotary="transformers.models.phi3.modeling_phi3.Phi3RotaryEmbedding",
     ),
+    published=(PublishedModel("microsoft/Phi-3.5-mini-instruct", 3072, 32, Licence("mit")),),
 )
 
 # fmt: off

@@ -5,6 +5,8 @@ from aki_megatron.families.base import (
     Family,
     FamilyTraits,
     HFConfigKeys,
+    Licence,
+    PublishedModel,
     ReferenceClasses,
     WeightNames,
     WeightRule,
@@ -14,6 +16,10 @@ from aki_megatron.families.weight_rules import NORMS_AND_OUTPUTS, SEPARATE_PROJE
 _QKV_BIAS = WeightRule(
     "attention.qkv_proj.bias", "self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"
 )
+_RESEARCH_LICENCE = Licence(
+    "other", "qwen-research", "https://huggingface.co/Qwen/Qwen2.5-3B-Instruct/blob/main/LICENSE"
+)
+"""Of Qwen2.5-3B, which excludes commercial use."""
 
 FAMILY = Family(
     traits=FamilyTraits(qkv_bias=True, qk_norm=False),
@@ -46,5 +52,11 @@ FAMILY = Family(
         layer="transformers.models.qwen2.modeling_qwen2.Qwen2DecoderLayer",
         norm="transformers.models.qwen2.modeling_qwen2.Qwen2RMSNorm",
         rotary="transformers.models.qwen2.modeling_qwen2.Qwen2RotaryEmbedding",
+    ),
+    published=(
+        PublishedModel("Qwen/Qwen2.5-0.5B-Instruct", 896, 24, Licence("apache-2.0")),
+        PublishedModel("Qwen/Qwen2.5-1.5B-Instruct", 1536, 28, Licence("apache-2.0")),
+        PublishedModel("Qwen/Qwen2.5-3B-Instruct", 2048, 36, _RESEARCH_LICENCE),
+        PublishedModel("Qwen/Qwen2.5-7B-Instruct", 3584, 28, Licence("apache-2.0")),
     ),
 )

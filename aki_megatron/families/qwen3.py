@@ -1,7 +1,16 @@
 """Qwen3 (Qwen3-1.7B, Qwen3-8B): Qwen2's keys and chat format, with norms on queries and keys instead of biases."""
 
 from aki_megatron.families import qwen2
-from aki_megatron.families.base import Family, FamilyTraits, HFConfigKeys, ReferenceClasses, WeightNames, WeightRule
+from aki_megatron.families.base import (
+    Family,
+    FamilyTraits,
+    HFConfigKeys,
+    Licence,
+    PublishedModel,
+    ReferenceClasses,
+    WeightNames,
+    WeightRule,
+)
 from aki_megatron.families.weight_rules import NORMS_AND_OUTPUTS, SEPARATE_PROJECTIONS
 
 _QK_NORMS = (
@@ -24,5 +33,11 @@ FAMILY = Family(
         layer="transformers.models.qwen3.modeling_qwen3.Qwen3DecoderLayer",
         norm="transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm",
         rotary="transformers.models.qwen3.modeling_qwen3.Qwen3RotaryEmbedding",
+    ),
+    published=(
+        PublishedModel("Qwen/Qwen3-0.6B", 1024, 28, Licence("apache-2.0")),
+        PublishedModel("Qwen/Qwen3-1.7B", 2048, 28, Licence("apache-2.0")),
+        PublishedModel("Qwen/Qwen3-4B", 2560, 36, Licence("apache-2.0")),
+        PublishedModel("Qwen/Qwen3-8B", 4096, 36, Licence("apache-2.0")),
     ),
 )

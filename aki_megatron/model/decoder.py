@@ -39,7 +39,7 @@ class Attention(nn.Module):
         self.qkv_proj = linears.column(config.hidden_size, sum(sizes), bias=traits.qkv_bias, std=std, part_sizes=sizes)
         self.q_norm = HeadNorm(config.head_dim, config.norm_eps, linears) if traits.qk_norm else None
         self.k_norm = HeadNorm(config.head_dim, config.norm_eps, linears) if traits.qk_norm else None
-        self.out_proj = linears.row(config.hidden_size, config.hidden_size, bias=False, std=residual_std)
+        self.out_proj = linears.row(config.attention_size, config.hidden_size, bias=False, std=residual_std)
 
     def forward(
         self,
@@ -106,7 +106,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         residual_scale = (2 * config.num_layers) ** -0.5
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.attention = Attention(config, linears, config.hidden_size**-0.5 * residual_scale)
+        self.attention = Attention(config, linears, config.attention_size**-0.5 * residual_scale)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = MLP(config, linears, config.intermediate_size**-0.5 * residual_scale)
 

@@ -25,7 +25,7 @@ class ShardSpec:
 def qkv_sizes(config: DecoderConfig) -> tuple[int, int, int]:
     """Output features of the fused projection: queries, keys, values."""
     keys = config.num_kv_heads * config.head_dim
-    return config.num_heads * config.head_dim, keys, keys
+    return config.attention_size, keys, keys
 
 
 def gate_up_sizes(config: DecoderConfig) -> tuple[int, int]:
@@ -37,7 +37,7 @@ SHARD_SPECS: dict[str, Callable[[DecoderConfig], ShardSpec]] = {
     "input_embedder.token_embedding.base.weight": lambda config: ShardSpec(0, (config.padded_vocab_size,)),
     "layers.{i}.attention.qkv_proj.weight": lambda config: ShardSpec(0, qkv_sizes(config)),
     "layers.{i}.attention.qkv_proj.bias": lambda config: ShardSpec(0, qkv_sizes(config)),
-    "layers.{i}.attention.out_proj.weight": lambda config: ShardSpec(1, (config.hidden_size,)),
+    "layers.{i}.attention.out_proj.weight": lambda config: ShardSpec(1, (config.attention_size,)),
     "layers.{i}.mlp.gate_up_proj.weight": lambda config: ShardSpec(0, gate_up_sizes(config)),
     "layers.{i}.mlp.down_proj.weight": lambda config: ShardSpec(1, (config.intermediate_size,)),
     "lm_head.base.weight": lambda config: ShardSpec(0, (config.padded_vocab_size,)),

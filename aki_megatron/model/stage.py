@@ -8,7 +8,8 @@ run on an empty batch, without supervised positions so does the LM head. Ranks t
 agree on the collectives they call.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +22,11 @@ from aki_megatron.config.model import DecoderConfig, ModelConfig
 from aki_megatron.model.decoder import DecoderLayer
 from aki_megatron.model.init import seeded
 from aki_megatron.model.linears import LinearFactory, LocalLinears
-from aki_megatron.model.resampler import PerceiverResampler
+from aki_megatron.model.media_encoders import media_encoders
 from aki_megatron.model.rotary import Rotary
-from aki_megatron.model.vision import VisionEncoder
 from aki_megatron.types import IGNORE, NO_SEGMENT, Modality, StackedIds
+
+NO_MEDIA: Mapping[Modality, Tensor] = MappingProxyType({})
 
 EMBEDDING_STD = 0.02
 """Standard deviation of new embeddings (Phi-3's initializer_range, and AKI's for its added tokens)."""
@@ -54,41 +56,47 @@ class TokenEmbedding(nn.Module):
         return embeds.flatten(0, 1).index_copy(0, positions, added.to(embeds.dtype)).view_as(embeds)
 
 
-def scatter_image_embeds(text_embeds: Tensor, image_embeds: Tensor, modality_ids: Tensor) -> Tensor:
-    """Put image embeddings [N, Q, D] into the IMAGE positions of text embeddings [B, T, D], in row-major order.
+def scatter_media_embeds(text_embeds: Tensor, media_embeds: Tensor, modality_ids: Tensor, modality: Modality) -> Tensor:
+    """Put embeddings of media [N, Q, D] into the positions of ``modality`` of text embeddings [B, T, D], row-major.
 
-    Raises ValueError when the number of IMAGE positions is not N * Q.
+    Raises ValueError when the number of these positions is not N * Q.
     """
-    positions = (modality_ids == Modality.IMAGE).flatten().nonzero().squeeze(-1)
-    latents = image_embeds.flatten(0, 1)
+    positions = (modality_ids == modality).flatten().nonzero().squeeze(-1)
+    latents = media_embeds.flatten(0, 1)
     if len(positions) != len(latents):
         raise ValueError(
-            f"The batch has {len(positions)} IMAGE positions but {image_embeds.shape[0]} images of "
-            f"{image_embeds.shape[1]} latents each; both must come from the same samples."
+            f"The batch has {len(positions)} {modality.name} positions but {media_embeds.shape[0]} items of "
+            f"{media_embeds.shape[1]} latents each; both must come from the same samples."
         )
     return text_embeds.flatten(0, 1).index_copy(0, positions, latents.to(text_embeds.dtype)).view_as(text_embeds)
 
 
 class InputEmbedder(nn.Module):
-    """Batch to hidden states: frozen vision encoder, resampler, token embedding."""
+    """Batch to hidden states: for every modality a frozen encoder and a resampler, and the token embedding."""
 
     def __init__(self, config: ModelConfig, linears: LinearFactory, *, seed: int) -> None:
         super().__init__()
-        self.image_size = config.vision.image_size
-        with seeded(seed, "input_embedder.vision_encoder"):
-            self.vision_encoder = VisionEncoder(config.vision).requires_grad_(False)
-        with seeded(seed, "input_embedder.resampler"):
-            self.resampler = PerceiverResampler(config.resampler, config.vision.hidden_size, config.decoder.hidden_size)
+        self.config = config
+        for media in media_encoders(config).values():
+            with seeded(seed, f"input_embedder.{media.encoder_name}"):
+                self.add_module(media.encoder_name, media.build_encoder(config).requires_grad_(False))
+            with seeded(seed, f"input_embedder.{media.resampler_name}"):
+                self.add_module(media.resampler_name, media.build_resampler(config))
         with seeded(seed, "input_embedder.token_embedding"):
             self.token_embedding = TokenEmbedding(config.decoder, linears)
 
-    def forward(self, token_ids: Tensor, modality_ids: Tensor, pixels: Tensor | None) -> Tensor:
-        """Token and modality ids [B, T], pixels [N, 3, H, W] (None: no image) -> hidden [B, T, D]"""
-        if pixels is None:
-            pixels = torch.zeros(0, 3, self.image_size, self.image_size, device=token_ids.device)
-        with torch.no_grad():
-            features = self.vision_encoder(pixels)
-        return scatter_image_embeds(self.token_embedding(token_ids), self.resampler(features), modality_ids)
+    def forward(self, token_ids: Tensor, modality_ids: Tensor, media: Mapping[Modality, Tensor]) -> Tensor:
+        """Token and modality ids [B, T], media by modality, each [N, ...] -> hidden [B, T, D]"""
+        hidden: Tensor = self.token_embedding(token_ids)
+        for modality, parts in media_encoders(self.config).items():
+            items = media.get(modality)
+            if items is None:
+                items = torch.zeros(0, *parts.item_shape(self.config), device=token_ids.device)
+            with torch.no_grad():
+                features = self.get_submodule(parts.encoder_name)(items)
+            embeds = self.get_submodule(parts.resampler_name)(features)
+            hidden = scatter_media_embeds(hidden, embeds, modality_ids, modality)
+        return hidden
 
 
 class LMHead(nn.Module):
@@ -177,36 +185,46 @@ class Stage(nn.Module):
         return self._build_mask(ids, ids.targets != IGNORE)
 
     def forward(
-        self, inputs: Tensor, ids: StackedIds, pixels: Tensor | None = None, *, mask: AttentionMask | None = None
+        self,
+        inputs: Tensor,
+        ids: StackedIds,
+        media: Mapping[Modality, Tensor] = NO_MEDIA,
+        *,
+        mask: AttentionMask | None = None,
     ) -> Tensor:
         """Run one micro-batch.
 
         inputs  token ids [B, T] int64 on the first stage, hidden [B, T, D] elsewhere
         ids     of the same positions
-        pixels  [N, 3, H, W] on the first stage; None: no image
+        media   inputs of the encoders by modality, on the first stage; images are [N, 3, H, W]
         mask    what ``build_mask(ids)`` returns; None: build it here
 
         Returns the loss summed over supervised positions (fp32 scalar) on the last stage, hidden [B, T, D] elsewhere.
         Raises LeakError like ``build_mask``.
         """
-        hidden = self._hidden(inputs, ids, pixels, mask=self.build_mask(ids) if mask is None else mask)
+        hidden = self._hidden(inputs, ids, media, mask=self.build_mask(ids) if mask is None else mask)
         return hidden if self.lm_head is None else self.lm_head(hidden, ids.targets)
 
     def next_tokens(
-        self, inputs: Tensor, ids: StackedIds, pixels: Tensor | None = None, *, mask: AttentionMask | None = None
+        self,
+        inputs: Tensor,
+        ids: StackedIds,
+        media: Mapping[Modality, Tensor] = NO_MEDIA,
+        *,
+        mask: AttentionMask | None = None,
     ) -> Tensor:
         """Return what ``forward`` does, but the last stage the most likely next token [S] at each supervised position.
 
         The target of a position says no more here than that its next token is wanted.
         """
-        hidden = self._hidden(inputs, ids, pixels, mask=self.build_mask(ids) if mask is None else mask)
+        hidden = self._hidden(inputs, ids, media, mask=self.build_mask(ids) if mask is None else mask)
         return hidden if self.lm_head is None else self.lm_head.next_tokens(hidden, ids.targets)
 
     def logits(
         self,
         inputs: Tensor,
         ids: StackedIds,
-        pixels: Tensor | None = None,
+        media: Mapping[Modality, Tensor] = NO_MEDIA,
         caches: list[LayerCache] | None = None,
         *,
         positions: Tensor | None = None,
@@ -226,7 +244,7 @@ class Stage(nn.Module):
             is_last = (segment_ids != NO_SEGMENT) & (segment_ids != next_segment)
             mask = self._build_mask(ids, is_last | (ids.targets != IGNORE))
             lengths = (segment_ids != NO_SEGMENT).sum(dim=1)
-        hidden = self._hidden(inputs, ids, pixels, mask=mask, caches=caches, lengths=lengths)
+        hidden = self._hidden(inputs, ids, media, mask=mask, caches=caches, lengths=lengths)
         if positions is not None:
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), positions]
         return self.lm_head.logits(hidden)
@@ -248,7 +266,7 @@ class Stage(nn.Module):
         self,
         inputs: Tensor,
         ids: StackedIds,
-        pixels: Tensor | None,
+        media: Mapping[Modality, Tensor],
         *,
         mask: AttentionMask | None,
         caches: Sequence[LayerCache] | None = None,
@@ -257,9 +275,9 @@ class Stage(nn.Module):
         if self.input_embedder is None:
             hidden = inputs
         elif mask is None:
-            hidden = self.input_embedder.token_embedding(inputs)  # a decode step: a generated token is never an image
+            hidden = self.input_embedder.token_embedding(inputs)  # a decode step: generated tokens are text
         else:
-            hidden = self.input_embedder(inputs, ids.modality_ids, pixels)
+            hidden = self.input_embedder(inputs, ids.modality_ids, media)
         # a decode step has no mask: its position ids continue those of the prompt, which came from ``position_ids``
         position_ids = ids.position_ids if mask is None else mask.position_ids(ids.position_ids)
         cos, sin = self.rotary(position_ids, ids.segment_ids, hidden.dtype)

@@ -65,14 +65,14 @@ def resampler_flops(config: ResamplerConfig, vision: VisionConfig, decoder: Deco
 def layer_flops(config: DecoderConfig, num_positions: float) -> float:
     """FLOPs of one decoder layer's forward pass for a sample of T = ``num_positions``.
 
-    Fused query, key and value 2 T D (num_heads + 2 num_kv_heads) head_dim, output 2 T D^2, SwiGLU 6 T D
-    intermediate_size, scores and their product with the values under a causal mask 2 T^2 D (half of all pairs; what
-    image positions see beyond that is little).
+    With A = num_heads x head_dim: fused query, key and value 2 T D (A + 2 num_kv_heads head_dim), output 2 T A D,
+    SwiGLU 6 T D intermediate_size, scores and their product with the values under a causal mask 2 T^2 A (half of all
+    pairs; what image positions see beyond that is little).
     """
-    hidden = config.hidden_size
+    hidden, attention = config.hidden_size, config.attention_size
     qkv = 2 * num_positions * hidden * (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     mlp = 6 * num_positions * hidden * config.intermediate_size
-    return qkv + 2 * num_positions * hidden**2 + mlp + 2 * num_positions**2 * hidden
+    return qkv + 2 * num_positions * attention * hidden + mlp + 2 * num_positions**2 * attention
 
 
 def lm_head_flops(config: DecoderConfig, num_positions: float) -> float:

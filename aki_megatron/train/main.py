@@ -1,6 +1,7 @@
 """Train a run on this rank: check it, join the other ranks, build, train, and report a failure once."""
 
 import atexit
+import gc
 import logging
 import sys
 import time
@@ -138,6 +139,9 @@ def train_in_world(
             tracker=tracker,
             allow_change=allow_change,
         )
+        # what was built lives as long as the run: collecting garbage need not visit it again and again
+        gc.collect()
+        gc.freeze()
         reporter.training_started = True
         trainer.train()
         # no rank leaves before rank 0 has recorded the end of the run: launchers end all ranks when one exits

@@ -136,11 +136,11 @@ def mask_by_loops(modality: list[int], segment: list[int], rule: str, kept: Call
 
     @cache
     def prompt_text(turn_of: tuple[int, int]) -> list[int]:
-        i, image_before, text = next(p for p in range(size) if valid[p] and (segment[p], turn[p]) == turn_of), False, []
+        i, media_before, text = next(p for p in range(size) if valid[p] and (segment[p], turn[p]) == turn_of), False, []
         for j in range(size):
             if same_turn(i, j):
-                image_before = image_before or modality[j] == IMAGE
-                if image_before and modality[j] == TEXT:
+                media_before = media_before or modality[j] in (IMAGE, AUDIO)
+                if media_before and modality[j] == TEXT:
                     text.append(j)
         return text
 
@@ -153,7 +153,7 @@ def mask_by_loops(modality: list[int], segment: list[int], rule: str, kept: Call
     def allowed(i: int, j: int) -> bool:
         if segment[i] < 0 or segment[i] != segment[j] or not valid[j]:
             return False
-        if rule == "mma" and modality[i] == IMAGE and modality[j] == TEXT and j > i:
+        if rule == "mma" and modality[i] in (IMAGE, AUDIO) and modality[j] == TEXT and j > i:
             text = prompt_text((segment[i], turn[i]))
             return same_turn(i, j) and text.index(j) in kept(len(text))
         if rule == "mma_general" and same_turn(i, j) and modality[i] != modality[j]:

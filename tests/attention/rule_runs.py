@@ -8,7 +8,7 @@ from attention_samples import IMAGE, RESPONSE, TEXT
 from aki_megatron.config.load import load_run
 from aki_megatron.config.run import RunConfig
 from aki_megatron.data.collate import collate
-from aki_megatron.types import IGNORE, Batch, DecodedImage, Sample
+from aki_megatron.types import IGNORE, Batch, DecodedImage, Sample, image_items
 
 SFT = Path(__file__).resolve().parents[2] / "configs/demo/sft.yaml"
 LATENTS, IMAGE_SIZE, IMAGE_TOKEN, VOCAB_SIZE = 9, 8, 40, 40
@@ -70,7 +70,7 @@ def sample_of(seed: int, *runs: tuple[int, int]) -> Sample:
             targets[i] = tokens[i + 1]
     rgb = torch.randint(0, 256, (IMAGE_SIZE * IMAGE_SIZE * 3,), generator=generator).to(torch.uint8)
     image = DecodedImage(rgb.numpy().tobytes(), IMAGE_SIZE) if IMAGE in modality else None
-    return Sample(f"sample {seed}", tokens, modality, targets, image)
+    return Sample(f"sample {seed}", tokens, modality, targets, image_items(image))
 
 
 def batch_of_sequences(*sequences: list[Sample]) -> Batch:

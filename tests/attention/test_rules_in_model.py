@@ -46,7 +46,7 @@ def model_of(name: str, rope: RopeConfig | None = None) -> Stage:
 
 
 def loss_and_gradient(model: Stage, batch: Batch) -> tuple[float, Tensor]:
-    loss = model(batch.token_ids, stack_ids(batch), batch.pixels.double())
+    loss = model(batch.token_ids, stack_ids(batch), {Modality.IMAGE: batch.media[Modality.IMAGE].double()})
     (gradient,) = torch.autograd.grad(loss, [model.input_embedder.resampler.latents])
     return loss.item(), gradient
 
@@ -81,7 +81,7 @@ def recompute(model: Stage, batch: Batch, index: int, num_images_before: int, ne
     length = int((batch.segment_ids[index] >= 0).sum())
     tokens, modality = batch.token_ids[index, :length], batch.modality_ids[index, :length]
     has_image = bool((modality == Modality.IMAGE).any())
-    pixels = batch.pixels[num_images_before : num_images_before + has_image].double()
+    images = batch.media[Modality.IMAGE][num_images_before : num_images_before + has_image].double()
     for _ in range(new_tokens):
         so_far = Batch(
             tokens[None],
@@ -89,10 +89,10 @@ def recompute(model: Stage, batch: Batch, index: int, num_images_before: int, ne
             torch.zeros(1, len(tokens), dtype=torch.int32),
             torch.arange(len(tokens), dtype=torch.int32)[None],
             torch.full((1, len(tokens)), -100),
-            pixels,
+            {Modality.IMAGE: images},
         )
         with torch.no_grad():
-            logits = model.logits(so_far.token_ids, stack_ids(so_far), pixels)
+            logits = model.logits(so_far.token_ids, stack_ids(so_far), so_far.media)
         tokens = torch.cat([tokens, logits[0, -1].argmax()[None]])
         modality = torch.cat([modality, torch.tensor([int(Modality.RESPONSE)], dtype=modality.dtype)])
     return tokens[length:].tolist()
@@ -103,7 +103,7 @@ def recompute(model: Stage, batch: Batch, index: int, num_images_before: int, ne
 def test_cached_generation_equals_recomputation(name: str, rope: RopeConfig | None) -> None:
     """With longrope the prompts cross the length from which its long factors apply, each at another new token."""
     model, batch = model_of(name, rope), prompts(3)
-    batch = replace(batch, pixels=batch.pixels.double())
+    batch = replace(batch, media={Modality.IMAGE: batch.media[Modality.IMAGE].double()})
     images_before = (0, 1, 1)
     wanted = [recompute(model, batch, index, before, 12) for index, before in enumerate(images_before)]
     assert generate(model, batch, stop_ids=(), max_new_tokens=12) == wanted

@@ -25,7 +25,8 @@ def refused(result: tuple[int, str, str], out: Path) -> str:
     """The error of a command that must fail and leave nothing of its output."""
     code, _, errors = result
     assert code == 2
-    assert errors.startswith("convert: ")
+    # a slow machine also prints progress
+    assert any(line.startswith("convert: ") for line in errors.splitlines()), errors
     assert not out.exists() and not list(out.parent.glob(".writing_*"))
     return errors
 

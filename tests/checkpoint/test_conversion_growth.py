@@ -1,6 +1,7 @@
 """Nothing is completed silently: tables, tokenizers and values that do not fit config.json are refused with counts."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -124,5 +125,12 @@ def test_longrope_with_the_factor_that_transformers_asks_for(siglip: Path, conve
     assert "factor=8.0; only 64 / 16, the ratio of the lengths" in refused(convert(*arguments), out)
     change_config(lm, rope_parameters=values | {"attention_factor": 2.0})
     assert "unknown attention_factor=2.0" in refused(convert(*arguments), out)
+    change_config(lm, rope_parameters=values | {"factor": 4.0, "original_max_position_embeddings": "16"})
+    assert "original_max_position_embeddings=16; it must be a number" in refused(convert(*arguments), out)
+    scaling = math.sqrt(1 + math.log(4) / math.log(16))
+    change_config(lm, rope_parameters=values | {"factor": 4.0, "attention_factor": scaling})
+    done(convert(*arguments[:-1], tmp_path / "written", "--skip-logits-check"))
     change_config(lm, rope_parameters=values | {"factor": 4.0, "attention_factor": None})
     assert "passed" in done(convert(*arguments))
+    printed = done(convert("to-hf", out, "--skip-logits-check", "--out", tmp_path / "export"))
+    assert "longrope: the folder chooses short or long factors for each sequence by its own length" in printed

@@ -12,8 +12,8 @@ from tiny_folders import language_folder
 from aki_megatron.checkpoint import files
 from aki_megatron.checkpoint.checkpointer import Checkpointer
 from aki_megatron.checkpoint.conversion_steps import ConversionSettings, open_checkpoint, write_weights
-from aki_megatron.checkpoint.run_text import read_tokenizer_files, run_system_message, run_tokenizer
-from aki_megatron.config.data import SYSTEM_MESSAGE
+from aki_megatron.checkpoint.run_text import read_tokenizer_files, run_images, run_system_message, run_tokenizer
+from aki_megatron.config.data import SYSTEM_MESSAGE, ImagesConfig
 from aki_megatron.data.fingerprint import tokenizer_fingerprint
 from aki_megatron.errors import CheckpointError
 from aki_megatron.families.registry import FAMILIES
@@ -63,11 +63,13 @@ def test_without_one_it_is_found_by_its_content_and_never_by_a_relative_path(
 
 @pytest.mark.parametrize("message", [MESSAGE, "", SYSTEM_MESSAGE])
 def test_the_system_message_goes_out_and_comes_back(message: str, siglip: Path, convert: Run, tmp_path: Path) -> None:
+    """As do the settings of images."""
     flags = ("--skip-logits-check", "--out")
+    images = ImagesConfig(transparency="white", exif_rotation=True) if message == MESSAGE else ImagesConfig()
     lm = language_folder(tmp_path / "lm", "Qwen3-8B")
     done(convert("from-hf", "--lm", lm, "--vision", siglip, *flags, tmp_path / "start"))
     source, model = open_checkpoint(tmp_path / "start")
-    write_weights(tmp_path / "run", source, model, ConversionSettings(), source.path / "tokenizer", message)
+    write_weights(tmp_path / "run", source, model, ConversionSettings(), source.path / "tokenizer", message, images)
     done(convert("to-hf", tmp_path / "run", "--dtype", "bf16", *flags, tmp_path / "export"))
     assert {t.dtype for t in load_file(tmp_path / "export" / "model.safetensors").values()} == {torch.bfloat16}
     template = (tmp_path / "export" / "chat_template.jinja").read_text()
@@ -76,9 +78,14 @@ def test_the_system_message_goes_out_and_comes_back(message: str, siglip: Path, 
         assert (tmp_path / "export" / name).is_file()
     done(convert("from-hf", "--aki", tmp_path / "export", *flags, tmp_path / "back"))
     assert run_system_message(tmp_path / "back" / "step_000000") == message
+    assert run_images(tmp_path / "back" / "step_000000") == images
     (tmp_path / "export" / "processor_config.json").write_text("[")
     broken = convert("from-hf", "--aki", tmp_path / "export", *flags, tmp_path / "broken")
     assert "processor_config.json is not a JSON object" in refused(broken, tmp_path / "broken")
+    (tmp_path / "export" / "processor_config.json").unlink()
+    (tmp_path / "export" / "preprocessor_config.json").write_text('{"transparency": "black"}')
+    broken = convert("from-hf", "--aki", tmp_path / "export", *flags, tmp_path / "broken")
+    assert "preprocessor_config.json holds other image settings" in refused(broken, tmp_path / "broken")
 
 
 @pytest.mark.parametrize("message", [MESSAGE, ""])

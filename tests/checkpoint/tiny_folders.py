@@ -1,4 +1,4 @@
-"""Tiny random Hugging Face folders of the five published backbones and of SigLIP, each with its backbone's traits."""
+"""Tiny random Hugging Face folders of the published backbones and of SigLIP, each with its backbone's traits."""
 
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,12 @@ BACKBONES: dict[str, tuple[Any, Any, dict[str, Any], tuple[str, ...]]] = {
         Qwen2Config,
         Qwen2ForCausalLM,
         {"num_key_value_heads": 2, "vocab_size": 72, "tie_word_embeddings": True},
+        (CHAT_END, PHI3_END),
+    ),
+    "Qwen3-0.6B": (
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        {"num_key_value_heads": 2, "vocab_size": 72, "tie_word_embeddings": True, "head_dim": 16},
         (CHAT_END, PHI3_END),
     ),
     "Qwen3-1.7B": (

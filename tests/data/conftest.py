@@ -11,6 +11,7 @@ from aki_megatron.config.data import SYSTEM_MESSAGE
 from aki_megatron.data.template import Template
 from aki_megatron.data.tokenizer import Tokenizer
 from aki_megatron.families.registry import FAMILIES
+from aki_megatron.types import Modality
 
 NUM_IMAGE_TOKENS = 3
 
@@ -23,7 +24,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture
 def make_template(tokenizer: Tokenizer) -> Callable[..., Template]:
     def make(max_text_tokens: int = 512, system_message: str = SYSTEM_MESSAGE, *, text_first: bool = False) -> Template:
-        return Template(tokenizer, NUM_IMAGE_TOKENS, max_text_tokens, system_message, text_first)
+        return Template(tokenizer, {Modality.IMAGE: NUM_IMAGE_TOKENS}, max_text_tokens, system_message, text_first)
 
     return make
 
@@ -37,4 +38,4 @@ def source_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_session_template(tokenizer: Tokenizer) -> Template:
-    return Template(tokenizer, NUM_IMAGE_TOKENS, 512, SYSTEM_MESSAGE)
+    return Template(tokenizer, {Modality.IMAGE: NUM_IMAGE_TOKENS}, 512, SYSTEM_MESSAGE)

@@ -15,7 +15,7 @@ from aki_megatron.data.batch_planner import BatchPlanner, Phase
 from aki_megatron.data.loader import MicrobatchDataset, StepLoader
 from aki_megatron.data.sample_stream import LoadedSample
 from aki_megatron.errors import DataError, UserError
-from aki_megatron.types import IGNORE, DecodedImage, Sample
+from aki_megatron.types import IGNORE, DecodedImage, Sample, image_items
 
 IMAGE_SIZE = 64
 
@@ -36,7 +36,9 @@ class FailingStream:
         if self.fault == "slow":
             time.sleep(0.02)
         image = DecodedImage(bytes(3 * IMAGE_SIZE**2), IMAGE_SIZE)
-        return LoadedSample(Sample(f"numbers/{n}", [n] * 4, [1, 1, 1, 2], [IGNORE, IGNORE, n, IGNORE], image), ())
+        return LoadedSample(
+            Sample(f"numbers/{n}", [n] * 4, [1, 1, 1, 2], [IGNORE, IGNORE, n, IGNORE], image_items(image)), ()
+        )
 
     def length(self, n: int) -> tuple[int, int]:
         return 4, 1

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from webdataset import WebDataset, warn_and_continue
+from webdataset import WebDataset, ignore_and_continue
 
 from aki_megatron.data.shards import CaptionDataset
 from aki_megatron.data.tar_scan import IMAGE_SUFFIXES
@@ -28,9 +28,12 @@ def read_samples(tar: Path) -> tuple[Samples, list[str]]:
 
 
 def read_with_webdataset(tar: Path) -> Samples:
-    """Return the samples of a tar with text and image, as webdataset reads them."""
+    """Return the samples of a tar with text and image, as webdataset reads them.
+
+    Not with its warn_and_continue: that waits half a second at every error.
+    """
     found = []
-    for sample in WebDataset(str(tar), shardshuffle=False, handler=warn_and_continue, empty_check=False):
+    for sample in WebDataset(str(tar), shardshuffle=False, handler=ignore_and_continue, empty_check=False):
         image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
         if image is not None and "txt" in sample:
             found.append((sample["__key__"], sample["txt"].decode(), image))

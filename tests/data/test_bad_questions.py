@@ -16,7 +16,7 @@ from aki_megatron.evaluate.runner import predict, read_prompt, select_questions
 from aki_megatron.evaluate.scores import Prediction
 from aki_megatron.families.registry import FAMILIES
 from aki_megatron.model.stage import Stage, build_model
-from aki_megatron.types import Conversation
+from aki_megatron.types import Conversation, Modality
 
 SFT = Path(__file__).resolve().parents[2] / "configs/demo/sft.yaml"
 COUNT = 12
@@ -37,7 +37,7 @@ def model_and_template() -> tuple[Stage, Template]:
     flags = [word for name, value in sizes.items() for word in (f"--model.decoder.{name}", str(value))]
     config = load_run(flags, default_config=SFT, prog="", description="")
     model = build_model(config.model, attention=config.attention).eval()
-    return model, Template(tokenizer, config.model.resampler.num_latents, 128, "")
+    return model, Template(tokenizer, {Modality.IMAGE: config.model.resampler.num_latents}, 128, "")
 
 
 @pytest.fixture
@@ -98,4 +98,4 @@ def test_a_prompt_is_read_with_its_image(root: Path, model_and_template: tuple[S
     model, template = model_and_template
     question = select(root, BadSampleBudget(0.0))[0]
     prompt = read_prompt(question, template, model.config.vision.image_size)
-    assert prompt.image is not None and prompt.key == question.key
+    assert prompt.images and prompt.key == question.key

@@ -80,6 +80,10 @@ def test_a_byte_order_mark_is_no_part_of_the_text(text_format: TextFormat) -> No
     assert caption_text(f"\ufeff{raw}", text_format) == caption_text(raw, text_format)
 
 
+def test_a_byte_order_mark_in_a_description_is_no_part_of_it() -> None:
+    assert ocr([{"text": "\ufeffa sign", "granularity": 0}]) == "a sign"
+
+
 @pytest.mark.parametrize(
     "raw",
     [

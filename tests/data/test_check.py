@@ -1,5 +1,6 @@
 """tools/make_data.py check: everything that a run would read is decoded once and counted."""
 
+import gzip
 import json
 import sys
 from collections.abc import Callable
@@ -106,6 +107,17 @@ def test_captions_are_decoded_from_their_tars(check: Check, root: Path) -> None:
     assert found["mine"].num_readable == 5 and found["mine"].faults.total == 1
     assert "mine/00000/000001" in found["mine"].faults.lines()[0]
     assert "do not exist" in found["none"].cannot_open and found["none"].is_refused(1.0)
+
+
+def test_damaged_tars_are_named_and_their_samples_counted(check: Check, root: Path) -> None:
+    whole = write_tar(root / "mine/00000.tar", pairs(20)).read_bytes()
+    (root / "mine/00001.tar").write_bytes(whole[: 7 * 2560])
+    (root / "mine/00002.tar").write_bytes(gzip.compress(whole))
+    found = check(PRETRAIN, [{"name": "mine", "shards": ["mine/{00000..00002}.tar"]}])["mine"]
+    assert (found.num_records, found.num_readable, found.faults.total) == (29, 27, 2)
+    lines = "\n".join(report_lines(found, load_run([], default_config=PRETRAIN, prog="", description="").data))
+    assert f"{root}/mine/00001.tar: 7 of at least 8 samples readable" in lines
+    assert f"{root}/mine/00002.tar: no sample readable, of an unknown number. the file is no tar but gzip" in lines
 
 
 def test_lengths_and_samples_over_the_cap(check: Check, root: Path) -> None:

@@ -3,11 +3,14 @@
 webdataset's own reader sees the same samples in the same tars: keys, bytes and order.
 """
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import subprocess
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,6 +75,44 @@ def hard_links(path: Path) -> None:
             tar.addfile(member, io.BytesIO(data))
 
 
+def by_suffix(path: Path) -> None:
+    """The members of seven samples together, those of thirteen apart: all images, then all texts."""
+    members = pairs(20)
+    write_tar(path, [*members[:14], *sorted(members[14:], key=lambda member: member[0][-3:])])
+
+
+def by_suffix_with_json(path: Path) -> None:
+    members = pairs(20)
+    others = members[14:] + [(f"{number:06}.json", b"{}") for number in range(7, 20)]
+    write_tar(path, [*members[:14], *sorted(others, key=lambda member: member[0][-3:])])
+
+
+def devices(path: Path) -> None:
+    with tarfile.open(path, "w") as tar:
+        for number, (name, data) in enumerate(pairs(20)):
+            member = tarfile.TarInfo(name)
+            if name.endswith(".txt") and number >= 14:
+                member.type = (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)[number % 3]
+                data = b""
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def soft_links(path: Path) -> None:
+    with tarfile.open(path, "w") as tar:
+        for number, (name, data) in enumerate(pairs(20)):
+            member = tarfile.TarInfo(name)
+            if name.endswith(".txt") and number >= 14:
+                member.type, member.linkname = tarfile.SYMTYPE, "000000.txt"
+                data = b""
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def garbage_before(path: Path) -> None:
+    path.write_bytes(b"HTTP/1.1 200 OK\r\n\r\n" + whole(path.parent))
+
+
 def gnu_sparse(path: Path, form: str = "gnu") -> None:
     folder = path.with_suffix(".files")
     folder.mkdir()
@@ -112,6 +153,10 @@ DAMAGES: list[tuple[Callable[[Path], None], str, int, str]] = [
     (hard_links, "13 samples, the first 000007: its jpg is a link to another member", 20, "--hard-dereference"),
     (gnu_sparse, "13 samples, the first 000007: its jpg is stored as a sparse file", 20, "without tar --sparse"),
     (pax_sparse, "13 samples, the first 000007: its jpg is stored as a sparse file", 20, "without tar --sparse"),
+    (soft_links, "13 samples, the first 000007: its txt is a link to another member", 20, "--hard-dereference"),
+    (devices, "13 samples, the first 000007: its txt is a device, a pipe or a folder, not a file", 20, ""),
+    (by_suffix, "13 samples, the first 000007: its image and its text are apart in the tar", 20, "--sort=name"),
+    (by_suffix_with_json, "13 samples, the first 000007: its image and its text are apart", 20, "--sort=name"),
     (dots, "13 samples, the first 2023.000007: the name has a dot before its suffix", 20, "2023_0.jpg"),
 ]
 
@@ -147,6 +192,14 @@ def test_every_damaged_tar_is_named_and_counted_by_samples(
         (b'<?xml version="1.0"?><Error><Code>NoSuchKey</Code></Error>', r"XML \(an error page\?\)"),
         (gzip.compress(b"x" * 5000, mtime=0), "gzip"),
         (b"PK\x03\x04" + bytes(600), "a zip archive"),
+        (lzma.compress(b"x" * 5000), "xz"),
+        (lzma.compress(b"x" * 5000, format=lzma.FORMAT_ALONE), "lzma"),
+        (bz2.compress(b"x" * 5000), "bzip2"),
+        (b"\x28\xb5\x2f\xfd" + bytes(600), "zstandard"),
+        (b"\x04\x22\x4d\x18" + bytes(600), "lz4"),
+        (b"\x1f\x9d\x90" + bytes(600), r"compress \(.Z\)"),
+        (b"ARROW1\0\0" + bytes(600), "Arrow"),
+        (b"<Error><Code>NoSuchKey</Code></Error>", r"XML \(an error page\?\)"),
         (b"PAR1" + bytes(600), "parquet"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a git-lfs pointer"),
         (b"\xff\xd8\xff" + bytes(600), "a JPEG image"),
@@ -164,6 +217,45 @@ def test_a_file_that_is_no_tar_is_named_by_what_it_is(content: bytes, kind: str,
     dataset = CaptionDataset(["{00000..00001}.tar"], tmp_path, progress=lines.append)
     assert "no sample readable" in lines[-1] and dataset.counts.tolist() == [1, 3]
     assert index_command(tmp_path / "{00000..00001}.tar", capsys=capsys)[0] == 1
+
+
+def test_a_tar_inside_of_another_archive_is_named_by_what_holds_it(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "00000.tar", "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("00000.tar", whole(tmp_path))
+    assert len(read_samples(tmp_path / "00000.tar")[0]) == 0
+    with pytest.raises(DataError, match="is no tar but a zip archive"):
+        CaptionDataset(["00000.tar"], tmp_path)
+
+
+def test_a_damaged_first_header_whose_name_begins_like_a_format_is_that_of_a_tar(tmp_path: Path) -> None:
+    members = [("BM." + name.partition(".")[2], data) for name, data in pairs(1)]
+    data = bytearray(write_tar(tmp_path / "00000.tar", [*members, *pairs(3)]).read_bytes())
+    data[110] ^= 1
+    (tmp_path / "00000.tar").write_bytes(data)
+    with pytest.raises(DataError, match="malformed at its beginning: no valid header at byte 0"):
+        CaptionDataset(["00000.tar"], tmp_path)
+
+
+def test_a_tar_with_bytes_before_it_is_named(tmp_path: Path) -> None:
+    garbage_before(tmp_path / "00000.tar")
+    with pytest.raises(DataError, match="0 of at least 20 samples readable. the tar is malformed at its beginning: no"):
+        CaptionDataset(["00000.tar"], tmp_path)
+
+
+def test_suffixes_in_any_case_and_a_folder_with_dots_are_read(tmp_path: Path) -> None:
+    members = [("v1.2/A.JPG", image_bytes(1)), ("v1.2/A.TXT", b"a"), ("B.Jpeg", image_bytes(2)), ("B.Txt", b"b")]
+    members += [("./c.PNG", image_bytes(3)), ("./c.txt", b"c"), ("._c.jpg", b"x"), ("c/", b"")]
+    samples, errors = read_samples(write_tar(tmp_path / "a.tar", members))
+    assert not errors and samples == read_with_webdataset(tmp_path / "a.tar")
+    assert [key for key, _, _ in samples] == ["v1.2/A", "B", "./c"]
+
+
+def test_the_same_key_in_two_tars_is_two_samples(tmp_path: Path) -> None:
+    for shard, shade in ((0, 9), (1, 200)):
+        write_tar(tmp_path / f"0000{shard}.tar", [("0.jpg", image_bytes(shade)), ("0.txt", b"%d" % shade)])
+    first, second = CaptionDataset(["{00000..00001}.tar"], tmp_path)
+    assert (first.key, first.text, first.image) == ("00000/0", "9", image_bytes(9))
+    assert (second.key, second.text, second.image) == ("00001/0", "200", image_bytes(200))
 
 
 def test_a_tar_without_samples_is_named(tmp_path: Path, capsys) -> None:
@@ -224,7 +316,7 @@ def test_equal_keys_apart_keep_their_own_images(tmp_path: Path, make_template) -
     stream = MixtureStream(
         {"c": Source(dataset)}, Mixture({"c": 1.0}, seed=0), make_template().render_caption, image_size=IMAGE_SIZE
     )
-    shown = {tuple(sample.token_ids): sample.image.rgb for n in range(9) if (sample := stream.sample(n).sample)}
+    shown = {tuple(sample.token_ids): sample.images[0].rgb for n in range(9) if (sample := stream.sample(n).sample)}
     assert len(shown) == len(set(shown.values())) == 3  # each caption with an image of its own
 
 
@@ -248,6 +340,9 @@ def test_missing_tars_are_left_out_on_request_and_counted(tmp_path: Path, capsys
     dataset = CaptionDataset([pattern], tmp_path, skip_missing=True, progress=lines.append)
     assert len(dataset) == 6 and dataset.caption(2).key == "00002/000004"
     assert lines[0].startswith("3 of the 6 tars") and "00001.tar" in lines[0] and "skip_missing" in lines[0]
+    (tmp_path / "00009.tar").mkdir()
+    with pytest.raises(DataError, match=r"00009\.tar \(a folder\)"):
+        CaptionDataset(["00009.tar"], tmp_path)
     with pytest.raises(DataError, match="None of the 2 tars"):
         CaptionDataset(["{00003..00004}.tar"], tmp_path, skip_missing=True)
     assert index_command(tmp_path / pattern, capsys=capsys)[0] == 2

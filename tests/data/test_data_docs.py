@@ -114,7 +114,7 @@ def test_the_arranged_data_are_read_by_every_source(checkout: Path) -> None:
     for split in ("train", "val"):
         opened = open_sources(root, with_split(DATASETS, split), split)
         for samples in opened.values():
-            assert all(sample.image is None or sample.image.is_file() for sample in samples)
+            assert all(not sample.images or sample.images[0].is_file() for sample in samples)
 
 
 def test_the_arranged_data_are_checked(checkout: Path) -> None:

@@ -149,9 +149,9 @@ def test_golden_sample(
     conversation = next(sample for sample in samples if sample.key == key)
     assert "".join(part.text for part in template.conversation_parts(conversation)) == SYSTEM + text
     sample = template.render_conversation(conversation)
-    assert sample is not None and sample.image == conversation.image
-    assert (conversation.image is None) == ("<image>" not in text)
-    assert isinstance(conversation.image, Path | None) and (conversation.image is None or conversation.image.is_file())
+    assert sample is not None and sample.images == conversation.images
+    assert len(conversation.images) == ("<image>" in text)
+    assert all(isinstance(image, Path) and image.is_file() for image in conversation.images)
 
     # the release's rule, by the marker: everything up to and including the first <|assistant|> is not supervised
     first = sample.token_ids.index(tokenizer.token_id("<|assistant|>")) + 1
@@ -161,7 +161,9 @@ def test_golden_sample(
     answer = tokenizer.encode(supervised)  # no newline: the one after <|assistant|> vanishes
     assert sample.token_ids[first:] == answer and answer[-1] == tokenizer.eos_id
     assert tokenizer.decode(answer) + "<|endoftext|>" == supervised
-    assert sample.token_ids.count(tokenizer.image_id) == (template.num_image_tokens if "<image>" in text else 0)
+    assert sample.token_ids.count(tokenizer.image_id) == (
+        template.num_media_tokens[Modality.IMAGE] if "<image>" in text else 0
+    )
 
 
 def test_golden_conversation_of_several_turns(
@@ -192,9 +194,9 @@ def test_an_image_named_as_in_the_release_is_found(tmp_path: Path) -> None:
     """The suffix of an OCR-VQA image is that of its URL; ScienceQA has a folder per problem."""
     write_more_sources(tmp_path)
     covers = open_sources(tmp_path, ["ocrvqa"], "val")["ocrvqa"]
-    assert [cover.image for cover in covers] == [tmp_path / "OCRVQA/images/1400031354.gif"] * 2
+    assert [cover.images[0] for cover in covers] == [tmp_path / "OCRVQA/images/1400031354.gif"] * 2
     put(tmp_path, "ScienceQA/images/val/3/image.png", image_bytes(9, form="PNG"))
-    assert open_sources(tmp_path, ["scienceqa"], "val")["scienceqa"][0].image == (
+    assert open_sources(tmp_path, ["scienceqa"], "val")["scienceqa"][0].images[0] == (
         tmp_path / "ScienceQA/images/val/3/image.png"
     )
-    assert open_sources(tmp_path, ["gqa"], "val")["gqa"][0].image == tmp_path / "GQA/images/n161313.jpg"
+    assert open_sources(tmp_path, ["gqa"], "val")["gqa"][0].images[0] == tmp_path / "GQA/images/n161313.jpg"

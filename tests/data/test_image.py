@@ -1,6 +1,8 @@
 """Preprocessing equals its definition; an unreadable image names its file."""
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +76,11 @@ def test_unreadable_images_name_file_and_key(tmp_path: Path) -> None:
         ("lfs.jpg", b"version https://git-lfs.github.com/spec/v1\n", " but a git-lfs pointer"),
         ("photo.jpg", b"\0\0\0\x18ftypheic" + bytes(80), " but a HEIC image"),
         ("head.webp", b"RIFF\0\0\0\0WEBP", " but a WEBP image; it is damaged at its beginning"),
+        ("photo.psd", b"8BPS" + bytes(80), r" but a Photoshop image\. Read are"),
+        ("a.jxl", b"\0\0\0\x0cJXL \r\n\x87\n", r" but a JPEG XL image\. Read are"),
+        ("a.ppm", b"P6\n4 4\n255\n" + bytes(9), r": a PPM image that cannot be decoded \("),
+        ("a.svg", b"<svg></svg>", r" but an SVG image\. Read are"),
+        ("wide.txt", "\ufeffNot Found".encode("utf-16"), " but text in UTF-16"),
         ("zeros.jpg", bytes(900), " but zeros"),
         ("empty.png", b"", r" but empty \(0 bytes\)"),
     ):
@@ -103,10 +110,9 @@ def test_damaged_bytes_never_raise_anything_else(noise: np.ndarray) -> None:
 
 
 def test_decompression_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    header = bytearray(image_bytes(0, form="PNG"))
-    header[16:24] = (60_000).to_bytes(4, "big") + (60_000).to_bytes(4, "big")
-    with pytest.raises(UnreadableImage):
-        decode_image(bytes(header), 24, key="k")
+    header = png_chunks((b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)), (b"IDAT", b""))
+    with pytest.raises(UnreadableImage, match=r"of sample k has more than \d+ pixels \(decompression bomb\?\)"):
+        decode_image(header, 24, key="k")
     monkeypatch.setattr(image_module, "MAX_PIXELS", 24 * 24 - 1)
     with pytest.raises(UnreadableImage, match="24 x 24 pixels, more than 575 .decompression bomb"):
         decode_image(image_bytes(), 24, key="k")
@@ -187,11 +193,110 @@ def test_grey_of_16_bits_keeps_its_high_byte(mode: str, form: str) -> None:
         assert set(decode_image(buffer.getvalue(), 24, key="k").rgb) == {expected}
 
 
+def test_grey_of_12_bits_keeps_its_highest_eight() -> None:
+    """TIFF of microscopes: two samples in three bytes, and Pillow gives their 12 bits."""
+    row = bytes([0x80, 0x01, 0x23]) * 12  # 0x800, 0x123, ...
+    tags = [(256, 3, 24), (257, 3, 24), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 122), (277, 3, 1),
+            (278, 3, 24), (279, 4, 24 * len(row))]  # fmt: skip
+    fields = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    header = b"II*\0" + struct.pack("<IH", 8, len(tags)) + fields + bytes(4)
+    rgb = decode_image(header + row * 24, 24, key="k").rgb
+    assert len(header) == 122 and rgb[:6] == bytes([0x80] * 3 + [0x12] * 3)
+
+
+def test_transparent_grey_of_16_bits_is_laid_on_white() -> None:
+    grey, buffer = np.full((24, 24), 0x8034, dtype=np.uint16), io.BytesIO()
+    grey[:12] = 7
+    Image.fromarray(grey).save(buffer, format="PNG", transparency=7)
+    assert set(decode_image(buffer.getvalue(), 24, key="k").rgb) == {0, 0x80}
+    white = decode_image(buffer.getvalue(), 24, key="k", options=ImageOptions(transparency="white"))
+    assert set(white.rgb[:100]) == {255} and set(white.rgb[-100:]) == {0x80}
+
+
+def png_chunks(*chunks: tuple[bytes, bytes]) -> bytes:
+    parts = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+             for kind, data in chunks)  # fmt: skip
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def test_damaged_chunks_of_every_kind_are_an_error_of_their_sample_or_ignored(noise: np.ndarray) -> None:
+    header = (b"IHDR", struct.pack(">IIBBBBB", 40, 30, 8, 2, 0, 0, 0))
+    rows = b"".join(b"\0" + row.tobytes() for row in noise.transpose(1, 0, 2))
+    body = [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    exact = decode_image(png_chunks(header, *body), 24, key="k")
+    contents = [b"", b"a", b"a\0b", bytes(3), b"\xff" * 40, b"key\0\0" + zlib.compress(b"x"), bytes(800)]
+    kinds = [
+        "tRNS",
+        "gAMA",
+        "cHRM",
+        "sRGB",
+        "iCCP",
+        "pHYs",
+        "tEXt",
+        "zTXt",
+        "iTXt",
+        "eXIf",
+        "acTL",
+        "fcTL",
+        "fdAT",
+        "PLTE",
+        "bKGD",
+        "tIME",
+        "sBIT",
+        "IHDR",
+        "IDAT",
+        "priv",
+    ]
+    outcomes = set()
+    for kind in kinds:
+        for content in contents:
+            data = png_chunks(header, (kind.encode(), content), *body)
+            for options in (ImageOptions(), ImageOptions("white", exif_rotation=True)):
+                try:
+                    outcomes.add(decode_image(data, 24, key="a/1", options=options).rgb == exact.rgb)
+                except UnreadableImage as error:
+                    assert str(error).startswith("image of sample a/1 is not a readable image"), (kind, content)
+                    outcomes.add(None)
+    assert {True, None} <= outcomes
+    for broken in ((body[0], body[1]), (header, body[1]), (header, (b"IDAT", b"x"), body[1]), (header,), ()):
+        with pytest.raises(UnreadableImage, match="of sample a/1 is not a readable image.* PNG image"):
+            decode_image(png_chunks(*broken), 24, key="a/1")
+
+
+def test_every_format_cut_off_anywhere_is_named_or_whole(noise: np.ndarray) -> None:
+    for form in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM"):
+        data = encoded(noise, form)
+        for end in (0, 1, 2, 4, 8, 16, 30, len(data) // 3, len(data) // 2, len(data) - 60):
+            with pytest.raises(UnreadableImage, match=r"^image of sample a/1 .*") as raised:
+                decode_image(data[:end], 24, key="a/1")
+            assert "0x" not in str(raised.value) and "\n" not in str(raised.value)
+        assert decode_image(data + b"trailing", 24, key="a/1").rgb == decode_image(data, 24, key="a/1").rgb
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
+def test_of_several_frames_the_first_is_read(noise: np.ndarray, form: str) -> None:
+    buffer, first = io.BytesIO(), Image.fromarray(noise)
+    others = [Image.fromarray(255 - noise), Image.new("RGB", first.size)]
+    first.save(buffer, format=form, save_all=True, append_images=others)
+    moving, still = decode_image(buffer.getvalue(), 24, key="k"), decode_image(encoded(noise, form), 24, key="k")
+    one, other = (np.frombuffer(image.rgb, np.uint8).astype(int) for image in (moving, still))
+    assert np.abs(one - other).mean() < 12
+
+
+def test_a_file_that_does_not_fit_into_memory_is_an_error_of_its_sample(tmp_path: Path, monkeypatch) -> None:
+    def fail(self: Path) -> bytes:
+        raise MemoryError
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(UnreadableImage, match=r"^image .*a.jpg of sample k cannot be read: it does not fit"):
+        decode_image(tmp_path / "a.jpg", 24, key="k")
+
+
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_grey_of_32_bits_is_refused(mode: str) -> None:
     buffer = io.BytesIO()
     Image.new(mode, (24, 24), 300).save(buffer, format="TIFF")
-    with pytest.raises(UnreadableImage, match="image of sample k has grey of 32 bits, .* convert it to 8 or 16 bits"):
+    with pytest.raises(UnreadableImage, match="image of sample k has grey of 32 bits or .* convert it to 8 or 16 bits"):
         decode_image(buffer.getvalue(), 24, key="k")
 
 

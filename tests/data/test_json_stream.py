@@ -76,14 +76,17 @@ def test_an_object_equals_its_entries(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[1, 2, {"a": }]', r"a\.json is not valid JSON: Expecting value \(character 13\)"),
-        ("[1 2]", r"Expecting ',', got '2' \(character 3\)"),
-        ("[1, 2", r"Expecting ',', got the end of the file \(character 5\)"),
-        ("[1, 2] []", r"Extra data \(character 7\)"),
-        ('{"a": [1]}', r"Expecting '\[', got '\{' \(character 0\)"),
-        ("", r"Expecting '\[', got the end of the file \(character 0\)"),
+        ('[1, 2, {"a": }]', r"a\.json is not valid JSON: Expecting value \(line 1, column 14, character 13\)"),
+        ("[1 2]", r"Expecting ',', got '2' \(line 1, column 4, character 3\)"),
+        ("[1, 2", r"Expecting ',', got the end of the file \(line 1, column 6, character 5\)"),
+        ("[1, 2] []", r"Extra data \(line 1, column 8, character 7\)"),
+        ('{"a": [1]}', r"Expecting '\[', got '\{' \(line 1, column 1, character 0\)"),
+        ("", r"a\.json is not valid JSON but empty \(0 bytes\)"),
+        (" ", r"Expecting '\[', got the end of the file \(line 1, column 2, character 1\)"),
+        ("[1,\n 2,\n\n  3 4]", r"Expecting ',', got '4' \(line 4, column 5, character 13\)"),
+        ('[1,\n{"a": 1,\n"b" 2}]', r"Expecting ':' delimiter \(line 3, column 5, character 17\)"),
         ('["a\nb"]', "Invalid control character"),
-        ("[" * 200_000, "recursion"),
+        ("[" * 200_000, "a value is nested too deeply"),
     ],
 )
 @pytest.mark.parametrize("chunk", [1, 7, 2**20])
@@ -93,6 +96,18 @@ def test_invalid_json_is_named_with_its_character(
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(DataError, match=message):
         read_in_chunks(monkeypatch, tmp_path / "a.json", chunk, lambda path: list(iter_array(path)))
+
+
+def test_bytes_that_are_no_utf_8_are_named_with_their_place(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'[\n"' + b"x" * 9000 + b'",\n"caf\xe9"]')
+    with pytest.raises(DataError, match=r"it is not UTF-8 \(line 3, byte 9010 of the file: 0xe9\)"):
+        list(iter_array(tmp_path / "a.json"))
+
+
+def test_an_integer_of_thousands_of_digits_is_infinite(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[1, " + "9" * 5000 + ', {"a": -' + "9" * 5000 + "}, 2]")
+    values = [value for _, value in iter_array(tmp_path / "a.json")]
+    assert values == [1, float("inf"), {"a": float("-inf")}, 2]
 
 
 def test_a_byte_order_mark_and_spaces_are_no_errors(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aki_megatron.data.mixture import Mixture
+from aki_megatron.data.mixture import Mixture, SourcePass
 from aki_megatron.data.permutation import derive_seed, feistel_permute
 from aki_megatron.errors import ConfigError
 
@@ -138,3 +138,72 @@ def test_the_numbers_of_a_seed_never_change() -> None:
     assert [(draw.source, draw.draw_index) for draw in draws] == [(0, 404), (0, 639), (0, 627), (1, 143)]
     assert [mixture.item_index(draw.source, draw.draw_index, 1234) for draw in draws] == [162, 776, 336, 267]
     assert [mixture.replacement_index(n, 2, 99) for n in range(4)] == [46, 33, 74, 66]
+
+
+def visits(mixture: Mixture, name: str, num_items: int, count: int) -> list[int]:
+    """Return the items that the first ``count`` draws of a source take, in the order of the samples."""
+    source, items, n = mixture.names.index(name), [], 0
+    while len(items) < count:
+        draw = mixture.draw(n)
+        if draw.source == source:
+            items.append(mixture.item_index(source, draw.draw_index, num_items))
+        n += 1
+    return items
+
+
+@pytest.mark.parametrize("num_items", [1, 3, 40, 102])
+def test_a_small_source_meets_every_item_once_per_epoch_in_the_order_of_the_samples(num_items: int) -> None:
+    """By the permuted order of its block, 40 draws would meet 28 of 40 items."""
+    mixture = Mixture(TABLE_4, seed=3, num_items={"source 0": num_items})
+    items = visits(mixture, "source 0", num_items, 8 * num_items)
+    for first in range(0, 8 * num_items, num_items):
+        assert sorted(items[first : first + num_items]) == list(range(num_items))
+    if num_items == 40:
+        assert len(set(visits(Mixture(TABLE_4, seed=3), "source 0", 40, 40))) < 32
+
+
+def test_larger_sources_keep_their_order() -> None:
+    plain = Mixture(TABLE_4, seed=3)
+    sizes = dict.fromkeys(TABLE_4, 103) | {"source 2": 5}
+    small = TABLE_4.keys() - {"source 2"}
+    mixture = Mixture(TABLE_4, seed=3, num_items=sizes)
+    for n in [*range(2000), *range(10**9, 10**9 + 500)]:
+        one, other = plain.draw(n), mixture.draw(n)
+        assert one.source == other.source and (one == other or mixture.names[one.source] not in small)
+
+
+def draws_of(mixture: Mixture, num_samples: int) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {name: [] for name in mixture.names}
+    for n in range(num_samples):
+        draw = mixture.draw(n)
+        found[mixture.names[draw.source]].append(draw.draw_index)
+    return found
+
+
+@given(
+    lengths=st.lists(st.integers(0, 4000), min_size=1, max_size=4),
+    shares=st.lists(st.sampled_from([(1.0, 1.0), (0.7, 0.3), (0.25, 0.5)]), min_size=5, max_size=5),
+    sizes=st.tuples(st.integers(1, 3000), st.integers(1, 3000)),
+)
+@settings(max_examples=25, deadline=None)
+def test_phases_go_on_with_a_source_where_the_earlier_ones_stopped(
+    lengths: list[int], shares: list[tuple[float, float]], sizes: tuple[int, int]
+) -> None:
+    passes: dict[str, SourcePass] = {}
+    drawn: dict[str, list[int]] = {"a": [], "b": []}
+    for number, (length, share) in enumerate(zip([*lengths, 5000], shares, strict=False)):
+        weights = dict(zip("ab", share, strict=True))
+        mixture = Mixture(weights, seed=number, passes=passes, num_items=dict(zip("ab", sizes, strict=True)))
+        for name, draws in draws_of(mixture, length).items():
+            drawn[name] += draws
+        passes |= mixture.passes_after(length)
+    for name, draws in drawn.items():
+        left = passes[name].left
+        assert passes[name].seed == 0 and sorted([*draws, *left]) == list(range(passes[name].next_draw))
+
+
+def test_a_phase_of_one_source_goes_on_in_order() -> None:
+    first = Mixture({"a": 1.0}, seed=5)
+    second = Mixture({"a": 1.0}, seed=6, passes=first.passes_after(1234))
+    assert [second.draw(n).draw_index for n in range(3000)] == list(range(1234, 4234))
+    assert second.item_index(0, 1234, 99) == first.item_index(0, 1234, 99)

@@ -61,6 +61,52 @@ def test_every_phase_has_its_own_seed_and_the_first_has_the_runs() -> None:
     assert max(seeds.values()) == 1 and phase_seed(7, 0) == 7
 
 
+def keys(config: RunConfig, tokenizer, phase: int, count: int) -> list[str]:
+    stream = build_stream(config, tokenizer, build_sources(config.data, print), phase)
+    return [sample.key for n in range(count) if (sample := stream.sample(n).sample) is not None]
+
+
+def test_a_later_phase_goes_on_with_a_source_where_the_earlier_one_stopped(tmp_path: Path, tokenizer) -> None:
+    write_sources(tmp_path, count=20)
+    flags = ["--data.root", str(tmp_path), "--data.sources", "[{name: vqav2}, {name: vsr}]", "--data.mixing", "uniform"]
+    flags += ["--train.global_batch_size", "4", "--train.micro_batch_size", "4", "--train.steps", "8"]
+    flags += ["--optimizer.warmup_steps", "1", "--data.max_text_tokens", "500"]
+    one = demo(*flags)
+    phases = "[{steps: 3, sources: [vqav2]}, {steps: 2, sources: [vqav2]}, {steps: 3, sources: [vsr]}]"
+    several = demo(*flags, "--data.phases", phases)
+    first, second = keys(several, tokenizer, 0, 12), keys(several, tokenizer, 1, 8)
+    assert len({*first, *second}) == 20  # every item once, over both phases
+    whole = demo(*flags, "--data.phases", "[{steps: 8, sources: [vqav2]}]")
+    assert first + second == keys(whole, tokenizer, 0, 20)
+    assert len(set(keys(several, tokenizer, 2, 20))) == 20  # a source that no phase read before begins anew
+    mixed = demo(*flags, "--data.phases", "[{steps: 5}, {steps: 3}]")
+    assert keys(mixed, tokenizer, 0, 20) == keys(one, tokenizer, 0, 20)
+    both = keys(mixed, tokenizer, 0, 20) + keys(mixed, tokenizer, 1, 20)
+    for name in ("vqav2", "vsr"):
+        visits = [key for key in both if key.startswith(name)]
+        assert len(set(visits)) == min(20, len(visits))
+
+
+def test_packed_phases_begin_anew(tmp_path: Path, tokenizer) -> None:
+    write_sources(tmp_path, count=20)
+    flags = ["--data.root", str(tmp_path), "--data.sources", "[{name: vqav2}]", "--data.packing.enabled", "true"]
+    flags += ["--data.phases", "[{steps: 3}, {steps: 1597}]"]
+    assert keys(demo(*flags), tokenizer, 1, 20) != keys(demo(*flags), tokenizer, 0, 20)
+    assert len(set(keys(demo(*flags), tokenizer, 1, 20))) == 20
+
+
+def test_later_phases_of_captions_go_on_too(tmp_path: Path, tokenizer) -> None:
+    for shard in range(4):
+        write_tar(tmp_path / f"{shard:05}.tar", pairs(5, first=5 * shard))
+    captions = "[{name: c, shards: ['{00000..00003}.tar']}]"
+    config = ROOT / "configs/demo/pretrain.yaml"
+    flags = ["--config", str(config), "--data.root", str(tmp_path), "--data.captions", captions, "--train.steps", "5"]
+    flags += ["--train.global_batch_size", "4", "--train.micro_batch_size", "4", "--optimizer.warmup_steps", "1"]
+    flags += ["--data.phases", "[{steps: 2}, {steps: 3}]"]
+    run = load_run(flags, default_config=config, prog="pretrain.py", description="")
+    assert len({*keys(run, tokenizer, 0, 8), *keys(run, tokenizer, 1, 12)}) == 20
+
+
 def transparent_png() -> bytes:
     buffer = io.BytesIO()
     Image.new("RGBA", (36, 36), (0, 0, 0, 0)).save(buffer, format="PNG")
@@ -75,7 +121,7 @@ def test_the_image_options_of_a_run_reach_its_pixels(transparency: str, pixel: i
     flags = "--data.root", str(tmp_path), "--data.sources", "[{name: vqav2}]"
     config = demo(*flags, "--data.images.transparency", transparency)
     sample = build_stream(config, tokenizer, build_sources(config.data, print), 0).sample(0).sample
-    assert sample is not None and sample.image is not None and set(sample.image.rgb) == {pixel}
+    assert sample is not None and sample.images and set(sample.images[0].rgb) == {pixel}
 
 
 def test_a_bad_sample_of_a_run_names_its_annotation_files(tmp_path: Path, tokenizer) -> None:

@@ -91,8 +91,8 @@ def read_all(root: Path, name: str, template: Template) -> tuple[dict[str, Conve
         try:
             conversation = opened[index]
             template.render_conversation(conversation)
-            if conversation.image is not None:
-                decode_image(conversation.image, 8, key=conversation.key)
+            if conversation.images:
+                decode_image(conversation.images[0], 8, key=conversation.key)
         except DataError as error:
             messages.append(str(error))
         else:
@@ -124,4 +124,5 @@ def test_mutated_records_are_named_and_counted(
         assert all(len(message) < 2000 for message in messages)
         num_faults += bool(messages)
         save(path, good)
+    print(f"{name}: {num_faults} mutations with faults, each named")
     assert num_faults > 5

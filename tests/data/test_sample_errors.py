@@ -5,18 +5,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from data_files import IMAGE_SIZE, image_bytes, pairs, write_tar
+from data_files import IMAGE_SIZE, image_bytes, pairs, write_sources, write_tar
 from PIL import Image
 
+from aki_megatron.config.load import load_run
 from aki_megatron.data.bad_samples import BadSampleBudget, BadSampleBudgetExceeded, sample_errors
 from aki_megatron.data.batch_planner import BatchPlanner, Phase
 from aki_megatron.data.captions import TextFormat
 from aki_megatron.data.loader import MicrobatchDataset, StepLoader
 from aki_megatron.data.mixture import Mixture
+from aki_megatron.data.pipeline import build_sources
 from aki_megatron.data.sample_stream import MixtureStream, Source
 from aki_megatron.data.shards import CaptionDataset
 from aki_megatron.errors import ConfigError, DataError
-from aki_megatron.types import Caption, Conversation, Sample, Turn
+from aki_megatron.types import Caption, Conversation, Sample, Turn, image_items
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class PanicException(BaseException):
@@ -39,7 +43,7 @@ FAULTS = [AssertionError(), TypeError("TextInputSequence must be str"), MemoryEr
 
 
 def conversations(image: bytes | None = None) -> Items:
-    return Items(Conversation(f"vqav2/count/{n}", (Turn("How many?", str(n)),), image) for n in range(8))
+    return Items(Conversation(f"vqav2/count/{n}", (Turn("How many?", str(n)),), image_items(image)) for n in range(8))
 
 
 def stream_of(items: Items, render: Callable, **source) -> MixtureStream:
@@ -66,7 +70,9 @@ def test_any_error_of_one_sample_is_named_counted_and_replaced(
     if where == "read":
         items.fault = fault
     items[3:4] = (
-        [Conversation("vqav2/count/3", (Turn("How many?", "3"),), b"three")] if where == "decode" else items[3:4]
+        [Conversation("vqav2/count/3", (Turn("How many?", "3"),), image_items(b"three"))]
+        if where == "decode"
+        else items[3:4]
     )
     monkeypatch.setattr("aki_megatron.data.image.Image.open", failing_open)
     stream, bad = stream_of(items, render), []
@@ -136,9 +142,11 @@ def test_half_a_surrogate_pair_in_ocr_json_is_an_error_of_its_sample(half: str, 
 
 def test_half_a_surrogate_pair_in_an_id_is_an_error_of_its_sample(make_template) -> None:
     items = conversations()
-    items[3] = Conversation(json.loads('"vqav2/count/\\ud800"'), (Turn("How many?", "3"),), None)
-    items[4] = Conversation("vqav2/count/4", (Turn("How many?", "4"),), Path(json.loads('"/no/\\ud800.jpg"')))
-    items[5] = Conversation("vqav2/count/5", (Turn("How many?", "5"),), Path("/no/\0.jpg"))
+    items[3] = Conversation(json.loads('"vqav2/count/\\ud800"'), (Turn("How many?", "3"),))
+    items[4] = Conversation(
+        "vqav2/count/4", (Turn("How many?", "4"),), image_items(Path(json.loads('"/no/\\ud800.jpg"')))
+    )
+    items[5] = Conversation("vqav2/count/5", (Turn("How many?", "5"),), image_items(Path("/no/\0.jpg")))
     stream = stream_of(items, make_template().render_conversation)
     reasons = {bad.reason for n in range(16) for bad in stream.sample(n).bad_samples}
     assert len(reasons) == 3 and sum("\\ud800" in reason for reason in reasons) == 2
@@ -159,3 +167,32 @@ def test_a_bad_sample_of_a_run_names_annotation_file_or_tar(tmp_path: Path, make
     stream = MixtureStream({"c": source}, Mixture({"c": 1.0}, seed=0), render, image_size=IMAGE_SIZE)
     reasons = {bad.reason for n in range(4) for bad in stream.sample(n).bad_samples}
     assert reasons == {f"Tar {tar}, key 000001: TypeError: TextInputSequence must be str"}
+
+
+def test_an_image_in_a_tar_is_named_by_tar_and_key(tmp_path: Path, make_template) -> None:
+    tar = write_tar(tmp_path / "c/00000.tar", [("0.jpg", b"no image"), ("0.txt", b"a"), *pairs(1, first=1)])
+    dataset = CaptionDataset(["c/00000.tar"], tmp_path)
+    source = Source(dataset, locate=dataset.location)
+    mixture, render = Mixture({"c": 1.0}, seed=0), make_template().render_caption
+    stream = MixtureStream({"c": source}, mixture, render, image_size=IMAGE_SIZE)
+    (reason,) = {bad.reason for n in range(4) for bad in stream.sample(n).bad_samples}
+    assert reason.startswith(f"Tar {tar}, key 0: image of sample c/00000/0 is not a readable image but text")
+
+
+def test_a_record_that_cannot_be_read_is_named_by_its_file(tmp_path: Path, make_template, monkeypatch) -> None:
+    write_sources(tmp_path, count=3)
+    flags = ["--data.root", str(tmp_path), "--data.sources", "[{name: vqav2}]"]
+    config = load_run(flags, default_config=ROOT / "configs/demo/sft.yaml", prog="", description="")
+    source = build_sources(config.data, lambda line: None)["vqav2"]
+    read = type(source.items).__getitem__
+
+    def failing(items, index: int):
+        if index == 1:
+            raise RuntimeError("torn")
+        return read(items, index)
+
+    monkeypatch.setattr(type(source.items), "__getitem__", failing)
+    mixture, render = Mixture({"vqav2": 1.0}, seed=0), make_template().render_conversation
+    stream = MixtureStream({"vqav2": source}, mixture, render, image_size=IMAGE_SIZE)
+    (reason,) = {bad.reason for n in range(9) for bad in stream.sample(n).bad_samples}
+    assert reason.startswith(f"{tmp_path}/VQA/v2_") and reason.endswith(", sample number 1: RuntimeError: torn")

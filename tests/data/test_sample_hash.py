@@ -7,10 +7,10 @@ from data_files import image_bytes
 
 from aki_megatron.data.image import ImageCache, augment, decode_image
 from aki_megatron.data.sample_hash import sample_hash
-from aki_megatron.types import IGNORE, DecodedImage, Sample
+from aki_megatron.types import IGNORE, DecodedImage, Sample, image_items
 
 IMAGE = DecodedImage(bytes(768), 16, checksum=17)
-SAMPLE = Sample("vqav2/count/1", [5, 9, 9, 7], [1, 3, 3, 2], [IGNORE, IGNORE, 7, 2], IMAGE)
+SAMPLE = Sample("vqav2/count/1", [5, 9, 9, 7], [1, 3, 3, 2], [IGNORE, IGNORE, 7, 2], image_items(IMAGE))
 
 OTHERS = {
     "token_id": replace(SAMPLE, token_ids=[5, 9, 9, 8]),
@@ -19,9 +19,10 @@ OTHERS = {
     "target": replace(SAMPLE, targets=[IGNORE, IGNORE, 7, 3]),
     "supervision": replace(SAMPLE, targets=[IGNORE, IGNORE, IGNORE, 2]),
     "length": replace(SAMPLE, token_ids=[5, 9, 9], modality_ids=[1, 3, 3], targets=[IGNORE, IGNORE, 7]),
-    "no image": replace(SAMPLE, image=None),
-    "image": replace(SAMPLE, image=DecodedImage(IMAGE.rgb, 16, checksum=18)),
-    "size": replace(SAMPLE, image=DecodedImage(IMAGE.rgb, 8, checksum=17)),
+    "no image": replace(SAMPLE, media=()),
+    "image": replace(SAMPLE, media=image_items(DecodedImage(IMAGE.rgb, 16, checksum=18))),
+    "second image": replace(SAMPLE, media=SAMPLE.media * 2),
+    "size": replace(SAMPLE, media=image_items(DecodedImage(IMAGE.rgb, 8, checksum=17))),
 }
 
 
@@ -37,7 +38,7 @@ def test_the_hash_is_of_content_and_place_not_of_the_name() -> None:
 
 def test_hashes_stay_those_of_their_version() -> None:
     assert sample_hash(3, 1, SAMPLE) == 4958392538086215183
-    assert sample_hash(3, 1, replace(SAMPLE, image=None)) == 14471869835929611579
+    assert sample_hash(3, 1, replace(SAMPLE, media=())) == 14471869835929611579
 
 
 def test_every_image_has_its_checksum() -> None:

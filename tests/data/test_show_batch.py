@@ -70,7 +70,7 @@ def test_show_batch_shows_what_the_run_reads(flags: list[str], tmp_path: Path, c
     assert answer.strip() == tokenizer.decode(response).strip()
     assert "<|user|>[image 1: 9 positions]" in text
     image = np.asarray(Image.open(tmp_path / "step_000002_microbatch_1_sequence_3_image_1.png"))
-    assert image.tobytes() == sample.image.rgb
+    assert image.tobytes() == sample.images[0].rgb
 
 
 @pytest.mark.parametrize("step", [3, 5])

@@ -38,7 +38,7 @@ def test_vqav2(source_root: Path) -> None:
     sample = first(source_root, "vqav2")
     assert sample.turns[0].prompt == "Answer the question using a single word or phrase. How many cats 1?"
     assert sample.turns[0].response == "1"  # paired by question_id: the annotations are in reverse order
-    assert sample.image == source_root / "VQA/train2014/COCO_train2014_000000000001.jpg"
+    assert sample.images[0] == source_root / "VQA/train2014/COCO_train2014_000000000001.jpg"
     assert sample.key == "vqav2/what_color_is_the/10" and task_of(sample.key) == "vqav2/what_color_is_the"
 
 
@@ -49,8 +49,8 @@ def test_vsr(source_root: Path) -> None:
         "Answer the question using a single word or phrase. "
         "Is the fish 1 at the left side of the dish? Please answer yes or no."
     )
-    assert samples[0].image == source_root / "A-OKVQA/train2017/000000000001.jpg"
-    assert samples[1].image == source_root / "vsr/val2017/000000000002.jpg"
+    assert samples[0].images[0] == source_root / "A-OKVQA/train2017/000000000001.jpg"
+    assert samples[1].images[0] == source_root / "vsr/val2017/000000000002.jpg"
     assert task_of(samples[0].key) == "vsr/relation"
 
 
@@ -65,7 +65,7 @@ def test_aokvqa(source_root: Path) -> None:
         assert sorted(line[3:] for line in lines) == sorted(choices)
         assert f"{sample.turns[0].response}. {choices[number % 4]}" in lines
         assert sample.key == f"aokvqa/choice/q{number}"
-        assert sample.image == source_root / f"A-OKVQA/train2017/{number:012d}.jpg"
+        assert sample.images[0] == source_root / f"A-OKVQA/train2017/{number:012d}.jpg"
 
 
 def test_refcoco(source_root: Path) -> None:
@@ -74,7 +74,7 @@ def test_refcoco(source_root: Path) -> None:
         "Provide a short description for this region. <bbox>[0.100, 0.100][0.350, 1.000]</bbox>"
     )
     assert sample.turns[0].response == "red cat 1"
-    assert sample.image == source_root / "VQA/train2014/COCO_train2014_000000000001.jpg"
+    assert sample.images[0] == source_root / "VQA/train2014/COCO_train2014_000000000001.jpg"
     assert task_of(sample.key) == "refcoco/region"
 
 
@@ -170,7 +170,7 @@ def test_scienceqa_with_and_without_an_image(tmp_path: Path) -> None:
     write_scienceqa(tmp_path)
     with_image, text_only = open_sources(tmp_path, ["scienceqa"], "train")["scienceqa"]
     assert (task_of(with_image.key), task_of(text_only.key)) == ("scienceqa/image", "scienceqa/text")
-    assert with_image.image == tmp_path / "ScienceQA/images/train/1/image.png" and text_only.image is None
+    assert with_image.images[0] == tmp_path / "ScienceQA/images/train/1/image.png" and not text_only.images
     assert "\nContext: N/A\nOptions:\n" in with_image.turns[0].prompt and with_image.turns[0].prompt.endswith("\n")
     assert "\nContext: Two of the words rhyme.\nOptions:\n" in text_only.turns[0].prompt
     assert f"\n{with_image.turns[0].response}. West Virginia\n" in with_image.turns[0].prompt
@@ -184,7 +184,7 @@ def test_gqa_takes_the_short_answer(tmp_path: Path) -> None:
         ("gqa/verify/02930152", "yes"),
         ("gqa/vqa/07333408", "pipe"),
     ]
-    assert samples[1].image == tmp_path / "GQA/images/n161313.jpg"
+    assert samples[1].images[0] == tmp_path / "GQA/images/n161313.jpg"
 
 
 def test_ocrvqa_splits_by_number_and_gives_a_sample_per_question(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_ocrvqa_splits_by_number_and_gives_a_sample_per_question(tmp_path: Path)
         samples = open_sources(tmp_path, ["ocrvqa"], split)["ocrvqa"]
         assert [sample.key for sample in samples] == [f"ocrvqa/cover/{cover}.{number}" for number in range(2)]
         assert [sample.turns[0].response for sample in samples] == ["Sandra Boynton", "Yes"]
-        assert {sample.image for sample in samples} == {tmp_path / f"OCRVQA/images/{cover}.{extension}"}
+        assert {sample.images[0] for sample in samples} == {tmp_path / f"OCRVQA/images/{cover}.{extension}"}
 
 
 @pytest.mark.parametrize("variant", ["refcoco+", "refcocog"])
@@ -203,7 +203,7 @@ def test_refcoco_variants_read_their_own_files(tmp_path: Path, variant: str, spl
     assert dataset_reader(variant).files[split][0] == f"ref/annotations/finetune_{variant}_{split}.json"
     samples = open_sources(tmp_path, [variant], split)[variant]
     assert [sample.key for sample in samples] == [f"{variant}/region/0", f"{variant}/region/1"]
-    assert samples[0].image == tmp_path / "VQA/train2014/COCO_train2014_000000000001.jpg"
+    assert samples[0].images[0] == tmp_path / "VQA/train2014/COCO_train2014_000000000001.jpg"
 
 
 def test_visualgenome_clips_boxes_to_the_image(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_visualgenome_clips_boxes_to_the_image(tmp_path: Path) -> None:
         "black backpack",
     ]
     assert samples[1].turns[0].prompt.endswith("region. <bbox>[0.000, 0.620][1.000, 1.000]</bbox>")
-    assert samples[2].image == tmp_path / "VisualGenome/images/2.jpg"
+    assert samples[2].images[0] == tmp_path / "VisualGenome/images/2.jpg"
 
 
 def test_llava_single_turns_or_whole_conversations(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_llava_single_turns_or_whole_conversations(tmp_path: Path) -> None:
     prompts = [sample.turns[0].prompt for sample in single]
     assert prompts[0] == "What are the colors of the bus in the image?" and prompts[2] == "Describe the picture."
     assert len({sample.key for sample in single}) == 3  # ids repeat in the release, keys do not
-    assert {sample.image for sample in (*single, *multi)} == {tmp_path / "A-OKVQA/train2017/000000033471.jpg"}
+    assert {sample.images[0] for sample in (*single, *multi)} == {tmp_path / "A-OKVQA/train2017/000000033471.jpg"}
     with pytest.raises(ConfigError, match=r"\['vqav2'\] have no conversations of several turns"):
         open_sources(tmp_path, ["llava150k"], "train", multi_turn=["vqav2"])
 

@@ -8,14 +8,14 @@ from aki_megatron.config.data import SYSTEM_MESSAGE
 from aki_megatron.data.template import MIN_TEXT_TOKENS, Template
 from aki_megatron.data.tokenizer import Tokenizer
 from aki_megatron.errors import ConfigError, DataError
-from aki_megatron.types import IGNORE, Caption, Conversation, Modality, Sample, Turn
+from aki_megatron.types import IGNORE, Caption, Conversation, Modality, Sample, Turn, image_items
 
 SYSTEM_BLOCK = f"<s> <|system|>\n{SYSTEM_MESSAGE}<|end|>\n<|user|>\n"
 TEXT, RESPONSE, IMAGE = int(Modality.TEXT), int(Modality.RESPONSE), int(Modality.IMAGE)
 
 
 def ask(prompt: str, response: str, image: bytes | None = b"x") -> Conversation:
-    return Conversation("vqav2/count/7", (Turn(prompt, response),), image)
+    return Conversation("vqav2/count/7", (Turn(prompt, response),), image_items(image))
 
 
 def supervised(sample: Sample) -> list[int]:
@@ -93,7 +93,7 @@ def test_tokens_of_parts_are_those_of_the_whole_string(
     """How many each part has, by tokenizing ever longer prefixes of the string; here every part ends in a marker."""
     template: Template = make_session_template
     turns = tuple(Turn(prompt, response) for prompt, response in zip(prompts, responses, strict=False))
-    conversation = Conversation("key", turns, b"x")
+    conversation = Conversation("key", turns, image_items(b"x"))
     prefix, modalities = "", []
     for part in template.conversation_parts(conversation):
         prefix += part.text
@@ -114,7 +114,7 @@ def test_tokens_of_parts_are_those_of_the_whole_string(
 def test_several_turns_supervise_responses_only(make_template, tokenizer: Tokenizer) -> None:
     template: Template = make_template(system_message="")
     turns = (Turn("What color?", "red"), Turn("How many?", "12"))
-    conversation = Conversation("llava/1", turns, b"x")
+    conversation = Conversation("llava/1", turns, image_items(b"x"))
     assert "".join(part.text for part in template.conversation_parts(conversation)) == (
         "<s> <|user|>\n<image>\nWhat color?<|end|>\n<|assistant|>\nred<|end|>\n"
         "<|user|>\nHow many?<|end|>\n<|assistant|>\n12<|endoftext|>"
@@ -169,7 +169,7 @@ def test_truncated_caption_keeps_both_end_markers(make_template, tokenizer: Toke
 
 def test_truncation_inside_a_later_prompt_ends_after_the_last_response(make_template, tokenizer: Tokenizer) -> None:
     turns = (Turn("What color?", "red"), Turn("How many cats are there? " * 20, "12"))
-    sample = make_template(60, system_message="").render_conversation(Conversation("key", turns, b"x"))
+    sample = make_template(60, system_message="").render_conversation(Conversation("key", turns, image_items(b"x")))
     assert sample is not None
     assert supervised(sample) == [*tokenizer.encode("red"), tokenizer.eos_id]
     assert sample.modality_ids[-1] == RESPONSE
@@ -210,7 +210,7 @@ def test_text_first_puts_the_image_after_the_question(make_template, tokenizer: 
     assert sorted(sample.token_ids) == sorted(make_template().render_conversation(conversation).token_ids)
     assert sample.modality_ids.index(IMAGE) > sample.token_ids.index(tokenizer.encode("How")[-1])
     check_targets(sample)
-    dialogue = Conversation("a/b/1", (Turn("How many?", "3"), Turn("Sure?", "yes")), b"x")
+    dialogue = Conversation("a/b/1", (Turn("How many?", "3"), Turn("Sure?", "yes")), image_items(b"x"))
     text = "".join(part.text for part in template.conversation_parts(dialogue))
     assert text.count("<image>") == 1 and text.endswith(
         "3<|end|>\n<|user|>\nSure?<|end|>\n<|assistant|>\nyes<|endoftext|>"
@@ -265,7 +265,9 @@ def test_a_byte_order_mark_before_the_system_message_is_no_part_of_it(make_templ
 
 
 def test_a_sample_says_by_how_much_it_was_cut(make_template) -> None:
-    dialogue = Conversation("a/b/1", tuple(Turn("How many cats?", "three of them") for _ in range(9)), b"x")
+    dialogue = Conversation(
+        "a/b/1", tuple(Turn("How many cats?", "three of them") for _ in range(9)), image_items(b"x")
+    )
     whole = make_template().render_conversation(dialogue)
     caption = Caption("key", "red cat " * 40, b"x")
     whole_caption = make_template().render_caption(caption)

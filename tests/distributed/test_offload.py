@@ -27,7 +27,7 @@ from aki_megatron.engine.optimizer import adamw
 from aki_megatron.engine.pipeline import PipelineEngine
 from aki_megatron.engine.zero_stage import ZeroStage
 from aki_megatron.parallel.topology import Topology
-from aki_megatron.types import StepReport, stack_ids
+from aki_megatron.types import Modality, StepReport, stack_ids
 
 pytestmark = pytest.mark.distributed
 reference_training = cache(_reference_training)
@@ -60,8 +60,8 @@ def poisoned_step(engine: PipelineEngine, topology: Topology, step: int) -> Step
     """A gradient that is not finite, on rank 0 alone."""
     batches = rank_batches(step, topology.data_rank, topology.data)
     if topology.rank == 0:
-        batches[-1].pixels.fill_(math.inf)
-        batches[0].pixels.fill_(math.inf)
+        batches[-1].media[Modality.IMAGE].fill_(math.inf)
+        batches[0].media[Modality.IMAGE].fill_(math.inf)
     return engine.train_step(batches, rate(step))
 
 
@@ -124,7 +124,7 @@ def devices_of_state(topology: Topology, setting: Setting) -> set[tuple[str, str
     sharded.begin_step()
     batch = own_batches(0, topology)[0].to(topology.device)
     ids = stack_ids(batch)
-    loss = sharded.forward(batch.token_ids, ids, batch.pixels, stage.build_mask(ids))
+    loss = sharded.forward(batch.token_ids, ids, batch.media, stage.build_mask(ids))
     sharded.backward(loss, None, is_last=True)
     gradients = [tensor for group in sharded.gradients() for tensor in group.tensors]
     masters = list(optimizer.state)

@@ -316,7 +316,7 @@ def poisoned_steps(topology: Topology, setting: Setting) -> tuple[Trained, list[
     batches = own_batches(2, topology)
     if topology.data_rank == topology.data - 1:
         for batch in batches:
-            batch.pixels.fill_(float("inf"))
+            batch.media[Modality.IMAGE].fill_(float("inf"))
     reports.append(engine.train_step(batches, rate(2)))
     reports += take_steps(engine, topology, [3, 4])
     good = [report for report in reports if not report.skipped]

@@ -76,7 +76,7 @@ def draw_batch(*, seed: int = 0, images: bool = True, supervised: bool = True) -
         if supervised:
             targets[row, response - 1 : last - 1] = token_ids[row, response:last]
     pixels = torch.randn(2 if images else 0, 3, IMAGE_SIZE, IMAGE_SIZE, generator=draw)
-    return Batch(token_ids, modality_ids, segment_ids, position_ids, targets, pixels)
+    return Batch(token_ids, modality_ids, segment_ids, position_ids, targets, {Modality.IMAGE: pixels})
 
 
 BATCHES = {
@@ -99,7 +99,7 @@ def gradients(model: Stage, batches: dict[str, Batch] = BATCHES) -> Gradients:
     for name, batch in batches.items():
         batch = batch.to(weight.device)
         model.zero_grad()
-        loss = model(batch.token_ids, stack_ids(batch), batch.pixels.to(weight.dtype))
+        loss = model(batch.token_ids, stack_ids(batch), {Modality.IMAGE: batch.media[Modality.IMAGE].to(weight.dtype)})
         loss.backward()
         found[name] = {"loss": loss.detach().cpu()}
         for parameter, value in model.named_parameters():
@@ -307,8 +307,8 @@ def watch(topology: Topology, config: ModelConfig) -> list[tuple[list[tuple[str,
     model = build(config, build_linears(topology)).to(topology.device)
     batch = draw_batch().to(topology.device)
     with Shapes() as seen:
-        model(batch.token_ids, stack_ids(batch), batch.pixels).backward()
-    logits = model.logits(batch.token_ids, stack_ids(batch), batch.pixels).detach()
+        model(batch.token_ids, stack_ids(batch), batch.media).backward()
+    logits = model.logits(batch.token_ids, stack_ids(batch), batch.media).detach()
     with Shapes() as gathering:
         everyone = [torch.empty_like(logits) for _ in range(topology.tensor)]
         dist.all_gather(everyone, logits, group=topology.tensor_group)
@@ -335,14 +335,14 @@ def logits_of(topology: Topology, config: ModelConfig) -> Tensor:
     model = build(config, build_linears(topology)).to(topology.device)
     batch = draw_batch().to(topology.device)
     with torch.no_grad():
-        return model.logits(batch.token_ids, stack_ids(batch), batch.pixels).cpu()
+        return model.logits(batch.token_ids, stack_ids(batch), batch.media).cpu()
 
 
 @TENSOR_RANKS
 def test_logits_are_those_of_the_vocabulary_range_of_a_rank(run_on, tensor):
     config, batch = config_of(), draw_batch()
     with torch.no_grad():
-        whole = build(config).logits(batch.token_ids, stack_ids(batch), batch.pixels)
+        whole = build(config).logits(batch.token_ids, stack_ids(batch), batch.media)
     joined = unshard_tensor(run_on(tensor, logits_of, config, tensor=tensor), ShardSpec(2, (PADDED_VOCAB_SIZE,)))
     torch.testing.assert_close(joined, whole, rtol=1e-5, atol=1e-6)
     assert joined[..., VOCAB_SIZE + NUM_ADDED_TOKENS :].eq(-torch.inf).all()

@@ -62,8 +62,8 @@ def plain_validation(setting: Setting) -> tuple[list[float], list[list[int]]]:
     losses, tokens = [], []
     with torch.no_grad():
         for batch in rank_batches(VALIDATED, 0, 1):
-            losses.append(float(model(batch.token_ids, stack_ids(batch), batch.pixels)))
-            logits = model.logits(batch.token_ids, stack_ids(batch), batch.pixels)
+            losses.append(float(model(batch.token_ids, stack_ids(batch), batch.media)))
+            logits = model.logits(batch.token_ids, stack_ids(batch), batch.media)
             tokens.append(logits[batch.targets != IGNORE].argmax(-1).tolist())
     return losses, tokens
 

@@ -23,7 +23,7 @@ from tiny import reference_training as _reference_training
 
 from aki_megatron.engine.base import MAX_SKIPPED_IN_A_ROW, DivergedError
 from aki_megatron.parallel.topology import Topology
-from aki_megatron.types import Batch
+from aki_megatron.types import Batch, Modality
 
 pytestmark = pytest.mark.distributed
 reference_training = cache(_reference_training)
@@ -71,7 +71,7 @@ def test_bf16_errs_at_most_twice_as_much_as_the_plain_loop_in_bf16(run_on, zero_
 
 def poisoned(batches: list[Batch]) -> list[Batch]:
     for batch in batches:
-        batch.pixels.fill_(math.inf)
+        batch.media[Modality.IMAGE].fill_(math.inf)
     return batches
 
 
@@ -125,5 +125,5 @@ def test_reported_counts_are_global(run_on):
     for report in run_on(2, report_of):
         assert report.supervised_tokens == sum(batch.supervised_tokens for batch in whole)
         assert report.tokens == sum(int((batch.segment_ids >= 0).sum()) for batch in whole)
-        assert report.images == sum(len(batch.pixels) for batch in whole)
+        assert report.images == sum(batch.num_items(Modality.IMAGE) for batch in whole)
         assert report.seconds > 0 and report.lr == rate(0)

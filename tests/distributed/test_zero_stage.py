@@ -76,9 +76,7 @@ def run_order(sharded_stages: list[Sharded], topology: Topology, batches: list[B
             if index:
                 inputs = hidden[index, microbatch_index] = outputs[0, microbatch_index].detach().requires_grad_()
             ids = stack_ids(batch)
-            outputs[index, microbatch_index] = sharded.forward(
-                inputs, ids, batch.pixels, sharded.module.build_mask(ids)
-            )
+            outputs[index, microbatch_index] = sharded.forward(inputs, ids, batch.media, sharded.module.build_mask(ids))
         elif index:
             sharded.backward(outputs[index, microbatch_index] * scale, None, is_last=last)
         else:
@@ -101,8 +99,8 @@ class Reference:
         for batch in batches:
             first, second = [_rounded(stage) if self.bf16 else stage for stage in self.stages]
             ids = stack_ids(batch)
-            pixels = batch.pixels.bfloat16() if self.bf16 else batch.pixels
-            loss = second(first(batch.token_ids, ids, pixels), ids)
+            media = {modality: items.bfloat16() if self.bf16 else items for modality, items in batch.media.items()}
+            loss = second(first(batch.token_ids, ids, media), ids)
             (loss * (1.0 / supervised)).backward()  # rounds as the stages' loss does
             total += loss.detach()
             for stage, rounded in zip(self.stages, (first, second), strict=True) if self.bf16 else ():
@@ -311,7 +309,7 @@ def step_alone(sharded: Sharded, first: bool, microbatch_index: int, topology: T
         ids = stack_ids(batch)
         hidden = torch.randn(*batch.token_ids.shape, MODEL.decoder.hidden_size, device=topology.device)
         inputs = batch.token_ids if first else hidden.to(next(sharded.module.parameters()).dtype).requires_grad_()
-        outputs.append(sharded.forward(inputs, ids, batch.pixels if first else None, sharded.module.build_mask(ids)))
+        outputs.append(sharded.forward(inputs, ids, batch.media if first else {}, sharded.module.build_mask(ids)))
     for number, output in enumerate(outputs):
         sharded.backward(output, torch.randn_like(output) if first else None, is_last=number == microbatch_index - 1)
 

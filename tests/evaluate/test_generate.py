@@ -73,7 +73,7 @@ def batch(sequences: list[tuple[list[int], list[int]]], pixels: Tensor) -> Batch
         torch.tensor([padded([0] * len(tokens), NO_SEGMENT) for tokens, _ in sequences], dtype=torch.int32),
         torch.tensor([padded(list(range(len(tokens))), 0) for tokens, _ in sequences], dtype=torch.int32),
         torch.full((len(sequences), longest), IGNORE),
-        pixels,
+        {Modality.IMAGE: pixels},
     )
 
 
@@ -83,7 +83,7 @@ def recomputed(stage: Stage, sequence: tuple[list[int], list[int]], pixels: Tens
     for _ in range(new_tokens):
         so_far = batch([(tokens, modality)], pixels)
         with torch.no_grad():
-            logits = stage.logits(so_far.token_ids, stack_ids(so_far), so_far.pixels)
+            logits = stage.logits(so_far.token_ids, stack_ids(so_far), so_far.media)
         tokens.append(int(logits[0, -1].argmax()))
         modality.append(int(Modality.RESPONSE))
     return tokens[len(sequence[0]) :]
@@ -105,6 +105,25 @@ def test_equals_recomputation_of_each_sequence(rule: str, num_kv_heads: int) -> 
     expected = [recomputed(stage, sequence, image, 8) for sequence, image in zip(sequences, own_pixels, strict=True)]
     assert generate(stage, batch(sequences, pixels), stop_ids=(), max_new_tokens=8) == expected
     assert len({tuple(generated) for generated in expected}) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("rule", ["mma", "mma_general", "mixed", "cca"])
+def test_several_images_and_turns_equal_recomputation(rule: str) -> None:
+    stage = model(rule)
+    torch.manual_seed(2)
+    answer = ([7, 8], [int(Modality.RESPONSE)] * 2)
+    two_images = [prompt(1, 0), prompt(4, 1)]
+    three_in_two_turns = [prompt(2, 1), prompt(3, 0), answer, prompt(5, 2)]
+    sequences = [
+        (sum((tokens for tokens, _ in parts), []), sum((kinds for _, kinds in parts), []))
+        for parts in (two_images, [prompt(6, None)], three_in_two_turns)
+    ]
+    pixels = torch.randn(5, 3, 12, 12, dtype=torch.float64)
+    own_pixels = (pixels[:2], pixels[:0], pixels[2:])
+    expected = [recomputed(stage, sequence, images, 8) for sequence, images in zip(sequences, own_pixels, strict=True)]
+    assert generate(stage, batch(sequences, pixels), stop_ids=(), max_new_tokens=8) == expected
+    swapped = generate(stage, batch(sequences, pixels.flip(0)), stop_ids=(), max_new_tokens=8)
+    assert swapped != expected and swapped[1] == expected[1]
 
 
 def test_the_rule_reaches_generation() -> None:
@@ -148,7 +167,7 @@ def test_step_logits_equal_one_pass_over_the_whole_text() -> None:
     steps += [state.decode_step(token[None]) for token in chosen]
     whole = batch([(tokens + chosen.tolist(), modality + [int(Modality.RESPONSE)] * 6)], pixels)
     with torch.no_grad():
-        expected = stage.logits(whole.token_ids, stack_ids(whole), whole.pixels)[0, len(tokens) - 1 :]
+        expected = stage.logits(whole.token_ids, stack_ids(whole), whole.media)[0, len(tokens) - 1 :]
     torch.testing.assert_close(torch.cat(steps)[:, :42], expected[:, :42], rtol=1e-10, atol=1e-10)
 
 
@@ -158,8 +177,6 @@ def test_prompts_that_cannot_be_continued_are_refused() -> None:
     for sequence, position, segment in ((1, 3, 1), (1, 0, NO_SEGMENT)):
         segment_ids = given.segment_ids.clone()
         segment_ids[sequence, position] = segment
-        packed = Batch(
-            given.token_ids, given.modality_ids, segment_ids, given.position_ids, given.targets, given.pixels
-        )
+        packed = Batch(given.token_ids, given.modality_ids, segment_ids, given.position_ids, given.targets, given.media)
         with pytest.raises(ValueError, match="sequence 1 is not"):
             generate(stage, packed, stop_ids=(), max_new_tokens=2)

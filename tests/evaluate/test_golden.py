@@ -119,7 +119,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids = StackedIds.stack(kinds, segments, torch.arange(11).expand(2, 11), torch.full_like(kinds, IGNORE))
     pixels = torch.randn(2, 1, 1, 3, 20, 20)  # the second sequence's is not used
     with torch.no_grad():
-        logits = model.logits(tokens, ids, pixels[0, 0])[kinds != pad]
+        logits = model.logits(tokens, ids, {Modality.IMAGE: pixels[0, 0]})[kinds != pad]
     cases = {
         "input_ids": given,
         "attention_mask": (given != PAD).long(),

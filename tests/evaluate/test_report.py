@@ -17,11 +17,11 @@ def predictions() -> list[Prediction]:
     references = ["red", "red", "red", "blue"]
     generated = ["red", " Red ", "blue", "blue"]
     pairs = zip(references, generated, strict=True)
-    return [Prediction(f"t/{i}", "color", f"q{i}", r, g, None) for i, (r, g) in enumerate(pairs)]
+    return [Prediction(f"t/{i}", "color", f"q{i}", r, g, []) for i, (r, g) in enumerate(pairs)]
 
 
 def test_accuracy_and_majority_baseline_are_computed_per_task() -> None:
-    more = [*predictions(), Prediction("u/0", "count", "how many <b>?", "2", "3", None)]
+    more = [*predictions(), Prediction("u/0", "count", "how many <b>?", "2", "3", [])]
     color, count = score_by_task(more)
     assert (color.task, color.num_questions, color.accuracy, color.majority_baseline, color.majority_answer) == (
         "color", 4, 75.0, 75.0, "red",
@@ -33,7 +33,7 @@ def test_accuracy_and_majority_baseline_are_computed_per_task() -> None:
 def test_the_report_shows_curves_scores_images_and_the_mask(tmp_path: Path) -> None:
     image = tmp_path / "scene.png"
     image.write_bytes(PNG)
-    shown = [*predictions(), Prediction("u/0", "count", "how many <b>?", "2", "3", str(image))]
+    shown = [*predictions(), Prediction("u/0", "count", "how many <b>?", "2", "3", [str(image)])]
     metrics = [
         {"step": s, "loss": 1 / s, "grad_norm": 1.0, "lr": 0.1, "supervised_tokens": 3, "tokens": 10, "images": 1,
          "seconds": 0.5, "skipped": False} for s in range(1, 9)

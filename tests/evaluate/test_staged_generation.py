@@ -1,15 +1,17 @@
 """Generation without a cache, batch by batch, equals generation of the whole model with one."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from test_generate import model, prompt
+from torch import Tensor
 
 from aki_megatron.data.collate import collate
 from aki_megatron.evaluate.generate import generate
 from aki_megatron.evaluate.staged_generation import Continuation, GenerationSettings, continue_greedily, fill_sequences
-from aki_megatron.types import IGNORE, Batch, DecodedImage, Sample, stack_ids
+from aki_megatron.types import IGNORE, Batch, DecodedImage, Modality, Sample, image_items, stack_ids
 
 STOPS = set(range(0, 40, 3))
 """Many tokens end an answer, so that answers differ in length."""
@@ -22,8 +24,12 @@ def samples() -> list[Sample]:
         tokens, modality = prompt(length, image_at)
         pixels = bytes(torch.randint(0, 256, (12 * 12 * 3,)).tolist())
         image = None if image_at is None else DecodedImage(pixels, 12)
-        found.append(Sample(str(number), tokens, modality, [IGNORE] * len(tokens), image))
+        found.append(Sample(str(number), tokens, modality, [IGNORE] * len(tokens), image_items(image)))
     return found
+
+
+def doubled(batch: Batch) -> dict[Modality, Tensor]:
+    return {modality: items.double() for modality, items in batch.media.items()}
 
 
 def settings(**changes: int) -> GenerationSettings:
@@ -40,11 +46,11 @@ def test_answers_are_those_of_the_cached_generation(rule: str, packing: dict[str
     @torch.no_grad()
     def next_tokens(batches: Sequence[Batch]) -> list[list[int]]:
         batches_seen.append(batches)
-        return [stage.next_tokens(b.token_ids, stack_ids(b), b.pixels.double()).tolist() for b in batches]
+        return [stage.next_tokens(b.token_ids, stack_ids(b), doubled(b)).tolist() for b in batches]
 
     answers = continue_greedily(samples(), next_tokens, settings(**packing), reads_data=True, agree=bool)
     whole = collate([[sample] for sample in samples()], pad_id=0, image_size=12)
-    whole = Batch(**{**vars(whole), "pixels": whole.pixels.double()})
+    whole = replace(whole, media=doubled(whole))
     assert answers == generate(stage, whole, stop_ids=STOPS, max_new_tokens=6)
     assert len({len(answer) for answer in answers}) > 2, "answers of several lengths"
     assert all(len(batches) == 2 for batches in batches_seen), "every call has all micro-batches, some of them empty"
@@ -88,5 +94,5 @@ def test_sequences_hold_as_many_prompts_as_fit() -> None:
     assert [prompt for sequence in packed for prompt in sequence] == prompts
     for sequence in packed:
         assert sum(len(prompt.prompt.token_ids) + 6 for prompt in sequence) <= 40
-        assert sum(prompt.prompt.image is not None for prompt in sequence) <= 2
+        assert sum(len(prompt.prompt.media) for prompt in sequence) <= 2
     assert [len(sequence) for sequence in fill_sequences(prompts, settings(max_positions=8, max_images=1))] == [1] * 7

@@ -17,12 +17,14 @@ from aki_megatron.data.template import Template
 from aki_megatron.data.tokenizer import Tokenizer, grow_tokenizer
 from aki_megatron.errors import DataError
 from aki_megatron.families.registry import FAMILIES
-from aki_megatron.types import IGNORE, Caption, Conversation, Modality, Sample, Turn
+from aki_megatron.types import IGNORE, Caption, Conversation, Modality, Sample, Turn, image_items
 
 NUM_LATENTS = 3
 TEXT, RESPONSE, IMAGE = Modality.TEXT, Modality.RESPONSE, Modality.IMAGE
 SYSTEM = "The assistant gives polite answers."
-DIALOGUE = Conversation("key", (Turn("What is in the picture?", "A red box."), Turn("How many?", "12")), b"x")
+DIALOGUE = Conversation(
+    "key", (Turn("What is in the picture?", "A red box."), Turn("How many?", "12")), image_items(b"x")
+)
 CAPTION = Caption("key", " The red cat.\n", b"x")
 
 LLAMA_USER = "<|start_header_id|>user<|end_header_id|>\n\n"
@@ -74,7 +76,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def templates(folders: dict[str, Path]) -> dict[str, Template]:
     return {
-        family: Template(Tokenizer(folders[family], FAMILIES[family].chat), NUM_LATENTS, 512, SYSTEM)
+        family: Template(Tokenizer(folders[family], FAMILIES[family].chat), {Modality.IMAGE: NUM_LATENTS}, 512, SYSTEM)
         for family in FAMILIES
     }
 
@@ -163,7 +165,7 @@ def test_a_caption(family: str, templates: dict[str, Template]) -> None:
 @pytest.mark.parametrize("response", ["red", " red", "\n\nred", " \n red", "\tred", "\r\n\n\n12", "e\u0301", "\u0301"])
 def test_no_token_spans_prompt_and_response(family: str, response: str, templates: dict[str, Template]) -> None:
     template = templates[family]
-    asked = Conversation("key", (Turn(" \n?\n", response), Turn("\n\nWhy?", response)), b"x")
+    asked = Conversation("key", (Turn(" \n?\n", response), Turn("\n\nWhy?", response)), image_items(b"x"))
     prompt, sample = template.render_prompt(replace(asked, turns=asked.turns[:1])), template.render_conversation(asked)
     assert sample is not None
     size = len(prompt.token_ids)

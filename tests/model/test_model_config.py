@@ -25,7 +25,8 @@ def test_default_decoder_is_phi_35_mini() -> None:
     [
         ({"hidden_size": 100, "num_heads": 3}, "hidden_size=100 cannot be divided into model.decoder.num_heads=3"),
         ({"num_kv_heads": 5}, "num_heads=4 cannot be divided into model.decoder.num_kv_heads=5"),
-        ({"hidden_size": 12}, "= 3 must be even"),
+        ({"hidden_size": 12}, "head_dim=3 .* must be even"),
+        ({"head_dim": 5}, "head_dim=5 .* must be even"),
         ({"vocab_size": 63}, "vocab_size . num_added_tokens = 65 exceeds padded_vocab_size=64"),
         ({"rope": RopeConfig(**PHI35_MINI_ROPE)}, "short_factor has 48 values, head_dim=8 needs 4.*rope_type: default"),
     ],
@@ -42,6 +43,13 @@ def test_decoder(changed: dict[str, Any], named: str) -> None:
     DecoderConfig(**values)
     with pytest.raises(ConfigError, match=named):
         DecoderConfig(**(values | changed))
+
+
+def test_a_head_dim_of_its_own() -> None:
+    decoder = DecoderConfig(hidden_size=30, num_heads=4, num_kv_heads=2, head_dim=16, rope=RopeConfig())
+    assert (decoder.head_dim, decoder.attention_size) == (16, 64)
+    assert DecoderConfig(**decoder.model_dump()) == decoder
+    assert DecoderConfig().model_dump()["head_dim"] == 96  # written out resolved
 
 
 def test_rope() -> None:

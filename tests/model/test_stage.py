@@ -12,7 +12,7 @@ from aki_megatron.attention import LeakError
 from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.config.model import ModelConfig
 from aki_megatron.model.linears import first_argmax
-from aki_megatron.model.stage import Stage, build_model, build_stage, global_names, scatter_image_embeds
+from aki_megatron.model.stage import Stage, build_model, build_stage, global_names, scatter_media_embeds
 from aki_megatron.types import IGNORE, Batch, Modality, StackedIds, stack_ids
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -24,7 +24,7 @@ def built(config: ModelConfig = CONFIG, rule: str = "mma", dtype: torch.dtype = 
 
 
 def loss_of(model: Stage, batch: Batch) -> Tensor:
-    return model(batch.token_ids, stack_ids(batch), batch.pixels)
+    return model(batch.token_ids, stack_ids(batch), batch.media)
 
 
 def count(module: nn.Module) -> int:
@@ -34,9 +34,10 @@ def count(module: nn.Module) -> int:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_next_tokens_are_the_first_of_the_largest_logits(dtype: torch.dtype) -> None:
     model, batch = built(dtype=dtype), fine_tuning_batch()
+    media = {modality: items.to(dtype) for modality, items in batch.media.items()}
     with torch.no_grad():
-        logits = model.logits(batch.token_ids, stack_ids(batch), batch.pixels.to(dtype))[batch.targets != IGNORE]
-        tokens = model.next_tokens(batch.token_ids, stack_ids(batch), batch.pixels.to(dtype))
+        logits = model.logits(batch.token_ids, stack_ids(batch), media)[batch.targets != IGNORE]
+        tokens = model.next_tokens(batch.token_ids, stack_ids(batch), media)
     assert torch.equal(logits.gather(-1, tokens[:, None]).squeeze(-1), logits.amax(-1)) and len(tokens) == 14
     ties = torch.tensor([[1.0, 3.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0], [-math.inf, -1.0, -math.inf, -1.0]], dtype=dtype)
     assert first_argmax(ties).tolist() == [1, 0, 1]
@@ -73,26 +74,26 @@ def test_loss_and_every_trainable_gradient(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pixels", ["none", "empty", "images"])
+@pytest.mark.parametrize("media", ["none", "empty", "images"])
 @pytest.mark.parametrize("supervised", [True, False])
-def test_every_parameter_takes_part_whatever_is_missing(dtype: torch.dtype, pixels: str, supervised: bool) -> None:
+def test_every_parameter_takes_part_whatever_is_missing(dtype: torch.dtype, media: str, supervised: bool) -> None:
     model = built(dtype=dtype)
-    batch = fine_tuning_batch(images=pixels == "images", supervised=supervised)
-    loss = model(batch.token_ids, stack_ids(batch), None if pixels == "none" else batch.pixels)
+    batch = fine_tuning_batch(images=media == "images", supervised=supervised)
+    loss = model(batch.token_ids, stack_ids(batch), {} if media == "none" else batch.media)
     loss.backward()
     assert (loss.item() == 0) == (not supervised)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         assert parameter.grad is not None, name
-        if not supervised or (pixels != "images" and name.startswith("input_embedder.resampler")):
+        if not supervised or (media != "images" and name.startswith("input_embedder.resampler")):
             assert not parameter.grad.any(), name
 
 
 def test_loss_is_the_cross_entropy_of_the_logits() -> None:
     model, batch = built(), fine_tuning_batch()
     with torch.no_grad():
-        logits = model.logits(batch.token_ids, stack_ids(batch), batch.pixels)
+        logits = model.logits(batch.token_ids, stack_ids(batch), batch.media)
         log_probs = logits.log_softmax(-1)
         supervised = (batch.targets != IGNORE).nonzero(as_tuple=True)
         expected = -log_probs[(*supervised, batch.targets[supervised])].sum()
@@ -104,7 +105,7 @@ def test_logits_of_padding_columns_are_minus_infinity() -> None:
     lm_head = model.lm_head
     with torch.no_grad():
         lm_head.added_tokens.bias.copy_(torch.tensor([3.0, 5.0]))
-        logits = model.logits(batch.token_ids, stack_ids(batch), batch.pixels)
+        logits = model.logits(batch.token_ids, stack_ids(batch), batch.media)
         hidden = torch.randn(2, 32, dtype=torch.float64)
         normed = lm_head.norm(hidden)
         torch.testing.assert_close(lm_head.logits(hidden)[:, :40], lm_head.base(normed)[:, :40])
@@ -156,26 +157,30 @@ def test_images_fill_their_positions_in_order() -> None:
     images = torch.arange(12.0).view(2, 2, 3) + 1
     image = int(Modality.IMAGE)
     modality = torch.tensor([[1, image, image, 1], [image, 1, image, 2]])
-    embeds = scatter_image_embeds(text, images, modality)
+    embeds = scatter_media_embeds(text, images, modality, Modality.IMAGE)
     assert torch.equal(embeds[0, 1:3], images[0])
     assert torch.equal(embeds[1, [0, 2]], images[1])
     assert not embeds[0, [0, 3]].any()
     assert not embeds[1, [1, 3]].any()
     modality[1, 0] = Modality.TEXT
-    with pytest.raises(ValueError, match="3 IMAGE positions but 2 images of 2 latents"):
-        scatter_image_embeds(text, images, modality)
+    with pytest.raises(ValueError, match="3 IMAGE positions but 2 items of 2 latents"):
+        scatter_media_embeds(text, images, modality, Modality.IMAGE)
 
 
 def test_sequences_do_not_depend_on_their_neighbours_or_on_padding() -> None:
     model, batch = built(), fine_tuning_batch()
     images = iter(range(2))
     with torch.no_grad():
-        together = model.logits(batch.token_ids, stack_ids(batch), batch.pixels)
+        together = model.logits(batch.token_ids, stack_ids(batch), batch.media)
         for index in range(3):
             length = int((batch.segment_ids[index] >= 0).sum())
             own_images = [next(images)] if (batch.modality_ids[index] == Modality.IMAGE).any() else []
             ids = StackedIds(stack_ids(batch).stacked[index : index + 1]).prefix(length)
-            alone = model.logits(batch.token_ids[index : index + 1, :length], ids, batch.pixels[own_images])
+            alone = model.logits(
+                batch.token_ids[index : index + 1, :length],
+                ids,
+                {Modality.IMAGE: batch.media[Modality.IMAGE][own_images]},
+            )
             torch.testing.assert_close(together[index, :length], alone[0], rtol=1e-10, atol=1e-10)
 
 
@@ -186,8 +191,8 @@ def test_an_answer_token_changes_nothing_before_it() -> None:
     position = int((batch.modality_ids[0] == Modality.RESPONSE).nonzero()[1])
     changed[0, position] = (changed[0, position] + 1) % 39
     with torch.no_grad():
-        before = model.logits(batch.token_ids, stack_ids(batch), batch.pixels)[..., :42]
-        after = model.logits(changed, stack_ids(batch), batch.pixels)[..., :42]
+        before = model.logits(batch.token_ids, stack_ids(batch), batch.media)[..., :42]
+        after = model.logits(changed, stack_ids(batch), batch.media)[..., :42]
     moved = (before != after).any(-1)[0].nonzero().flatten()
     assert int(moved.min()) == position
 
@@ -196,7 +201,7 @@ def test_the_rule_reaches_the_attention() -> None:
     batch = fine_tuning_batch()
     assert abs(loss_of(built(rule="mma"), batch).item() - loss_of(built(rule="causal"), batch).item()) > 1e-6
     captions = batch.modality_ids.masked_fill(batch.modality_ids == Modality.TEXT, Modality.RESPONSE)
-    batch = Batch(batch.token_ids, captions, batch.segment_ids, batch.position_ids, batch.targets, batch.pixels)
+    batch = Batch(batch.token_ids, captions, batch.segment_ids, batch.position_ids, batch.targets, batch.media)
     assert loss_of(built(rule="mma"), batch).item() == loss_of(built(rule="causal"), batch).item()
 
 
@@ -204,7 +209,7 @@ def test_a_rule_that_shows_the_target_is_an_error() -> None:
     batch = fine_tuning_batch()
     targets = batch.targets.clone()
     targets[0, 3] = 5  # an image position that is supervised with a token of its own question
-    leaky = Batch(batch.token_ids, batch.modality_ids, batch.segment_ids, batch.position_ids, targets, batch.pixels)
+    leaky = Batch(batch.token_ids, batch.modality_ids, batch.segment_ids, batch.position_ids, targets, batch.media)
     with pytest.raises(LeakError):
         loss_of(built(), leaky)
 
@@ -223,7 +228,7 @@ def test_consecutive_stages_equal_the_whole_model(first_layers: tuple[int, ...])
     assert all(torch.equal(state[name], tensor) for name, tensor in whole.state_dict().items())
     hidden, ids = batch.token_ids, stack_ids(batch)
     for number, stage in enumerate(stages):
-        hidden = stage(hidden, ids, batch.pixels if number == 0 else None)
+        hidden = stage(hidden, ids, batch.media if number == 0 else {})
     expected = loss_of(whole, batch)
     assert torch.equal(hidden, expected)
     hidden.backward()

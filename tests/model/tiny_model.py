@@ -24,7 +24,8 @@ CONFIG = ModelConfig(vision=VISION, resampler=RESAMPLER, decoder=DECODER)
 
 def tiny(**decoder: object) -> ModelConfig:
     """CONFIG with some of the decoder's fields changed."""
-    return CONFIG.model_copy(update={"decoder": DecoderConfig(**(dict(DECODER) | decoder))})
+    given = {name: getattr(DECODER, name) for name in DECODER.model_fields_set}  # without the head_dim that follows
+    return CONFIG.model_copy(update={"decoder": DecoderConfig(**(given | decoder))})
 
 
 def fine_tuning_batch(*, images: bool = True, supervised: bool = True) -> Batch:
@@ -50,4 +51,4 @@ def fine_tuning_batch(*, images: bool = True, supervised: bool = True) -> Batch:
     if not supervised:
         columns[4] = torch.full_like(columns[4], IGNORE)
     pixels = torch.randn(2 if images else 0, 3, 12, 12, generator=generator)
-    return Batch(*columns, pixels)
+    return Batch(*columns, {Modality.IMAGE: pixels})

@@ -71,7 +71,9 @@ def rank_logits(
             hidden = torch.empty(*inputs.tokens.shape, config.decoder.hidden_size)
             dist.recv(hidden, topology.peer(topology.pipeline_rank - 1))
         if stage.lm_head is None:
-            dist.send(stage(hidden, inputs.ids, inputs.pixels), topology.peer(topology.pipeline_rank + 1))
+            dist.send(
+                stage(hidden, inputs.ids, {Modality.IMAGE: inputs.pixels}), topology.peer(topology.pipeline_rank + 1)
+            )
         else:
-            found[name] = stage.logits(hidden, inputs.ids, inputs.pixels)
+            found[name] = stage.logits(hidden, inputs.ids, {Modality.IMAGE: inputs.pixels})
     return found if topology.pipeline_rank == topology.pipeline - 1 else None

@@ -1,6 +1,7 @@
 """Tiny random models of every family, exported; and prompts with one, several and no images and turns."""
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ from torch import Tensor
 
 from aki_megatron.checkpoint.hf_export import export
 from aki_megatron.checkpoint.modeling_aki import AkiForConditionalGeneration
+from aki_megatron.checkpoint.processing_aki import AkiProcessor
 from aki_megatron.checkpoint.tensors import LazyTensors, TensorSpec
 from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
+from aki_megatron.evaluate import generation_check
 from aki_megatron.model.stage import Stage, build_model
 from aki_megatron.types import IGNORE, NO_SEGMENT, Batch, Modality
 
@@ -89,6 +92,13 @@ def write(stage: Stage, folder: Path, **settings: Any) -> Path:
     return folder
 
 
+def open_processor(folder: Path) -> AkiProcessor:
+    """The folder's processor, of this package's classes; AutoProcessor copies the folder's files into a cache."""
+    processor = generation_check.open_processor(folder, lambda name: import_module(f"aki_megatron.checkpoint.{name}"))
+    assert isinstance(processor, AkiProcessor)
+    return processor
+
+
 def load(folder: Path, backend: str = "sdpa") -> AkiForConditionalGeneration:
     return AkiForConditionalGeneration.from_pretrained(folder, attn_implementation=backend).eval()
 
@@ -133,7 +143,7 @@ def batch(texts: Sequence[Tokens], pixels: Tensor) -> Batch:
         torch.tensor([padded([0] * len(tokens), NO_SEGMENT) for tokens, _ in texts], dtype=torch.int32),
         torch.tensor([padded(list(range(len(tokens))), 0) for tokens, _ in texts], dtype=torch.int32),
         torch.tensor([padded(shifted, IGNORE) for shifted in targets]),
-        pixels,
+        {Modality.IMAGE: pixels},
     )
 
 

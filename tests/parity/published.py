@@ -93,6 +93,17 @@ LANGUAGE: dict[str, tuple[dict[str, Any], int]] = {
         },
         3_085_938_688,
     ),
+    "Qwen3-0.6B": (
+        _QWEN3
+        | {
+            "hidden_size": 1024,  # and 16 heads of 128
+            "intermediate_size": 3072,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 28,
+            "tie_word_embeddings": True,
+        },
+        596_049_920,
+    ),
     "Qwen3-1.7B": (
         _QWEN3
         | {
@@ -103,6 +114,17 @@ LANGUAGE: dict[str, tuple[dict[str, Any], int]] = {
             "tie_word_embeddings": True,
         },
         1_720_574_976,
+    ),
+    "Qwen3-4B": (
+        _QWEN3
+        | {
+            "hidden_size": 2560,  # and 32 heads of 128
+            "intermediate_size": 9728,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 36,
+            "tie_word_embeddings": True,
+        },
+        4_022_468_096,
     ),
     "Qwen3-8B": (
         _QWEN3

@@ -1,4 +1,4 @@
-"""The five published language models: config.json, tensors, and logits on any number of ranks."""
+"""The published language models: config.json, tensors, and logits on any number of ranks."""
 
 import copy
 import json
@@ -73,7 +73,9 @@ OWN_SMALL: dict[str, dict[str, Any]] = {
         "rope_scaling": LANGUAGE["Llama-3.2-3B"][0]["rope_scaling"] | {"original_max_position_embeddings": 512},
     },
     "Qwen2.5-3B": {"num_key_value_heads": 4},
+    "Qwen3-0.6B": {"num_key_value_heads": 4, "head_dim": 16},  # as published, twice hidden_size / heads
     "Qwen3-1.7B": {"num_key_value_heads": 4},
+    "Qwen3-4B": {"num_key_value_heads": 8, "head_dim": 4},
     "Qwen3-8B": {"num_key_value_heads": 4},
 }
 """The published values of norms, biases, theta, tied embeddings and rotary embeddings are kept."""
@@ -203,7 +205,7 @@ def test_a_missing_trait_changes_the_logits(languages, vision, name, remove) -> 
     load_pretrained(stage, vision=vision[1], language=folder)
     with torch.no_grad():
         remove(stage)
-        got = stage.logits(inputs.tokens, inputs.ids, inputs.pixels)[..., :BASE_VOCAB_SIZE]
+        got = stage.logits(inputs.tokens, inputs.ids, {Modality.IMAGE: inputs.pixels})[..., :BASE_VOCAB_SIZE]
     assert (got - expected_logits(model, vision[0], config, inputs)).abs().max() > 1e-2
 
 
@@ -336,7 +338,9 @@ def test_a_tied_embedding_that_is_stored_twice_must_be_equal(languages, tmp_path
 @pytest.mark.parametrize(
     ("name", "changed", "message"),
     [
-        ("Qwen3-8B", {"head_dim": 16}, "head_dim=16; only hidden_size / num_attention_heads = 8 is supported"),
+        ("Qwen3-8B", {"head_dim": 0}, "head_dim=0; it must be a whole number above 0"),
+        ("Qwen3-8B", {"head_dim": 7}, "head_dim=7 .* must be even"),
+        ("Llama-3.2-3B", {"head_dim": None, "hidden_size": 60}, "num_attention_heads=8 is no whole number"),
         ("Qwen3-8B", {"attention_bias": True}, "attention_bias=True; only attention_bias=False is supported"),
         ("Llama-3.2-3B", {"mlp_bias": True}, "mlp_bias=True"),
         ("Llama-3.2-3B", {"hidden_act": "gelu"}, "hidden_act=gelu"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from chat_folders import chat_folder
-from exported_aki import LATENTS, config
+from exported_aki import LATENTS, config, open_processor
 from PIL import Image
 
 from aki_megatron.checkpoint.hf_export import write_processor
@@ -16,7 +16,7 @@ from aki_megatron.config.model import RopeConfig
 from aki_megatron.data.template import Template
 from aki_megatron.data.tokenizer import Tokenizer
 from aki_megatron.families.registry import FAMILIES
-from aki_megatron.types import Conversation, Modality, Turn
+from aki_megatron.types import Conversation, Modality, Turn, image_items
 
 IMAGE = Image.new("RGB", (9, 7))
 
@@ -38,20 +38,21 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     tokenizer = Tokenizer(source, FAMILIES[request.param].chat)
     decoder = {"padded_vocab_size": 640, "vocab_size": tokenizer.image_id, "rope": RopeConfig()}
     assert write_processor(source, config(request.param, **decoder), out) == tokenizer.image_id
-    return ExportedFamily(Template(tokenizer, LATENTS, 512, SYSTEM_MESSAGE), AkiProcessor.from_pretrained(out), out)
+    template = Template(tokenizer, {Modality.IMAGE: LATENTS}, 512, SYSTEM_MESSAGE)
+    return ExportedFamily(template, open_processor(out), out)
 
 
 def dialogue(turns: int, *, with_image: bool) -> Conversation:
     """Responses that begin with white space, or with a combining character, are among them."""
     texts = [("What is in the picture?", "\n\nA red box."), ("\nSo?\n", " 12"), ("Why?", "e\u0301")]
-    return Conversation("key", tuple(Turn(*text) for text in texts[:turns]), b"x" if with_image else None)
+    return Conversation("key", tuple(Turn(*text) for text in texts[:turns]), image_items(b"x" if with_image else None))
 
 
 def messages(conversation: Conversation) -> list[dict[str, object]]:
     """The same messages for transformers, without the last response and without a system message."""
     chat_messages: list[dict[str, object]] = []
     for number, turn in enumerate(conversation.turns):
-        image = [{"type": "image"}] if conversation.image and not number else []
+        image = [{"type": "image"}] if conversation.images and not number else []
         chat_messages.append({"role": "user", "content": [*image, {"type": "text", "text": turn.prompt}]})
         chat_messages.append({"role": "assistant", "content": turn.response})
     return chat_messages[:-1]

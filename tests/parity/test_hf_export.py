@@ -11,7 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exported_aki import DECODERS, LATENTS, config, inputs, load, prompts, random_stage, source_of, write
+from exported_aki import (
+    DECODERS,
+    LATENTS,
+    config,
+    inputs,
+    load,
+    open_processor,
+    prompts,
+    random_stage,
+    source_of,
+    write,
+)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -33,7 +44,7 @@ from aki_megatron.data.tokenizer import Tokenizer
 from aki_megatron.errors import CheckpointError, ConfigError
 from aki_megatron.evaluate.generate import generate
 from aki_megatron.families.registry import FAMILIES
-from aki_megatron.types import Conversation, Modality, Turn
+from aki_megatron.types import Conversation, Modality, Turn, image_items
 
 TOKENIZER = Path(__file__).parents[1] / "data/phi3_like"
 SIZES = {"vocab_size": 512, "padded_vocab_size": 576, "rope": RopeConfig()}
@@ -165,7 +176,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def processor(exported: Path) -> AkiProcessor:
-    return AkiProcessor.from_pretrained(exported)
+    return open_processor(exported)
 
 
 @pytest.fixture(scope="module")
@@ -177,14 +188,14 @@ def image_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def conversation(image_path: Path | None, turns: int = 1) -> Conversation:
     texts = [Turn("What is in the picture?", "A red box."), Turn("And to the left of it?", "Nothing at all.")]
-    return Conversation("key", tuple(texts[:turns]), image_path)
+    return Conversation("key", tuple(texts[:turns]), image_items(image_path))
 
 
 def messages(dialogue: Conversation) -> list[dict[str, object]]:
     """The same messages for transformers, without the last response and without a system message."""
     chat_messages: list[dict[str, object]] = []
     for number, turn in enumerate(dialogue.turns):
-        image = [{"type": "image", "path": str(dialogue.image)}] if dialogue.image and not number else []
+        image = [{"type": "image", "path": str(dialogue.images[0])}] if dialogue.images and not number else []
         chat_messages.append({"role": "user", "content": [*image, {"type": "text", "text": turn.prompt}]})
         chat_messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.response}]})
     return chat_messages[:-1]
@@ -196,7 +207,7 @@ def test_the_processor_writes_what_the_template_writes(
     with_image: bool, turns: int, processor: AkiProcessor, image_path: Path
 ) -> None:
     dialogue = conversation(image_path if with_image else None, turns)
-    template = Template(Tokenizer(TOKENIZER, FAMILIES["phi3"].chat), LATENTS, 512, SYSTEM_MESSAGE)
+    template = Template(Tokenizer(TOKENIZER, FAMILIES["phi3"].chat), {Modality.IMAGE: LATENTS}, 512, SYSTEM_MESSAGE)
     expected = template.render_prompt(dialogue)
     text = processor.apply_chat_template(messages(dialogue), add_generation_prompt=True)
     found = processor.apply_chat_template(
@@ -214,7 +225,7 @@ def test_the_processor_writes_what_the_template_writes(
 
 
 def test_a_training_text_has_the_modalities_of_a_sample(processor: AkiProcessor, image_path: Path) -> None:
-    template = Template(Tokenizer(TOKENIZER, FAMILIES["phi3"].chat), LATENTS, 512, SYSTEM_MESSAGE)
+    template = Template(Tokenizer(TOKENIZER, FAMILIES["phi3"].chat), {Modality.IMAGE: LATENTS}, 512, SYSTEM_MESSAGE)
     dialogue = conversation(image_path, 2)
     sample = template.render_conversation(dialogue)
     assert sample is not None
@@ -271,7 +282,8 @@ def test_each_family_writes_its_own_special_tokens() -> None:
 TRANSFORMERS_ONLY = """
 import json, sys
 sys.modules["aki_megatron"] = None  # importing it would fail
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoProcessor
 folder, image_path, text, plain = sys.argv[1:]
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 inputs = processor(text=[text, plain], images=[image_path], return_tensors="pt")
@@ -282,17 +294,25 @@ for auto, backend in ((AutoModelForCausalLM, "eager"), (AutoModelForImageTextToT
         tokens = model.generate(**inputs, max_new_tokens=8, num_beams=beams, eos_token_id=None)
         generated[f"{backend} {beams}"] = tokens[:, inputs["input_ids"].shape[1]:].tolist()
 generated["stops"] = model.generation_config.eos_token_id
+alone = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+assert alone.to_dict() == processor.image_processor.to_dict()
+base = AutoModel.from_pretrained(folder, trust_remote_code=True)
+generated["base"] = type(base).__name__, list(base(**inputs).last_hidden_state.shape)
 model.save_pretrained(folder + "/again")
 processor.save_pretrained(folder + "/again")
 AutoModelForCausalLM.from_pretrained(folder + "/again", trust_remote_code=True)
-AutoProcessor.from_pretrained(folder + "/again", trust_remote_code=True)
+again = AutoProcessor.from_pretrained(folder + "/again", trust_remote_code=True)
+alone = AutoImageProcessor.from_pretrained(folder + "/again", trust_remote_code=True)
+assert alone.to_dict() == again.image_processor.to_dict() == processor.image_processor.to_dict()
+given = again(text=[text, plain], images=[image_path], return_tensors="pt")
+assert (given["pixel_values"] == inputs["pixel_values"]).all()
 print(json.dumps(generated))
 """
 
 
 def test_transformers_alone_generates_what_we_generate(exported: Path, image_path: Path, tmp_path: Path) -> None:
     """In a process that cannot import this package, which then loads what it saved."""
-    template = Template(Tokenizer(TOKENIZER, FAMILIES["phi3"].chat), LATENTS, 512, SYSTEM_MESSAGE)
+    template = Template(Tokenizer(TOKENIZER, FAMILIES["phi3"].chat), {Modality.IMAGE: LATENTS}, 512, SYSTEM_MESSAGE)
     dialogues = [conversation(image_path), conversation(None)]
     texts = ["".join(part.text for part in template.conversation_parts(each)[:-1]) for each in dialogues]
     home = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
@@ -312,4 +332,5 @@ def test_transformers_alone_generates_what_we_generate(exported: Path, image_pat
     expected = generate(stage, prompts, stop_ids=(), max_new_tokens=8)
     assert generated["eager 1"] == generated["sdpa 1"] == expected
     assert generated["eager 3"] == generated["sdpa 3"] != expected
+    assert generated["base"] == ["AkiModel", [2, prompts.token_ids.shape[1], 32]]
     assert set(generated["stops"]) == template.tokenizer.stop_ids

@@ -53,7 +53,7 @@ def native_logits(family: str, rule: str = "mma") -> Tensor:
     texts, pixels = prompts()
     model_inputs = batch(texts, torch.cat(pixels))
     logits = random_stage(config(family), rule).logits(
-        model_inputs.token_ids, stack_ids(model_inputs), model_inputs.pixels
+        model_inputs.token_ids, stack_ids(model_inputs), model_inputs.media
     )
     return logits[model_inputs.modality_ids != Modality.PAD][:, :TOKENS]
 
@@ -98,8 +98,8 @@ def test_the_loss_equals_our_models(phi: AkiForConditionalGeneration) -> None:
     texts, pixels = prompts()
     given = batch(texts, torch.cat(pixels))
     with torch.no_grad():
-        expected = random_stage(config("phi3"))(given.token_ids, stack_ids(given), given.pixels)
-        model_inputs = inputs(texts, given.pixels, "right")
+        expected = random_stage(config("phi3"))(given.token_ids, stack_ids(given), given.media)
+        model_inputs = inputs(texts, given.media[Modality.IMAGE], "right")
         labels = model_inputs["input_ids"].masked_fill(model_inputs["modality_ids"] != RESPONSE, IGNORE)
         loss = phi(**model_inputs, labels=labels).loss
     assert difference(loss * given.supervised_tokens, expected) <= TOLERANCE

@@ -31,7 +31,7 @@ from aki_megatron.data.template import Template
 from aki_megatron.data.tokenizer import Tokenizer
 from aki_megatron.errors import ConfigError
 from aki_megatron.model.stage import build_model
-from aki_megatron.types import Conversation, Modality, Turn, stack_ids
+from aki_megatron.types import Conversation, Modality, Turn, image_items, stack_ids
 
 SFT = Path(__file__).resolve().parents[2] / "configs/demo/sft.yaml"
 TINY_VISION = {"image_size": 12, "patch_size": 4, "hidden_size": 16, "intermediate_size": 24}
@@ -123,7 +123,7 @@ def test_an_exported_folder_computes_the_same_and_is_read_back(tmp_path: Path) -
     texts, pixels = prompts()
     given, exported_inputs = batch(texts, torch.cat(pixels)), inputs(texts, torch.cat(pixels), "right")
     with torch.no_grad():
-        expected = stage.logits(given.token_ids, stack_ids(given), given.pixels)[given.modality_ids != Modality.PAD]
+        expected = stage.logits(given.token_ids, stack_ids(given), given.media)[given.modality_ids != Modality.PAD]
         got = load(folder)(**exported_inputs).logits[exported_inputs["attention_mask"] == 1]
     assert (got - expected[:, :42]).abs().max() <= 1e-4 * expected[:, :42].abs().max()
 
@@ -152,8 +152,8 @@ def test_conversions_pass_their_logits_check(tokenizer: Path, tmp_path: Path) ->
 
 def test_its_chat_format_is_that_of_training_and_of_the_export(tokenizer: Path, tmp_path: Path) -> None:
     training = Tokenizer(tokenizer, FAMILY.chat)
-    template = Template(training, LATENTS, 512, SYSTEM_MESSAGE)
-    dialogue = Conversation("key", (Turn("What is it?", " A box."), Turn("And this?", "12")), b"x")
+    template = Template(training, {Modality.IMAGE: LATENTS}, 512, SYSTEM_MESSAGE)
+    dialogue = Conversation("key", (Turn("What is it?", " A box."), Turn("And this?", "12")), image_items(b"x"))
     text = "".join(part.text for part in template.conversation_parts(dialogue))
     assert text == (
         f"<|begin|>\n<|role|>system: {SYSTEM_MESSAGE}<|stop|>\n\n<|role|>user: <image>\nWhat is it?<|stop|>\n\n"

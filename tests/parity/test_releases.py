@@ -1,4 +1,4 @@
-"""Exported folders of five models on several releases of transformers: logits, greedy tokens and chats equal ours.
+"""Exported folders of six models on several releases of transformers: logits, greedy tokens and chats equal ours.
 
 The installed release is always run. Others are named by folders, each put first on the path of a subprocess:
 
@@ -8,6 +8,7 @@ The installed release is always run. Others are named by folders, each put first
     AKI_TRANSFORMERS_FOLDERS=/tmp/tf500:/tmp/tf5121:/tmp/tf524 pytest tests/parity/test_releases.py
 """
 
+import ast
 import json
 import os
 import subprocess
@@ -21,19 +22,22 @@ from chat_folders import chat_folder
 from exported_aki import LATENTS, batch, config, inputs, prompts, random_stage, write
 from PIL import Image
 
+from aki_megatron.checkpoint.model_card import draw_example
 from aki_megatron.config.data import SYSTEM_MESSAGE
 from aki_megatron.data.image import decode_image, normalize
 from aki_megatron.data.template import Template
 from aki_megatron.data.tokenizer import Tokenizer
 from aki_megatron.evaluate.generate import generate
+from aki_megatron.evaluate.runner import collate_prompts, read_prompt
 from aki_megatron.families.registry import FAMILIES
 from aki_megatron.model.stage import Stage
-from aki_megatron.types import Conversation, Modality, Turn, stack_ids
+from aki_megatron.types import Conversation, Modality, Turn, image_items, stack_ids
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Phi-3.5": ("phi3", {}),
     "LLaMA-3.2": ("llama", {}),
     "Qwen2.5": ("qwen2", {}),
+    "Qwen3-0.6B": ("qwen3", {"tie_word_embeddings": True, "head_dim": 16}),
     "Qwen3-1.7B": ("qwen3", {"tie_word_embeddings": True}),
     "Qwen3-8B": ("qwen3", {}),
 }
@@ -76,10 +80,10 @@ def export_model(root: Path, name: str, family: str, decoder: dict[str, Any]) ->
 def expected_outputs(stage: Stage, tokenizer: Tokenizer, image: Path) -> dict[str, Any]:
     texts, images = prompts()
     given = batch(texts, torch.cat(images))
-    logits = stage.logits(given.token_ids, stack_ids(given), given.pixels)[given.modality_ids != Modality.PAD]
+    logits = stage.logits(given.token_ids, stack_ids(given), given.media)[given.modality_ids != Modality.PAD]
     alone = batch(texts[1:2], torch.zeros(0, 3, 12, 12))
-    conversation = Conversation("key", (Turn("What is in it?", "."),), b"x")
-    template = Template(tokenizer, LATENTS, 512, SYSTEM_MESSAGE)
+    conversation = Conversation("key", (Turn("What is in it?", "."),), image_items(b"x"))
+    template = Template(tokenizer, {Modality.IMAGE: LATENTS}, 512, SYSTEM_MESSAGE)
     prompt = template.render_prompt(conversation)
     text = "".join(part.text for part in template.conversation_parts(conversation)[:-1])
     size = stage.config.vision.image_size
@@ -89,7 +93,21 @@ def expected_outputs(stage: Stage, tokenizer: Tokenizer, image: Path) -> dict[st
         "tokens": generate(stage, given, stop_ids=(), max_new_tokens=10),
         "alone": generate(stage, alone, stop_ids=(), max_new_tokens=10),
         "chat": [text, [prompt.token_ids], [prompt.modality_ids], pixels.tolist()],
+        "card": [example_answer(stage, template, image.with_name("example.png"))] * 2,
     }
+
+
+def example_answer(stage: Stage, template: Template, image: Path) -> str:
+    """What our code answers to the question in the model card's example."""
+    image.write_bytes(draw_example())
+    prompt = read_prompt(Conversation("", (Turn("What is in the picture?", ""),), image), template, 12)
+    ((*tokens,),) = generate(
+        stage,
+        collate_prompts([prompt], template, 12),
+        stop_ids=template.tokenizer.stop_ids,
+        max_new_tokens=64,
+    )
+    return template.tokenizer.decode(tokens)
 
 
 @pytest.mark.parametrize("release", [None, *FOLDERS], ids=str)
@@ -115,5 +133,6 @@ def test_exports_run_alike_on_every_release(
         assert difference <= TOLERANCE * expected["logits"].abs().max(), name
         assert found["embedding"] == 640
         assert "past_keys" in found["refused"], found["refused"]
-        for key in ("tokens", "alone", "chat"):
+        found["card"][1] = ast.literal_eval(found["card"][1])[0]  # it prints a list
+        for key in ("tokens", "alone", "chat", "card"):
             assert found[key] == expected[key], (name, key)

@@ -24,6 +24,7 @@ from aki_megatron.errors import DataError
 from aki_megatron.families.registry import FAMILIES
 from aki_megatron.synthetic.dataset import MANIFEST, DatasetSize, is_complete, was_interrupted, write_dataset
 from aki_megatron.synthetic.questions import TASK_WEIGHTS
+from aki_megatron.types import Modality
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_data.py"
 SIZE = DatasetSize(train_scenes=400, val_scenes=100, seed=5)
@@ -234,11 +235,13 @@ def test_val_scenes_are_not_those_of_training(captions: dict[int, str]) -> None:
 
 def test_every_source_reads_the_files_and_samples_are_short(root: Path) -> None:
     tokenizer = Tokenizer(root / "tokenizer", FAMILIES["phi3"].chat)
-    template = Template(tokenizer, num_image_tokens=9, max_text_tokens=64, system_message=SYSTEM_MESSAGE)
+    template = Template(
+        tokenizer, num_media_tokens={Modality.IMAGE: 9}, max_text_tokens=64, system_message=SYSTEM_MESSAGE
+    )
     for source in ("vqav2", "vsr", "aokvqa", "refcoco"):
         for split in ("train", "val"):
             for conversation in dataset_reader(source).read(root, split):
-                assert isinstance(conversation.image, Path) and conversation.image.is_file()
+                assert isinstance(conversation.images[0], Path) and conversation.images[0].is_file()
                 sample = template.render_conversation(conversation)
                 assert sample is not None
                 assert len(sample.token_ids) - 9 <= 28, [tokenizer.token_name(number) for number in sample.token_ids]
@@ -248,7 +251,9 @@ def test_every_source_reads_the_files_and_samples_are_short(root: Path) -> None:
 def test_every_source_reads_its_extra_dataset(root: Path) -> None:
     """The tokenizer was not trained on these texts; it falls back to bytes, never to <unk>."""
     tokenizer = Tokenizer(root / "tokenizer", FAMILIES["phi3"].chat)
-    template = Template(tokenizer, num_image_tokens=9, max_text_tokens=512, system_message=SYSTEM_MESSAGE)
+    template = Template(
+        tokenizer, num_media_tokens={Modality.IMAGE: 9}, max_text_tokens=512, system_message=SYSTEM_MESSAGE
+    )
     names = {"gqa": 2.5, "ocrvqa": 5, "scienceqa": 1, "refcoco+": 2, "refcocog": 2, "visualgenome": 4, "llava150k": 0.4}
     for split in SPLITS:
         opened = open_sources(root, with_split(names, split), split)
@@ -256,8 +261,8 @@ def test_every_source_reads_its_extra_dataset(root: Path) -> None:
             assert len(rows) >= 20 * names[name], name
             without_image = 0
             for conversation in rows:
-                without_image += conversation.image is None
-                assert conversation.image is None or conversation.image.is_file()
+                without_image += not conversation.images
+                assert not conversation.images or conversation.images[0].is_file()
                 sample = template.render_conversation(conversation)
                 assert sample is not None and len(sample.token_ids) - 9 < 256
                 assert "<unk>" not in {tokenizer.token_name(number) for number in sample.token_ids}

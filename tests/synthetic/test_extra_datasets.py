@@ -248,7 +248,7 @@ def test_ocr_tars_hold_twelve_captions_of_the_words(root: Path) -> None:
         assert len(dataset) == len(scenes) == COUNT
         for number, one in enumerate(scenes):
             sample = dataset.caption(number)
-            assert shows(sample.image, one)
+            assert shows(sample.images[0], one)
             found = json.loads(sample.text)
             assert [(entry["granularity"], entry["include_datacomp_raw_cap"]) for entry in found] == [
                 (level, raw) for raw in (False, True) for level in range(6)

@@ -90,7 +90,7 @@ def test_questions_are_dealt_to_data_ranks(root: Path) -> None:
 
 def test_questions_that_cannot_be_read_are_counted(root: Path) -> None:
     config = configured(root)
-    image = opened(config).question("vqav2", 0).image
+    (image,) = opened(config).question("vqav2", 0).images
     assert isinstance(image, Path)
     image.unlink()
     asked = questions(config)

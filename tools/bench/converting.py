@@ -27,6 +27,7 @@ from aki_megatron.checkpoint.tensors import LazyTensors, NameTable, TensorSpec, 
 from aki_megatron.checkpoint.weight_names import language_names, vision_names
 from aki_megatron.checkpoint.writers import write_shards
 from aki_megatron.config.model import ModelConfig
+from aki_megatron.families.registry import FAMILIES
 
 TOOL = Path(__file__).parents[1] / "convert.py"
 END = "<|endoftext|>"
@@ -63,10 +64,11 @@ def write_folders(work: Path, config: ModelConfig) -> None:
         (work / title).mkdir(parents=True)
         write_shards(work / title, random_source(config, names))
         (work / title / "config.json").write_text(json.dumps(config_json))
-    tokenizer = Tokenizer(
-        models.WordLevel({f"w{number}": number for number in range(config.decoder.vocab_size - 2)}, "w0")
-    )
-    tokenizer.add_special_tokens([AddedToken(END, special=True)])  # the last but <pad>, which from-hf adds
+    markers = [name for name in FAMILIES[config.decoder.family].chat.special_tokens if name != END]
+    num_words = config.decoder.vocab_size - len(markers) - 2
+    tokenizer = Tokenizer(models.WordLevel({f"w{number}": number for number in range(num_words)}, "w0"))
+    # END is the last but <pad>, which from-hf adds
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in (*markers, END)])
     tokenizer.save(str(work / "lm" / "tokenizer.json"))
     settings = {"eos_token": END, "bos_token": "w0", "tokenizer_class": "PreTrainedTokenizerFast"}
     (work / "lm" / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -87,7 +89,10 @@ def measure(title: str, arguments: Sequence[object]) -> None:
     out = Path(str(arguments[arguments.index("--out") + 1]))
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"{title:44} {seconds:6.0f} s  {usage.ru_maxrss * 1024 / 1e9:6.2f} GB peak  {size / 1e9:6.2f} GB written")
-    print("\n".join(f"    {line}" for line in printed.splitlines() if line.startswith("check: ")), flush=True)
+    print(
+        "\n".join(f"    {line}" for line in printed.splitlines() if line.startswith(("check: ", "generation: "))),
+        flush=True,
+    )
 
 
 def assert_equal(one: Path, other: Path, dtype: torch.dtype) -> None:

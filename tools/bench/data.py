@@ -54,7 +54,7 @@ from aki_megatron.data.tokenizer import Tokenizer
 from aki_megatron.families.registry import FAMILIES
 from aki_megatron.synthetic.demo_tokenizer import write_tokenizer
 from aki_megatron.synthetic.files import write_tar
-from aki_megatron.types import Caption, Conversation, Turn
+from aki_megatron.types import Caption, Conversation, Modality, Turn, image_items
 
 PARTS = ("loading", "text", "packing", "start")
 SIZE = 384
@@ -117,7 +117,7 @@ def text(template: Template, number: int = 1000) -> list[Row]:
     texts = captions(number, seed=1)
     all_captions = [Caption(f"captions/{n}", text, b"") for n, text in enumerate(texts)]
     turns = [(Turn(f"{text[:80]}?", text[80:240]),) for text in texts]
-    conversations = [Conversation(f"conversations/{n}", turn, b"") for n, turn in enumerate(turns)]
+    conversations = [Conversation(f"conversations/{n}", turn, image_items(b"")) for n, turn in enumerate(turns)]
     rows: list[Row] = []
     for what, render in (
         ("captions", lambda: [template.render_caption(one) for one in all_captions]),
@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.tokenizer is None:
             write_tokenizer(folder / "tokenizer")
         tokenizer = Tokenizer(arguments.tokenizer or folder / "tokenizer", FAMILIES["phi3"].chat)
-        template = Template(tokenizer, NUM_IMAGE_TOKENS, 512, SYSTEM_MESSAGE)
+        template = Template(tokenizer, {Modality.IMAGE: NUM_IMAGE_TOKENS}, 512, SYSTEM_MESSAGE)
         load = os.getloadavg()[0]
         for part, run in (
             ("loading", partial(loading, folder / "loading", template, arguments.seconds, arguments.workers)),

@@ -29,7 +29,7 @@ from aki_megatron.data.shard_order import ShardOrder
 from aki_megatron.data.shards import CaptionDataset
 from aki_megatron.data.template import Template
 from aki_megatron.synthetic.files import write_tar
-from aki_megatron.types import Caption
+from aki_megatron.types import Caption, Modality
 
 VOCABULARY = """
 a the of on in with and photograph street red blue small large wooden table window person dog sitting standing near
@@ -123,7 +123,7 @@ def ours(
     )
     with closing(loader):
         for step in loader.steps(0):
-            yield from (batch.pixels for batch in step.batches)
+            yield from (batch.media[Modality.IMAGE] for batch in step.batches)
 
 
 @dataclass(frozen=True)

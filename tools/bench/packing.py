@@ -89,7 +89,7 @@ def run_lengths(file: Path, samples: int) -> Lengths:
         conversation = source[mixture.item_index(draw.source, draw.draw_index, len(source))]
         sample = template.render_conversation(conversation)
         if sample is not None:
-            rows.append((len(sample.token_ids), int(conversation.image is not None)))
+            rows.append((len(sample.token_ids), len(sample.media)))
     lengths, images = np.array(rows).T
     return lengths, images
 

@@ -12,12 +12,14 @@ from aki_megatron.data.sources.records import (
     DatasetReader,
     LazyConversations,
     PackedRecords,
+    as_int,
+    as_list,
     as_text,
     parse_entries,
     safe_path,
     text_field,
 )
-from aki_megatron.types import Conversation, Turn
+from aki_megatron.types import Conversation, Turn, image_items
 
 PROMPT = "Answer with the option's letter from the given choices directly. {question}\nOptions:\n{options}\n"
 
@@ -47,15 +49,15 @@ def _conversation(folder: Path, question: _Question) -> Conversation:
     key = f"aokvqa/choice/{question.question_id}"
     options, letter = letter_options(question.choices, question.correct, key)
     turn = Turn(PROMPT.format(question=question.question, options=options), letter)
-    return Conversation(key, (turn,), safe_path(folder, f"{question.image_id:012d}.jpg", key=key))
+    return Conversation(key, (turn,), image_items(safe_path(folder, f"{question.image_id:012d}.jpg", key=key)))
 
 
 def _parse(location: JsonLocation, entry: Any) -> Iterator[_Question]:
-    choices = [as_text(choice, "choices") for choice in entry["choices"]]
-    correct = int(entry["correct_choice_idx"])
+    choices = [as_text(choice, "choices") for choice in as_list(entry["choices"], "choices")]
+    correct = as_int(entry["correct_choice_idx"], "correct_choice_idx")
     check_choice(correct, choices, "correct_choice_idx")
     question_id = as_text(entry.get("question_id", location.number), "question_id")
-    yield _Question(question_id, int(entry["image_id"]), text_field(entry, "question"), choices, correct)
+    yield _Question(question_id, as_int(entry["image_id"], "image_id"), text_field(entry, "question"), choices, correct)
 
 
 READER = DatasetReader(FILES, read)

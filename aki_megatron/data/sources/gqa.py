@@ -17,7 +17,7 @@ from aki_megatron.data.sources.records import (
     text_field,
 )
 from aki_megatron.data.sources.vqav2 import PROMPT
-from aki_megatron.types import Conversation, Turn
+from aki_megatron.types import Conversation, Turn, image_items
 
 FILES = {split: (f"GQA/{split}_balanced_questions.json", "GQA/images") for split in ("train", "val")}
 
@@ -44,7 +44,7 @@ def read(root: Path, split: str) -> LazyConversations[_Question]:
 def _conversation(folder: Path, question: _Question) -> Conversation:
     key = f"gqa/{question.task}/{question.question_id}"
     image = safe_path(folder, f"{question.image_id}.jpg", key=key)
-    return Conversation(key, (Turn(PROMPT.format(question=question.question), question.answer),), image)
+    return Conversation(key, (Turn(PROMPT.format(question=question.question), question.answer),), image_items(image))
 
 
 def _parse(location: JsonLocation, entry: Any) -> Iterator[_Question]:

@@ -17,12 +17,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from aki_megatron.data.file_kind import HEAD_BYTES, TEXT_IN_UTF_16, file_kind, is_known_kind
 from aki_megatron.errors import DataError
 
 CHUNK = 2**20
 """Characters read at a time; a value that does not fit doubles it."""
 
 _DECODER = json.JSONDecoder()
+# Python refuses to convert integers of thousands of digits; as infinity one is an error of its record alone
+_HUGE_NUMBERS = json.JSONDecoder(parse_int=float)
 _AFTER_VALUE = frozenset(" \t\r\n,:]}")
 _SPACES = re.compile(r"[ \t\r\n]*")
 
@@ -80,12 +83,36 @@ def _open(path: Path) -> Iterator["_Reader"]:
     """Open a reader of the file; errors inside the context name the file."""
     try:
         # utf-8-sig: a byte-order mark is no part of the text; newline="": JSON has no raw newlines worth translating
+        refuse_foreign(path)
         with path.open(encoding="utf-8-sig", newline="") as file:
             yield _Reader(path, file)
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist.") from error
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not valid JSON: it is not UTF-8{_first_bad_byte(path)}.") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise DataError for a file that is surely no JSON, and say what it is; OSError where it cannot be read."""
+    with path.open("rb") as file:
+        kind = file_kind(file.read(HEAD_BYTES))
+    if is_known_kind(kind) or kind in ("zeros", TEXT_IN_UTF_16):
+        raise DataError(f"{path} is not valid JSON but {kind}; put the file there as it was published, in UTF-8.")
+
+
+def _first_bad_byte(path: Path) -> str:
+    """Return where a file stops being UTF-8, in words."""
+    offset = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return f" (line {number}, byte {offset + error.start} of the file: 0x{line[error.start]:02x})"
+            offset += len(line)
+    return ""
 
 
 class _Reader:
@@ -96,7 +123,7 @@ class _Reader:
         self._file = file
         self._text = ""
         self._at = 0
-        self._dropped = 0
+        self._dropped = self._dropped_lines = self._line_start = 0
 
     def elements(self) -> Iterator[Any]:
         """Yield the elements of the array that starts here."""
@@ -124,11 +151,13 @@ class _Reader:
         while True:
             start = self._at
             try:
-                value, end = _DECODER.raw_decode(self._text, start)
+                value, end = _decode(self._text, start)
             except json.JSONDecodeError as error:
                 invalid = self._invalid(error.msg, error.pos)
                 if not self._read_more():  # the value may only be cut off by the window
                     raise invalid from error
+            except RecursionError as error:
+                raise self._invalid("a value is nested too deeply", start) from error
             else:
                 # a number at the end of the window may go on: "0" of "0." and that of "0.5"
                 if self._text[end : end + 1] in _AFTER_VALUE or not self._read_more():
@@ -172,10 +201,30 @@ class _Reader:
     def _read_more(self) -> bool:
         """Drop what was parsed and read on; return False at the end of the file."""
         rest = self._text[self._at :]
+        if num_lines := self._text.count("\n", 0, self._at):
+            self._dropped_lines += num_lines
+            self._line_start = self._dropped + self._text.rindex("\n", 0, self._at) + 1
         self._dropped += self._at
         read = self._file.read(max(CHUNK, len(rest)))
         self._text, self._at = rest + read, 0
         return bool(read)
 
     def _invalid(self, reason: str, at: int) -> DataError:
-        return DataError(f"{self._path} is not valid JSON: {reason} (character {self._dropped + at}).")
+        line, start = self._dropped_lines + 1, self._line_start
+        if num_lines := self._text.count("\n", 0, at):
+            line, start = line + num_lines, self._dropped + self._text.rindex("\n", 0, at) + 1
+        character = self._dropped + at
+        return DataError(
+            f"{self._path} is not valid JSON: {reason} (line {line}, column {character - start + 1}, character "
+            f"{character}). Repair it there, or fetch the file again."
+        )
+
+
+def _decode(text: str, start: int) -> tuple[Any, int]:
+    """Return the value that starts at a character, and where it ends."""
+    try:
+        return _DECODER.raw_decode(text, start)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        return _HUGE_NUMBERS.raw_decode(text, start)

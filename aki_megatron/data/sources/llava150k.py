@@ -15,12 +15,13 @@ from aki_megatron.data.sources.records import (
     DatasetReader,
     LazyConversations,
     PackedRecords,
+    as_list,
     as_text,
     parse_entries,
     safe_path,
     text_field,
 )
-from aki_megatron.types import Conversation, Turn
+from aki_megatron.types import Conversation, Turn, image_items
 
 FILES = {"train": ("llava/llava_instruct_150k.json", "A-OKVQA/train2017")}
 
@@ -49,11 +50,11 @@ def read(root: Path, split: str, *, multi_turn: bool = False) -> LazyConversatio
 def _conversation(folder: Path, dialogue: _Dialogue) -> Conversation:
     key = f"llava150k/dialogue/{dialogue.name}"
     turns = tuple(Turn(prompt, response) for prompt, response in dialogue.turns)
-    return Conversation(key, turns, safe_path(folder, dialogue.image, key=key))
+    return Conversation(key, turns, image_items(safe_path(folder, dialogue.image, key=key)))
 
 
 def _parse(multi_turn: bool, location: JsonLocation, entry: Any) -> Iterator[_Dialogue]:
-    messages = entry["conversations"]
+    messages = as_list(entry["conversations"], "conversations")
     speakers = [message["from"] for message in messages]
     if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
         raise ValueError(f"the turns do not alternate between human and gpt: they are {str(speakers[:8])[:MAX_SHOWN]}")

@@ -12,6 +12,7 @@ from aki_megatron.data.sources.records import (
     DatasetReader,
     LazyConversations,
     PackedRecords,
+    as_int,
     as_text,
     describe_entry,
     error_reason,
@@ -20,7 +21,7 @@ from aki_megatron.data.sources.records import (
     text_field,
 )
 from aki_megatron.data.sources.vqav2 import PROMPT
-from aki_megatron.types import Conversation, Turn
+from aki_megatron.types import Conversation, Turn, image_items
 
 FILES = dict.fromkeys(("train", "val"), ("OCRVQA/dataset.json", "OCRVQA/images"))
 
@@ -51,7 +52,7 @@ def read(root: Path, split: str) -> LazyConversations[_Question]:
 def _conversation(folder: Path, question: _Question) -> Conversation:
     key = f"ocrvqa/cover/{question.cover}.{question.number}"
     image = _find_image(safe_path(folder, question.cover + question.extension, key=key))
-    return Conversation(key, (Turn(PROMPT.format(question=question.question), question.answer),), image)
+    return Conversation(key, (Turn(PROMPT.format(question=question.question), question.answer),), image_items(image))
 
 
 def _find_image(image: Path) -> Path:
@@ -68,7 +69,7 @@ def _parse(
     file: Path, faults: FaultCounts, split_number: int, location: JsonLocation, entry: Any
 ) -> Iterator[_Question]:
     """Yield the questions of a cover; one that is malformed is left out without the others."""
-    if int(entry["split"]) != split_number:
+    if as_int(entry["split"], "split") != split_number:
         return
     questions, answers = entry["questions"], entry["answers"]
     if not isinstance(questions, list) or not isinstance(answers, list) or len(questions) != len(answers):

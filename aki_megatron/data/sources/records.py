@@ -2,6 +2,7 @@
 
 import io
 import marshal
+import math
 import operator
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -136,7 +137,10 @@ def parse_entries(
             try:
                 yield from parse(location, entry)
             except MALFORMED as error:
-                faults.add(describe_entry(file, location, entry, id_field), error_reason(error))
+                reason = error_reason(error)
+                if isinstance(error, TypeError | AttributeError) and not isinstance(entry, Mapping | bytes):
+                    reason = f"an entry must be an object, got {repr(entry)[:MAX_SHOWN]}"
+                faults.add(describe_entry(file, location, entry, id_field), reason)
 
 
 def describe_entry(file: Path, location: object, entry: object, id_field: str = "") -> str:
@@ -147,7 +151,11 @@ def describe_entry(file: Path, location: object, entry: object, id_field: str = 
 
 def error_reason(error: Exception) -> str:
     """Return in words what an error of MALFORMED says about a record."""
-    return f"the field {error} is missing" if isinstance(error, KeyError) else str(error) or type(error).__name__
+    if isinstance(error, KeyError):
+        return f"the field {error} is missing"
+    if isinstance(error, TypeError | AttributeError):  # raised by what was done with the value
+        return f"a value is of a wrong type ({error})"
+    return str(error) or type(error).__name__
 
 
 @contextmanager
@@ -163,8 +171,8 @@ def data_errors(where: str | Callable[[], str]) -> Iterator[None]:
 def text_field(entry: Mapping[str, Any], field: str) -> str:
     """Return a field that holds text; a number becomes its digits, anything else (null, a list) raises ValueError.
 
-    So does a lone surrogate (an escape that was cut in two): no tokenizer takes it. A byte-order mark at the beginning
-    is left out.
+    So do infinity and NaN, and a lone surrogate (an escape that was cut in two): no tokenizer takes it. A byte-order
+    mark at the beginning is left out.
     """
     return as_text(entry[field], field)
 
@@ -172,13 +180,36 @@ def text_field(entry: Mapping[str, Any], field: str) -> str:
 def as_text(value: object, field: str) -> str:
     """Return ``value`` as ``text_field`` does."""
     if isinstance(value, str):
-        if not value.isascii():
-            value.encode()  # UnicodeEncodeError is a ValueError
-            return value.removeprefix(BYTE_ORDER_MARK)
-        return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
+        if value.isascii():
+            return value
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{field} holds half of a surrogate pair ({ascii(value[error.start])}) in {ascii(value)[:MAX_SHOWN]}"
+            ) from error
+        return value.removeprefix(BYTE_ORDER_MARK)
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
     raise ValueError(f"{field} must be text, got {repr(value)[:MAX_SHOWN]}")
+
+
+def as_int(value: object, field: str) -> int:
+    """Return a whole number, which may be written as text; anything else (a fraction, null) raises ValueError."""
+    if type(value) is int:
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and value.isascii() and value.strip().removeprefix("-").isdigit():
+        return int(value)
+    raise ValueError(f"{field} must be a whole number, got {repr(value)[:MAX_SHOWN]}")
+
+
+def as_list(value: object, field: str) -> list[Any]:
+    """Return a list; anything else (text, whose characters would be its elements) raises ValueError."""
+    if isinstance(value, list):
+        return value
+    raise ValueError(f"{field} must be a list, got {repr(value)[:MAX_SHOWN]}")
 
 
 def safe_path(root: Path, name: str, *, key: str) -> Path:

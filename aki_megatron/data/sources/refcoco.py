@@ -14,13 +14,15 @@ from aki_megatron.data.sources.records import (
     LazyConversations,
     PackedRecords,
     Record,
+    as_int,
+    as_list,
     describe_entry,
     error_reason,
     safe_path,
     text_field,
 )
 from aki_megatron.errors import DataError
-from aki_megatron.types import Conversation, Turn
+from aki_megatron.types import Conversation, Turn, image_items
 
 
 class _Image(NamedTuple):
@@ -38,6 +40,13 @@ class _Box(NamedTuple):
 
     image_id: int
     xywh: list[float]
+
+
+class _Fault(NamedTuple):
+    """An element that cannot be used: where it is, and why."""
+
+    location: str
+    reason: str
 
 
 class _Phrase(NamedTuple):
@@ -62,13 +71,13 @@ def read(variant: str, root: Path, split: str) -> LazyConversations[_Phrase]:
     """
     file, folder = (root / name for name in files(variant)[split])
     faults = FaultCounts()
-    images: list[_Image | None] = []
-    boxes: list[_Box | None] = []
+    images: list[_Image | _Fault] = []
+    boxes: list[_Box | _Fault] = []
     for location, entry in iter_object_arrays(file, "images", "annotations"):
         if location.name == "images":
-            images.append(_parsed(_parse_image, file, location, entry, faults))
+            images.append(_parsed(_parse_image, file, location, entry))
         elif location.name == "annotations":
-            boxes.append(_parsed(_parse_box, file, location, entry, faults))
+            boxes.append(_parsed(_parse_box, file, location, entry))
     if len(images) != len(boxes):
         raise DataError(f"{file}: {len(images)} images but {len(boxes)} annotations; they are paired by order (MDETR).")
     phrases = PackedRecords(_pair(file, images, boxes, faults), _Phrase._make)
@@ -78,34 +87,37 @@ def read(variant: str, root: Path, split: str) -> LazyConversations[_Phrase]:
 def _conversation(folder: Path, variant: str, phrase: _Phrase) -> Conversation:
     key = f"{variant}/region/{phrase.entry_id}"
     turn = Turn(PROMPT.format(box=corners_text(phrase.corners)), phrase.phrase)
-    return Conversation(key, (turn,), safe_path(folder, phrase.file_name, key=key))
+    return Conversation(key, (turn,), image_items(safe_path(folder, phrase.file_name, key=key)))
 
 
-def _parsed(
-    parse: Callable[[Any], Record], file: Path, location: JsonLocation, entry: Any, faults: FaultCounts
-) -> Record | None:
-    """Return what ``parse`` makes of an entry; None, and one fault more, for one that is malformed."""
+def _parsed(parse: Callable[[Any], Record], file: Path, location: JsonLocation, entry: Any) -> Record | _Fault:
+    """Return what ``parse`` makes of an entry, or what is wrong with it."""
     try:
         return parse(entry)
     except MALFORMED as error:
-        faults.add(describe_entry(file, location, entry, "id"), error_reason(error))
-        return None
+        return _Fault(describe_entry(file, location, entry, "id"), error_reason(error))
 
 
 def _parse_image(entry: Any) -> _Image:
     width, height = float(entry["width"]), float(entry["height"])
-    return _Image(int(entry["id"]), text_field(entry, "file_name"), width, height, text_field(entry, "caption"))
+    return _Image(
+        as_int(entry["id"], "id"), text_field(entry, "file_name"), width, height, text_field(entry, "caption")
+    )
 
 
 def _parse_box(entry: Any) -> _Box:
-    x, y, width, height = (float(number) for number in entry["bbox"])
-    return _Box(int(entry["image_id"]), [x, y, width, height])
+    x, y, width, height = (float(number) for number in as_list(entry["bbox"], "bbox"))
+    return _Box(as_int(entry["image_id"], "image_id"), [x, y, width, height])
 
 
-def _pair(file: Path, images: list[_Image | None], boxes: list[_Box | None], faults: FaultCounts) -> Iterator[_Phrase]:
+def _pair(
+    file: Path, images: list[_Image | _Fault], boxes: list[_Box | _Fault], faults: FaultCounts
+) -> Iterator[_Phrase]:
+    """Yield the phrases; a pair that cannot be used is one fault, of its image where both are malformed."""
     for image, box in zip(images, boxes, strict=True):
-        if image is None or box is None:
-            continue  # counted where it was parsed
+        if isinstance(image, _Fault) or isinstance(box, _Fault):
+            faults.add(*(image if isinstance(image, _Fault) else box))
+            continue
         try:
             if box.image_id != image.entry_id:
                 raise ValueError(f"images entry {image.entry_id} is beside an annotation of image_id {box.image_id}")

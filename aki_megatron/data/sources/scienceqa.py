@@ -12,12 +12,14 @@ from aki_megatron.data.sources.records import (
     DatasetReader,
     LazyConversations,
     PackedRecords,
+    as_int,
+    as_list,
     as_text,
     parse_entries,
     safe_path,
     text_field,
 )
-from aki_megatron.types import Conversation, Turn
+from aki_megatron.types import Conversation, Turn, image_items
 
 PROMPT = (
     "Answer with the option's letter from the given choices directly. "
@@ -63,14 +65,14 @@ def _conversation(folder: Path, problem: _Problem) -> Conversation:
     options, letter = letter_options(problem.choices, problem.correct, key)
     prompt = PROMPT.format(question=problem.question, context=problem.context, options=options)
     image = safe_path(folder, f"{problem.number}/{problem.image}", key=key) if problem.image else None
-    return Conversation(key, (Turn(prompt, letter),), image)
+    return Conversation(key, (Turn(prompt, letter),), image_items(image))
 
 
 def _parse(split: str, location: JsonLocation, entry: Any) -> Iterator[_Problem]:
     if entry["split"] != split:
         return
-    choices = [as_text(choice, "choices") for choice in entry["choices"]]
-    correct = int(entry["answer"])
+    choices = [as_text(choice, "choices") for choice in as_list(entry["choices"], "choices")]
+    correct = as_int(entry["answer"], "answer")
     check_choice(correct, choices, "answer")
     context = as_text(entry.get("hint") or NO_HINT, "hint")
     image = as_text(entry["image"] or "", "image")  # null where there is none

@@ -13,16 +13,17 @@ from aki_megatron.data.sources.boxes import PROMPT, box_text, check_box
 from aki_megatron.data.sources.json_stream import JsonLocation, iter_array
 from aki_megatron.data.sources.records import (
     MALFORMED,
-    MAX_SHOWN,
     DatasetReader,
     LazyConversations,
     PackedRecords,
+    as_int,
+    as_list,
     describe_entry,
     error_reason,
     parse_entries,
     text_field,
 )
-from aki_megatron.types import Conversation, Turn
+from aki_megatron.types import Conversation, Turn, image_items
 
 ANNOTATIONS = ("VisualGenome/region_descriptions.json", "VisualGenome/image_data.json")
 FILES = {"train": (*ANNOTATIONS, "VisualGenome/images")}
@@ -70,12 +71,15 @@ def _conversation(folders: list[Path], region: _Region) -> Conversation:
     box = box_text(region.xywh, region.image_width, region.image_height)
     name = f"{region.image_id}.jpg"
     present = (folder / name for folder in folders[:-1] if (folder / name).exists())
-    return Conversation(key, (Turn(PROMPT.format(box=box), region.phrase),), next(present, folders[-1] / name))
+    return Conversation(
+        key, (Turn(PROMPT.format(box=box), region.phrase),), image_items(next(present, folders[-1] / name))
+    )
 
 
 def _parse_image_size(location: JsonLocation, entry: Any) -> Iterator[tuple[int, tuple[int, int]]]:
-    image_id = int(entry["image_id"] if "image_id" in entry else entry["id"])  # "id" in releases before 1.2
-    yield image_id, (int(entry["width"]), int(entry["height"]))
+    # "id" in releases before 1.2
+    image_id = as_int(entry["image_id"] if "image_id" in entry else entry["id"], "image_id")
+    yield image_id, (as_int(entry["width"], "width"), as_int(entry["height"], "height"))
 
 
 def _parse(
@@ -86,9 +90,7 @@ def _parse(
     entry: Any,
 ) -> Iterator[_Region]:
     """Yield the regions of an image; one that is malformed is left out without the others."""
-    if not isinstance(entry["regions"], list):
-        raise ValueError(f"regions must be a list, got {repr(entry['regions'])[:MAX_SHOWN]}")
-    for number, region in enumerate(entry["regions"]):
+    for number, region in enumerate(as_list(entry["regions"], "regions")):
         try:
             yield _parse_region(image_sizes, entry, number, region)
         except MALFORMED as error:
@@ -96,7 +98,7 @@ def _parse(
 
 
 def _parse_region(image_sizes: Mapping[int, tuple[int, int] | None], entry: Any, number: int, region: Any) -> _Region:
-    image_id = int(region["image_id"]) if "image_id" in region else int(entry["id"])
+    image_id = as_int(region["image_id"] if "image_id" in region else entry["id"], "image_id")
     if image_id not in image_sizes:
         raise ValueError(f"image_data.json does not give the size of image {image_id}")
     if (size := image_sizes[image_id]) is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aki_megatron.data.fault_kinds import FaultCounts
+from aki_megatron.data.sources.json_stream import refuse_foreign
 from aki_megatron.data.sources.records import (
     MAX_SHOWN,
     DatasetReader,
@@ -18,7 +19,7 @@ from aki_megatron.data.sources.records import (
     text_field,
 )
 from aki_megatron.errors import DataError
-from aki_megatron.types import BYTE_ORDER_MARK, Conversation, Turn
+from aki_megatron.types import BYTE_ORDER_MARK, Conversation, Turn, image_items
 
 PROMPT = "Answer the question using a single word or phrase. {question} Please answer yes or no."
 ANSWERS = ("no", "yes")
@@ -53,6 +54,7 @@ def read(root: Path, split: str) -> LazyConversations[_Statement]:
 def _lines(file: Path) -> Iterator[tuple[str, bytes]]:
     """Yield every line that is not blank as ``line 3`` and its bytes. Only newlines end lines: JSON may hold U+2028."""
     try:
+        refuse_foreign(file)
         lines = file.read_bytes().split(b"\n")
     except FileNotFoundError as error:
         raise DataError(f"{file} does not exist.") from error
@@ -63,6 +65,8 @@ def _lines(file: Path) -> Iterator[tuple[str, bytes]]:
 
 def _parse(location: str, line: bytes) -> Iterator[_Statement]:
     entry = json.loads(line.decode().removeprefix(BYTE_ORDER_MARK))
+    if not isinstance(entry, dict):
+        raise ValueError(f"a line must be an object, got {repr(entry)[:MAX_SHOWN]}")
     folder, name = text_field(entry, "image_link").split("/")[-2:]
     if folder not in FOLDERS:
         raise ValueError(f"image_link must end in one of {sorted(FOLDERS)} and a file name, got {folder}/{name}")
@@ -74,7 +78,7 @@ def _parse(location: str, line: bytes) -> Iterator[_Statement]:
 def _conversation(root: Path, statement: _Statement) -> Conversation:
     key = f"vsr/relation/{statement.line}"
     turn = Turn(PROMPT.format(question=to_question(statement.caption)), ANSWERS[statement.label])
-    return Conversation(key, (turn,), safe_path(root, statement.image, key=key))
+    return Conversation(key, (turn,), image_items(safe_path(root, statement.image, key=key)))
 
 
 def to_question(statement: str) -> str:

@@ -94,7 +94,7 @@ class ValidationQuestions:
     def _prediction(self, conversation: Conversation, tokens: Sequence[int]) -> Prediction:
         turn = conversation.turns[-1]
         answer = self._template.tokenizer.decode(list(tokens)).strip()
-        return Prediction(conversation.key, "", turn.prompt, turn.response, answer, None)
+        return Prediction(conversation.key, "", turn.prompt, turn.response, answer, [])
 
     def _read_prompt(self, conversation: Conversation) -> Sample:
         prompt = read_prompt(conversation, self._template, self._settings.image_size, self._image_options)

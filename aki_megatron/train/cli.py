@@ -4,6 +4,7 @@ Only the standard library is imported here until signals are handled: the import
 which an unhandled signal would end the process. Parsing imports no torch, so that --help and a wrong flag are quick.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -47,8 +48,11 @@ def run_launcher(launcher: str, argv: Sequence[str], environ: Mapping[str, str])
         if rank_of(environ) == "0":
             for line in repeated_flags(command.overrides):
                 print(f"note: {line}", file=sys.stderr, flush=True)
+        gc.disable()  # imports make no garbage, but half a million objects that each collection would visit
         from aki_megatron.train.main import main
 
+        gc.freeze()
+        gc.enable()
         return main(run, environ, stop_signals, command.allow_change)
     except UserError as error:
         return report_user_error(error, environ, stop_signals)

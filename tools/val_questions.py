@@ -34,6 +34,7 @@ from aki_megatron.evaluate.scores import TaskScore, score_by_task
 from aki_megatron.model.stage import Stage, build_model
 from aki_megatron.supervise.metrics import read_metrics
 from aki_megatron.supervise.run_paths import RunPaths
+from aki_megatron.supervise.validations import read_validations
 from aki_megatron.types import IGNORE, Conversation
 
 console = Console()
@@ -67,7 +68,7 @@ def plot_mask(conversation: Conversation, template: Template, config: RunConfig)
 
 def load_record(paths: RunPaths) -> RunRecord:
     """Read what a report shows of a run's training."""
-    return RunRecord.load(paths.config, read_metrics(paths.metrics))
+    return RunRecord.load(paths.config, read_metrics(paths.metrics), read_validations(paths.validation))
 
 
 def print_scores(scores: list[TaskScore]) -> None:

@@ -58,6 +58,7 @@ class _Extras:
     rng_state: Mapping[str, Any]
     rank_files: Mapping[str, str]
     keep_older: bool
+    best_step: int | None
 
 
 class Checkpointer:
@@ -96,6 +97,7 @@ class Checkpointer:
         # the interpreter waits for an executor's threads when it exits
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if async_save else None
         self._in_progress: Future[SavedCheckpoint] | None = None
+        self._step_in_progress = -1
 
     def save(
         self,
@@ -105,6 +107,7 @@ class Checkpointer:
         *,
         rank_files: Mapping[str, str] | None = None,
         keep_older: bool = False,
+        best_step: int | None = None,
     ) -> None:
         """Write a checkpoint and remove old ones, or with async_save start to.
 
@@ -114,12 +117,15 @@ class Checkpointer:
         extra       further state that JSON can hold; rank 0's is kept
         rank_files  texts of this rank by the path of their file inside the checkpoint; no two ranks name one path
         keep_older  remove no old checkpoint: this one may be worse
+        best_step   step of the checkpoint, this one or an earlier one, that ``best`` names from now on, so that it is
+                    not removed; None: ``best`` stays as it is
 
         Raises CheckpointError on every rank when any rank cannot write (full disk), or holds values that are not
         finite; earlier checkpoints stay. With async_save the next ``poll``, ``wait``, ``save`` or ``load`` raises it.
         """
         self.wait()
-        extras = _Extras(json.dumps(dict(extra)), _get_rng_state(), dict(rank_files or {}), keep_older)
+        extras = _Extras(json.dumps(dict(extra)), _get_rng_state(), dict(rank_files or {}), keep_older, best_step)
+        self._step_in_progress = step
         if self._executor is None:
             saved = self._write(step, tensors, extras)
             self._in_progress = Future()
@@ -141,6 +147,12 @@ class Checkpointer:
         """Wait until no save is in progress, then do as ``poll`` does."""
         in_progress, self._in_progress = self._in_progress, None
         return in_progress.result() if in_progress is not None else None
+
+    def has_checkpoint(self, step: int) -> bool:
+        """Whether the checkpoint of ``step`` is complete, or being written."""
+        if self._in_progress is not None and not self._in_progress.done() and self._step_in_progress == step:
+            return True
+        return (self.folder / files.checkpoint_name(step) / files.MANIFEST).is_file()
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint."""
@@ -184,7 +196,7 @@ class Checkpointer:
             by_rank = ranks.gather((writer.written, extras.rng_state))
             written = {file: entry for entries, _ in by_rank for file, entry in entries.items()}
             content = {"extra": json.loads(extras.extra_json), "rng_states": [state for _, state in by_rank]}
-            ranks.run_on_rank_zero(lambda: self._publish(staging, step, written, content, extras.keep_older))
+            ranks.run_on_rank_zero(lambda: self._publish(staging, step, written, content, extras))
         except (CheckpointError, dcp.api.CheckpointException) as error:
             if ranks.rank == 0:
                 shutil.rmtree(staging, ignore_errors=True)  # the next save needs its disk space
@@ -192,14 +204,17 @@ class Checkpointer:
         return SavedCheckpoint(step, self.folder / name, time.monotonic() - started)
 
     def _publish(
-        self, staging: Path, step: int, written: Mapping[str, Any], content: Mapping[str, Any], keep_older: bool
+        self, staging: Path, step: int, written: Mapping[str, Any], content: Mapping[str, Any], extras: "_Extras"
     ) -> None:
         files.write_json(staging / files.EXTRA, content)
         files.write_text(staging / files.CONFIG, self.config_yaml)
         for name, stored in self._tokenizer_files.items():
             attach_file(staging / files.TOKENIZER / name, stored)
         files.finalize(staging, step, written)
-        if not keep_older:
+        best = extras.best_step
+        if best is not None and (self.folder / files.checkpoint_name(best) / files.MANIFEST).is_file():
+            files.name_best(self.folder, best)
+        if not extras.keep_older:
             files.prune(self.folder, keep_last=self.keep_last, keep_every=self.keep_every)
 
 

@@ -1,8 +1,8 @@
 """Checkpoint folders: published atomically, and verified before anything in them is read.
 
-A folder of checkpoints holds ``step_000100`` and so on, ``latest``, and temporary folders whose names begin with a dot,
-which no reader takes for a checkpoint: ``.writing_`` is being written, ``.removing_`` is being removed, and
-``.replaced_`` stands in for the checkpoint of its step while a new one of the same step takes its place.
+A folder of checkpoints holds ``step_000100`` and so on, ``latest``, maybe ``best``, and temporary folders whose names
+begin with a dot, which no reader takes for a checkpoint: ``.writing_`` is being written, ``.removing_`` is being
+removed, and ``.replaced_`` stands in for the checkpoint of its step while a new one of the same step takes its place.
 """
 
 import hashlib
@@ -21,8 +21,9 @@ FORMAT = 2
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints inside a run folder."""
 
-MANIFEST, LATEST, PREFIX = "manifest.json", "latest", "step_"
-"""A folder without a manifest is not a checkpoint; ``latest`` holds the name of the newest one."""
+MANIFEST, LATEST, BEST, PREFIX = "manifest.json", "latest", "best", "step_"
+"""A folder without a manifest is not a checkpoint; ``latest`` holds the name of the newest one, ``best`` that of the
+one with the lowest validation loss, where a run keeps it."""
 
 TOKENIZER = "tokenizer"
 """Folder inside a checkpoint that holds the tokenizer of its run, or of the conversion that wrote it."""
@@ -56,20 +57,33 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def latest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint that ``latest`` names; where it names none, the one of the highest step."""
     found = list_checkpoints(folder)
-    try:
-        name = (folder / LATEST).read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):  # missing or damaged
-        name = ""
+    name = _read_name(folder / LATEST)
     return next((path for path in found if path.name == name), next(reversed(found), None))
 
 
+def best_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that ``best`` names; None where it names none that exists."""
+    name = _read_name(folder / BEST)
+    return next((path for path in list_checkpoints(folder) if path.name == name), None)
+
+
+def _read_name(pointer: Path) -> str:
+    """What ``latest`` or ``best`` holds; empty where it is missing or damaged."""
+    try:
+        return pointer.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return ""
+
+
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint at ``path``, which is a checkpoint, a folder of checkpoints, or a run folder.
+    """The checkpoint at ``path``: a checkpoint, the file ``latest`` or ``best``, a folder of them, or a run folder.
 
     Raises CheckpointError when there is none.
     """
     if (path / MANIFEST).is_file() or path.name.startswith(PREFIX):
         return path
+    if path.name in (LATEST, BEST) and path.is_file() and (path.parent / _read_name(path) / MANIFEST).is_file():
+        return path.parent / _read_name(path)
     for folder in (path / CHECKPOINTS, path):
         if found := latest_checkpoint(folder):
             return found
@@ -160,21 +174,32 @@ def publish(staging: Path, name: str) -> Path:
     else:
         staging.rename(target)
     sync_dir(folder)
-    pointer = folder / f".{LATEST}"
-    write_text(pointer, name + "\n")
-    pointer.rename(folder / LATEST)
-    sync_dir(folder)
+    _write_name(folder / LATEST, name)
     return target
+
+
+def name_best(folder: Path, step: int) -> None:
+    """Let ``best`` name the checkpoint of ``step``, which is complete."""
+    if _read_name(folder / BEST) != checkpoint_name(step):
+        _write_name(folder / BEST, checkpoint_name(step))
+
+
+def _write_name(pointer: Path, name: str) -> None:
+    temporary = pointer.with_name(f".{pointer.name}")
+    write_text(temporary, name + "\n")
+    temporary.rename(pointer)
+    sync_dir(pointer.parent)
 
 
 def prune(folder: Path, *, keep_last: int, keep_every: int) -> None:
     """Remove old checkpoints.
 
-    Keep the newest ``keep_last``, those of a multiple of ``keep_every`` steps (0: none), and what ``latest`` names.
+    Keep the newest ``keep_last``, those of a multiple of ``keep_every`` steps (0: none), and what ``latest`` and
+    ``best`` name.
     """
-    latest = latest_checkpoint(folder)
+    named = (latest_checkpoint(folder), best_checkpoint(folder))
     for path in list_checkpoints(folder)[:-keep_last]:
-        if path != latest and not (keep_every and step_of(path) % keep_every == 0):
+        if path not in named and not (keep_every and step_of(path) % keep_every == 0):
             _remove(path)
 
 

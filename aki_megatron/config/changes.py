@@ -17,6 +17,7 @@ MAY_CHANGE = (
     "run.dir",
     "log",
     "checkpoint",
+    "validation",
     "watch",
     "parallel",
     "deepspeed",

@@ -17,6 +17,7 @@ from aki_megatron.config.run import RunConfig
 ZERO = "tests/distributed/test_zero.py"
 SPREAD = "tests/distributed/test_parallelism.py"
 OFFLOAD = "tests/distributed/test_offload.py"
+VALIDATION = "tests/distributed/test_validation_layouts.py"
 
 
 @dataclass(frozen=True)
@@ -256,13 +257,15 @@ BESIDE = """\
 | data | number of ranks / (tensor x pipeline) | any size |
 | packing | `data.packing.enabled`: several samples in one sequence, each a segment of its own | any |
 | what trains | `trainable`, and per phase `data.phases` ([training_parts.md](training_parts.md)) | any |
+| validation | `validation.interval`: losses and answers during training ([validation.md](validation.md)) | any |
 
 Every part that trains or does not, low-rank adapters and stages of which nothing trains are proven in
 [tests/distributed/test_trainable.py](../tests/distributed/test_trainable.py), changes from phase to phase in
 [tests/distributed/test_training_phases.py](../tests/distributed/test_training_phases.py).
 
 Data parallelism is in every row, at any size that divides `train.global_batch_size`. Packed sequences are part of the
-batches with which the rows are proven.
+batches with which the rows are proven. Validation goes with every row: its losses and answers equal those of one
+process, and training with it is bit-equal to training without it ({proof}).
 
 ## Supported
 
@@ -325,7 +328,7 @@ def page() -> str:
     return (
         HEAD
         + axes
-        + BESIDE
+        + BESIDE.format(proof=link(VALIDATION))
         + table(supported)
         + REFUSED_HEAD
         + table(refused)

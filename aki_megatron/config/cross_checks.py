@@ -12,6 +12,7 @@ from aki_megatron.config.deepspeed import problems_of_settings
 from aki_megatron.config.field_info import list_problems
 from aki_megatron.config.run import RunConfig
 from aki_megatron.config.trainable_checks import trainable_problems
+from aki_megatron.config.validation_checks import validation_problems
 from aki_megatron.errors import ConfigError
 from aki_megatron.families.base import ENDOFCHUNK_TOKEN, IMAGE_TOKEN, PAD_TOKEN
 from aki_megatron.families.registry import FAMILIES
@@ -267,6 +268,7 @@ CHECKS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     attention_problems,
     parallel_problems,
     watch_problems,
+    validation_problems,
 )
 
 

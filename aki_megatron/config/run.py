@@ -21,6 +21,7 @@ from aki_megatron.config.section import (
     no_stand_in,
 )
 from aki_megatron.config.trainable import PhaseTrainable, TrainableConfig, TrainingPlan, training_plans
+from aki_megatron.config.validation_section import ValidationConfig
 
 MAX_BATCH_SIZE = 2**20
 """Samples per optimizer step; every step plans all of them."""
@@ -168,6 +169,7 @@ class RunConfig(Section):
     trainable: TrainableConfig = TrainableConfig()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig
+    validation: ValidationConfig = ValidationConfig()
     watch: WatchConfig = WatchConfig()
     log: LogConfig = LogConfig()
     deepspeed: dict[str, Any] = {}

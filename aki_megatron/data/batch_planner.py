@@ -9,7 +9,7 @@ neither the samples of a step nor their order depend on the number of ranks.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 from aki_megatron.data.packing import PackedSampler, PackingState
 from aki_megatron.data.sample_stream import SampleStream
@@ -46,6 +46,16 @@ class StepPlan:
     step: int
     microbatches: tuple[MicrobatchPlan, ...]
     next_state: DataState
+
+
+class Planner(Protocol):
+    """Which samples the micro-batches of every step of one data rank hold."""
+
+    num_microbatches: int
+
+    def plan_steps(self, start: int, state: DataState | None = None) -> Iterator[StepPlan]:
+        """Yield the plans of steps ``start``, ``start + 1``, ... without end."""
+        ...
 
 
 class BatchPlanner:

@@ -18,13 +18,17 @@ from aki_megatron.config.run import RunConfig
 from aki_megatron.data.bad_samples import num_tolerated
 from aki_megatron.data.fault_kinds import FaultCounts, fault_kind
 from aki_megatron.data.image import ImageOptions, decode_image
-from aki_megatron.data.pipeline import build_sources, build_template, build_tokenizer, image_options
+from aki_megatron.data.pipeline import SPLIT, build_sources, build_template, build_tokenizer, image_options
 from aki_megatron.data.sample_stream import Source, read_item
 from aki_megatron.data.sources.records import LazyConversations
-from aki_megatron.errors import DataError
+from aki_megatron.data.validation_set import validation_sources
+from aki_megatron.errors import ConfigError, DataError
 from aki_megatron.types import MEDIA_MODALITIES, Sample
 
 MISSING_IMAGE = "the image file is missing"
+
+VALIDATION = "validation"
+"""In the names of sources that are validated on."""
 
 _CHUNK = 256
 """Samples or images of one task of a worker process."""
@@ -74,7 +78,7 @@ class SourceCheck:
 def check_run_data(
     config: RunConfig, *, max_samples: int, num_workers: int, progress: Progress
 ) -> Iterator[SourceCheck]:
-    """Check every source of a run in turn.
+    """Check every source of a run in turn, then those of its validation.
 
     max_samples  most samples of each source, evenly spaced; 0: all
     num_workers  worker processes; 0: this process
@@ -83,20 +87,24 @@ def check_run_data(
     """
     template = build_template(config, build_tokenizer(config))
     key = "captions" if config.data.kind == "captions" else "sources"
-    for entry in getattr(config.data, key):
+    parts = [(entry.name, entry, SPLIT) for entry in getattr(config.data, key)]
+    if config.validation.interval:
+        validated = validation_sources(config)
+        parts += [(f"{entry.name} ({VALIDATION})", entry, config.validation.split) for entry in validated]
+    for name, entry, split in parts:
         # what is bad is counted here, however much it is
         data = config.data.model_copy(update={key: (entry,), "max_bad_fraction": 1.0})
         try:
             notes: list[str] = []
-            source = build_sources(data, notes.append)[entry.name]
-        except DataError as error:
-            yield SourceCheck(entry.name, cannot_open=str(error))
+            source = build_sources(data, notes.append, split)[entry.name]
+        except (ConfigError, DataError) as error:
+            yield SourceCheck(name, cannot_open=str(error))
             continue
         render: Callable[[Any], Any] = template.render_conversation
         if config.data.kind == "captions":
             render = template.render_caption
         options = image_options(config.data)
-        checker = _Checker(entry.name, source, render, config.model.vision.image_size, options)
+        checker = _Checker(name, source, render, config.model.vision.image_size, options)
         found = checker.check(max_samples, num_workers, progress)
         if config.data.kind == "captions":  # faults of annotation files are in ``malformed``
             found.notes = notes

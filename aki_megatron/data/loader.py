@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from aki_megatron.data.bad_samples import BadSample, BadSampleBudget
-from aki_megatron.data.batch_planner import BatchPlanner, DataState, MicrobatchPlan, StepPlan
+from aki_megatron.data.batch_planner import DataState, MicrobatchPlan, Planner, StepPlan
 from aki_megatron.data.collate import collate
 from aki_megatron.data.sample_hash import sample_hash
 from aki_megatron.data.sample_stream import SampleStream
@@ -125,7 +125,7 @@ class StepLoader:
 
     def __init__(
         self,
-        planner: BatchPlanner,
+        planner: Planner,
         dataset: MicrobatchDataset,
         *,
         bad_sample_budget: BadSampleBudget,

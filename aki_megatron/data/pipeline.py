@@ -91,10 +91,11 @@ def open_captions(config: DataConfig, captions: CaptionsConfig, progress: Callab
     )
 
 
-def build_sources(config: DataConfig, progress: Callable[[str], None]) -> dict[str, Source[Any]]:
+def build_sources(config: DataConfig, progress: Callable[[str], None], split: str = SPLIT) -> dict[str, Source[Any]]:
     """Open every source of a run by name, once however many phases use it.
 
-    ``progress`` as in open_captions; it also gets what is left out of annotation files.
+    progress  as in open_captions; it also gets what is left out of annotation files
+    split     of the datasets that have several
     """
     if config.kind == "captions":
         datasets = {captions.name: open_captions(config, captions, progress) for captions in config.captions}
@@ -107,7 +108,7 @@ def build_sources(config: DataConfig, progress: Callable[[str], None]) -> dict[s
     opened = open_sources(
         config.root,
         names,
-        SPLIT,
+        split,
         multi_turn=multi_turn,
         max_bad_fraction=config.max_bad_fraction,
         progress=progress,
@@ -115,16 +116,18 @@ def build_sources(config: DataConfig, progress: Callable[[str], None]) -> dict[s
     return {
         source.name: Source(
             opened[source.name],
-            locate=partial(_locate_conversation, _annotation_files(config.root, source.name), opened[source.name]),
+            locate=partial(
+                _locate_conversation, _annotation_files(config.root, source.name, split), opened[source.name]
+            ),
             augment=source.augment == "official",
         )
         for source in config.sources
     }
 
 
-def _annotation_files(root: Path, name: str) -> str:
+def _annotation_files(root: Path, name: str, split: str) -> str:
     """Return the annotation files of a source, as messages name them."""
-    files = dataset_reader(name).files_below(root, SPLIT)
+    files = dataset_reader(name).files_below(root, split)
     return " and ".join(str(root / file) for file in files if Path(file).suffix)
 
 

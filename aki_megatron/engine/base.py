@@ -50,6 +50,24 @@ class ShardedStage(Protocol):
         """Return ``module(inputs, ids, media, mask=mask)``."""
         ...
 
+    def infer(
+        self,
+        inputs: Tensor,
+        ids: StackedIds,
+        media: Mapping[Modality, Tensor],
+        mask: AttentionMask,
+        *,
+        next_tokens: bool,
+    ) -> Tensor:
+        """Return what ``forward`` does, or ``module.next_tokens``, without a graph, between two steps.
+
+        After ``begin_step``, and before ``end_inference``.
+        """
+        ...
+
+    def end_inference(self) -> None:
+        """Undo ``begin_step``: no gradients and no update follow; collective."""
+
     def backward(self, output: Tensor, gradient: Tensor | None, *, is_last: bool) -> None:
         """Accumulate the gradients of one forward pass; collective when ``is_last``.
 
@@ -104,6 +122,23 @@ class Engine(Protocol):
 
         Raises DivergedError when the gradient was not finite in MAX_SKIPPED_IN_A_ROW consecutive steps, and
         MaskMismatchError when the ranks of a replica built different attention masks.
+        """
+        ...
+
+    def forward_losses(self, microbatches: Sequence[Batch], *, check_masks: bool = False) -> list[float]:
+        """Return the summed loss of each of this replica's micro-batches, on all ranks of the replica.
+
+        microbatches  as in ``train_step``, the same number of them
+        check_masks   compare the attention masks of the ranks of a replica
+
+        Forward passes alone: weights, optimizer state and random generators stay as they are.
+        """
+        ...
+
+    def next_tokens(self, microbatches: Sequence[Batch]) -> list[list[int]]:
+        """Return the most likely next token at each position with a target, in the order of the positions.
+
+        Arguments and result as in ``forward_losses``: a list for each micro-batch, on all ranks of the replica.
         """
         ...
 

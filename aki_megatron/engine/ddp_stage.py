@@ -41,6 +41,22 @@ class DDPStage:
     def forward(self, inputs: Tensor, ids: StackedIds, media: Mapping[Modality, Tensor], mask: AttentionMask) -> Tensor:
         return self.module(inputs, ids, media, mask=mask)
 
+    @torch.no_grad()
+    def infer(
+        self,
+        inputs: Tensor,
+        ids: StackedIds,
+        media: Mapping[Modality, Tensor],
+        mask: AttentionMask,
+        *,
+        next_tokens: bool,
+    ) -> Tensor:
+        run = self.module.next_tokens if next_tokens else self.module
+        return run(inputs, ids, media, mask=mask)
+
+    def end_inference(self) -> None:
+        pass
+
     def backward(self, output: Tensor, gradient: Tensor | None, *, is_last: bool) -> None:
         output.backward(gradient)
         if is_last and self._topology.data > 1:

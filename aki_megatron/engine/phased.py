@@ -63,6 +63,12 @@ class PhasedEngine:
     ) -> StepReport:
         return self._present.train_step(microbatches, lr, control=control)
 
+    def forward_losses(self, microbatches: Sequence[Batch], *, check_masks: bool = False) -> list[float]:
+        return self._present.forward_losses(microbatches, check_masks=check_masks)
+
+    def next_tokens(self, microbatches: Sequence[Batch]) -> list[list[int]]:
+        return self._present.next_tokens(microbatches)
+
     def state_dict(self) -> dict[str, Tensor]:
         return self._present.state_dict()
 
@@ -79,8 +85,11 @@ class PhasedEngine:
 
     def _replace(self, phase: int) -> None:
         self._engine = None
+        gc.unfreeze()  # what was built at start is left out of garbage collection
         gc.collect()  # optimizers and hooks refer to each other; two engines may not fit into memory
         self._engine = self._rebuild(phase)
+        gc.collect()
+        gc.freeze()
 
 
 def is_carried(key: str, before: TrainingPlan, after: TrainingPlan) -> bool:

@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from aki_megatron.engine import global_state
 from aki_megatron.engine.base import MAX_SKIPPED_IN_A_ROW, DivergedError, ShardedStage
+from aki_megatron.engine.inference import PipelineInference
 from aki_megatron.engine.mask_consistency import MaskConsistencyChecker
 from aki_megatron.engine.norm import clip_factor, squared_norm
 from aki_megatron.engine.pipeline_step import PipelineContext, PipelineStep
@@ -95,6 +96,7 @@ class PipelineEngine:
             set_phase=set_phase,
             first_trained=_first_trained(stages, topology),
         )
+        self._inference = PipelineInference(self._context, num_microbatches)
         self._mesh = DeviceMesh.from_group(topology.pipeline_stage_group, topology.device.type)
         self._global_names = [global_names(stage.module) for stage in stages]
         self._num_updates = dict.fromkeys(update_counters, 0)
@@ -142,6 +144,12 @@ class PipelineEngine:
             control=requests,
             cut_samples=cut_samples,
         )
+
+    def forward_losses(self, microbatches: Sequence[Batch], *, check_masks: bool = False) -> list[float]:
+        return self._inference.losses(microbatches, check_masks=check_masks)
+
+    def next_tokens(self, microbatches: Sequence[Batch]) -> list[list[int]]:
+        return self._inference.next_tokens(microbatches)
 
     def _update(self, lr: float, norm: float | None) -> None:
         """Apply the gradients, of this global norm; None: skip the step."""

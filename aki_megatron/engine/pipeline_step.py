@@ -1,7 +1,8 @@
-"""Forward and backward passes of one training step on one rank, as the pipeline schedule orders them."""
+"""The passes of one step on one rank, as the pipeline schedule orders them: those of training, or forward alone."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +14,10 @@ from aki_megatron.parallel.p2p_communication import P2PCommunicator
 from aki_megatron.parallel.schedule import Action, Kind, Message, RankSchedule
 from aki_megatron.parallel.topology import Topology
 from aki_megatron.types import Batch, Modality, StageActivations
+
+Mode = Literal["train", "loss", "next_tokens"]
+"""What a step computes: gradients; the loss of each micro-batch; or the most likely next tokens. The last two have a
+schedule of forward passes alone."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class PipelineContext:
     dtype: torch.dtype
     set_phase: Callable[[str], None]
     first_trained: int = 0
+    mode: Mode = "train"
 
     def is_exchanged(self, message: Message) -> bool:
         """Return whether a message of the schedule is sent: stages below the first that trains get no gradient."""
@@ -66,6 +72,8 @@ class PipelineStep:
         self._loss_scale = loss_scale
         self._mask_checker = mask_checker
         self._loss = torch.zeros((), device=context.topology.device)
+        self.outputs: dict[int, Tensor] = {}
+        """Micro-batch -> what the LM head returned, on the rank that holds it; empty in training."""
         self._in_flight: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
         """(virtual stage, micro-batch) -> hidden states received (None where they need no gradient) and output."""
         self._outgoing: dict[Message, StageActivations | Tensor] = {}
@@ -101,17 +109,23 @@ class PipelineStep:
         else:
             received = context.communicator.wait_activations(self._incoming("forward", index, microbatch_index))
             inputs, ids = received.hidden, received.ids
-            if index > context.first_trained:
+            if context.mode == "train" and index > context.first_trained:
                 hidden = inputs.requires_grad_()
         context.set_phase(f"forward {microbatch_index}")
         mask = stage.module.build_mask(ids)
         if self._mask_checker is not None:
             self._mask_checker.record(index, microbatch_index, mask, ids)
-        with torch.set_grad_enabled(index >= context.first_trained):
-            output = stage.forward(inputs, ids, media, mask)
-        self._in_flight[action.virtual_stage, microbatch_index] = (hidden, output)
-        if index == context.num_stages - 1:
+        is_last = index == context.num_stages - 1
+        if context.mode == "train":
+            with torch.set_grad_enabled(index >= context.first_trained):
+                output = stage.forward(inputs, ids, media, mask)
+            self._in_flight[action.virtual_stage, microbatch_index] = (hidden, output)
+        else:
+            output = stage.infer(inputs, ids, media, mask, next_tokens=context.mode == "next_tokens")
+        if is_last and context.mode == "train":
             self._loss += output.detach()
+        elif is_last:
+            self.outputs[microbatch_index] = output
         else:
             self._send("forward", index + 1, microbatch_index, StageActivations(output.detach(), ids))
 

@@ -106,6 +106,23 @@ class ZeroStage:
     def forward(self, inputs: Tensor, ids: StackedIds, media: Mapping[Modality, Tensor], mask: AttentionMask) -> Tensor:
         return self._engine(inputs, ids, media, mask=mask)
 
+    @torch.no_grad()
+    def infer(
+        self,
+        inputs: Tensor,
+        ids: StackedIds,
+        media: Mapping[Modality, Tensor],
+        mask: AttentionMask,
+        *,
+        next_tokens: bool,
+    ) -> Tensor:
+        # around DeepSpeed, whose forward pass prepares a backward pass
+        run = self.module.next_tokens if next_tokens else self.module
+        return run(inputs, ids, media, mask=mask)
+
+    def end_inference(self) -> None:
+        self._state.partition_params()
+
     def backward(self, output: Tensor, gradient: Tensor | None, *, is_last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(is_last)
         # only a forward pass clears the flag, but a pipeline may run two backward passes in a row

@@ -27,11 +27,15 @@ class RunRecord:
     """Lines of metrics.jsonl."""
     config: str
     """Content of config.yaml."""
+    validations: Sequence[dict[str, Any]] = ()
+    """Lines of validation.jsonl."""
 
     @classmethod
-    def load(cls, config_file: Path, metrics: list[dict[str, Any]]) -> "RunRecord":
+    def load(
+        cls, config_file: Path, metrics: list[dict[str, Any]], validations: Sequence[dict[str, Any]] = ()
+    ) -> "RunRecord":
         """Read config.yaml; the title is the name of its folder."""
-        return cls(config_file.parent.name, metrics, config_file.read_text())
+        return cls(config_file.parent.name, metrics, config_file.read_text(), validations)
 
 
 def write_report(
@@ -56,8 +60,9 @@ def write_report(
         runs=[
             {
                 "title": run.title,
-                "summary": summarize(run.metrics),
-                "curves": _base64(plot_curves(run.metrics)) if run.metrics else "",
+                "summary": summarize(run.metrics) | summarize_validations(run.validations),
+                "curves": _base64(plot_curves(run.metrics, run.validations)) if run.metrics else "",
+                "validation": run.validations[-1] if run.validations else None,
                 "config": run.config,
             }
             for run in runs
@@ -89,8 +94,20 @@ def summarize(metrics: Sequence[dict[str, Any]]) -> dict[str, str]:
     }
 
 
-def plot_curves(metrics: Sequence[dict[str, Any]]) -> bytes:
-    """Return a PNG of CURVES over the steps that were not skipped."""
+def summarize_validations(validations: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return the last and the lowest validation loss by their labels; empty without one."""
+    finite = [line for line in validations if line["loss"] is not None]
+    if not finite:
+        return {}
+    last, best = finite[-1], min(finite, key=lambda line: line["loss"])
+    return {
+        "last validation loss": f"{last['loss']:.4f} (step {last['step']:,})",
+        "lowest validation loss": f"{best['loss']:.4f} (step {best['step']:,})",
+    }
+
+
+def plot_curves(metrics: Sequence[dict[str, Any]], validations: Sequence[dict[str, Any]] = ()) -> bytes:
+    """Return a PNG of CURVES over the steps that were not skipped, with the losses of the validations."""
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
     applied = [line for line in metrics if not line["skipped"]]
@@ -104,6 +121,10 @@ def plot_curves(metrics: Sequence[dict[str, Any]]) -> bytes:
             panel.plot(steps, _smooth(values), linewidth=1.6, color="#1e3a8a")
         if name == "loss":
             panel.set_yscale("log")
+            points = [(line["step"], line["loss"]) for line in validations if line["loss"] is not None]
+            if points:
+                panel.plot(*zip(*points, strict=True), "o-", markersize=3, linewidth=1.0, color="#d97706", label="val")
+                panel.legend(fontsize=8)
         panel.set_title(name, loc="left", fontsize=10)
         panel.set_xlabel("step")
         panel.grid(alpha=0.25)

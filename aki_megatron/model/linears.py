@@ -65,6 +65,9 @@ class LinearFactory(Protocol):
     def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Summed cross entropy (fp32 scalar) of logits [S, len(vocab_range)] for targets [S], none of them IGNORE."""
 
+    def argmax(self, logits: Tensor) -> Tensor:
+        """Return the token id [S] int64 of the largest logit of [S, len(vocab_range)]; the lowest of equal ones."""
+
 
 class LocalLinears:
     """Whole layers, for one process."""
@@ -106,6 +109,18 @@ class LocalLinears:
 
     def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
         return token_loss_sum(logits, targets)
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        return first_argmax(logits)
+
+
+def first_argmax(logits: Tensor) -> Tensor:
+    """Index [S] of the largest of [S, V]; of equal ones the first, which torch's argmax does not promise on a GPU."""
+    num_columns = logits.shape[-1]
+    columns = torch.arange(num_columns, device=logits.device)
+    is_largest = logits == logits.amax(dim=-1, keepdim=True)
+    # where no logit equals the largest, all are NaN; the last column stands for them
+    return columns.where(is_largest, num_columns - 1).amin(dim=-1)
 
 
 # torch's own initialization would only be overwritten, and takes half a minute at four billion parameters

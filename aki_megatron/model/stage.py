@@ -125,6 +125,11 @@ class LMHead(nn.Module):
         logits = self.logits(hidden.flatten(0, 1)[supervised])
         return self.linears.loss_sum(logits, targets.flatten()[supervised].long())
 
+    def next_tokens(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Most likely next token [S] int64 at each position of hidden [B, T, D] where targets [B, T] are not IGNORE."""
+        supervised = (targets != IGNORE).flatten().nonzero().squeeze(-1)
+        return self.linears.argmax(self.logits(hidden.flatten(0, 1)[supervised]))
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V]; column i is token ``vocab_range[i]``. Columns that no token uses are -inf."""
         hidden = self.linears.copy_to_tensor_parallel_region(self.norm(hidden))
@@ -199,6 +204,21 @@ class Stage(nn.Module):
         """
         hidden = self._hidden(inputs, ids, media, mask=self.build_mask(ids) if mask is None else mask)
         return hidden if self.lm_head is None else self.lm_head(hidden, ids.targets)
+
+    def next_tokens(
+        self,
+        inputs: Tensor,
+        ids: StackedIds,
+        media: Mapping[Modality, Tensor] = NO_MEDIA,
+        *,
+        mask: AttentionMask | None = None,
+    ) -> Tensor:
+        """Return what ``forward`` does, but the last stage the most likely next token [S] at each supervised position.
+
+        The target of a position says no more here than that its next token is wanted.
+        """
+        hidden = self._hidden(inputs, ids, media, mask=self.build_mask(ids) if mask is None else mask)
+        return hidden if self.lm_head is None else self.lm_head.next_tokens(hidden, ids.targets)
 
     def logits(
         self,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from aki_megatron.errors import ConfigError
-from aki_megatron.model.linears import LinearFactory, LocalLinears
+from aki_megatron.model.linears import LinearFactory, LocalLinears, first_argmax
 from aki_megatron.model.sharding import ShardSpec, shard_tensor
 from aki_megatron.parallel.topology import Topology
 
@@ -111,6 +111,18 @@ class TensorParallelLinears:
         targets  [S] int64, equal on all tensor ranks, none of them IGNORE
         """
         return _VocabParallelLossSum.apply(logits, targets, self._group, self._megatron.entropy)
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """Token id [S] int64 of the largest logit over all tensor ranks, the lowest of equal ones; equal on all."""
+        local = first_argmax(logits)
+        largest = logits.gather(-1, local[:, None]).squeeze(-1).float()
+        token_ids = local + self._rank * logits.shape[-1]
+        values, ids = ([torch.empty_like(own) for _ in range(self.num_ranks)] for own in (largest, token_ids))
+        dist.all_gather(values, largest, group=self._group)
+        dist.all_gather(ids, token_ids, group=self._group)
+        # ranks hold ascending parts of the vocabulary, so the first of equal ones has the lowest id
+        best = first_argmax(torch.stack(values, dim=-1))
+        return torch.stack(ids, dim=-1).gather(-1, best[:, None]).squeeze(-1)
 
     def _settings(self) -> dict[str, Any]:
         config = self._megatron.Config(

@@ -90,16 +90,22 @@ def _pass_order(virtual_stages: Sequence[int], pipeline: int, num_microbatches: 
 class _SimulatedRank:
     """A pipeline rank in the simulation: the actions it has still to run, and those whose input has arrived."""
 
-    def __init__(self, pipeline_rank: int, pipeline: int, virtual_stages: int, num_microbatches: int) -> None:
+    def __init__(
+        self, pipeline_rank: int, pipeline: int, virtual_stages: int, num_microbatches: int, *, forward_only: bool
+    ) -> None:
         stages = range(virtual_stages)
         self.forwards = deque(Action("forward", *key) for key in _pass_order(stages, pipeline, num_microbatches))
         self.backwards = deque(
             Action("backward", *key) for key in _pass_order(stages[::-1], pipeline, num_microbatches)
         )
+        if forward_only:
+            self.backwards.clear()
         self.ready: set[Action] = set()
         self.may_start = in_flight_limit(
             pipeline_rank, pipeline=pipeline, virtual_stages=virtual_stages, num_microbatches=num_microbatches
         )
+        if forward_only:  # nothing is kept for a backward pass
+            self.may_start = virtual_stages * num_microbatches
 
     def next_action(self) -> Action | None:
         """Return the next ready action, a forward while under the in-flight limit, else a backward; None: idle."""
@@ -112,8 +118,12 @@ class _SimulatedRank:
         return None
 
 
-def build_schedule(*, pipeline: int, virtual_stages: int, num_microbatches: int) -> list[RankSchedule]:
+def build_schedule(
+    *, pipeline: int, virtual_stages: int, num_microbatches: int, forward_only: bool = False
+) -> list[RankSchedule]:
     """Return the schedule of every pipeline rank, by simulating all of them in lockstep.
+
+    forward_only  no backward passes, as in validation
 
     In each step every rank runs at most one action, whose output is delivered at the end of the step. A stage hands to
     another stage of the same rank without a message. Idle steps are kept, except at the end of a rank's schedule.
@@ -124,13 +134,17 @@ def build_schedule(*, pipeline: int, virtual_stages: int, num_microbatches: int)
     The simulation always completes. Among the ranks with the fewest finished backward passes take the last: the
     gradient of its next backward pass exists. If the forward pass of that micro-batch is missing, it is within every
     rank's in-flight limit, so nothing but its own input delays it, and the input of the first stage is always
-    available.
+    available. With forward passes alone: all ranks have one order of passes, and the input of the first pass in it that
+    is missing on some rank exists.
     """
     assert min(pipeline, virtual_stages, num_microbatches) >= 1
-    ranks = [_SimulatedRank(rank, pipeline, virtual_stages, num_microbatches) for rank in range(pipeline)]
+    ranks = [
+        _SimulatedRank(rank, pipeline, virtual_stages, num_microbatches, forward_only=forward_only)
+        for rank in range(pipeline)
+    ]
     ranks[0].ready.update(Action("forward", 0, microbatch_index) for microbatch_index in range(num_microbatches))
     schedules: list[RankSchedule] = [[] for _ in ranks]
-    while any(rank.backwards for rank in ranks):
+    while any(rank.forwards or rank.backwards for rank in ranks):
         actions = [rank.next_action() for rank in ranks]
         assert any(actions), "deadlock: every pipeline rank waits for another"
         sends: list[list[Message]] = [[] for _ in ranks]

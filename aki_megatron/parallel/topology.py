@@ -118,6 +118,14 @@ class Topology:
         dist.all_reduce(total, group=self.data_group)
         return total.tolist()
 
+    def sum_over_world(self, numbers: Sequence[float]) -> list[float]:
+        """Sum each number over all ranks, in float64, by one all-reduce."""
+        if self.world_size == 1:
+            return [float(number) for number in numbers]
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
     def barrier(self) -> None:
         """Wait for every rank of the world."""
         if self.device.type == "cuda":

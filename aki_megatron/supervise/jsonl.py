@@ -54,7 +54,7 @@ def parse_line(path: Path, number: int, line: bytes, check: Check) -> dict[str, 
         content = json.loads(line)
         if not isinstance(content, dict) or not check(content):
             raise _damage(path, number, line)
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise _damage(path, number, line) from None
     return content
 

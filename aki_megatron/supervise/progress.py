@@ -14,8 +14,10 @@ SAVING = "saving a checkpoint"
 ROLLING_BACK = "rolling back to a checkpoint"
 FINISHING = "finishing"
 CHANGING_PHASE = "changing what trains"
+VALIDATING = "validating"
+"""Between the rounds of a validation, each of which may last as long as a step."""
 
-SLOW_PHASES = {STARTING, SAVING, ROLLING_BACK, FINISHING, CHANGING_PHASE}
+SLOW_PHASES = {STARTING, SAVING, ROLLING_BACK, FINISHING, CHANGING_PHASE, VALIDATING}
 """Phases that may last watch.init_timeout."""
 
 

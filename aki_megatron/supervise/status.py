@@ -21,8 +21,9 @@ from aki_megatron.supervise.attempts import Attempt, read_attempts
 from aki_megatron.supervise.events import read_events
 from aki_megatron.supervise.first_failure import FirstFailure, last_first_failure
 from aki_megatron.supervise.heartbeat import Heartbeat, format_ranks, straggler
-from aki_megatron.supervise.jsonl import parse_line
+from aki_megatron.supervise.jsonl import parse_line, read_intact_lines
 from aki_megatron.supervise.run_paths import RunPaths
+from aki_megatron.supervise.validations import is_validation
 
 FRESH_SECONDS = 30.0
 """Age below which a heartbeat shows a live rank, which writes one three times as often."""
@@ -48,6 +49,8 @@ class RunStatus:
     """Steps of the whole run."""
     metrics: Sequence[Mapping[str, Any]]
     """Lines of the last steps."""
+    validations: Sequence[Mapping[str, Any]]
+    """Lines of all validations."""
     heartbeats: Sequence[Heartbeat]
     attempts: Sequence[Attempt]
     failure: FirstFailure | None
@@ -88,6 +91,7 @@ def read_status(path: Path, now: float) -> RunStatus:
         now=now,
         steps=_total_steps(paths.config),
         metrics=read_tail(paths.metrics)[-RECENT_STEPS:],
+        validations=read_intact_lines(paths.validation, is_validation),
         heartbeats=[heartbeat for heartbeat in heartbeats if heartbeat is not None],
         attempts=read_attempts(paths),
         failure=last_first_failure(paths),
@@ -160,8 +164,13 @@ def format_status(run: RunStatus) -> Iterator[tuple[str, str]]:
     if run.steps:
         yield "step", f"{run.step:,} of {run.steps:,} ({run.step / run.steps:.1%})"
     yield from _metrics_lines(run, state)
+    yield from _validation_lines(run)
     saved = files.list_checkpoints(run.paths.checkpoints)
     yield "checkpoints", ", ".join(path.name for path in saved[-MAX_SHOWN:]) or "none yet"
+    if (best := files.best_checkpoint(run.paths.checkpoints)) is not None:
+        losses = {line["step"]: line["loss"] for line in run.validations}
+        known = f" (validation loss {_number(losses[step])})" if (step := files.step_of(best)) in losses else ""
+        yield "best", f"{best.name}{known}"
     restarts = max(0, len(run.attempts) - 1)
     yield "attempts", f"{len(run.attempts)} ({restarts} restart{'' if restarts == 1 else 's'})"
     for attempt in run.attempts[-MAX_SHOWN:]:
@@ -203,6 +212,16 @@ def _metrics_lines(run: RunStatus, state: State) -> Iterator[tuple[str, str]]:
     text = f"loss {_number(last['loss'])}  norm {_number(last['grad_norm'])}  lr {last['lr']:.2e}"
     text += f"  {mean:,.0f} tokens/s"
     yield "metrics", text + (f"  skipped {skipped} of the last {len(run.metrics)} steps" if skipped else "")
+
+
+def _validation_lines(run: RunStatus) -> Iterator[tuple[str, str]]:
+    """Show the last validation."""
+    if not run.validations:
+        return
+    last = run.validations[-1]
+    sources = ", ".join(f"{name} {_number(source['loss'])}" for name, source in last["sources"].items())
+    accuracy = "" if last["accuracy"] is None else f"  accuracy {last['accuracy']:.1f} %"
+    yield "validation", f"step {last['step']:,}: loss {_number(last['loss'])} ({sources}){accuracy}"
 
 
 def _attempt_line(attempt: Attempt, now: float) -> str:

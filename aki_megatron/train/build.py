@@ -48,6 +48,7 @@ from aki_megatron.train.build_callbacks import (
     build_trackers,
     write_run_report,
 )
+from aki_megatron.train.build_validation import build_validator, open_validation_set
 from aki_megatron.train.callbacks import ProgressCallback, ReportCallback, RunFinalizer
 from aki_megatron.train.continuation import record_configuration
 from aki_megatron.train.data_changes import EXTRA_KEY, fingerprint_run, fingerprints_to_json
@@ -55,6 +56,7 @@ from aki_megatron.train.loop import Trainer, TrainState
 from aki_megatron.train.run_summary import summary_lines, uses_recompute
 from aki_megatron.train.side_output import OutputFailures, isolate_side_outputs
 from aki_megatron.train.training_phases import build_phased_engine, enter_phase, saved_phase
+from aki_megatron.train.validation import Validator
 
 logger = logging.getLogger("aki_megatron.train")
 
@@ -187,7 +189,10 @@ def build_checkpointer(config: RunConfig, topology: Topology) -> Checkpointer:
 
 
 def checkpoint_extra(
-    state: TrainState, guard: LossSpikeGuard, fingerprints: Mapping[str, Fingerprint] | None = None
+    state: TrainState,
+    guard: LossSpikeGuard,
+    fingerprints: Mapping[str, Fingerprint] | None = None,
+    validator: Validator | None = None,
 ) -> dict[str, Any]:
     """Return what a checkpoint holds besides the engine's state, as JSON values; ``load_checkpoint`` returns it."""
     return {
@@ -195,6 +200,7 @@ def checkpoint_extra(
         "data_step": state.data_step,
         "data": dict(state.data),
         "loss_spike_guard": guard.state_dict(),
+        **({"validation": validator.state_dict(state.step)} if validator else {}),
         EXTRA_KEY: fingerprints_to_json(fingerprints or {}),
     }
 
@@ -280,6 +286,7 @@ def build_trainer(
     checkpoint = checkpointer.latest()
     progress = console.print if is_rank_zero else lambda line: None
     sources = build_sources(config.data, progress) if topology.reads_data else {}
+    validation_set = open_validation_set(config, tokenizer, topology, progress)
     fingerprints: dict[str, Fingerprint] = {}
     data_changes: list[str] = []
     if is_rank_zero:
@@ -295,6 +302,8 @@ def build_trainer(
         record_start_configuration(config, data_changes, event_recorder, console)
         for line in summary_lines(config, stages, world_size=topology.world_size):
             console.print(line)
+        if validation_set:
+            console.print(validation_set.describe())
     loader = build_loader(config, tokenizer, topology, console, sources)
 
     def should_apply_update(loss: float, grad_norm: float) -> bool:
@@ -314,6 +323,11 @@ def build_trainer(
     guard = LossSpikeGuard(config.watch, extra.get("loss_spike_guard"), record_event=event_recorder)
     state = TrainState(extra["step"], extra["data_step"], extra["data"]) if extra else TrainState()
     control = ControlSignals(paths, stop_signals, checks_files=is_rank_zero)
+    validator = build_validator(
+        config, engine, tokenizer, topology, validation_set, checkpointer, control.poll, tracker.set_phase
+    )
+    if validator and extra:
+        validator.load_state_dict(extra.get("validation"))
 
     def select_phase(checkpoint: Path) -> None:
         engine.select_phase(saved_phase(config, checkpoint))
@@ -323,8 +337,15 @@ def build_trainer(
         event_recorder(state.step, "change", text)
 
     def save(step: int, keep_older: bool) -> None:
-        extra = checkpoint_extra(state, guard, fingerprints)
-        checkpointer.save(step, engine.state_dict(), extra, rank_files=logs.unwritten_files(), keep_older=keep_older)
+        extra = checkpoint_extra(state, guard, fingerprints, validator)
+        checkpointer.save(
+            step,
+            engine.state_dict(),
+            extra,
+            rank_files=logs.unwritten_files(),
+            keep_older=keep_older,
+            best_step=validator.best_step(step) if validator else None,
+        )
 
     callbacks = [
         ProgressCallback(tracker),
@@ -351,4 +372,5 @@ def build_trainer(
         load_latest=partial(load_latest, engine, checkpointer, select_phase),
         set_phase=tracker.set_phase,
         begin_data_step=partial(enter_phase, config, engine, record=record_phase, set_phase=tracker.set_phase),
+        validator=validator,
     )

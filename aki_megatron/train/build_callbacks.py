@@ -16,11 +16,13 @@ from aki_megatron.supervise.metrics import read_metrics
 from aki_megatron.supervise.progress import ProgressTracker
 from aki_megatron.supervise.run_paths import RunPaths
 from aki_megatron.supervise.step_log import StepLog
+from aki_megatron.supervise.validations import read_validations
 from aki_megatron.train.callbacks import ConsoleCallback, LogCallback, MetricsCallback, TensorBoardCallback
 from aki_megatron.train.checkpoint_callback import CheckpointCallback
 from aki_megatron.train.history import record_saved
 from aki_megatron.train.loop import Callback
 from aki_megatron.train.sample_audit import SampleAuditCallback
+from aki_megatron.train.validation_log import ValidationLogCallback
 from aki_megatron.train.wandb_callback import WandbCallback
 
 
@@ -72,9 +74,11 @@ def build_callbacks(
         callbacks.append(LogCallback(str, console))
     if topology.rank != 0:
         return callbacks
+    callbacks.append(MetricsCallback(paths.metrics, open_log))
+    if config.validation.interval or paths.validation.exists():  # it may hold steps that are repeated
+        callbacks.append(ValidationLogCallback(paths.validation, open_log))
     return [
         *callbacks,
-        MetricsCallback(paths.metrics, open_log),
         ConsoleCallback(config.train.steps, config.log.interval, console),
     ]
 
@@ -95,5 +99,5 @@ def build_trackers(config: RunConfig) -> list[Callback]:
 
 def write_run_report(paths: RunPaths) -> None:
     """Write report.html from the metrics and the configuration of a run."""
-    record = RunRecord.load(paths.config, read_metrics(paths.metrics))
+    record = RunRecord.load(paths.config, read_metrics(paths.metrics), read_validations(paths.validation))
     write_report(paths.report, f"Run {paths.path.name}", [record])

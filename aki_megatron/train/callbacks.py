@@ -17,6 +17,7 @@ from aki_megatron.supervise.metrics import metrics_of
 from aki_megatron.supervise.progress import ProgressTracker
 from aki_megatron.supervise.run_paths import RunPaths
 from aki_megatron.supervise.step_log import StepLog
+from aki_megatron.supervise.validations import ValidationReport, scalars_of
 from aki_megatron.train.loop import Callback
 from aki_megatron.types import ControlRequest, StepReport
 
@@ -84,6 +85,19 @@ class ConsoleCallback(Callback):
         self.console.print(styled(line, (f"  skipped {self.skipped}" if self.skipped else "", "red")))
         self.tokens, self.positions, self.seconds = 0, 0, 0.0
 
+    def on_validation(self, step: int, report: ValidationReport) -> None:
+        text = f"loss {report.loss:.4f}"
+        if len(report.sources) > 1:
+            text += f" ({', '.join(f'{name} {source.loss:.4f}' for name, source in report.sources.items())})"
+        if report.accuracy is not None:
+            text += f"  accuracy {report.accuracy:.1f} %"
+        if report.bad_samples:
+            text += f"  bad samples {report.bad_samples}"
+        end = "  best so far" if report.is_best else ""
+        what = (f"validation after step {step:,}:", "bold")
+        self.console.print(styled(what, f" {text}  {report.seconds:.1f} s", (end, "green")), soft_wrap=True)
+        self.last_time = time.monotonic()  # validation is not part of a step
+
     def on_rollback(self, step: int) -> None:
         what = (f"rolled back to the checkpoint of step {step:,}", "bold yellow")
         self.console.print(styled(what, "; the data of the steps since are skipped"))
@@ -114,6 +128,9 @@ class LogCallback(Callback):
             self.last_description = description
             logger.warning("step %d: %s", step, description)
             self.console.print(styled((f"step {step}:", "yellow"), f" {description}"), soft_wrap=True)
+
+    def on_validation(self, step: int, report: ValidationReport) -> None:
+        logger.info("validation after step %d loss %.6f seconds %.3f", step, report.loss, report.seconds)
 
     def on_rollback(self, step: int) -> None:
         logger.warning("rolled back to the checkpoint of step %d", step)
@@ -170,6 +187,10 @@ class TensorBoardCallback(Callback):
                 if name != "step" and value is not None:
                     self.writer.add_scalar(name, float(value), step)
 
+    def on_validation(self, step: int, report: ValidationReport) -> None:
+        for name, value in scalars_of(report).items():
+            self.writer.add_scalar(name, value, step)
+
     def on_rollback(self, step: int) -> None:
         self.on_end(step)
         self.on_start(step)
@@ -220,7 +241,7 @@ class RunFinalizer(Callback):
         self.record_event = record_event
         self.console = console
 
-    def on_step(self, step: int, report: StepReport) -> None:
+    def on_step_end(self, step: int, report: StepReport) -> None:
         # CheckpointCallback has saved, or has reported why it could not
         if ControlRequest.SAVE in report.control:
             self.paths.save.unlink(missing_ok=True)

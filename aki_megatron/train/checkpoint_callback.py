@@ -9,6 +9,7 @@ from aki_megatron.console import Console, styled
 from aki_megatron.errors import CheckpointError
 from aki_megatron.supervise.events import EventRecorder, ignore_event
 from aki_megatron.supervise.progress import SAVING
+from aki_megatron.supervise.validations import ValidationReport
 from aki_megatron.train.loop import Callback
 from aki_megatron.types import ControlRequest, StepReport
 
@@ -20,7 +21,9 @@ MAX_FAILED_SAVES = 3
 
 
 class CheckpointCallback(Callback):
-    """Save a checkpoint every ``interval`` steps, on request, and after the last step; on every rank, collectively.
+    """Save a checkpoint every ``interval`` steps, of the best validation, on request, and after the last step.
+
+    It exists on every rank, and saves collectively.
 
     A checkpoint that cannot be written (full disk) is reported and training continues, until MAX_FAILED_SAVES in a row
     have failed; the last one, of the run or before a stop, must succeed.
@@ -69,6 +72,8 @@ class CheckpointCallback(Callback):
         self.last_error = ""
         self.is_due = False
         """A checkpoint was due after a skipped step."""
+        self.best_step = -1
+        """The last step whose validation was the best."""
         self.last_step = 0
         """Step of the last save that was begun."""
         self.pause_seconds = 0.0
@@ -81,12 +86,16 @@ class CheckpointCallback(Callback):
     def on_rollback(self, step: int) -> None:
         self.is_due = False
 
-    def on_step(self, step: int, report: StepReport) -> None:
+    def on_validation(self, step: int, report: ValidationReport) -> None:
+        if report.is_best:
+            self.best_step = step
+
+    def on_step_end(self, step: int, report: StepReport) -> None:
         if step == self.steps or ControlRequest.STOP in report.control:
             self._save_now(step, keep_older=report.skipped)
         elif ControlRequest.SAVE in report.control:
             self._report_failure_of(lambda: self._save_now(step, keep_older=report.skipped))
-        elif step % self.interval == 0 or self.is_due:
+        elif step % self.interval == 0 or self.is_due or step == self.best_step:
             self.is_due = report.skipped
             if self.is_due:
                 logger.warning("the checkpoint of step %d waits for a step that is not skipped", step)

@@ -1,7 +1,7 @@
 """The training loop. Everything else is a part it is given (train/build.py) or a callback (train/callbacks.py)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 from aki_megatron.data.batch_planner import DataState
@@ -9,6 +9,8 @@ from aki_megatron.data.loader import LoadedStep
 from aki_megatron.engine.base import Engine
 from aki_megatron.supervise.loss_spikes import LossSpikeAction, LossSpikeGuard
 from aki_megatron.supervise.progress import FINISHING, ROLLING_BACK
+from aki_megatron.supervise.validations import ValidationReport
+from aki_megatron.train.validation import Validator
 from aki_megatron.types import ControlRequest, StepReport
 
 
@@ -23,6 +25,12 @@ class Callback:
 
     def on_step(self, step: int, report: StepReport) -> None:
         """After optimizer step number ``step``, counted from 1."""
+
+    def on_validation(self, step: int, report: ValidationReport) -> None:
+        """After a validation: after ``on_step`` of the same step, or after ``on_start``."""
+
+    def on_step_end(self, step: int, report: StepReport) -> None:
+        """After ``on_step`` of all callbacks and validation; ``report.control`` has what was asked for until now."""
 
     def on_rollback(self, step: int) -> None:
         """Training was rolled back to ``step``; discard later records. The steps are repeated with other data."""
@@ -86,6 +94,8 @@ class Trainer:
     begin_data_step: Callable[[int], None] = _go_on
     """Called before the optimizer step that uses the data step with this number, counted from 0; collective. It changes
     what trains at the border of a phase."""
+    validator: Validator | None = None
+    """None: no validation."""
 
     def train(self) -> bool:
         """Train until ``steps`` optimizer steps are done, or a rank asks to stop; return whether the run is done."""
@@ -93,6 +103,7 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_start(state.step)
         try:
+            control = self._validate(is_saved_next=False)
             steps = self.loader.steps(state.data_step, state.data)
             while state.step < self.steps and ControlRequest.STOP not in control:
                 self.set_phase("waiting for data")
@@ -110,6 +121,11 @@ class Trainer:
                 for callback in self.callbacks:
                     callback.on_step(state.step, report)
                 control = report.control
+                if ControlRequest.STOP not in control:
+                    control |= self._validate()
+                self.set_phase("callbacks")
+                for callback in self.callbacks:
+                    callback.on_step_end(state.step, replace(report, control=control))
         finally:
             self.loader.close()
         done = state.step >= self.steps
@@ -121,11 +137,26 @@ class Trainer:
                 callback.on_stop(state.step)
         return done
 
+    def _validate(self, *, is_saved_next: bool = True) -> ControlRequest:
+        """Validate where that is due; return STOP when a rank was asked to stop meanwhile."""
+        step = self.state.step
+        if self.validator is None or not self.validator.is_due(step):
+            return ControlRequest.NONE
+        report = self.validator.run(step, is_saved_next=is_saved_next)
+        if report is None:
+            return ControlRequest.STOP
+        self.set_phase("callbacks")
+        for callback in self.callbacks:
+            callback.on_validation(step, report)
+        return ControlRequest.NONE
+
     def _roll_back(self) -> None:
         """Load the newest checkpoint, but keep the position in the data: the data of the steps since are skipped."""
         self.set_phase(ROLLING_BACK)
         saved = self.load_latest()
         self.state.step = saved["step"]
         self.loss_spike_guard.on_rollback(saved["step"], saved["loss_spike_guard"])
+        if self.validator is not None:
+            self.validator.load_state_dict(saved.get("validation"))
         for callback in self.callbacks:
             callback.on_rollback(saved["step"])

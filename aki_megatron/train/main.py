@@ -16,6 +16,7 @@ from aki_megatron.config.run import RunConfig
 from aki_megatron.console import IsolatedConsole
 from aki_megatron.data.shards import missing_shards
 from aki_megatron.data.sources import missing_files
+from aki_megatron.data.validation_set import missing_validation_files
 from aki_megatron.errors import ConfigError, DataError
 from aki_megatron.masking import mask_text
 from aki_megatron.parallel.launch import check_master
@@ -56,7 +57,7 @@ def missing_inputs(config: RunConfig) -> list[str]:
             missing += [f"{tar} (data.captions {captions.name})" for tar in shards]
     else:
         missing += missing_files(data.root, [source.name for source in data.sources], "train")
-    return missing
+    return missing + missing_validation_files(config)
 
 
 def check_inputs(config: RunConfig) -> None:

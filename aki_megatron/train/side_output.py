@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 
 from aki_megatron.console import IsolatedConsole, styled
 from aki_megatron.supervise.events import EventRecorder
+from aki_megatron.supervise.validations import ValidationReport
 from aki_megatron.train.loop import Callback
 from aki_megatron.types import StepReport
 
@@ -27,6 +28,12 @@ class SideOutput(Callback):
 
     def on_step(self, step: int, report: StepReport) -> None:
         self._run(lambda: self.callback.on_step(step, report))
+
+    def on_validation(self, step: int, report: ValidationReport) -> None:
+        self._run(lambda: self.callback.on_validation(step, report))
+
+    def on_step_end(self, step: int, report: StepReport) -> None:
+        self._run(lambda: self.callback.on_step_end(step, report))
 
     def on_rollback(self, step: int) -> None:
         self._run(lambda: self.callback.on_rollback(step))

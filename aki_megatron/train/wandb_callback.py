@@ -13,6 +13,7 @@ import psutil
 
 from aki_megatron.masking import mask_text
 from aki_megatron.supervise.metrics import metrics_of
+from aki_megatron.supervise.validations import ValidationReport, scalars_of
 from aki_megatron.train.loop import Callback
 from aki_megatron.types import StepReport
 
@@ -52,6 +53,11 @@ class WandbCallback(Callback):
     def on_step(self, step: int, report: StepReport) -> None:
         if step % self.interval == 0 and step > self.last_step:
             self.run.log(metrics_of(step, report), step=step)
+            self.last_step = step
+
+    def on_validation(self, step: int, report: ValidationReport) -> None:
+        if step >= self.last_step:
+            self.run.log(scalars_of(report), step=step)
             self.last_step = step
 
     def on_stop(self, step: int) -> None:

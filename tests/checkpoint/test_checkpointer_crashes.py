@@ -148,15 +148,15 @@ def test_a_full_disk_is_an_error_and_training_goes_on(small_disk, async_save):
     )
     report = StepReport(0.0, 0.0, 0.0, 0, 0, 0, 0, 0, 0.0, False)
     for step in range(1, 6):
-        callback.on_step(step, report)
+        callback.on_step_end(step, report)
     while "no checkpoint" not in out.getvalue():  # an asynchronous save reports its error once it ends
         time.sleep(0.01)
-        callback.on_step(5, report)
+        callback.on_step_end(5, report)
     assert re.search("no checkpoint at step 4, training continues: .*No space left on device", out.getvalue())
     assert verify_newest(small_disk) == 2
     assert not list(small_disk.glob(".*")), "what was half written does not fill the disk"
-    callback.on_step(6, report)
+    callback.on_step_end(6, report)
     with pytest.raises(CheckpointError, match="No space left on device.*Earlier checkpoints are intact"):
-        callback.on_step(7, report)
+        callback.on_step_end(7, report)
     assert verify_newest(small_disk) == 6
     assert "saved step 6: training paused" in out.getvalue()

@@ -56,6 +56,18 @@ def damage(root: Path) -> None:
     annotations.write_text(json.dumps(content))
 
 
+def test_the_sources_of_the_validation_are_checked_too(root: Path) -> None:
+    flags = ["--data.root", str(root), "--data.tokenizer", str(root / "tokenizer"), "--validation.interval", "5"]
+    flags += ["--data.sources", "[{name: vsr}]", "--validation.sources", "[{name: vqav2}, {name: visualgenome}]"]
+    config = load_run(flags, default_config=SFT, prog="", description="")
+    checked = check_run_data(config, max_samples=0, num_workers=1, progress=lambda *done: None)
+    vsr, vqav2, visualgenome = checked
+    assert (vsr.name, vqav2.name) == ("vsr", "vqav2 (validation)")
+    assert vqav2.num_records == vqav2.num_readable > 0 and all("val" in image for image in vqav2.image_uses)
+    assert "no split 'val'" in visualgenome.cannot_open
+    assert all(list(report_lines(found, config.data)) for found in (vsr, vqav2, visualgenome))
+
+
 def test_good_data_has_no_faults(check: Check) -> None:
     for found in check(SFT, [{"name": name} for name in ("vqav2", "scienceqa", "visualgenome", "llava150k")]).values():
         assert found.num_records == found.num_checked == found.num_readable == found.token_counts.total() > 0

@@ -50,3 +50,26 @@ def test_the_report_shows_curves_scores_images_and_the_mask(tmp_path: Path) -> N
     assert re.search(r"tokens per second</td><td class=\"number\">20<", page)
     assert "No optimizer step has been recorded yet" in page
     assert page.count("data:image/png;base64,") == 3
+
+
+def test_the_report_shows_validations(tmp_path: Path) -> None:
+    metrics = [
+        {"step": s, "loss": 1 / s, "grad_norm": 1.0, "lr": 0.1, "supervised_tokens": 3, "tokens": 10, "images": 1,
+         "seconds": 0.5, "skipped": False} for s in range(1, 9)
+    ]  # fmt: skip
+    source = {"loss": 0.5, "supervised_tokens": 9, "samples": 7}
+    asked = source | {"questions": 4, "correct": 1, "accuracy": 25.0}
+    asked["example"] = {"question": "a <b>?", "reference_answer": "yes", "generated_answer": ""}
+    validations = [
+        {"step": 4, "loss": 0.25, "accuracy": None, "sources": {"vsr": source}},
+        {"step": 6, "loss": None, "accuracy": None, "sources": {"vsr": source | {"loss": None}}},
+        {"step": 8, "loss": 0.5, "accuracy": 25.0, "sources": {"vsr": source, "gqa": asked}},
+    ]
+    pages = []
+    for found in (validations, validations[1:2], []):
+        write_report(tmp_path / "report.html", "AKI", [RunRecord("sft", metrics, "", found)])
+        pages.append((tmp_path / "report.html").read_text())
+    assert "0.2500 (step 4)" in pages[0] and "0.5000 (step 8)" in pages[0]
+    assert "25.0 % of 4" in pages[0] and "a &lt;b&gt;?" in pages[0] and "(nothing)" in pages[0]
+    assert "lowest validation loss" not in pages[1] and "validation after step 6" in pages[1]
+    assert "validation" not in pages[2]

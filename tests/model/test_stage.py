@@ -1,6 +1,7 @@
 """The whole model: sizes, gradients for every kind of batch, stages, tied and added parameters."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from aki_megatron.attention import LeakError
 from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.config.model import ModelConfig
+from aki_megatron.model.linears import first_argmax
 from aki_megatron.model.stage import Stage, build_model, build_stage, global_names, scatter_media_embeds
 from aki_megatron.types import IGNORE, Batch, Modality, StackedIds, stack_ids
 
@@ -27,6 +29,19 @@ def loss_of(model: Stage, batch: Batch) -> Tensor:
 
 def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_next_tokens_are_the_first_of_the_largest_logits(dtype: torch.dtype) -> None:
+    model, batch = built(dtype=dtype), fine_tuning_batch()
+    media = {modality: items.to(dtype) for modality, items in batch.media.items()}
+    with torch.no_grad():
+        logits = model.logits(batch.token_ids, stack_ids(batch), media)[batch.targets != IGNORE]
+        tokens = model.next_tokens(batch.token_ids, stack_ids(batch), media)
+    assert torch.equal(logits.gather(-1, tokens[:, None]).squeeze(-1), logits.amax(-1)) and len(tokens) == 14
+    ties = torch.tensor([[1.0, 3.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0], [-math.inf, -1.0, -math.inf, -1.0]], dtype=dtype)
+    assert first_argmax(ties).tolist() == [1, 0, 1]
+    assert first_argmax(ties[:0]).shape == (0,)
 
 
 def test_default_is_aki_4b_to_the_last_parameter() -> None:

@@ -81,6 +81,22 @@ def test_every_schedule_completes_with_what_was_delivered(pipeline: int, virtual
             assert own[-1] != ScheduleStep(None, (), ())
 
 
+@pytest.mark.parametrize(("pipeline", "virtual_stages"), GRID)
+def test_a_schedule_of_forward_passes_alone_completes(pipeline: int, virtual_stages: int) -> None:
+    for count in MICRO_BATCHES:
+        ranks = build_schedule(
+            pipeline=pipeline, virtual_stages=virtual_stages, num_microbatches=count, forward_only=True
+        )
+        simulate(ranks, pipeline, virtual_stages)
+        for own in ranks:
+            everything = {Action("forward", c, m) for c in range(virtual_stages) for m in range(count)}
+            assert set(actions_of(own)) == everything and len(actions_of(own)) == len(everything)
+            assert all(message.kind == "forward" for step in own for message in (*step.sends, *step.receives))
+            assert num_buffered(own) <= max(2, min(pipeline, count)), "few inputs wait on a rank"
+        if count >= pipeline:
+            assert max(map(len, ranks)) == virtual_stages * count + pipeline - 1 or count % pipeline
+
+
 def test_the_simulation_notices_mistakes() -> None:
     def spoiled(rank: int, now: int, **changes: object) -> list[RankSchedule]:
         ranks = build_schedule(pipeline=2, virtual_stages=2, num_microbatches=4)

@@ -73,6 +73,23 @@ def test_a_run_that_goes_well(paths: RunPaths) -> None:
     assert "straggler" not in text and "unresponsive" not in text and "error" not in text
 
 
+def test_the_last_validation_and_the_best_checkpoint_are_shown(paths: RunPaths) -> None:
+    assert "validation  " not in shown(paths) and "best  " not in shown(paths)
+    source = {"loss": 1.25, "supervised_tokens": 3, "samples": 2}
+    for step, loss, accuracy in ((100, 1.25, None), (200, None, 50.0)):
+        line = {"step": step, "loss": loss, "accuracy": accuracy, "sources": {"vsr": source}}
+        append_line(paths.validation, line)
+    append_line(paths.validation, {"step": 201, "loss": 1.0, "accuracy": None, "sources": [1]})  # damaged
+    (paths.checkpoints / "step_000100").mkdir(parents=True)
+    (paths.checkpoints / "step_000100/manifest.json").write_text("{}")
+    (paths.checkpoints / "best").write_text("step_000100\n")
+    text = shown(paths)
+    assert "validation   step 200: loss not finite (vsr 1.2500)  accuracy 50.0 %" in text
+    assert "best         step_000100 (validation loss 1.2500)" in text
+    paths.validation.unlink()
+    assert "best         step_000100\n" in shown(paths)
+
+
 def test_the_straggler_is_named(paths: RunPaths) -> None:
     beat(paths, 1, seconds_in_phase=90, step=249)
     assert "straggler    rank 1 on gpu02: in 'forward 2' for 0:01:3" in shown(paths)

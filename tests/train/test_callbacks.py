@@ -112,9 +112,9 @@ def test_the_file_save_is_removed_once_the_checkpoint_was_handled(tmp_path: Path
     paths = RunPaths(tmp_path)
     paths.save.touch()
     callback = run_finalizer(paths)
-    callback.on_step(1, step_report())
+    callback.on_step_end(1, step_report())
     assert paths.save.exists()
-    callback.on_step(2, step_report(control=ControlRequest.SAVE))
+    callback.on_step_end(2, step_report(control=ControlRequest.SAVE))
     assert not paths.save.exists()
     assert [(event["kind"], event["step"]) for event in read_events(paths)] == [("save", 2)]
 

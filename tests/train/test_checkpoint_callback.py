@@ -39,22 +39,22 @@ def test_a_failed_checkpoint_ends_the_run_only_after_the_last_step() -> None:
     console = Console(out, width=200)
     callback = CheckpointCallback(disk, disk.save, 2, 5, console, record_event=lambda *event: events.append(event))  # type: ignore[arg-type]
     for step in range(1, 5):
-        callback.on_step(step, step_report())
+        callback.on_step_end(step, step_report())
     assert disk.saved == [2, 4]
     assert events == [(step, "save_failed", "the disk is full") for step in (2, 4)]
     assert "no checkpoint at step 4" in out.getvalue() and "the disk is full" in out.getvalue()
     with pytest.raises(CheckpointError, match="the disk is full"):
-        callback.on_step(5, step_report())
+        callback.on_step_end(5, step_report())
 
 
 def test_a_requested_checkpoint_may_fail_but_not_that_of_a_stop() -> None:
     out, disk = io.StringIO(), FullDisk(3, 5)
     callback = CheckpointCallback(disk, disk.save, 100, 200, Console(out, width=200))  # type: ignore[arg-type]
     for step in range(1, 5):
-        callback.on_step(step, step_report(control=ControlRequest.SAVE if step == 3 else ControlRequest.NONE))
+        callback.on_step_end(step, step_report(control=ControlRequest.SAVE if step == 3 else ControlRequest.NONE))
     assert disk.saved == [3] and "no checkpoint at step 3, training continues" in out.getvalue()
     with pytest.raises(CheckpointError, match="the disk is full"):
-        callback.on_step(5, step_report(control=ControlRequest.STOP))
+        callback.on_step_end(5, step_report(control=ControlRequest.STOP))
 
 
 @pytest.mark.parametrize("step", [0, 4])
@@ -72,12 +72,12 @@ def test_three_failed_checkpoints_in_a_row_end_the_run() -> None:
     )  # type: ignore[arg-type]
     disk.wait = lambda: SavedCheckpoint(6, Path("step_000006"), 1.0) if disk.saved[-1:] == [6] else None
     for step in range(1, 12):
-        callback.on_step(step, step_report())
+        callback.on_step_end(step, step_report())
     assert "no checkpoint at step 2, training continues: the disk is full (1 failed in a row" in out.getvalue()
     with pytest.raises(
         CheckpointError, match="3 checkpoints in a row could not be saved, .* step 12: the disk is full"
     ):
-        callback.on_step(12, step_report())
+        callback.on_step_end(12, step_report())
     assert [step for step, kind, _ in events if kind == "save_failed"] == [2, 4, 8, 10, 12]
 
 
@@ -85,7 +85,7 @@ def test_a_checkpoint_waits_while_steps_are_skipped() -> None:
     disk = FullDisk()
     callback = CheckpointCallback(disk, disk.save, 2, 100, None)  # type: ignore[arg-type]
     for step in range(1, 9):
-        callback.on_step(step, step_report(skipped=step in (4, 5, 6)))
+        callback.on_step_end(step, step_report(skipped=step in (4, 5, 6)))
     assert disk.saved == [2, 7, 8] and not disk.keeping_older
 
 
@@ -93,5 +93,5 @@ def test_a_last_checkpoint_among_skipped_steps_removes_no_older_one() -> None:
     for control, steps in ((ControlRequest.NONE, 5), (ControlRequest.STOP, 100), (ControlRequest.SAVE, 100)):
         disk = FullDisk()
         callback = CheckpointCallback(disk, disk.save, 2, steps, None)  # type: ignore[arg-type]
-        callback.on_step(5, step_report(skipped=True, control=control))
+        callback.on_step_end(5, step_report(skipped=True, control=control))
         assert disk.saved == disk.keeping_older == [5]

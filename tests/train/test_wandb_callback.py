@@ -8,11 +8,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from step_reports import step_report
 
 from aki_megatron.masking import mask_command
+from aki_megatron.supervise.validations import SourceValidation, ValidationReport
 from aki_megatron.train.wandb_callback import WandbCallback, run_id
 
 
@@ -72,6 +74,22 @@ def test_wandb_continues_the_same_run_at_the_right_step(tmp_path: Path) -> None:
         wait_until(lambda file=file: len(points(file)) == 3)
     found = sorted((points(file) for file in files), key=min)
     assert found == [{step: 1 / step for step in steps} for steps in ((1, 2, 3), (3, 4, 5))]
+
+
+def test_validations_are_curves_of_the_same_run() -> None:
+    logged: list[tuple[int, dict[str, float]]] = []
+    callback = WandbCallback(Path("run"), project="p", mode="offline", interval=2, config={})
+    callback.run = SimpleNamespace(log=lambda values, step: logged.append((step, dict(values))))  # type: ignore[assignment]
+    report = ValidationReport({"vsr": SourceValidation(1.5, 3, 3, questions=4, correct=1)}, 0, 0.0)
+    expected = {"validation/loss": 1.5, "validation/accuracy": 25.0}
+    expected |= {"validation/vsr/loss": 1.5, "validation/vsr/accuracy": 25.0}
+    for step in (1, 2, 3):
+        callback.on_step(step, step_report())
+        callback.on_validation(step, report)
+    assert [step for step, _ in logged] == [1, 2, 2, 3]
+    assert logged[2] == (2, expected)
+    callback.on_validation(1, report)  # after a rollback: wandb has later steps already
+    assert len(logged) == 4
 
 
 def test_wandb_runs_of_folders_with_equal_names_are_distinct(tmp_path: Path) -> None:

@@ -17,13 +17,13 @@ from typing import Any
 from aki_megatron.config.run import RunConfig
 from aki_megatron.data.bad_samples import num_tolerated
 from aki_megatron.data.fault_kinds import FaultCounts, fault_kind
-from aki_megatron.data.image import decode_image
+from aki_megatron.data.media import Decoders, media_decoders
 from aki_megatron.data.pipeline import build_sources, build_template, build_tokenizer
 from aki_megatron.data.sample_stream import Source
 from aki_megatron.data.sources.records import LazyConversations
 from aki_megatron.data.template import Template
 from aki_megatron.errors import DataError
-from aki_megatron.types import MEDIA_MODALITIES, Caption
+from aki_megatron.types import MEDIA_MODALITIES, Caption, Modality
 
 MISSING_IMAGE = "the image file is missing"
 NO_RESPONSE = "no supervised token (empty, or truncated at the length limit)"
@@ -91,15 +91,15 @@ def check_run_data(
         except DataError as error:
             yield SourceCheck(entry.name, cannot_open=str(error))
             continue
-        checker = _Checker(entry.name, source, template, config.model.vision.image_size)
+        checker = _Checker(entry.name, source, template, media_decoders(config.model))
         yield checker.check(max_samples, num_workers, progress)
 
 
 class _Checker:
     """Check one source. Its methods that take a part of the work run in worker processes."""
 
-    def __init__(self, name: str, source: Source[Any], template: Template, image_size: int) -> None:
-        self.name, self.source, self.template, self.image_size = name, source, template, image_size
+    def __init__(self, name: str, source: Source[Any], template: Template, decoders: Decoders) -> None:
+        self.name, self.source, self.template, self.decoders = name, source, template, decoders
 
     def check(self, max_samples: int, num_workers: int, progress: Progress) -> SourceCheck:
         items = self.source.items
@@ -109,7 +109,7 @@ class _Checker:
         if num_samples < len(items):
             indices = [number * len(items) // num_samples for number in range(num_samples)]
         found = SourceCheck(self.name, malformed=malformed)
-        first_keys: dict[str, str] = {}
+        first_keys: dict[str, tuple[str, Modality]] = {}
         texts = _run(self, "check_samples", indices, num_workers, partial(progress, f"{self.name}: samples"))
         for part, keys in texts:
             _merge(found, part)
@@ -117,14 +117,14 @@ class _Checker:
         images = list(first_keys.items())
         for bad in _run(self, "check_images", images, num_workers, partial(progress, f"{self.name}: images")):
             for image, reason in bad:
-                _add_bad_image(found, image, first_keys[image], reason)
+                _add_bad_image(found, image, first_keys[image][0], reason)
         found.num_records = len(items) + malformed.total
         found.num_checked = num_samples + malformed.total
         return found
 
-    def check_samples(self, indices: Sequence[int]) -> tuple[SourceCheck, dict[str, str]]:
-        """Return what some samples hold, image files left out, and the first key that uses each image file."""
-        found, keys = SourceCheck(self.name), dict[str, str]()
+    def check_samples(self, indices: Sequence[int]) -> tuple[SourceCheck, dict[str, tuple[str, Modality]]]:
+        """Return what some samples hold, media files left out, and the first key that uses each file, and as what."""
+        found, keys = SourceCheck(self.name), dict[str, tuple[str, Modality]]()
         for index in indices:
             key = ""
             try:
@@ -136,7 +136,7 @@ class _Checker:
                     raise DataError(f"Sample {key}: {NO_RESPONSE}")
                 for medium in item.media:
                     if isinstance(medium.content, bytes):
-                        decode_image(medium.content, self.image_size, key=key)
+                        self.decoders[medium.modality].decode(medium.content, key=key)
             except Exception as error:  # whatever a decoder or a tokenizer raises is a fault of this sample
                 _add_fault(found, key, error)
                 continue
@@ -148,15 +148,15 @@ class _Checker:
             for medium in item.media:
                 if isinstance(medium.content, Path):
                     found.image_uses[str(medium.content)] += 1
-                    keys.setdefault(str(medium.content), key)
+                    keys.setdefault(str(medium.content), (key, medium.modality))
         return found, keys
 
-    def check_images(self, images: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Return those of some image files (path, key of a sample) that cannot be decoded, and why."""
+    def check_images(self, images: Sequence[tuple[str, tuple[str, Modality]]]) -> list[tuple[str, str]]:
+        """Return those of some media files (path, key and modality of a sample) that cannot be decoded, and why."""
         bad = []
-        for image, key in images:
+        for image, (key, modality) in images:
             try:
-                decode_image(Path(image), self.image_size, key=key)
+                self.decoders[modality].decode(Path(image), key=key)
             except Exception as error:  # as above
                 missing = not Path(image).exists()
                 bad.append((image, MISSING_IMAGE if missing else str(error) or type(error).__name__))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from data_files import IMAGE_SIZE, image_bytes, pairs, write_tar
+from data_files import IMAGE_DECODERS, image_bytes, pairs, write_tar
 from PIL import Image
 
 from aki_megatron.data.bad_samples import BadSampleBudget, BadSampleBudgetExceeded, sample_errors
@@ -43,7 +43,12 @@ def conversations(image: bytes | None = None) -> Items:
 
 
 def stream_of(items: Items, render: Callable, **source) -> MixtureStream:
-    return MixtureStream({"vqav2": Source(items, **source)}, Mixture({"vqav2": 1.0}, seed=1), render, image_size=24)
+    return MixtureStream(
+        {"vqav2": Source(items, **source)},
+        Mixture({"vqav2": 1.0}, seed=1),
+        render,
+        decoders=IMAGE_DECODERS,
+    )
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
@@ -129,7 +134,10 @@ def test_half_a_surrogate_pair_in_ocr_json_is_an_error_of_its_sample(half: str, 
     dataset = CaptionDataset(["00000.tar"], tmp_path, text_format=TextFormat("blip3_ocr"))
     assert dataset.caption(1).text == "\U0001f600"
     stream = MixtureStream(
-        {"ocr": Source(dataset)}, Mixture({"ocr": 1.0}, seed=0), make_template().render_caption, image_size=IMAGE_SIZE
+        {"ocr": Source(dataset)},
+        Mixture({"ocr": 1.0}, seed=0),
+        make_template().render_caption,
+        decoders=IMAGE_DECODERS,
     )
     bad = [bad.reason for n in range(6) for bad in stream.sample(n).bad_samples]
     assert bad and all(reason.startswith(f"Tar {tar}, key 0: character ") for reason in bad)
@@ -160,6 +168,6 @@ def test_a_bad_sample_of_a_run_names_annotation_file_or_tar(tmp_path: Path, make
         return make_template().render_caption(caption)
 
     source = Source(dataset, locate=dataset.location)
-    stream = MixtureStream({"c": source}, Mixture({"c": 1.0}, seed=0), render, image_size=IMAGE_SIZE)
+    stream = MixtureStream({"c": source}, Mixture({"c": 1.0}, seed=0), render, decoders=IMAGE_DECODERS)
     reasons = {bad.reason for n in range(4) for bad in stream.sample(n).bad_samples}
     assert reasons == {f"Tar {tar}, key 000001: TypeError: TextInputSequence must be str"}

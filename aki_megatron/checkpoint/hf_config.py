@@ -1,8 +1,8 @@
 """config.json of Hugging Face folders to a section of our configuration, and back.
 
-What differs between language models is in their family's file (aki_megatron/families); SigLIP has one table of keys
-here. A folder whose model the layers here cannot compute (other head dimensions, biases, sliding windows, other rotary
-embeddings) is refused with the key that says so.
+What differs between language models is in their family's file (aki_megatron/families); SigLIP and Whisper have a table
+of keys each here. A folder whose model the layers here cannot compute (other head dimensions, biases, sliding windows,
+other rotary embeddings) is refused with the key that says so.
 """
 
 import json
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from aki_megatron.config.model import DecoderConfig, RopeConfig, VisionConfig
+from aki_megatron.config.model import AudioConfig, DecoderConfig, RopeConfig, VisionConfig
 from aki_megatron.config.section import Section
 from aki_megatron.errors import CheckpointError, ConfigError
 from aki_megatron.families.base import HFConfigKeys
@@ -50,6 +50,18 @@ _VISION_KEYS = (
     ("pooling_head", "vision_use_head", True),
 )
 """Field of VisionConfig, key of config.json, value that transformers takes where config.json omits the key."""
+
+_AUDIO_KEYS = (
+    ("hidden_size", "d_model", 384),
+    ("num_layers", "encoder_layers", 4),
+    ("num_heads", "encoder_attention_heads", 6),
+    ("intermediate_size", "encoder_ffn_dim", 1536),
+    ("num_mel_bins", "num_mel_bins", 80),
+)
+"""The same of AudioConfig and Whisper."""
+
+POSITIONS_PER_SECOND = 50
+"""Of Whisper's encoder: max_source_positions are this many times the seconds of its input."""
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
@@ -112,6 +124,24 @@ def vision_config(folder: Path) -> VisionConfig:
     if problems := list(_other_values(hf, required)):
         _refuse(folder, problems)
     return VisionConfig(**{name: hf.get(key, default) for name, key, default in _VISION_KEYS})
+
+
+def audio_config(folder: Path) -> AudioConfig:
+    """Return the encoder that a Whisper folder describes.
+
+    Raises CheckpointError without a readable config.json; ConfigError where it describes another encoder.
+    """
+    hf = read_config_json(folder)
+    problems = list(_other_values(hf, {"model_type": "whisper", "activation_function": "gelu"}))
+    positions = hf.get("max_source_positions", 1500)
+    if not isinstance(positions, int) or positions < 1 or positions % POSITIONS_PER_SECOND:
+        problems.append(
+            f"max_source_positions={positions}; only multiples of {POSITIONS_PER_SECOND} (whole seconds) are supported"
+        )
+    if problems:
+        _refuse(folder, problems)
+    sizes = {name: hf.get(key, default) for name, key, default in _AUDIO_KEYS}
+    return AudioConfig(**sizes, seconds=positions // POSITIONS_PER_SECOND)
 
 
 def language_config_json(config: DecoderConfig) -> dict[str, Any]:
@@ -189,6 +219,15 @@ def check_vision_config(folder: Path, config: VisionConfig) -> None:
     """
     keys = {name: key for name, key, _ in _VISION_KEYS if config.pooling_head or name != "pooling_head"}
     _raise_if(_differences("model.vision", config, vision_config(folder), keys), folder)
+
+
+def check_audio_config(folder: Path, config: AudioConfig) -> None:
+    """Compare the run's audio encoder with the one that a folder describes.
+
+    Raises ConfigError with every difference: our key, the folder's key, both values.
+    """
+    keys = {name: key for name, key, _ in _AUDIO_KEYS} | {"seconds": f"max_source_positions / {POSITIONS_PER_SECOND}"}
+    _raise_if(_differences("model.audio", config, audio_config(folder), keys), folder)
 
 
 def _no_sizes(hf: Mapping[str, Any], family: HFConfigKeys) -> Iterator[str]:

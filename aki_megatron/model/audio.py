@@ -74,6 +74,9 @@ class AudioEncoder(nn.Module):
         self.conv1 = nn.Conv1d(config.num_mel_bins, config.hidden_size, kernel_size=3, padding=1)
         self.conv2 = nn.Conv1d(config.hidden_size, config.hidden_size, kernel_size=3, stride=2, padding=1)
         self.position_embedding = nn.Parameter(sinusoids(config.num_positions, config.hidden_size), requires_grad=False)
+        for convolution in (self.conv1, self.conv2):
+            # as large as the position embedding, so that random features tell of the sound too
+            nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
         self.layers = nn.ModuleList(AudioLayer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
 

@@ -2,9 +2,11 @@
 
 A recording is one second of one to four beeps of a tenth of a second, each of its own pitch, in noise. Tasks:
 
-    count   How many beeps are there?                              1 to 4
-    order   Is the first tone higher than the second?              yes or no; recordings of two beeps
-    equal   Are there as many beeps as squares? (with an image)    yes or no
+    count   How many beeps are there?                                     1 to 4
+    order   Is the first tone higher than the second?                     yes or no; recordings of two beeps
+    total   How many beeps and squares are there together? (with image)   2 to 8
+
+The last needs both: beeps and squares are drawn apart, so that whoever misses one modality guesses one in four.
 
 Files are WAV and PNG, and LLaVA's JSON with an ``audio`` field (data/sources/tones.py). Every byte follows from the
 arguments.
@@ -32,10 +34,10 @@ BEEP_SECONDS, GAP_SECONDS = 0.1, 0.06
 """Length of a beep; shortest silence between two."""
 MAX_BEEPS = 4
 LOWEST_HERTZ, HIGHEST_HERTZ = 300.0, 3000.0
-MIN_PITCH_RATIO = 1.4
-"""Between the two tones of an order question: half an octave."""
+MIN_PITCH_RATIO = 2.0
+"""Between the two tones of an order question: an octave."""
 
-SPLITS = ("train", "val")
+SPLITS, TASKS = ("train", "val"), ("count", "order", "total")
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def write_tones(
             done += 1
             progress(done)
         (root / FILES[split][0]).write_text(json.dumps(entries, separators=(",", ":")))
-        for task in ("count", "order", "equal"):
+        for task in TASKS:
             counts[f"{split}/{task}"] = sum(entry["id"].startswith(f"{task}/") for entry in entries)
     write_tokenizer(root / "tokenizer")
     return counts
@@ -124,9 +126,7 @@ def write_tones(
 
 def _pair(folder: Path, split: str, index: int, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
     """Write two recordings and an image; yield the entries about them."""
-    count = int(rng.integers(1, MAX_BEEPS + 1))
-    equal = bool(rng.integers(2))
-    squares = count if equal else int(rng.choice([n for n in range(1, MAX_BEEPS + 1) if n != count]))
+    count, squares = (int(number) for number in rng.integers(1, MAX_BEEPS + 1, size=2))
     beeps, tones = sample_beeps(rng, count), sample_two_tones(rng)
     counted, compared = f"recordings/{split}/{2 * index}.wav", f"recordings/{split}/{2 * index + 1}.wav"
     image = f"images/{split}/{index}.png"
@@ -136,8 +136,8 @@ def _pair(folder: Path, split: str, index: int, rng: np.random.Generator) -> Ite
     yield _entry(f"count/{index}", "<audio>\nHow many beeps are there?", str(count), audio=counted)
     higher = "yes" if tones[0].hertz > tones[1].hertz else "no"
     yield _entry(f"order/{index}", "<audio>\nIs the first tone higher than the second?", higher, audio=compared)
-    yield _entry(f"equal/{index}", "<image>\n<audio>\nAre there as many beeps as squares?", "yes" if equal else "no",
-                 audio=counted, image=image)  # fmt: skip
+    prompt = "<image>\n<audio>\nHow many beeps and squares are there together?"
+    yield _entry(f"total/{index}", prompt, str(count + squares), audio=counted, image=image)
 
 
 def _entry(name: str, prompt: str, answer: str, **files: str) -> dict[str, Any]:

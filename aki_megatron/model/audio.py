@@ -16,6 +16,9 @@ from aki_megatron.model.full_attention import full_attention
 MAX_TIMESCALE = 10000.0
 """Slowest wave of the position embedding, in positions per radian."""
 
+RANDOM_SOUND_GAIN = 3.0
+"""Of the second convolution's random initialization; without it the position is three times as large as the sound."""
+
 
 class AudioAttention(nn.Module):
     """Full attention between the features of a recording; the key projection has no bias."""
@@ -74,9 +77,10 @@ class AudioEncoder(nn.Module):
         self.conv1 = nn.Conv1d(config.num_mel_bins, config.hidden_size, kernel_size=3, padding=1)
         self.conv2 = nn.Conv1d(config.hidden_size, config.hidden_size, kernel_size=3, stride=2, padding=1)
         self.position_embedding = nn.Parameter(sinusoids(config.num_positions, config.hidden_size), requires_grad=False)
-        for convolution in (self.conv1, self.conv2):
-            # as large as the position embedding, so that random features tell of the sound too
-            nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+        # so that random features tell of the sound as much as of the position, whose embedding is added to them
+        nn.init.kaiming_normal_(self.conv1.weight, nonlinearity="relu")
+        nn.init.kaiming_normal_(self.conv2.weight, nonlinearity="relu")
+        self.conv2.weight.data.mul_(RANDOM_SOUND_GAIN)
         self.layers = nn.ModuleList(AudioLayer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
 

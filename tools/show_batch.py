@@ -11,8 +11,8 @@ micro-batches and sequences from 0. Text and images are also written to the fold
 
 How to read it: blue is prompt, green response; underlined is supervised, that is, the token is the target of the
 position before it. Special tokens are printed by name, in reverse. An image is printed as [image 1: 144 positions],
-a recording as [audio 1: 64 positions], padding as [padding: 312 positions]. Samples of a packed sequence do not see each other; a line with their number
-separates them.
+a recording as [audio 1: 64 positions], padding as [padding: 312 positions]. Samples of a packed sequence do not see
+each other; a line with their number separates them.
 Without colour, supervised tokens are between {+ and +}. A space that is a token by itself is printed as an open box.
 """
 

@@ -7,14 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from aki_megatron.config.load import load_run
 from aki_megatron.config.model import AudioConfig
 from aki_megatron.data.audio import read_wav
+from aki_megatron.data.check import check_run_data
 from aki_megatron.data.image import decode_image
 from aki_megatron.data.sources import open_sources, task_of
 from aki_megatron.errors import DataError
 from aki_megatron.synthetic.tones import write_tones
 from aki_megatron.types import Conversation, Modality, Placeholder
 
+ROOT = Path(__file__).parents[2]
 CONFIG = AudioConfig(seconds=1)
 
 
@@ -121,3 +124,14 @@ def test_a_file_outside_the_root_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tones/tones_train.json").write_text(json.dumps([entry]))
     with pytest.raises(DataError, match="leads out of the data root"):
         open_sources(tmp_path, ["tones"], "train")["tones"][0]
+
+
+def test_the_check_of_a_run_decodes_recordings(tmp_path: Path) -> None:
+    write_tones(tmp_path, train=4, val=1, seed=5)
+    damaged = tmp_path / "tones/recordings/train/0.wav"
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    flags = ["--data.root", str(tmp_path), "--data.tokenizer", str(tmp_path / "tokenizer")]
+    config = load_run(flags, default_config=ROOT / "configs/demo/audio.yaml", prog="", description="")
+    (found,) = check_run_data(config, max_samples=0, num_workers=0, progress=lambda *_: None)
+    assert (found.num_checked, found.num_readable) == (12, 10)  # a count and a total are about this recording
+    assert f"recording {damaged} of sample tones/count/0 holds 15,995 samples" in str(found.faults.lines())

@@ -256,8 +256,9 @@ def reshard(checkpoint: Path, folder: Path, settings: ConversionSettings, *, wei
 
 def _model_of_folders(language: Path, vision: Path, audio: Path | None, vocabulary: Vocabulary) -> ConvertedModel:
     decoder = decoder_config(language, vocab_size=vocabulary.vocab_size, num_added_tokens=vocabulary.num_added_tokens)
-    encoders = {"vision": vision_config(vision), "audio": audio_config(audio) if audio else None}
-    return ConvertedModel(ModelConfig(**encoders, decoder=decoder), AttentionConfig(rule="mma"))
+    hears = audio_config(audio) if audio else None
+    config = ModelConfig(vision=vision_config(vision), audio=hears, decoder=decoder)
+    return ConvertedModel(config, AttentionConfig(rule="mma"))
 
 
 def _audio_section(config: ModelConfig, folder: Path) -> AudioConfig:

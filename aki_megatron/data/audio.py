@@ -8,6 +8,7 @@ Recordings longer than the encoder's input are refused too, since what is beyond
 import shlex
 import wave
 import zlib
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -63,7 +64,8 @@ class AudioDecoder:
             raise UnreadableAudio(f"{name} {error}") from error.__cause__
         except DataError as error:
             raise UnreadableAudio(f"{name} cannot be decoded ({error.__cause__}).") from error.__cause__
-        return DecodedAudio(log_mel.tobytes(), *log_mel.shape, zlib.crc32(data))
+        num_mel_bins, num_frames = log_mel.shape
+        return DecodedAudio(log_mel.tobytes(), num_mel_bins, num_frames, zlib.crc32(data))
 
 
 def read_wav(data: bytes, config: AudioConfig, conversion: str) -> NDArray[np.float32]:
@@ -98,7 +100,8 @@ def read_wav(data: bytes, config: AudioConfig, conversion: str) -> NDArray[np.fl
     if not num_samples or len(raw) != num_samples * channels * width:
         found = len(raw) // (channels * width)
         raise UnreadableAudio(f"holds {found:,} samples, its header says {num_samples:,}; it is empty or cut off.")
-    return _as_float(raw, width).reshape(-1, channels).mean(axis=1)
+    averaged: NDArray[np.float32] = _as_float(raw, width).reshape(-1, channels).mean(axis=1, dtype=np.float32)
+    return averaged
 
 
 def _as_float(raw: bytes, width: int) -> NDArray[np.float32]:
@@ -110,7 +113,7 @@ def _as_float(raw: bytes, width: int) -> NDArray[np.float32]:
         padded[:, 1:] = np.frombuffer(raw, np.uint8).reshape(-1, 3)
         raw, width = padded.tobytes(), 4  # the lowest byte of 32 bits is 0
     assert width in (2, 4), width
-    return np.frombuffer(raw, f"<i{width}").astype(np.float32) / 2.0 ** (8 * width - 1)
+    return np.frombuffer(raw, f"<i{width}").astype(np.float32) / np.float32(2.0 ** (8 * width - 1))
 
 
 def _plain_header(data: bytes) -> bytes:
@@ -139,7 +142,7 @@ def _conversion(content: Path | bytes, config: AudioConfig) -> str:
     return f"ffmpeg -i {source} -ar {config.sample_rate} -ac 1 -c:a pcm_s16le OUT.wav"
 
 
-def stack_audio(recordings: list[DecodedAudio]) -> Tensor:
+def stack_audio(recordings: Sequence[DecodedAudio]) -> Tensor:
     """Return float32 [N, num_mel_bins, num_frames]; N is 1 or more."""
     # in a worker process torch stacks straight into the memory it shares with the process that trains
     return default_collate([_log_mel_tensor(recording) for recording in recordings])

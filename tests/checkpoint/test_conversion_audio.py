@@ -67,8 +67,8 @@ def test_the_comparison_notices_a_wrong_tensor(
 
     out = tmp_path / "start"
     with patch.object(conversions, "to_native", wrong):
-        error = refused(convert("from-hf", "--lm", lm, "--vision", siglip, "--audio", whisper, "--out", out), out)
-    assert "The logits of what was written and of its source differ" in error
+        code, _, errors = convert("from-hf", "--lm", lm, "--vision", siglip, "--audio", whisper, "--out", out)
+    assert code == 2 and "The logits of what was written and of its source differ" in errors and not out.exists()
 
 
 def test_mistakes_are_explained(convert: Run, lm: Path, siglip: Path, whisper: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from aki_megatron.supervise.run_paths import RunPaths
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
 
-STEPS, STOP = 240, 120
+STEPS, STOP = 200, 160
 
 
 def flags(folder: Path, run: str) -> list[str]:
@@ -26,8 +26,6 @@ def flags(folder: Path, run: str) -> list[str]:
 
 def test_recordings_and_images_are_learnt_and_a_run_resumes_exactly(demo: DemoWorkspace, tmp_path: Path) -> None:
     demo.run("tools/make_data.py", "tones", "--out", str(tmp_path / "tones"), "--train", "500", "--val", "60")
-    shown = demo.run("tools/show_batch.py", *flags(tmp_path, "run"), "--out", str(tmp_path / "shown"), "--no_color")
-    assert "[audio 1: 4 positions]" in shown.stdout
     demo.run("launcher/sft.py", *flags(tmp_path, "run"))
     losses = [record["loss"] for record in read_metrics(RunPaths(tmp_path / "run").metrics)]
     assert len(losses) == STEPS and sum(losses[-20:]) < 0.75 * sum(losses[20:40])

@@ -107,13 +107,15 @@ def read_wav(data: bytes, config: AudioConfig, conversion: str) -> NDArray[np.fl
 def _as_float(raw: bytes, width: int) -> NDArray[np.float32]:
     """Return integers of ``width`` bytes, little-endian, as fractions of their range; one byte is unsigned in WAV."""
     if width == 1:
-        return (np.frombuffer(raw, np.uint8).astype(np.float32) - 128) / 128
+        raw, width = (np.frombuffer(raw, np.uint8) ^ 128).tobytes(), 1  # the same integers with a sign
     if width == 3:
         padded = np.zeros((len(raw) // 3, 4), np.uint8)
         padded[:, 1:] = np.frombuffer(raw, np.uint8).reshape(-1, 3)
         raw, width = padded.tobytes(), 4  # the lowest byte of 32 bits is 0
-    assert width in (2, 4), width
-    return np.frombuffer(raw, f"<i{width}").astype(np.float32) / np.float32(2.0 ** (8 * width - 1))
+    assert width in (1, 2, 4), width
+    signed = np.frombuffer(raw, f"<i{width}").astype(np.float32)
+    signed *= np.float32(2.0 ** (1 - 8 * width))
+    return signed
 
 
 def _plain_header(data: bytes) -> bytes:

@@ -34,8 +34,8 @@ BEEP_SECONDS, GAP_SECONDS = 0.1, 0.06
 """Length of a beep; shortest silence between two."""
 MAX_BEEPS = 4
 LOWEST_HERTZ, HIGHEST_HERTZ = 300.0, 3000.0
-MIN_PITCH_RATIO = 2.0
-"""Between the two tones of an order question: an octave."""
+LOW_HERTZ, HIGH_HERTZ = (300.0, 600.0), (1500.0, 3000.0)
+"""Ranges of the two tones of an order question; either may come first."""
 
 SPLITS, TASKS = ("train", "val"), ("count", "order", "total")
 
@@ -48,21 +48,29 @@ class Beep:
     hertz: float
 
 
-def sample_beeps(rng: np.random.Generator, count: int) -> tuple[Beep, ...]:
-    """Sample ``count`` beeps that do not overlap; the spare time is divided at random."""
+def sample_starts(rng: np.random.Generator, count: int) -> list[float]:
+    """Sample when ``count`` beeps start, so that they do not overlap; the spare time is divided at random."""
     spare = SECONDS - count * BEEP_SECONDS - (count + 1) * GAP_SECONDS
     waits = np.diff(np.sort(rng.uniform(0, spare, count)), prepend=0.0) + GAP_SECONDS
-    starts = np.cumsum(waits + BEEP_SECONDS) - BEEP_SECONDS
-    pitches = np.exp(rng.uniform(np.log(LOWEST_HERTZ), np.log(HIGHEST_HERTZ), count))
-    return tuple(Beep(start, hertz) for start, hertz in zip(starts.tolist(), pitches.tolist(), strict=True))
+    starts: list[float] = (np.cumsum(waits + BEEP_SECONDS) - BEEP_SECONDS).tolist()
+    return starts
+
+
+def sample_hertz(rng: np.random.Generator, low: float, high: float) -> float:
+    """Sample a pitch, uniform by octaves."""
+    return float(np.exp(rng.uniform(np.log(low), np.log(high))))
+
+
+def sample_beeps(rng: np.random.Generator, count: int) -> tuple[Beep, ...]:
+    """Sample ``count`` beeps of any pitch."""
+    return tuple(Beep(start, sample_hertz(rng, LOWEST_HERTZ, HIGHEST_HERTZ)) for start in sample_starts(rng, count))
 
 
 def sample_two_tones(rng: np.random.Generator) -> tuple[Beep, ...]:
-    """Sample two beeps of clearly different pitch."""
-    while True:
-        first, second = sample_beeps(rng, 2)
-        if max(first.hertz, second.hertz) >= MIN_PITCH_RATIO * min(first.hertz, second.hertz):
-            return first, second
+    """Sample a low and a high beep in either order."""
+    ranges = (LOW_HERTZ, HIGH_HERTZ) if rng.integers(2) else (HIGH_HERTZ, LOW_HERTZ)
+    starts = sample_starts(rng, 2)
+    return tuple(Beep(start, sample_hertz(rng, *hertz)) for start, hertz in zip(starts, ranges, strict=True))
 
 
 def render_wave(beeps: tuple[Beep, ...], rng: np.random.Generator) -> NDArray[np.int16]:

@@ -53,11 +53,28 @@ class DecodedImage:
 
 
 @dataclass(frozen=True)
+class DecodedAudio:
+    """A recording as the encoder takes it: ``num_mel_bins`` x ``num_frames`` values, float32 in row-major order.
+
+    ``checksum`` is of the encoded file.
+    """
+
+    log_mel: bytes
+    num_mel_bins: int
+    num_frames: int
+    checksum: int = field(default=0, compare=False)
+
+
+MediaContent = Path | bytes | DecodedImage | DecodedAudio
+"""A media item encoded, as a file or as its bytes, or decoded for the encoder of its modality."""
+
+
+@dataclass(frozen=True)
 class MediaItem:
-    """One image of a sample: encoded, as a file or as its bytes, or decoded for the encoder of its modality."""
+    """An image or a recording of a sample."""
 
     modality: Modality
-    content: Path | bytes | DecodedImage
+    content: MediaContent
 
 
 def image_items(image: Path | bytes | DecodedImage | None) -> tuple[MediaItem, ...]:
@@ -101,7 +118,7 @@ class Conversation:
     system_message: str | None = None
 
     @property
-    def images(self) -> list[Path | bytes | DecodedImage]:
+    def images(self) -> list[MediaContent]:
         """The images among the media."""
         return [item.content for item in self.media if item.modality == Modality.IMAGE]
 
@@ -144,7 +161,7 @@ class Sample:
     num_cut_tokens: int = 0
 
     @property
-    def images(self) -> list[Path | bytes | DecodedImage]:
+    def images(self) -> list[MediaContent]:
         """The images among the media."""
         return [item.content for item in self.media if item.modality == Modality.IMAGE]
 
@@ -159,7 +176,8 @@ class Batch:
     position_ids     [B, T] int32, restarting at 0 in every segment
     targets          [B, T] int64, already shifted; IGNORE where nothing is supervised
     media            modality -> [N, ...] float32, the inputs of its encoder in the row-major order of their positions:
-                     images are [N, 3, H, W]; a modality that no sample has may be missing
+                     images are [N, 3, H, W], recordings [N, mel bands, frames]; a modality that no sample has may
+                     be missing
     num_bad_samples  samples that could not be used while this batch was built
     num_cut_samples  samples whose text is longer than data.max_text_tokens, and so was cut
 

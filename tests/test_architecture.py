@@ -31,6 +31,7 @@ ADAPTERS = {
     "deepspeed": {"engine/zero_stage.py"},
     "webdataset": {"data/shards.py", "data/shard_writer.py"},
     "transformers": {
+        "data/log_mel.py",
         "data/tokenizer.py",
         "checkpoint/hf_reference.py",
         "checkpoint/configuration_aki.py",

@@ -2,7 +2,8 @@
 
     python tools/convert.py from-hf --lm Phi-3.5-mini-instruct --vision siglip-so400m-patch14-384 --out start
         a checkpoint to train from: --init.weights start, --data.tokenizer start/step_000000/tokenizer, and the model
-        section of start/step_000000/config.yaml (Phi-3.5, LLaMA 3.2, Qwen2.5, Qwen3; folders as they are downloaded)
+        section of start/step_000000/config.yaml (Phi-3.5, LLaMA 3.2, Qwen2.5, Qwen3; folders as they are downloaded);
+        with --audio whisper-small the model hears too
     python tools/convert.py to-hf runs/sft --dtype bf16 --out aki-hf
         a folder that plain transformers loads (a run's checkpoint holds fp32 masters, twice as large); its README.md
         says how
@@ -127,8 +128,8 @@ def stopping_signals() -> Iterator[None]:
 def from_hf(arguments: argparse.Namespace) -> int:
     """Convert stock Hugging Face folders, or one that to-hf wrote, to a checkpoint."""
     stock = arguments.lm is not None and arguments.vision is not None
-    if stock == (arguments.aki is not None) or (not stock and (arguments.lm or arguments.vision)):
-        raise CheckpointError("Give --lm and --vision together, or --aki alone.")
+    if stock == (arguments.aki is not None) or (not stock and (arguments.lm or arguments.vision or arguments.audio)):
+        raise CheckpointError("Give --lm and --vision together (with --audio for a model that hears), or --aki alone.")
     if arguments.aki:
         if arguments.model:
             raise CheckpointError("Leave --model out with --aki: the folder's config.json describes the model.")
@@ -147,6 +148,7 @@ def from_hf(arguments: argparse.Namespace) -> int:
             settings(arguments),
             model=read_model(arguments.model),
             tokenizer=arguments.tokenizer or arguments.lm,
+            audio=arguments.audio,
         ),
     )
 
@@ -311,6 +313,7 @@ def build_parser() -> argparse.ArgumentParser:
     to_checkpoint = ("--model", "--tokenizer", "--files", "--seed", *EXCEPTIONS)
     added = command(from_hf)
     added.add_argument("--lm", type=as_path, help="folder of the language model")
+    added.add_argument("--audio", type=as_path, help="folder of Whisper: its encoder, for a model that hears")
     added.add_argument("--aki", type=as_path, help="instead of --lm and --vision: a folder that to-hf wrote")
     add(added, "--vision", *to_checkpoint, *COMMON)
     added = command(to_hf)

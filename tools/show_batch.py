@@ -11,14 +11,15 @@ micro-batches and sequences from 0. Text and images are also written to the fold
 
 How to read it: blue is prompt, green response; underlined is supervised, that is, the token is the target of the
 position before it. Special tokens are printed by name, in reverse. An image is printed as [image 1: 144 positions],
-padding as [padding: 312 positions]. Samples of a packed sequence do not see each other; a line with their number
-separates them.
+a recording as [audio 1: 64 positions], padding as [padding: 312 positions]. Samples of a packed sequence do not see
+each other; a line with their number separates them.
 Without colour, supervised tokens are between {+ and +}. A space that is a token by itself is printed as an open box.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -32,12 +33,22 @@ from aki_megatron.config.run import RunConfig
 from aki_megatron.console import Console, Text
 from aki_megatron.data.batch_planner import BatchPlanner, StepPlan
 from aki_megatron.data.loader import LoadedMicrobatch
+from aki_megatron.data.media import num_media_tokens
 from aki_megatron.data.pipeline import build_data_pipeline, build_tokenizer
 from aki_megatron.data.tokenizer import Tokenizer
 from aki_megatron.errors import ConfigError, UserError
 from aki_megatron.types import IGNORE, NO_SEGMENT, Batch, Modality
 
-STYLES = {Modality.TEXT: "blue", Modality.RESPONSE: "green", Modality.IMAGE: "magenta", Modality.PAD: "bright_black"}
+STYLES = {
+    Modality.TEXT: "blue",
+    Modality.RESPONSE: "green",
+    Modality.IMAGE: "magenta",
+    Modality.AUDIO: "cyan",
+    Modality.PAD: "bright_black",
+}
+
+MediaTokens = Mapping[Modality, int]
+"""Positions of one item of every modality of the model."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +116,11 @@ def mark_invisible(text: str, marks: Marks) -> str:
 
 
 def render(
-    sequence: Sequence[Position], tokenizer: Tokenizer, num_image_tokens: int, marks: Marks, *, plain: bool
+    sequence: Sequence[Position], tokenizer: Tokenizer, media_tokens: MediaTokens, marks: Marks, *, plain: bool
 ) -> Text:
     """Render a sequence as text; ``plain`` writes marks where colours would be lost."""
     text = Text()
-    num_images = 0
+    counts: Counter[Modality] = Counter()
     num_segments = len({position.segment for position in sequence} - {NO_SEGMENT})
     for segment, inside in groupby(sequence, key=lambda position: position.segment):
         members = list(inside)
@@ -119,11 +130,12 @@ def render(
         for (modality, supervised), run in groupby(members, key=lambda member: (member.modality, member.supervised)):
             tokens = [position.token for position in run]
             style = STYLES.get(modality, "yellow")
-            if modality == Modality.IMAGE:
-                # two adjacent images are one run of positions
-                for _ in range(len(tokens) // num_image_tokens):
-                    num_images += 1
-                    text.append(f"[image {num_images}: {num_image_tokens} positions]", style=style)
+            if num_positions := media_tokens.get(modality):
+                # two adjacent items are one run of positions
+                for _ in range(len(tokens) // num_positions):
+                    counts[modality] += 1
+                    name = f"{modality.name.lower()} {counts[modality]}"
+                    text.append(f"[{name}: {num_positions} positions]", style=style)
             elif modality == Modality.PAD:
                 text.append(f"\n[padding: {len(tokens)} positions]", style=style)
             else:
@@ -137,7 +149,9 @@ def render(
 def legend(*, plain: bool) -> Text:
     """Return what the colours mean."""
     if plain:
-        return Text("legend: {+supervised+}  <|special|>  [image n: positions]  [padding: positions]")
+        return Text(
+            "legend: {+supervised+}  <|special|>  [image n: positions]  [audio n: positions]  [padding: positions]"
+        )
     text = Text("legend: ")
     for name, style in (
         ("prompt", STYLES[Modality.TEXT]),
@@ -145,21 +159,26 @@ def legend(*, plain: bool) -> Text:
         ("supervised", f"{STYLES[Modality.RESPONSE]} underline"),
         ("special token", "reverse"),
         ("image", STYLES[Modality.IMAGE]),
+        ("audio", STYLES[Modality.AUDIO]),
         ("padding", STYLES[Modality.PAD]),
     ):
         text.append(name, style=style).append("  ")
     return text
 
 
-def statistics_line(sequence: Sequence[Position], num_image_tokens: int) -> str:
+def statistics_line(sequence: Sequence[Position], media_tokens: MediaTokens) -> str:
     """Return the counts of a sequence."""
     num_real = sum(position.modality != Modality.PAD for position in sequence)
     num_supervised = sum(position.supervised for position in sequence)
-    num_images = sum(position.modality == Modality.IMAGE for position in sequence) // num_image_tokens
+    media = "".join(
+        f"{sum(position.modality == modality for position in sequence) // number} "
+        f"{'images' if modality == Modality.IMAGE else 'recordings'} of {number} positions, "
+        for modality, number in media_tokens.items()
+    )
     num_segments = len({position.segment for position in sequence} - {NO_SEGMENT})
     return (
         f"{len(sequence):,} positions: {num_real:,} real ({num_real / len(sequence):.1%}), {num_supervised:,} "
-        f"supervised, {num_images} images of {num_image_tokens} positions, {num_segments} samples"
+        f"supervised, {media}{num_segments} samples"
     )
 
 
@@ -219,21 +238,21 @@ def load(
 def show(config: RunConfig, arguments: argparse.Namespace, console: Console) -> None:
     """Print the sequence and write the folder. Raises UserError."""
     tokenizer = build_tokenizer(config)
-    index, num_image_tokens = arguments.sequence, config.model.resampler.num_latents
+    index, media_tokens = arguments.sequence, num_media_tokens(config.model)
     loaded, origin = load(config, tokenizer, arguments.step, arguments.microbatch, index)
     sequence = sequence_positions(loaded.batch, index)
-    counts = statistics_line(sequence, num_image_tokens)
+    counts = statistics_line(sequence, media_tokens)
     plain = arguments.no_color or console.no_color or not console.is_terminal
-    text = render(sequence, tokenizer, num_image_tokens, Marks.of(console.encoding), plain=plain)
+    text = render(sequence, tokenizer, media_tokens, Marks.of(console.encoding), plain=plain)
     for line in (Text(origin), Text(counts), legend(plain=plain), Text(), text, Text()):
         console.print(Text(line.plain) if plain else line, soft_wrap=plain)
     for bad in loaded.bad_samples:
         console.print(Text(f"left out or replaced: {bad.source}: {bad.reason}", style="" if plain else "red"))
     stem = f"step_{arguments.step:06d}_microbatch_{arguments.microbatch}_sequence_{index}"
     arguments.out.mkdir(parents=True, exist_ok=True)
-    marked = render(sequence, tokenizer, num_image_tokens, Marks.of("utf-8"), plain=True).plain
+    marked = render(sequence, tokenizer, media_tokens, Marks.of("utf-8"), plain=True).plain
     (arguments.out / f"{stem}.txt").write_text(f"{origin}\n{counts}\n\n{marked}\n", encoding="utf-8")
-    images = sequence_images(loaded.batch, index, num_image_tokens)
+    images = sequence_images(loaded.batch, index, media_tokens[Modality.IMAGE])
     for number, image in enumerate(images, start=1):
         image.save(arguments.out / f"{stem}_image_{number}.png")
     console.print(Text(f"{arguments.out}/{stem}*: the text and {len(images)} images"))

@@ -32,6 +32,7 @@ from aki_megatron.checkpoint.conversion_steps import (
 )
 from aki_megatron.checkpoint.dcp_io import WEIGHT, CheckpointSource, write_checkpoint
 from aki_megatron.checkpoint.hf_config import (
+    audio_config,
     decoder_config,
     language_config_json,
     read_config_json,
@@ -44,8 +45,9 @@ from aki_megatron.checkpoint.hf_export import (
     exported_images,
     exported_source,
     exported_system_message,
+    refuse_audio,
 )
-from aki_megatron.checkpoint.hf_folders import language_source, vision_source
+from aki_megatron.checkpoint.hf_folders import audio_source, language_source, vision_source
 from aki_megatron.checkpoint.hf_reference import Reference
 from aki_megatron.checkpoint.official import has_vision_encoder, match_official, official_names, open_official
 from aki_megatron.checkpoint.readers import open_safetensors
@@ -63,9 +65,9 @@ from aki_megatron.checkpoint.tensors import (
 )
 from aki_megatron.checkpoint.writers import SHARD_BYTES, write_safetensors, write_torch_file
 from aki_megatron.config.attention import AttentionConfig
-from aki_megatron.config.model import ModelConfig
+from aki_megatron.config.model import AudioConfig, ModelConfig
 from aki_megatron.data.tokenizer import Vocabulary, grow_tokenizer
-from aki_megatron.errors import CheckpointError
+from aki_megatron.errors import CheckpointError, ConfigError
 
 RELEASE_FILE, TRAINING_FILE = "model.safetensors", "checkpoint_0.pt"
 """What to-official writes: the whole model, or the release's training checkpoint, which lacks the vision encoder."""
@@ -90,23 +92,28 @@ def from_hf(
     *,
     model: ConvertedModel | None,
     tokenizer: Path,
+    audio: Path | None = None,
 ) -> ConversionReport:
     """Convert the folders of a language model and of SigLIP to a checkpoint; the rest of AKI is randomly initialized.
 
     model  None takes the sizes from the folders, AKI's resampler and LM head bias, and the attention rule mma
+    audio  folder of a Whisper model, whose encoder is taken; None: a model without audio, or with random weights of it
     """
     sources = {"language": str(language), "vision": str(vision), "tokenizer": str(tokenizer)}
+    sources |= {"audio": str(audio)} if audio else {}
     report = ConversionReport("from-hf", sources)
     # faults of config.json first: the tokenizer's class reads it too
     decoder_config(language, vocab_size=1, num_added_tokens=0)
     vision_config(vision)
     with TemporaryDirectory() as tokenizer_dir:
         vocabulary = grow_tokenizer(tokenizer, Path(tokenizer_dir))
-        model = model or _model_of_folders(language, vision, vocabulary)
+        model = model or _model_of_folders(language, vision, audio, vocabulary)
         check_chat_tokens(model.config.decoder, Path(tokenizer_dir), tokenizer)
         check_rows(language, model.config.decoder, vocabulary, tokenizer)
         check_vocabulary(model.config, vocabulary, tokenizer)
         folders = [vision_source(vision, model.config.vision), language_source(language, model.config.decoder)]
+        if audio:
+            folders.append(audio_source(audio, _audio_section(model.config, audio)))
         matches = [match_folder(pretrained, model.config, settings.allowed) for pretrained in folders]
         native = merge(
             *(to_native(pretrained.tensors, match.table) for pretrained, match in zip(folders, matches, strict=True))
@@ -127,6 +134,7 @@ def from_hf(
         table,
         read_config_json(language),
         vision_json.get("vision_config", vision_json),
+        read_config_json(audio) if audio else None,
     )
     compare_logits(report, checkpoint, reference, settings)
     return report
@@ -173,6 +181,7 @@ def to_hf(
                merge them into the weights
     """
     source, model = open_checkpoint(checkpoint, merged=not adapter)
+    refuse_audio(model.config)
     tokenizer = tokenizer or run_tokenizer(source.path)
     with TemporaryDirectory() as grown:
         check_tokenizer(model.config, tokenizer, Path(grown))
@@ -247,6 +256,7 @@ def from_official(
 def to_official(checkpoint: Path, folder: Path, settings: ConversionSettings, *, training: bool) -> ConversionReport:
     """Convert a checkpoint to the official release's file; with ``training`` to its training checkpoint."""
     source, model = open_checkpoint(checkpoint)
+    refuse_audio(model.config)
     table = official_names(model.config, vision=not training)
     report = ConversionReport("to-official", _published_source(source.path), external_records(source, table))
     report.records += skipped_records(source, sorted(source.specs.keys() - table.keys()))
@@ -286,9 +296,17 @@ def _published_source(checkpoint: Path) -> dict[str, str]:
     return {"checkpoint": checkpoint.name, f"sha256 of its {files.MANIFEST}": digest}
 
 
-def _model_of_folders(language: Path, vision: Path, vocabulary: Vocabulary) -> ConvertedModel:
+def _model_of_folders(language: Path, vision: Path, audio: Path | None, vocabulary: Vocabulary) -> ConvertedModel:
     decoder = decoder_config(language, vocab_size=vocabulary.vocab_size, num_added_tokens=vocabulary.num_added_tokens)
-    return ConvertedModel(ModelConfig(vision=vision_config(vision), decoder=decoder), AttentionConfig(rule="mma"))
+    hears = audio_config(audio) if audio else None
+    config = ModelConfig(vision=vision_config(vision), audio=hears, decoder=decoder)
+    return ConvertedModel(config, AttentionConfig(rule="mma"))
+
+
+def _audio_section(config: ModelConfig, folder: Path) -> AudioConfig:
+    if config.audio is None:
+        raise ConfigError(f"The model (--model) has no audio encoder, model.audio is null; leave --audio {folder} out.")
+    return config.audio
 
 
 def _stock_reference(source: TensorSource, table: NameTable, config: ModelConfig) -> Reference:

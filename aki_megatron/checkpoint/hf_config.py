@@ -1,8 +1,8 @@
 """config.json of Hugging Face folders to a section of our configuration, and back.
 
-What differs between language models is in their family's file (aki_megatron/families); SigLIP has one table of keys
-here. A folder whose model the layers here cannot compute (biases, sliding windows, other rotary embeddings) is refused
-with the key that says so.
+What differs between language models is in their family's file (aki_megatron/families); SigLIP and Whisper have a table
+of keys each here. A folder whose model the layers here cannot compute (biases, sliding windows, other rotary
+embeddings) is refused with the key that says so.
 """
 
 import json
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from aki_megatron.checkpoint.foreign_files import kind_of, refuse_other_folder, refuse_pointer
 from aki_megatron.checkpoint.hf_rope import ROPE_KEYS, rope_config, text_of, unsupported_rope
-from aki_megatron.config.model import DecoderConfig, VisionConfig
+from aki_megatron.config.model import AudioConfig, DecoderConfig, VisionConfig
 from aki_megatron.config.section import Section
 from aki_megatron.errors import CheckpointError, ConfigError
 from aki_megatron.families.base import HFConfigKeys
@@ -42,6 +42,18 @@ _VISION_KEYS = (
     ("pooling_head", "vision_use_head", True),
 )
 """Field of VisionConfig, key of config.json, value that transformers takes where config.json omits the key."""
+
+_AUDIO_KEYS = (
+    ("hidden_size", "d_model", 384),
+    ("num_layers", "encoder_layers", 4),
+    ("num_heads", "encoder_attention_heads", 6),
+    ("intermediate_size", "encoder_ffn_dim", 1536),
+    ("num_mel_bins", "num_mel_bins", 80),
+)
+"""The same of AudioConfig and Whisper."""
+
+POSITIONS_PER_SECOND = 50
+"""Of Whisper's encoder: max_source_positions are this many times the seconds of its input."""
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
@@ -121,6 +133,24 @@ def vision_config(folder: Path) -> VisionConfig:
     return _build(folder, lambda: VisionConfig(**{name: hf[key] for name, key in keys.items()}), keys)
 
 
+def audio_config(folder: Path) -> AudioConfig:
+    """Return the encoder that a Whisper folder describes.
+
+    Raises CheckpointError without a readable config.json; ConfigError where it describes another encoder.
+    """
+    hf = read_config_json(folder)
+    problems = list(_other_values(hf, {"model_type": "whisper", "activation_function": "gelu"}))
+    positions = hf.get("max_source_positions", 1500)
+    if not isinstance(positions, int) or positions < 1 or positions % POSITIONS_PER_SECOND:
+        problems.append(
+            f"max_source_positions={positions}; only multiples of {POSITIONS_PER_SECOND} (whole seconds) are supported"
+        )
+    if problems:
+        _refuse(folder, problems)
+    sizes = {name: hf.get(key, default) for name, key, default in _AUDIO_KEYS}
+    return AudioConfig(**sizes, seconds=positions // POSITIONS_PER_SECOND)
+
+
 def language_config_json(config: DecoderConfig) -> dict[str, Any]:
     """Return the config.json of a stock language model, as transformers 4 and 5 read it.
 
@@ -198,7 +228,7 @@ def check_vision_config(folder: Path, config: VisionConfig) -> None:
     _raise_if(_differences("model.vision", config, vision_config(folder), keys), folder)
 
 
-_Built = TypeVar("_Built", DecoderConfig, VisionConfig)
+_Built = TypeVar("_Built", DecoderConfig, VisionConfig, AudioConfig)
 
 
 def _build(folder: Path, make: Callable[[], _Built], keys: Mapping[str, str]) -> _Built:
@@ -218,6 +248,15 @@ def _build(folder: Path, make: Callable[[], _Built], keys: Mapping[str, str]) ->
             first, *rest = (str(name) for name in one["loc"])
             problems.append(f"{'.'.join([keys.get(first, first), *rest])}={text_of(one['input'])}: {one['msg']}")
         _refuse(folder, problems)
+
+
+def check_audio_config(folder: Path, config: AudioConfig) -> None:
+    """Compare the run's audio encoder with the one that a folder describes.
+
+    Raises ConfigError with every difference: our key, the folder's key, both values.
+    """
+    keys = {name: key for name, key, _ in _AUDIO_KEYS} | {"seconds": f"max_source_positions / {POSITIONS_PER_SECOND}"}
+    _raise_if(_differences("model.audio", config, audio_config(folder), keys), folder)
 
 
 def _no_sizes(hf: Mapping[str, Any], keys: Mapping[str, str]) -> Iterator[str]:

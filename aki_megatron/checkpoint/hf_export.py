@@ -33,6 +33,7 @@ from aki_megatron.checkpoint.tensors import NameTable, TensorSource, cast, to_ex
 from aki_megatron.checkpoint.weight_names import LM_HEAD, language_names, vision_names
 from aki_megatron.checkpoint.writers import SHARD_BYTES, write_shards
 from aki_megatron.config.attention import AttentionConfig, export_refusal
+from aki_megatron.config.combinations import AUDIO_EXPORT_REFUSAL
 from aki_megatron.config.data import OFFICIAL_IMAGES, SYSTEM_MESSAGE, ImagesConfig
 from aki_megatron.config.model import ModelConfig, ResamplerConfig
 from aki_megatron.data.tokenizer import grow_tokenizer
@@ -116,9 +117,10 @@ def export(
 
     One tensor is in memory at a time.
 
-    Raises ConfigError where the modelling file cannot run the attention rule; CheckpointError where the tensors or the
-    tokenizer are not those of the model.
+    Raises ConfigError where the modelling file cannot run the attention rule or lacks an encoder; CheckpointError where
+    the tensors or the tokenizer are not those of the model.
     """
+    refuse_audio(config)
     if refusal := export_refusal(attention):
         raise ConfigError(f"{refusal}. Export a model that was trained under causal or mma.")
     shapes = model_shapes(config)
@@ -140,6 +142,12 @@ def export(
     _copy(CONFIGURATION, out)
     _copy(MODELLING, out)
     write_shards(out, external, shard_bytes=shard_bytes)
+
+
+def refuse_audio(config: ModelConfig) -> None:
+    """Raise ConfigError for a model with an audio encoder, which no external format here can hold."""
+    if config.audio is not None:
+        raise ConfigError(f"model.audio is set, and {AUDIO_EXPORT_REFUSAL}. Evaluate and serve the checkpoint itself.")
 
 
 def export_config_json(config: ModelConfig, attention: AttentionConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Hugging Face folders of SigLIP and of language models: opened for reading, and written.
+"""Hugging Face folders of SigLIP, Whisper and language models: opened for reading, and written.
 
 Strict: config.json must agree with the run's model section, and every tensor must be there with the right shape; errors
 list every difference. Only safetensors are read, never a pickle.
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from aki_megatron.checkpoint.hf_config import (
+    check_audio_config,
     check_decoder_config,
     check_vision_config,
     read_config_json,
@@ -22,8 +23,8 @@ from aki_megatron.checkpoint.hf_config import (
 from aki_megatron.checkpoint.readers import open_safetensors
 from aki_megatron.checkpoint.shapes import check_shapes
 from aki_megatron.checkpoint.tensors import LazyTensors, NameTable, TensorSource, TensorSpec, to_external
-from aki_megatron.checkpoint.weight_names import is_buffer, language_names, vision_names
-from aki_megatron.config.model import DecoderConfig, ModelConfig, VisionConfig
+from aki_megatron.checkpoint.weight_names import audio_names, is_buffer, language_names, vision_names
+from aki_megatron.config.model import AudioConfig, DecoderConfig, ModelConfig, VisionConfig
 from aki_megatron.errors import CheckpointError
 from aki_megatron.families.registry import FAMILIES
 from aki_megatron.model.init import seeded
@@ -126,6 +127,21 @@ def vision_source(folder: Path, config: VisionConfig) -> PretrainedFolder:
     return PretrainedFolder(
         folder, tensors, vision_names(config, prefix), tuple(name for name in stored.specs if name not in specs)
     )
+
+
+def audio_source(folder: Path, config: AudioConfig) -> PretrainedFolder:
+    """Open the encoder of a Whisper folder: of a WhisperForConditionalGeneration, a WhisperModel, or the encoder alone.
+
+    Raises ConfigError where config.json describes another encoder; CheckpointError where the weights cannot be read.
+    """
+    check_audio_config(folder, config)
+    stored = open_safetensors(folder)
+    prefix = next(prefix for prefix in ("model.encoder.", "encoder.", "")
+                  if any(name.startswith(prefix) for name in stored.specs) or not prefix)  # fmt: skip
+    specs = {name: spec for name, spec in stored.specs.items() if name.startswith(prefix)}
+    tensors = LazyTensors(specs, {name: lambda name=name: stored.get(name) for name in specs})  # type: ignore[misc]
+    skipped = tuple(name for name in stored.specs if name not in specs)  # the decoder
+    return PretrainedFolder(folder, tensors, audio_names(config, prefix), skipped)
 
 
 def check_folder(folder: PretrainedFolder, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:

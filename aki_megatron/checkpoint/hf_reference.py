@@ -17,18 +17,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import SiglipVisionConfig
+from transformers import SiglipVisionConfig, WhisperConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from aki_megatron.checkpoint.tensors import NameTable, TensorSource, to_external
-from aki_megatron.checkpoint.weight_names import LM_HEAD, TOKEN_EMBEDDING, language_names, vision_names
-from aki_megatron.config.model import ModelConfig
+from aki_megatron.checkpoint.weight_names import LM_HEAD, TOKEN_EMBEDDING, audio_names, language_names, vision_names
+from aki_megatron.config.model import ModelConfig, ResamplerConfig
 from aki_megatron.families.registry import FAMILIES
 from aki_megatron.types import Batch, Modality
 
 ADDED_EMBEDDING = "input_embedder.token_embedding.added_tokens"
 ADDED_LM_HEAD = "lm_head.added_tokens"
-RESAMPLER = "input_embedder.resampler."
+RESAMPLER, AUDIO_RESAMPLER = "input_embedder.resampler.", "input_embedder.audio_resampler."
+AUDIO = "audio."
+"""Put before the names in Whisper's encoder, to tell them from others."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Reference:
     """config.json of the language model, as transformers reads it."""
     vision: Mapping[str, Any]
     """config.json of the SigLIP encoder."""
+    audio: Mapping[str, Any] | None = None
+    """config.json of the Whisper model; None: a model without audio, or whose encoder no source holds."""
 
 
 class HFReferenceModel:
@@ -56,6 +61,7 @@ class HFReferenceModel:
             deepcopy(dict(reference.language)), attn_implementation="eager"
         )
         self._vision = SiglipVisionConfig.from_dict(deepcopy(dict(reference.vision)), attn_implementation="eager")
+        self._audio = reference.audio
         self._config = config
         self._native = native
         self.missing = tuple(sorted(native.specs.keys() - reference.names.keys()))
@@ -64,6 +70,7 @@ class HFReferenceModel:
         self._readers: dict[str, Callable[[], Tensor]] = {}
         """Name in the stock model, or native name of a tensor that stock models lack -> how to read it."""
         stock = {**language_names(config.decoder), **vision_names(config.vision, "")}
+        stock |= audio_names(config.audio, AUDIO) if config.audio else {}
         for name, spec in native.specs.items():
             found = name in reference.names
             names = reference.names[name] if found else stock.get(name, (name,))
@@ -78,14 +85,19 @@ class HFReferenceModel:
         return _read(self._native, name, self._dtypes[name])
 
     def embed(self, batch: Batch) -> Tensor:
-        """Return the input embeddings [B, T, D], image embeddings at IMAGE positions."""
+        """Return the input embeddings [B, T, D], those of media at their positions."""
         decoder = self._config.decoder
         added = batch.token_ids >= decoder.vocab_size
         embeds = self._padded(TOKEN_EMBEDDING)[batch.token_ids.where(~added, 0)]
         if decoder.num_added_tokens:
             embeds[added] = self._readers[ADDED_EMBEDDING]()[batch.token_ids[added] - decoder.vocab_size]
-        latents = self._resample(self._vision_features(batch.media[Modality.IMAGE])).flatten(0, 1)
-        embeds[batch.modality_ids == Modality.IMAGE] = latents
+        features = self._vision_features(batch.media[Modality.IMAGE])
+        latents = self._resample(features, self._config.resampler, RESAMPLER)
+        embeds[batch.modality_ids == Modality.IMAGE] = latents.flatten(0, 1)
+        if self._config.audio is not None:
+            features = self._audio_features(batch.media[Modality.AUDIO])
+            latents = self._resample(features, self._config.audio.resampler, AUDIO_RESAMPLER)
+            embeds[batch.modality_ids == Modality.AUDIO] = latents.flatten(0, 1)
         return embeds
 
     def rotary(self, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,9 +158,22 @@ class HFReferenceModel:
         dim, eps = self._vision.hidden_size, self._vision.layer_norm_eps
         return self._module(lambda: nn.LayerNorm(dim, eps=eps), "post_layernorm.")(hidden)
 
-    def _resample(self, media: Tensor) -> Tensor:
-        """Patch features [N, P, W] -> image embeddings [N, Q, D], by the Perceiver resampler's definition."""
-        config, weights = self._config.resampler, self._state(RESAMPLER)
+    def _audio_features(self, log_mel: Tensor) -> Tensor:
+        """Spectrograms [N, M, F] -> features [N, P, W], by transformers' Whisper."""
+        audio = self._config.audio
+        assert audio is not None
+        values = {"d_model": audio.hidden_size, "encoder_layers": audio.num_layers}
+        values |= {"encoder_attention_heads": audio.num_heads, "encoder_ffn_dim": audio.intermediate_size}
+        values |= {"num_mel_bins": audio.num_mel_bins, "max_source_positions": audio.num_positions}
+        config = WhisperConfig.from_dict(values | deepcopy(dict(self._audio or {})), attn_implementation="eager")
+        encoder = WhisperEncoder(config)
+        encoder.load_state_dict(self._state(AUDIO))
+        features: Tensor = encoder.eval()(log_mel).last_hidden_state
+        return features
+
+    def _resample(self, media: Tensor, config: ResamplerConfig, prefix: str) -> Tensor:
+        """Features [N, P, W] of items -> their embeddings [N, Q, D], by the Perceiver resampler's definition."""
+        weights = self._state(prefix)
         heads = (config.num_heads, config.head_dim)
 
         def norm(x: Tensor, name: str) -> Tensor:

@@ -14,7 +14,7 @@ from aki_megatron.checkpoint import files
 from aki_megatron.checkpoint.adapters import MergedWeights, merge_adapters
 from aki_megatron.checkpoint.collectives import RankGroup
 from aki_megatron.checkpoint.dcp_io import CheckpointSource
-from aki_megatron.checkpoint.hf_folders import check_folder, language_source, vision_source
+from aki_megatron.checkpoint.hf_folders import audio_source, check_folder, language_source, vision_source
 from aki_megatron.checkpoint.shapes import check_shapes, model_shapes
 from aki_megatron.checkpoint.tensors import TensorSource, to_native
 from aki_megatron.config.model import ModelConfig
@@ -71,22 +71,26 @@ def load_pretrained(
     stage: Stage,
     *,
     vision: Path | None = None,
+    audio: Path | None = None,
     language: Path | None = None,
     tensor_rank: int = 0,
     tensor_ranks: int = 1,
 ) -> list[str]:
-    """Copy the weights of a SigLIP folder, a language model's folder, or both into a stage.
+    """Copy the weights of a SigLIP folder, a Whisper folder, a language model's folder, or several into a stage.
 
     Call it before an engine partitions the stage. Folders are compared with the whole model, whatever the stage holds.
 
-    Returns the names of the stage's tensors that keep their random values (resampler, added tokens, head bias), because
-    no stock model has them.
+    Returns the names of the stage's tensors that keep their random values (resamplers, added tokens, head bias),
+    because no stock model has them.
 
     Raises ConfigError where config.json disagrees with the stage's configuration; CheckpointError where the tensors do,
     or where they cannot be read.
     """
     config, remaining = stage.config, set(global_names(stage).values())
     folders = [] if vision is None else [vision_source(vision, config.vision)]
+    if audio is not None:
+        assert config.audio is not None
+        folders.append(audio_source(audio, config.audio))
     folders += [] if language is None else [language_source(language, config.decoder)]
     shapes = model_shapes(config) if folders else {}
     for folder in folders:
@@ -107,7 +111,7 @@ def weight_initializer(config: RunConfig, topology: Topology, *, resuming: bool)
     """
     init = config.init
     shard = {"tensor_rank": topology.tensor_rank, "tensor_ranks": topology.tensor}
-    if resuming or (init.weights is None and init.vision is None and init.language is None):
+    if resuming or all(part is None for part in (init.weights, init.vision, init.audio, init.language)):
         return lambda _stage: None
     if init.weights is not None:
         source = open_weights(init.weights, config.model)
@@ -118,7 +122,7 @@ def weight_initializer(config: RunConfig, topology: Topology, *, resuming: bool)
         return copy
 
     def init_weights(stage: Stage) -> None:
-        random = load_pretrained(stage, vision=init.vision, language=init.language, **shard)
+        random = load_pretrained(stage, vision=init.vision, audio=init.audio, language=init.language, **shard)
         logger.info("random initialization of %d tensors: %s", len(random), ", ".join(random))
 
     return init_weights

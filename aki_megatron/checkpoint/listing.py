@@ -21,6 +21,8 @@ FORMATS: dict[str, dict[str, str]] = {
     "checkpoint of aki_megatron": {
         f"{WEIGHT}input_embedder.vision_encoder.": "vision encoder",
         f"{WEIGHT}input_embedder.resampler.": "resampler",
+        f"{WEIGHT}input_embedder.audio_encoder.": "audio encoder",
+        f"{WEIGHT}input_embedder.audio_resampler.": "audio resampler",
         WEIGHT: "decoder",
         "": OPTIMIZER_STATE,
     },

@@ -134,11 +134,13 @@ def _rounding_limit(scale: float, perturbed_difference: float) -> float:
 
 
 def synthetic_batch(config: ModelConfig) -> Batch:
-    """A sequence of system text, image, question and answer, and a shorter one of text alone with every added token."""
-    decoder, generator = config.decoder, torch.Generator().manual_seed(0)
-    text, image, response = int(Modality.TEXT), int(Modality.IMAGE), int(Modality.RESPONSE)
+    """A sequence of system text, an item of every modality, question and answer; one of text with every added token."""
+    decoder, audio, generator = config.decoder, config.audio, torch.Generator().manual_seed(0)
+    text, response = int(Modality.TEXT), int(Modality.RESPONSE)
+    media = [int(Modality.IMAGE)] * config.resampler.num_latents
+    media += [int(Modality.AUDIO)] * audio.resampler.num_latents if audio else []
     sequences = [
-        [text] * 6 + [image] * config.resampler.num_latents + [text] * 9 + [response] * 6,
+        [text] * 6 + media + [text] * 9 + [response] * 6,
         [text] * (4 + decoder.num_added_tokens) + [response] * 4,
     ]
     length = max(map(len, sequences))
@@ -152,25 +154,28 @@ def synthetic_batch(config: ModelConfig) -> Batch:
     targets[:, :-1] = tokens[:, 1:].where(modality[:, 1:] == response, IGNORE)
     positions = torch.arange(length).expand_as(tokens).where(valid, 0)
     size = config.vision.image_size
+    items = {Modality.IMAGE: torch.rand(1, 3, size, size, generator=generator) * 2 - 1}
+    if audio:
+        items[Modality.AUDIO] = torch.rand(1, audio.num_mel_bins, audio.num_frames, generator=generator) * 2 - 1
     return Batch(
         token_ids=tokens,
         modality_ids=modality,
         segment_ids=torch.zeros_like(tokens).where(valid, NO_SEGMENT),
         position_ids=positions,
         targets=targets,
-        media={Modality.IMAGE: torch.rand(1, 3, size, size, generator=generator) * 2 - 1},
+        media=items,
     )
 
 
 def _additive_mask(batch: Batch, *, mutual: bool) -> Tensor:
-    """What transformers adds to attention scores, [B, 1, T, T]: causal, and images see the prompt text after them.
+    """What transformers adds to attention scores, [B, 1, T, T]: causal, and media see the prompt text after them.
 
-    It is written for ``synthetic_batch`` (one image, one turn) and shares no code with aki_megatron.attention.
+    It is written for ``synthetic_batch`` (one prompt) and shares no code with aki_megatron.attention.
     """
     query, key = batch.modality_ids[:, :, None], batch.modality_ids[:, None, :]
     allowed = torch.ones(batch.token_ids.shape[1:] * 2, dtype=torch.bool).tril() & (key != Modality.PAD)
     if mutual:
-        allowed = allowed | ((query == Modality.IMAGE) & (key == Modality.TEXT))
+        allowed = allowed | (((query == Modality.IMAGE) | (query == Modality.AUDIO)) & (key == Modality.TEXT))
     return torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min).unsqueeze(1)
 
 

@@ -8,7 +8,7 @@ family's (aki_megatron/families); Hugging Face folders and the official AKI rele
 from collections.abc import Iterable
 
 from aki_megatron.checkpoint.tensors import NameTable
-from aki_megatron.config.model import DecoderConfig, VisionConfig
+from aki_megatron.config.model import AudioConfig, DecoderConfig, VisionConfig
 from aki_megatron.families.base import WeightRule
 from aki_megatron.families.registry import FAMILIES
 
@@ -64,6 +64,24 @@ POOLING_RULES = (
     *linear_rules("input_embedder.vision_encoder.pooling_head.mlp.down_proj", "head.mlp.fc2"),
 )
 
+AUDIO_LAYER_RULES = (
+    *linear_rules("input_embedder.audio_encoder.layers.{i}.attention_norm", "layers.{i}.self_attn_layer_norm"),
+    *linear_rules("input_embedder.audio_encoder.layers.{i}.attention.q_proj", "layers.{i}.self_attn.q_proj"),
+    WeightRule("input_embedder.audio_encoder.layers.{i}.attention.k_proj.weight", "layers.{i}.self_attn.k_proj.weight"),
+    *linear_rules("input_embedder.audio_encoder.layers.{i}.attention.v_proj", "layers.{i}.self_attn.v_proj"),
+    *linear_rules("input_embedder.audio_encoder.layers.{i}.attention.out_proj", "layers.{i}.self_attn.out_proj"),
+    *linear_rules("input_embedder.audio_encoder.layers.{i}.mlp_norm", "layers.{i}.final_layer_norm"),
+    *linear_rules("input_embedder.audio_encoder.layers.{i}.mlp.up_proj", "layers.{i}.fc1"),
+    *linear_rules("input_embedder.audio_encoder.layers.{i}.mlp.down_proj", "layers.{i}.fc2"),
+)
+
+AUDIO_RULES = (
+    *linear_rules("input_embedder.audio_encoder.conv1", "conv1"),
+    *linear_rules("input_embedder.audio_encoder.conv2", "conv2"),
+    WeightRule("input_embedder.audio_encoder.position_embedding", "embed_positions.weight"),
+    *linear_rules("input_embedder.audio_encoder.norm", "layer_norm"),
+)
+
 
 def name_table(
     rules: Iterable[WeightRule], *, prefix: str = "", layers: int | None = None
@@ -102,3 +120,10 @@ def vision_names(config: VisionConfig, prefix: str) -> NameTable:
     """Return the names of a SigLIP encoder, with its pooling head where the configuration has one."""
     rules = (*VISION_RULES, *POOLING_RULES) if config.pooling_head else VISION_RULES
     return name_table(rules, prefix=prefix) | name_table(VISION_LAYER_RULES, prefix=prefix, layers=config.num_layers)
+
+
+def audio_names(config: AudioConfig, prefix: str) -> NameTable:
+    """Return the names of Whisper's encoder."""
+    return name_table(AUDIO_RULES, prefix=prefix) | name_table(
+        AUDIO_LAYER_RULES, prefix=prefix, layers=config.num_layers
+    )

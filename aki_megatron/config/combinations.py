@@ -228,6 +228,12 @@ def refusals(run: RunConfig) -> list[str]:
     return found
 
 
+AUDIO_EXPORT_REFUSAL = "neither the exported modelling file nor the official release has an audio encoder"
+"""Why to-hf and to-official refuse a model with model.audio."""
+
+AUDIO_PROOF = "tests/distributed/test_two_modalities.py"
+"""Proof that a model with images and audio equals one process under every kind of parallelism."""
+
 HEAD = """\
 # What works together
 
@@ -286,6 +292,12 @@ Sizes have rules of their own, which do not depend on the combination: `parallel
 `parallel.virtual_stages` is at most the number of decoder layers; `train.global_batch_size` is a multiple of the
 data-parallel size.
 
+## Audio
+
+`model.audio` (docs/modalities.md) goes with every row; both modalities in packed sequences, and micro-batches without
+one of them, are proven by {audio_proof}.
+A model with audio is not exported: {audio_export}.
+
 ## Attention rules
 
 Who may attend to whom is chosen by `attention.rule` (`aki_megatron/config/attention.py`). Where a rule looks ahead at
@@ -332,7 +344,7 @@ def page() -> str:
         + table(supported)
         + REFUSED_HEAD
         + table(refused)
-        + FOOT
+        + FOOT.format(audio_proof=link(AUDIO_PROOF), audio_export=AUDIO_EXPORT_REFUSAL)
         + table(_rule_rows())
         + deepspeed_section()
     )

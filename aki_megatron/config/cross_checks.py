@@ -128,21 +128,26 @@ def phase_problems(run: RunConfig) -> Iterator[str]:
 def packing_problems(run: RunConfig) -> Iterator[str]:
     """Check that a packed sequence holds the longest sample."""
     packing = run.data.packing
-    longest = run.data.max_text_tokens + run.model.resampler.num_latents
+    longest = run.data.max_text_tokens + run.model.max_media_positions
     if packing.enabled and packing.sequence_length < longest:
         yield (
             f"data.packing.sequence_length={packing.sequence_length} is shorter than the longest sample, "
-            f"data.max_text_tokens + model.resampler.num_latents = {longest}; set it to a multiple of that."
+            f"data.max_text_tokens + {_latents_text(run)} = {longest}; set it to a multiple of that."
         )
+
+
+def _latents_text(run: RunConfig) -> str:
+    """Return the keys whose sum is ModelConfig.max_media_positions."""
+    return "model.resampler.num_latents" + " + model.audio.resampler.num_latents" * (run.model.audio is not None)
 
 
 def length_problems(run: RunConfig) -> Iterator[str]:
     """Check that the longest sample fits into the positions of the decoder."""
-    longest, latents = run.data.max_text_tokens, run.model.resampler.num_latents
+    longest, latents = run.data.max_text_tokens, run.model.max_media_positions
     positions = run.model.decoder.rope.max_position_embeddings
     if longest + latents > positions:
         yield (
-            f"data.max_text_tokens={longest} + model.resampler.num_latents={latents} = {longest + latents} positions "
+            f"data.max_text_tokens={longest} + {_latents_text(run)}={latents} = {longest + latents} positions "
             f"exceed model.decoder.rope.max_position_embeddings={positions}; "
             f"set data.max_text_tokens to {max(1, positions - latents)} or less."
         )
@@ -166,7 +171,12 @@ def schedule_problems(run: RunConfig) -> Iterator[str]:
 def init_problems(run: RunConfig) -> Iterator[str]:
     """Check that each part of the model is loaded from one source."""
     init = run.init
-    parts = [name for name in ("vision", "language") if getattr(init, name) is not None]
+    if init.audio is not None and run.model.audio is None:
+        yield (
+            f"init.audio={init.audio} is for an audio encoder, but model.audio is null; give its sizes under "
+            "model.audio, or remove init.audio."
+        )
+    parts = [name for name in ("vision", "audio", "language") if getattr(init, name) is not None]
     if init.weights is not None and parts:
         names = " and ".join(f"init.{name}={getattr(init, name)}" for name in parts)
         yield (

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from aki_megatron.config.datasets import CAPTION_FORMATS, DATASETS, OCR_GRANULARITIES, OFFICIAL_INDEX
+from aki_megatron.config.datasets import CAPTION_FORMATS, DATASETS, DRAWN_DATASETS, OCR_GRANULARITIES, OFFICIAL_INDEX
 from aki_megatron.config.section import (
     AtMost,
     FilePath,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     CaptionFormat = str
     Granularity = str
 else:  # the registry is the one list of names; type checkers do not evaluate it
-    SourceName = Literal[tuple(DATASETS)]
+    SourceName = Literal[(*DATASETS, *DRAWN_DATASETS)]
     CaptionFormat = Literal[CAPTION_FORMATS]
     Granularity = Literal[(*OCR_GRANULARITIES, OFFICIAL_INDEX)]
 

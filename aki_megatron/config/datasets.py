@@ -18,6 +18,9 @@ DATASETS: dict[str, str] = {
 }
 """Dataset -> module below data/sources/ and the DatasetReader in it. A new dataset is one more line."""
 
+DRAWN_DATASETS: dict[str, str] = {"tones": "tones:READER"}
+"""The same for datasets that were never released: tools/make_data.py draws them."""
+
 CAPTION_FORMATS = ("caption", "blip3_ocr")
 """What the txt member of a caption shard holds; data/captions.py parses them."""
 

@@ -38,7 +38,11 @@ BOUNDS: tuple[tuple[type, str, str], ...] = (
 
 
 def section_class(annotation: Any) -> type[BaseModel] | None:
-    """Return the section class that a field holds, or None for a value."""
+    """Return the section class that a field holds, one that null may replace included, or None for a value."""
+    if get_origin(annotation) in (Union, UnionType) and NoneType in get_args(annotation):
+        annotation, *others = [inner for inner in get_args(annotation) if inner is not NoneType]
+        if others:
+            return None
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 

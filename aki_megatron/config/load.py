@@ -158,6 +158,6 @@ def flag_texts(values: dict[str, Any]) -> dict[str, str]:
     for key in FLAGS:
         value: Any = values
         for part in key.split("."):
-            value = value[part]
+            value = None if value is None else value[part]  # a section may be null
         texts[key] = value if isinstance(value, str) else format_value(value)
     return texts

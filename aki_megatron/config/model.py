@@ -1,10 +1,10 @@
-"""Sizes of the three parts of the model: SigLIP encoder, Perceiver resampler, decoder."""
+"""Sizes of the parts of the model: SigLIP encoder, Perceiver resampler, decoder; Whisper encoder where it hears."""
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, field_serializer, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, field_serializer, model_validator
 
-from aki_megatron.config.section import AtMost, Floats, OneOf, PositiveInt, Section
+from aki_megatron.config.section import AtMost, Floats, OneOf, PositiveInt, Section, no_stand_in
 from aki_megatron.errors import ConfigError
 from aki_megatron.families.base import FamilyTraits
 from aki_megatron.families.registry import DEFAULT_FAMILY, DEFAULT_ROPE, FAMILIES
@@ -59,10 +59,10 @@ class VisionConfig(Section):
 
 
 class ResamplerConfig(Section):
-    """Perceiver resampler from image features to decoder embeddings; the defaults are AKI's."""
+    """Perceiver resampler from an encoder's features to decoder embeddings; the defaults are AKI's."""
 
     num_latents: Size = 144
-    """Latent queries: positions that one image takes in the decoder's sequence."""
+    """Latent queries: positions that one image (or recording) takes in the decoder's sequence."""
     num_layers: Layers = 6
     """Number of layers of cross-attention and feed-forward block."""
     num_heads: Size = 8
@@ -70,9 +70,52 @@ class ResamplerConfig(Section):
     head_dim: Size = 64
     """Dimension of an attention head."""
     mlp_ratio: Size = 4
-    """Hidden size of the feed-forward block, as a multiple of model.vision.hidden_size."""
+    """Hidden size of the feed-forward block, as a multiple of the encoder's hidden_size."""
     norm_eps: PositiveFloat = 1e-5
     """Epsilon of the layer norms."""
+
+
+class AudioConfig(Section):
+    """Whisper's encoder (Radford et al., 2022) and its resampler; the default sizes are openai/whisper-small's."""
+
+    sample_rate: Annotated[Literal[16000], BeforeValidator(no_stand_in)] = 16000
+    """Samples per second of every recording; Whisper's is 16000."""
+    seconds: Annotated[PositiveInt, AtMost(3600)] = 30
+    """Length of the encoder's input in seconds: shorter recordings are padded with silence, longer ones are refused.
+    Published Whisper weights need 30."""
+    num_mel_bins: Annotated[PositiveInt, AtMost(200)] = 80
+    """Mel bands of the spectrogram: 80, in whisper-large-v3 128."""
+    hidden_size: Size = 768
+    """Hidden size of the transformer."""
+    num_layers: Layers = 12
+    """Number of transformer layers."""
+    num_heads: Size = 12
+    """Number of attention heads."""
+    intermediate_size: Size = 3072
+    """Hidden size of the feed-forward block."""
+    norm_eps: PositiveFloat = 1e-5
+    """Epsilon of the layer norms."""
+    resampler: ResamplerConfig = ResamplerConfig()
+
+    @model_validator(mode="after")
+    def _relations(self) -> "AudioConfig":
+        _check_divisible("model.audio", "hidden_size", self.hidden_size, "num_heads", self.num_heads)
+        if self.hidden_size % 2 or self.hidden_size < 4:
+            raise ConfigError(
+                f"model.audio.hidden_size={self.hidden_size} must be even and at least 4: half of it holds sines of "
+                "the position, half cosines."
+            )
+        return self
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of the spectrogram: one in 10 ms."""
+        return 100 * self.seconds
+
+    @property
+    def num_positions(self) -> int:
+        """Features of a recording: the second convolution halves the frames."""
+        return self.num_frames // 2
 
 
 class RopeConfig(Section):
@@ -222,3 +265,10 @@ class ModelConfig(Section):
     vision: VisionConfig = VisionConfig()
     resampler: ResamplerConfig = ResamplerConfig()
     decoder: DecoderConfig = DecoderConfig()
+    audio: AudioConfig | None = None
+    """Encoder and resampler of recordings; null: the model takes no audio."""
+
+    @property
+    def max_media_positions(self) -> int:
+        """Positions of one item of every modality together."""
+        return self.resampler.num_latents + (self.audio.resampler.num_latents if self.audio else 0)

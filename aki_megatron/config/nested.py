@@ -36,11 +36,13 @@ def flatten(values: Mapping[str, Any], *, open_lists: bool = False, prefix: str 
 
 
 def set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set ``values[a][b][c]`` for the key ``a.b.c``; create mappings that are missing on the way."""
+    """Set ``values[a][b][c]`` for the key ``a.b.c``; create mappings that are missing or null on the way."""
     *path, last = key.split(".")
     inner = values
     for part in path:
-        inner = inner.setdefault(part, {})
+        if inner.get(part) is None:
+            inner[part] = {}
+        inner = inner[part]
     inner[last] = value
 
 

@@ -39,11 +39,13 @@ class InitConfig(Section):
 
     vision: FilePath | None = None
     """Hugging Face folder of a SigLIP model. The encoder stays frozen unless trainable.vision says otherwise."""
+    audio: FilePath | None = None
+    """Hugging Face folder of a Whisper model, of which the encoder is taken. It stays frozen."""
     language: FilePath | None = None
     """Hugging Face folder of a language model of the family model.decoder.family."""
     weights: FilePath | None = None
-    """Run folder or checkpoint folder of an earlier run: loads all weights, no optimizer state. Excludes init.vision
-    and init.language."""
+    """Run folder or checkpoint folder of an earlier run: loads all weights, no optimizer state. Excludes init.vision,
+    init.audio and init.language."""
 
 
 class TrainConfig(Section):

@@ -17,13 +17,13 @@ from typing import Any
 from aki_megatron.config.run import RunConfig
 from aki_megatron.data.bad_samples import num_tolerated
 from aki_megatron.data.fault_kinds import FaultCounts, fault_kind
-from aki_megatron.data.image import ImageOptions, decode_image
+from aki_megatron.data.media import Decoders, media_decoders
 from aki_megatron.data.pipeline import SPLIT, build_sources, build_template, build_tokenizer, image_options
 from aki_megatron.data.sample_stream import Source, read_item
 from aki_megatron.data.sources.records import LazyConversations
 from aki_megatron.data.validation_set import validation_sources
 from aki_megatron.errors import ConfigError, DataError
-from aki_megatron.types import MEDIA_MODALITIES, Sample
+from aki_megatron.types import MEDIA_MODALITIES, Modality, Sample
 
 MISSING_IMAGE = "the image file is missing"
 
@@ -103,8 +103,7 @@ def check_run_data(
         render: Callable[[Any], Any] = template.render_conversation
         if config.data.kind == "captions":
             render = template.render_caption
-        options = image_options(config.data)
-        checker = _Checker(name, source, render, config.model.vision.image_size, options)
+        checker = _Checker(name, source, render, media_decoders(config.model, image_options(config.data)))
         found = checker.check(max_samples, num_workers, progress)
         if config.data.kind == "captions":  # faults of annotation files are in ``malformed``
             found.notes = notes
@@ -115,14 +114,9 @@ class _Checker:
     """Check one source. Its methods that take a part of the work run in worker processes."""
 
     def __init__(
-        self,
-        name: str,
-        source: Source[Any],
-        render: Callable[[Any], Sample | None],
-        image_size: int,
-        options: ImageOptions,
+        self, name: str, source: Source[Any], render: Callable[[Any], Sample | None], decoders: Decoders
     ) -> None:
-        self.name, self.source, self.render, self.image_size, self.options = name, source, render, image_size, options
+        self.name, self.source, self.render, self.decoders = name, source, render, decoders
 
     def check(self, max_samples: int, num_workers: int, progress: Progress) -> SourceCheck:
         items = self.source.items
@@ -132,7 +126,7 @@ class _Checker:
         if num_samples < len(items):
             indices = [number * len(items) // num_samples for number in range(num_samples)]
         found = SourceCheck(self.name, malformed=malformed)
-        first_keys: dict[str, str] = {}
+        first_keys: dict[str, tuple[str, Modality]] = {}
         texts = _run(self, "check_samples", indices, num_workers, partial(progress, f"{self.name}: samples"))
         for part, keys in texts:
             _merge(found, part)
@@ -140,14 +134,14 @@ class _Checker:
         images = list(first_keys.items())
         for bad in _run(self, "check_images", images, num_workers, partial(progress, f"{self.name}: images")):
             for image, reason in bad:
-                _add_bad_image(found, image, first_keys[image], reason)
+                _add_bad_image(found, image, first_keys[image][0], reason)
         found.num_records = len(items) + malformed.total
         found.num_checked = num_samples + malformed.total
         return found
 
-    def check_samples(self, indices: Sequence[int]) -> tuple[SourceCheck, dict[str, str]]:
-        """Return what some samples hold, image files left out, and the first key that uses each image file."""
-        found, keys = SourceCheck(self.name), dict[str, str]()
+    def check_samples(self, indices: Sequence[int]) -> tuple[SourceCheck, dict[str, tuple[str, Modality]]]:
+        """Return what some samples hold, media files left out, and the first key that uses each file, and as what."""
+        found, keys = SourceCheck(self.name), dict[str, tuple[str, Modality]]()
         for index in indices:
             key = ""
             try:
@@ -157,7 +151,7 @@ class _Checker:
                 key = item.key
                 for medium in item.media:
                     if isinstance(medium.content, bytes):
-                        decode_image(medium.content, self.image_size, key=key, options=self.options)
+                        self.decoders[medium.modality].decode(medium.content, key=key)
             except DataError as error:
                 reason = str(error)
                 found.faults.record(fault_kind(reason.replace(key, "...") if key else reason), reason)
@@ -170,15 +164,15 @@ class _Checker:
             for medium in item.media:
                 if isinstance(medium.content, Path):
                     found.image_uses[str(medium.content)] += 1
-                    keys.setdefault(str(medium.content), key)
+                    keys.setdefault(str(medium.content), (key, medium.modality))
         return found, keys
 
-    def check_images(self, images: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Return those of some image files (path, key of a sample) that cannot be decoded, and why."""
+    def check_images(self, images: Sequence[tuple[str, tuple[str, Modality]]]) -> list[tuple[str, str]]:
+        """Return those of some media files (path, key and modality of a sample) that cannot be decoded, and why."""
         bad = []
-        for image, key in images:
+        for image, (key, modality) in images:
             try:
-                decode_image(Path(image), self.image_size, key=key, options=self.options)
+                self.decoders[modality].decode(Path(image), key=key)
             except DataError as error:
                 bad.append((image, str(error) if _exists(image) else MISSING_IMAGE))
         return bad

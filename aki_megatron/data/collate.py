@@ -1,16 +1,20 @@
 """Collate samples into a batch: sequences of one or several samples, right padding, ids as tensors, stacked media.
 
-B sequences, T positions, N images.
+B sequences, T positions, N items of a modality.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import DTypeLike
+from torch import Tensor
 
 from aki_megatron.data.image import decode_image, normalize
-from aki_megatron.types import IGNORE, NO_SEGMENT, Batch, DecodedImage, MediaItem, Modality, Sample
+from aki_megatron.data.media import STACKS
+from aki_megatron.types import IGNORE, NO_SEGMENT, Batch, DecodedImage, Modality, Sample
 
 
 def collate(
@@ -27,7 +31,8 @@ def collate(
     num_bad_samples  samples that could not be used, passed on in the batch
 
     Positions restart in every segment and targets are the samples' own, so nothing is predicted across segments. A
-    sequence may be empty. Images that are still encoded are decoded here; samples of a stream bring decoded ones.
+    sequence may be empty. Media come decoded, as streams return them; images that are still encoded are decoded here.
+    Images are in every batch, none of them as N = 0; of other modalities those that the samples have.
 
     Raises ValueError for a sequence longer than ``sequence_length``, and UnreadableImage.
     """
@@ -55,16 +60,13 @@ def collate(
             position_ids[where] = positions[:num_tokens]
             targets[where] = sample.targets
             start += num_tokens
-    images = [
-        _decoded(item, image_size, sample.key) for sequence in sequences for sample in sequence for item in sample.media
-    ]
     return Batch(
         token_ids=torch.from_numpy(token_ids),
         modality_ids=torch.from_numpy(modality_ids),
         segment_ids=torch.from_numpy(segment_ids),
         position_ids=torch.from_numpy(position_ids),
         targets=torch.from_numpy(targets),
-        media={Modality.IMAGE: normalize(images, image_size)},
+        media=_stack_media([sample for sequence in sequences for sample in sequence], image_size),
         num_bad_samples=num_bad_samples,
         num_cut_samples=sum(sample.num_cut_tokens > 0 for sequence in sequences for sample in sequence),
     )
@@ -74,5 +76,15 @@ def _filled(num_sequences: int, length: int, value: int, dtype: DTypeLike) -> np
     return np.full((num_sequences, length), int(value), dtype=dtype)
 
 
-def _decoded(item: MediaItem, size: int, key: str) -> DecodedImage:
-    return item.content if isinstance(item.content, DecodedImage) else decode_image(item.content, size, key=key)
+def _stack_media(samples: Sequence[Sample], image_size: int) -> dict[Modality, Tensor]:
+    """Return the inputs of the encoders [N, ...] by modality, in the order of the samples and of their media."""
+    contents: dict[Modality, list[Any]] = {Modality.IMAGE: []}
+    for sample in samples:
+        for item in sample.media:
+            content = item.content
+            if item.modality == Modality.IMAGE and isinstance(content, Path | bytes):
+                content = decode_image(content, image_size, key=sample.key)
+            contents.setdefault(item.modality, []).append(content)
+    images: list[DecodedImage] = contents.pop(Modality.IMAGE)
+    stacked = {modality: STACKS[modality](items) for modality, items in contents.items()}
+    return {Modality.IMAGE: normalize(images, image_size)} | stacked

@@ -14,7 +14,6 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from aki_megatron.data.bad_samples import sample_errors
+from aki_megatron.data.decode_cache import DecodeCache
 from aki_megatron.data.file_kind import HEAD_BYTES, file_kind
 from aki_megatron.errors import DataError
 from aki_megatron.types import DecodedImage
@@ -197,11 +197,7 @@ def _crop(rng: random.Random, size: int) -> tuple[int, int, int, int]:
 
 
 class ImageCache:
-    """Decode images and keep small ones: datasets ask several questions about one image.
-
-    Decoded images of more than ``max_image_bytes`` are never kept (so few of them fit that none is met again in time),
-    and nothing is evicted once ``max_bytes`` are full. Safe to share between threads.
-    """
+    """Decode images and keep small ones (decode_cache.py). Safe to share between threads."""
 
     def __init__(
         self,
@@ -213,28 +209,14 @@ class ImageCache:
     ) -> None:
         self.size = size
         self._options = options
-        image_bytes = 3 * size * size
-        self._max_images = max_bytes // image_bytes if image_bytes <= max_image_bytes else 0
-        self._cached: dict[Path | bytes, DecodedImage] = {}
+        self._cache: DecodeCache[DecodedImage] = DecodeCache(
+            3 * size * size, max_bytes=max_bytes, max_item_bytes=max_image_bytes
+        )
 
-    def decode(self, image: Path | bytes, *, key: str, augment_seed: int | None = None) -> DecodedImage:
-        """Decode as decode_image does, then ``augment`` where a seed is given. Raises UnreadableImage.
-
-        Encoded bytes are cached under their hash: two samples of one key may hold different images.
-        """
-        decoded = self._decode_cached(image, key)
+    def decode(self, content: Path | bytes, *, key: str, augment_seed: int | None = None) -> DecodedImage:
+        """Decode as decode_image does, then ``augment`` where a seed is given. Raises UnreadableImage."""
+        decoded = self._cache.get(content, lambda: decode_image(content, self.size, key=key, options=self._options))
         return decoded if augment_seed is None else augment(decoded, augment_seed)
-
-    def _decode_cached(self, image: Path | bytes, key: str) -> DecodedImage:
-        if not self._max_images:
-            return decode_image(image, self.size, key=key, options=self._options)
-        name = image if isinstance(image, Path) else blake2b(image, digest_size=16).digest()
-        decoded = self._cached.get(name)
-        if decoded is None:
-            decoded = decode_image(image, self.size, key=key, options=self._options)
-            if len(self._cached) < self._max_images:
-                self._cached[name] = decoded
-        return decoded
 
 
 def normalize(images: Sequence[DecodedImage], size: int) -> Tensor:

@@ -15,6 +15,7 @@ from aki_megatron.data.captions import TextFormat
 from aki_megatron.data.fingerprint import FileFingerprints, Fingerprint, tokenizer_fingerprint
 from aki_megatron.data.image import ImageOptions
 from aki_megatron.data.loader import MicrobatchDataset, StepLoader
+from aki_megatron.data.media import media_decoders, num_media_tokens
 from aki_megatron.data.mixture import Mixture, SourcePass
 from aki_megatron.data.packing import PackedSampler, PackingLimits
 from aki_megatron.data.permutation import derive_seed
@@ -26,7 +27,7 @@ from aki_megatron.data.sources import dataset_reader, open_sources
 from aki_megatron.data.template import Template
 from aki_megatron.data.tokenizer import Tokenizer
 from aki_megatron.families.registry import FAMILIES
-from aki_megatron.types import Caption, Conversation, Modality
+from aki_megatron.types import Caption, Conversation
 
 TOKENIZER_NAME = "tokenizer"
 """Name of the tokenizer's fingerprint; those of sources are ``source NAME``."""
@@ -55,7 +56,7 @@ def build_template(config: RunConfig, tokenizer: Tokenizer, *, text_first: bool 
     packing, positions = config.data.packing, config.model.decoder.rope.max_position_embeddings
     return Template(
         tokenizer,
-        num_media_tokens={Modality.IMAGE: config.model.resampler.num_latents},
+        num_media_tokens=num_media_tokens(config.model),
         max_text_tokens=config.data.max_text_tokens,
         system_message=config.data.system_message,
         text_first=text_first,
@@ -190,8 +191,8 @@ def build_stream(
             )
             for name, source in chosen.items()
         }
-    image_size, options = config.model.vision.image_size, image_options(data)
-    return MixtureStream(chosen, mixture, render, image_size=image_size, image_options=options, prepare=prepare)
+    decoders = media_decoders(config.model, image_options(data))
+    return MixtureStream(chosen, mixture, render, decoders=decoders, prepare=prepare)
 
 
 def phase_mixture(config: RunConfig, sources: Mapping[str, Source[Any]], phase: int) -> Mixture:

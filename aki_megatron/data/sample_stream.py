@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 from aki_megatron.data.bad_samples import BadSample, BadSampleBudgetExceeded, sample_errors
-from aki_megatron.data.image import OFFICIAL_OPTIONS, ImageCache, ImageOptions
+from aki_megatron.data.media import Decoders, decode_item
 from aki_megatron.data.mixture import Mixture, SourceDraw
 from aki_megatron.data.permutation import derive_seed
 from aki_megatron.data.shard_order import ShardOrder
 from aki_megatron.errors import DataError
-from aki_megatron.types import Caption, Conversation, DecodedImage, MediaItem, Sample
+from aki_megatron.types import Caption, Conversation, Sample
 
 NO_RESPONSE = "no supervised token (empty, or truncated at the length limit)"
 
@@ -23,7 +23,7 @@ ItemRead = TypeVar("ItemRead", Conversation, Caption, covariant=True)
 
 @dataclass(frozen=True)
 class LoadedSample:
-    """A numbered sample with its image decoded, None where it is left out, and the bad samples met on the way."""
+    """A numbered sample with its media decoded, None where it is left out, and the bad samples met on the way."""
 
     sample: Sample | None
     bad_samples: tuple[BadSample, ...]
@@ -98,9 +98,9 @@ def read_item(
 class MixtureStream(Generic[Item]):
     """Draw from a mixture, render, decode, and replace bad items, for captions or for conversations.
 
-    A bad item (unreadable image, malformed record, text that is refused, no supervised token, or whatever else a
-    decoder or the tokenizer raises at it) is replaced by another of the same source, chosen by (seed, n, attempt), so
-    the proportions of the sources stay.
+    A bad item (unreadable image or recording, malformed record, text that is refused, no supervised token, or whatever
+    else a decoder or the tokenizer raises at it) is replaced by another of the same source, chosen by (seed, n,
+    attempt), so the proportions of the sources stay.
     """
 
     def __init__(
@@ -109,17 +109,19 @@ class MixtureStream(Generic[Item]):
         mixture: Mixture,
         render: Callable[[Item], Sample | None],
         *,
-        image_size: int,
-        image_options: ImageOptions = OFFICIAL_OPTIONS,
+        decoders: Decoders,
         prepare: Callable[[Item, int], Item] | None = None,
     ) -> None:
-        """Draw from ``mixture``; ``prepare`` returns an item as sample number n takes it, None: as it is."""
+        """Draw from ``mixture``; ``prepare`` returns an item as sample number n takes it, None: as it is.
+
+        decoders  of all modalities that ``render`` lets pass
+        """
         assert set(mixture.names) == set(sources), (mixture.names, sorted(sources))
         self._sources: list[Source[Item]] = [sources[name] for name in mixture.names]
         self._mixture = mixture
         self._render: Callable[[Item], Sample | None] = render
         self._prepare: Callable[[Item, int], Item] | None = prepare
-        self._images = ImageCache(image_size, image_options)
+        self._decoders = decoders
 
     def sample(self, n: int, *, replace_images: bool = True) -> LoadedSample:
         draw = self._mixture.draw(n)
@@ -128,7 +130,8 @@ class MixtureStream(Generic[Item]):
         for index, item, sample in self._rendered(n, draw, source.items.__getitem__, bad_samples):
             augment_seed = derive_seed("augment", self._mixture.seed, n) if source.augment else None
             try:
-                media = tuple(self._decode(medium, item.key, augment_seed) for medium in sample.media)
+                # the images of one sample are augmented alike
+                media = tuple(decode_item(medium, self._decoders, item.key, augment_seed) for medium in sample.media)
             except DataError as error:
                 # a file is named by the error; encoded bytes are a part of what ``locate`` names
                 encoded = any(isinstance(medium.content, bytes) for medium in sample.media)
@@ -139,11 +142,6 @@ class MixtureStream(Generic[Item]):
             else:
                 return LoadedSample(replace(sample, media=media), tuple(bad_samples))
         raise _no_readable_item(name, bad_samples)
-
-    def _decode(self, item: MediaItem, key: str, augment_seed: int | None) -> MediaItem:
-        """Return a media item decoded. Raises DataError; the images of one sample are augmented alike."""
-        assert not isinstance(item.content, DecodedImage), key
-        return MediaItem(item.modality, self._images.decode(item.content, key=key, augment_seed=augment_seed))
 
     def length(self, n: int) -> tuple[int, int]:
         draw = self._mixture.draw(n)

@@ -29,6 +29,7 @@ from aki_megatron.checkpoint.tensors import LazyTensors, TensorSpec, to_native
 from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.config.model import ModelConfig
 from aki_megatron.data.image import ImageOptions
+from aki_megatron.data.media import media_decoders, num_media_tokens
 from aki_megatron.data.template import Template
 from aki_megatron.data.tokenizer import Tokenizer, open_fast_tokenizer
 from aki_megatron.errors import CheckpointError
@@ -81,14 +82,13 @@ def check_generation(folder: Path, checkpoint: Path, tokenizer: Path) -> str:
     config, attention = first_layers(exported.config), AttentionConfig.model_validate({"rule": exported.rule})
     message, images = run_system_message(checkpoint), run_images(checkpoint)
     chat = FAMILIES[config.decoder.family].chat
-    latents = config.resampler.num_latents
-    template = Template(Tokenizer(tokenizer, chat), {Modality.IMAGE: latents}, 4096, message)
+    template = Template(Tokenizer(tokenizer, chat), num_media_tokens(config), 4096, message)
     dialogues = [
         Conversation(f"prompt {number}", turns, image_items(folder / EXAMPLE_IMAGE if has_image else None))
         for number, (has_image, turns) in enumerate(DIALOGUES, start=1)
     ]
-    options = ImageOptions(images.transparency, images.exif_rotation)
-    prompts = [read_prompt(each, template, config.vision.image_size, options) for each in dialogues]
+    decoders = media_decoders(config, ImageOptions(images.transparency, images.exif_rotation))
+    prompts = [read_prompt(each, template, decoders) for each in dialogues]
     batch = collate_prompts(prompts, template, config.vision.image_size)
     _check_stop_ids(folder, template.tokenizer)
     with exported_code(folder) as module, quiet():

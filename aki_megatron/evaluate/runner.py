@@ -7,14 +7,15 @@ from pathlib import Path
 
 from aki_megatron.data.bad_samples import BadSample, BadSampleBudget, sample_errors
 from aki_megatron.data.collate import collate
-from aki_megatron.data.image import OFFICIAL_OPTIONS, ImageOptions, decode_image
+from aki_megatron.data.image import OFFICIAL_OPTIONS, ImageOptions
+from aki_megatron.data.media import Decoders, decode_item, media_decoders
 from aki_megatron.data.sources import task_of
 from aki_megatron.data.template import Template
 from aki_megatron.errors import DataError
 from aki_megatron.evaluate.generate import generate
 from aki_megatron.evaluate.scores import Prediction
 from aki_megatron.model.stage import Stage
-from aki_megatron.types import Batch, Conversation, DecodedImage, MediaItem, Sample
+from aki_megatron.types import Batch, Conversation, Sample
 
 
 def select_questions(
@@ -44,18 +45,15 @@ def select_questions(
     return selected
 
 
-def read_prompt(
-    conversation: Conversation, template: Template, image_size: int, image_options: ImageOptions = OFFICIAL_OPTIONS
-) -> Sample:
+def read_prompt(conversation: Conversation, template: Template, decoders: Decoders) -> Sample:
     """Render the prompt of a conversation and decode its media. Raises DataError where either cannot be done."""
     with sample_errors(f"question {conversation.key}"):
         sample = template.render_prompt(conversation)
-    images = [
-        MediaItem(item.modality, decode_image(item.content, image_size, key=sample.key, options=image_options))
+    media = tuple(
+        decode_item(item, decoders, sample.key) if isinstance(item.content, Path | bytes) else item
         for item in sample.media
-        if not isinstance(item.content, DecodedImage)
-    ]
-    return replace(sample, media=tuple(images))
+    )
+    return replace(sample, media=media)
 
 
 def collate_prompts(prompts: Sequence[Sample], template: Template, image_size: int) -> Batch:
@@ -80,6 +78,7 @@ def predict(
     when there are too many.
     """
     tokenizer, image_size = template.tokenizer, model.config.vision.image_size
+    decoders = media_decoders(model.config, image_options)
     for first in range(0, len(conversations), batch_size):
         group = conversations[first : first + batch_size]
         good: list[Conversation] = []
@@ -87,7 +86,7 @@ def predict(
         unreadable: list[BadSample] = []
         for conversation in group:
             try:
-                prompts.append(read_prompt(conversation, template, image_size, image_options))
+                prompts.append(read_prompt(conversation, template, decoders))
                 good.append(conversation)
             except DataError as error:
                 unreadable.append(BadSample(task_of(conversation.key), str(error)))

@@ -1,4 +1,4 @@
-"""Attention without a mask, for vision encoder and resampler."""
+"""Attention without a mask, for encoders and resamplers."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,6 +1,7 @@
-"""Perceiver resampler (Flamingo, Alayrac et al., 2022): a fixed number of latents attends to an image's patch features.
+"""Perceiver resampler (Flamingo, Alayrac et al., 2022): a fixed number of latents attends to an item's features.
 
-N images, P patches, Q latents, W vision hidden size, D hidden size of the decoder, H heads, d head dim.
+N items (images, recordings), P features of one (patches, time steps), Q latents, W hidden size of the encoder, D hidden
+size of the decoder, H heads, d head dim.
 """
 
 import torch
@@ -64,14 +65,14 @@ class ResamplerLayer(nn.Module):
 
 
 class PerceiverResampler(nn.Module):
-    """Patch features to Q vectors of the decoder's hidden size. The latents have no position embedding."""
+    """Features of an encoder to Q vectors of the decoder's hidden size. The latents have no position embedding."""
 
-    def __init__(self, config: ResamplerConfig, vision_hidden_size: int, decoder_hidden_size: int) -> None:
+    def __init__(self, config: ResamplerConfig, encoder_hidden_size: int, decoder_hidden_size: int) -> None:
         super().__init__()
-        self.latents = nn.Parameter(torch.randn(config.num_latents, vision_hidden_size))
-        self.layers = nn.ModuleList(ResamplerLayer(config, vision_hidden_size) for _ in range(config.num_layers))
-        self.norm = nn.LayerNorm(vision_hidden_size, eps=config.norm_eps)
-        self.projection = nn.Linear(vision_hidden_size, decoder_hidden_size)
+        self.latents = nn.Parameter(torch.randn(config.num_latents, encoder_hidden_size))
+        self.layers = nn.ModuleList(ResamplerLayer(config, encoder_hidden_size) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(encoder_hidden_size, eps=config.norm_eps)
+        self.projection = nn.Linear(encoder_hidden_size, decoder_hidden_size)
 
     def forward(self, media: Tensor) -> Tensor:
         """[N, P, W] -> [N, Q, D]; N may be 0."""

@@ -7,11 +7,14 @@ from aki_megatron.config.trainable import PartPlan, TrainingPlan
 PART_PREFIXES = {
     "input_embedder.vision_encoder.": "vision",
     "input_embedder.resampler.": "resampler",
+    "input_embedder.audio_encoder.": "audio",
+    "input_embedder.audio_resampler.": "resampler",
     "input_embedder.token_embedding.": "embeddings",
     "layers.": "decoder",
     "lm_head.": "head",
 }
-"""Start of a parameter's name in the whole model -> its part in the configuration's table ``trainable``."""
+"""Start of a parameter's name in the whole model -> its part in the configuration's table ``trainable``, which has none
+for audio: that encoder is always frozen."""
 
 NEVER_TRAINED = ("input_embedder.vision_encoder.pooling_head.",)
 """Parameters that no forward pass uses: without a gradient, weight decay alone would change them."""

@@ -1,7 +1,8 @@
 """Partition of the decoder layers over pipeline stages, balanced by FLOPs.
 
 Encoder, resampler and LM head cost time too, so the partition is uneven.
-P patches, W vision hidden size, Q latents per image, D hidden size, V vocabulary size, T positions of a sample. A
+P patches of an image or time steps of a recording, W hidden size of its encoder, Q latents of it, D hidden size, V
+vocabulary size, T positions of a sample. A
 multiply-add counts as 2 FLOPs; norms, activations and embedding look-ups are left out. A backward pass costs two
 forward passes.
 """
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aki_megatron.config.cross_checks import stage_layers_problem
-from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, VisionConfig
+from aki_megatron.config.model import AudioConfig, DecoderConfig, ModelConfig, ResamplerConfig, VisionConfig
 from aki_megatron.errors import ConfigError
 
 FORWARD_AND_BACKWARD = 3
@@ -44,19 +45,32 @@ def vision_flops(config: VisionConfig) -> float:
     """
     patches, width = config.num_patches, config.hidden_size
     embedding = 2 * patches * width * 3 * config.patch_size**2
-    layer = 8 * patches * width**2 + 4 * patches**2 * width + 4 * patches * width * config.intermediate_size
-    return embedding + config.num_layers * layer
+    return embedding + config.num_layers * _encoder_layer_flops(patches, width, config.intermediate_size)
 
 
-def resampler_flops(config: ResamplerConfig, vision: VisionConfig, decoder: DecoderConfig) -> float:
-    """FLOPs of the resampler's forward pass for one image.
+def audio_flops(config: AudioConfig) -> float:
+    """FLOPs of the encoder's forward pass for one recording: the convolutions 6 F M W + 6 P W^2, layers as for images.
+
+    F frames, M mel bands.
+    """
+    steps, width = config.num_positions, config.hidden_size
+    convolutions = 6 * config.num_frames * config.num_mel_bins * width + 6 * steps * width**2
+    return convolutions + config.num_layers * _encoder_layer_flops(steps, width, config.intermediate_size)
+
+
+def _encoder_layer_flops(length: int, width: int, intermediate_size: int) -> float:
+    return 8 * length * width**2 + 4 * length**2 * width + 4 * length * width * intermediate_size
+
+
+def resampler_flops(config: ResamplerConfig, encoder: VisionConfig | AudioConfig, decoder: DecoderConfig) -> float:
+    """FLOPs of the resampler's forward pass for one item.
 
     Per layer, with I = num_heads x head_dim: queries and output 4 Q W I, keys and values of patches and latents
     4 (P + Q) W I, scores and their product with the values 4 Q (P + Q) I, MLP 4 Q W mlp_ratio W; at the end the
     projection 2 Q W D.
     """
-    latents, width, inner = config.num_latents, vision.hidden_size, config.num_heads * config.head_dim
-    keys = vision.num_patches + latents
+    latents, width, inner = config.num_latents, encoder.hidden_size, config.num_heads * config.head_dim
+    keys = (encoder.num_positions if isinstance(encoder, AudioConfig) else encoder.num_patches) + latents
     attention = 4 * latents * width * inner + 4 * keys * width * inner + 4 * latents * keys * inner
     mlp = 4 * latents * width * config.mlp_ratio * width
     return config.num_layers * (attention + mlp) + 2 * latents * width * decoder.hidden_size
@@ -85,14 +99,17 @@ def estimate_costs(
 ) -> StageCosts:
     """Estimate the costs of a sample of ``text_tokens`` (a mean will do) with ``images`` images of Q positions each.
 
-    The frozen encoder runs forward only; everything else forward and backward, layers with ``recompute`` forward twice.
-    Every text token counts as supervised, which is the most that the LM head can have to do.
+    A model that takes audio is taken to get as many recordings. The frozen encoder runs forward only; everything else
+    forward and backward, layers with ``recompute`` forward twice. Every text token counts as supervised, which is the
+    most that the LM head can have to do.
     """
     decoder = model.decoder
-    num_positions = text_tokens + images * model.resampler.num_latents
-    image = vision_flops(model.vision) + FORWARD_AND_BACKWARD * resampler_flops(model.resampler, model.vision, decoder)
+    num_positions = text_tokens + images * model.max_media_positions
+    media = vision_flops(model.vision) + FORWARD_AND_BACKWARD * resampler_flops(model.resampler, model.vision, decoder)
+    if audio := model.audio:
+        media += audio_flops(audio) + FORWARD_AND_BACKWARD * resampler_flops(audio.resampler, audio, decoder)
     return StageCosts(
-        input_embedder=images * image,
+        input_embedder=images * media,
         layer=(FORWARD_AND_BACKWARD + recompute) * layer_flops(decoder, num_positions),
         lm_head=FORWARD_AND_BACKWARD * lm_head_flops(decoder, text_tokens),
     )

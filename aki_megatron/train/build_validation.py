@@ -9,6 +9,7 @@ from aki_megatron.checkpoint import files
 from aki_megatron.checkpoint.checkpointer import Checkpointer
 from aki_megatron.config.batch_sizes import micro_batch_size, num_microbatches
 from aki_megatron.config.run import RunConfig
+from aki_megatron.data.media import media_decoders
 from aki_megatron.data.pipeline import build_template, image_options
 from aki_megatron.data.tokenizer import Tokenizer
 from aki_megatron.data.validation_set import ValidationSet, build_validation_set, validation_sources
@@ -100,7 +101,7 @@ def build_questions(
         settings,
         validation_set=validation_set,
         template=build_template(config, tokenizer),
-        image_options=image_options(config.data),
+        decoders=media_decoders(config.model, image_options(config.data)),
         data_rank=topology.data_rank,
         data_size=topology.data,
         max_prompt_positions=config.model.decoder.rope.max_position_embeddings - config.validation.max_new_tokens,

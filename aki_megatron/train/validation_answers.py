@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from aki_megatron.data.bad_samples import BadSample, BadSampleBudget, sample_errors
-from aki_megatron.data.image import ImageOptions
+from aki_megatron.data.media import Decoders
 from aki_megatron.data.template import Template
 from aki_megatron.data.validation_set import ValidationSet
 from aki_megatron.errors import DataError
@@ -44,7 +44,7 @@ class ValidationQuestions:
         *,
         validation_set: ValidationSet | None,
         template: Template,
-        image_options: ImageOptions,
+        decoders: Decoders,
         data_rank: int,
         data_size: int,
         max_prompt_positions: int,
@@ -58,7 +58,7 @@ class ValidationQuestions:
         self._settings = settings
         self._set = validation_set
         self._template = template
-        self._image_options = image_options
+        self._decoders = decoders
         self._data_rank = data_rank
         self._data_size = data_size
         self._max_prompt_positions = max_prompt_positions
@@ -97,7 +97,7 @@ class ValidationQuestions:
         return Prediction(conversation.key, "", turn.prompt, turn.response, answer, [])
 
     def _read_prompt(self, conversation: Conversation) -> Sample:
-        prompt = read_prompt(conversation, self._template, self._settings.image_size, self._image_options)
+        prompt = read_prompt(conversation, self._template, self._decoders)
         if len(prompt.token_ids) > self._max_prompt_positions:
             raise DataError(
                 f"{conversation.key}: the prompt has {len(prompt.token_ids)} positions, which leaves no room for an "

@@ -9,7 +9,12 @@ from typing import Any
 
 from PIL import Image
 
+from aki_megatron.data.image import ImageCache
+from aki_megatron.types import Modality
+
 IMAGE_SIZE = 24
+IMAGE_DECODERS = {Modality.IMAGE: ImageCache(IMAGE_SIZE, max_image_bytes=0)}
+"""Decoders of a model that takes images only; nothing is kept from one test to the next."""
 
 
 def image_bytes(shade: int = 0, *, form: str = "JPEG", size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE)) -> bytes:

@@ -9,6 +9,7 @@ from data_files import image_bytes, write_sources
 
 from aki_megatron.config.load import load_run
 from aki_megatron.data.bad_samples import BadSampleBudget, BadSampleBudgetExceeded
+from aki_megatron.data.media import media_decoders
 from aki_megatron.data.sources import open_sources
 from aki_megatron.data.template import Template
 from aki_megatron.data.tokenizer import Tokenizer
@@ -97,5 +98,5 @@ def test_a_batch_without_a_readable_question_gives_no_answer(root: Path, answer:
 def test_a_prompt_is_read_with_its_image(root: Path, model_and_template: tuple[Stage, Template]) -> None:
     model, template = model_and_template
     question = select(root, BadSampleBudget(0.0))[0]
-    prompt = read_prompt(question, template, model.config.vision.image_size)
+    prompt = read_prompt(question, template, media_decoders(model.config))
     assert prompt.images and prompt.key == question.key

@@ -13,6 +13,7 @@ from aki_megatron.config.load import load_run
 from aki_megatron.config.run import RunConfig
 from aki_megatron.console import IsolatedConsole
 from aki_megatron.data.bad_samples import BadSampleBudget
+from aki_megatron.data.media import media_decoders
 from aki_megatron.data.pipeline import build_template, build_tokenizer
 from aki_megatron.data.sources import open_sources
 from aki_megatron.data.tokenizer import grow_tokenizer
@@ -69,7 +70,8 @@ def train_and_answer(topology: Topology, config: RunConfig) -> tuple[list[float]
     predictions = predict(model, template, questions, bad_samples=bad_samples, max_new_tokens=MAX_NEW_TOKENS)
     answers = [prediction.generated_answer for prediction in predictions]
     image_size = config.model.vision.image_size
-    prompts = [read_prompt(question, template, image_size) for question in questions]
+    decoders = media_decoders(config.model)
+    prompts = [read_prompt(question, template, decoders) for question in questions]
     batch = collate_prompts(prompts, template, image_size)
     (first,) = generate(model, batch, stop_ids=(), max_new_tokens=2)
     return losses, answers, [tokenizer.token_name(token) for token in first]

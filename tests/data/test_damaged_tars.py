@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from data_files import IMAGE_SIZE, image_bytes, pairs, write_tar
+from data_files import IMAGE_DECODERS, image_bytes, pairs, write_tar
 from tar_readers import read_samples, read_with_webdataset
 
 from aki_megatron.data.mixture import Mixture
@@ -314,7 +314,10 @@ def test_equal_keys_apart_keep_their_own_images(tmp_path: Path, make_template) -
     assert [sample for sample in samples if sample[0] == "0"] == [("0", "red", red), ("0", "blue", blue)]
     dataset = CaptionDataset(["a.tar"], tmp_path)
     stream = MixtureStream(
-        {"c": Source(dataset)}, Mixture({"c": 1.0}, seed=0), make_template().render_caption, image_size=IMAGE_SIZE
+        {"c": Source(dataset)},
+        Mixture({"c": 1.0}, seed=0),
+        make_template().render_caption,
+        decoders=IMAGE_DECODERS,
     )
     shown = {tuple(sample.token_ids): sample.images[0].rgb for n in range(9) if (sample := stream.sample(n).sample)}
     assert len(shown) == len(set(shown.values())) == 3  # each caption with an image of its own

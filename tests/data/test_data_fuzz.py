@@ -6,7 +6,7 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-from data_files import IMAGE_SIZE, pairs, write_tar
+from data_files import IMAGE_DECODERS, pairs, write_tar
 from PIL import Image
 from tar_readers import read_samples, read_with_webdataset
 
@@ -38,7 +38,7 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
 
 def stream_of(dataset: CaptionDataset, render: Callable) -> MixtureStream:
     source = Source(dataset, read_text=lambda n: dataset.caption(n, with_image=False), locate=dataset.location)
-    return MixtureStream({"fuzz": source}, Mixture({"fuzz": 1.0}, seed=0), render, image_size=IMAGE_SIZE)
+    return MixtureStream({"fuzz": source}, Mixture({"fuzz": 1.0}, seed=0), render, decoders=IMAGE_DECODERS)
 
 
 def test_200_mutated_tars_never_end_a_run_and_every_fault_is_named(tmp_path: Path, make_template) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_files import IMAGE_SIZE
+from data_files import IMAGE_DECODERS, IMAGE_SIZE
 
 from aki_megatron.data.bad_samples import BadSample, BadSampleBudget, BadSampleBudgetExceeded
 from aki_megatron.data.batch_planner import BatchPlanner, Phase
@@ -345,7 +345,7 @@ def test_real_streams_give_equal_batches_on_one_and_two_ranks(source_root: Path,
     def build(rank: int, ranks: int) -> StepLoader:
         sources = {name: Source(items) for name, items in open_sources(source_root, ["vqav2", "vsr"], "train").items()}
         mixture = Mixture({"vqav2": 1.0, "vsr": 1.0}, seed=4)
-        stream = MixtureStream(sources, mixture, make_template().render_conversation, image_size=IMAGE_SIZE)
+        stream = MixtureStream(sources, mixture, make_template().render_conversation, decoders=IMAGE_DECODERS)
         return loader(stream, image_size=IMAGE_SIZE, data_rank=rank, data_size=ranks)
 
     for step in (0, 5):

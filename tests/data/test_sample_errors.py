@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from data_files import IMAGE_SIZE, image_bytes, pairs, write_sources, write_tar
+from data_files import IMAGE_DECODERS, image_bytes, pairs, write_sources, write_tar
 from PIL import Image
 
 from aki_megatron.config.load import load_run
@@ -47,7 +47,12 @@ def conversations(image: bytes | None = None) -> Items:
 
 
 def stream_of(items: Items, render: Callable, **source) -> MixtureStream:
-    return MixtureStream({"vqav2": Source(items, **source)}, Mixture({"vqav2": 1.0}, seed=1), render, image_size=24)
+    return MixtureStream(
+        {"vqav2": Source(items, **source)},
+        Mixture({"vqav2": 1.0}, seed=1),
+        render,
+        decoders=IMAGE_DECODERS,
+    )
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
@@ -133,7 +138,10 @@ def test_half_a_surrogate_pair_in_ocr_json_is_an_error_of_its_sample(half: str, 
     dataset = CaptionDataset(["00000.tar"], tmp_path, text_format=TextFormat("blip3_ocr"))
     assert dataset.caption(1).text == "\U0001f600"
     stream = MixtureStream(
-        {"ocr": Source(dataset)}, Mixture({"ocr": 1.0}, seed=0), make_template().render_caption, image_size=IMAGE_SIZE
+        {"ocr": Source(dataset)},
+        Mixture({"ocr": 1.0}, seed=0),
+        make_template().render_caption,
+        decoders=IMAGE_DECODERS,
     )
     bad = [bad.reason for n in range(6) for bad in stream.sample(n).bad_samples]
     assert bad and all(reason.startswith(f"Tar {tar}, key 0: character ") for reason in bad)
@@ -164,7 +172,7 @@ def test_a_bad_sample_of_a_run_names_annotation_file_or_tar(tmp_path: Path, make
         return make_template().render_caption(caption)
 
     source = Source(dataset, locate=dataset.location)
-    stream = MixtureStream({"c": source}, Mixture({"c": 1.0}, seed=0), render, image_size=IMAGE_SIZE)
+    stream = MixtureStream({"c": source}, Mixture({"c": 1.0}, seed=0), render, decoders=IMAGE_DECODERS)
     reasons = {bad.reason for n in range(4) for bad in stream.sample(n).bad_samples}
     assert reasons == {f"Tar {tar}, key 000001: TypeError: TextInputSequence must be str"}
 
@@ -174,7 +182,7 @@ def test_an_image_in_a_tar_is_named_by_tar_and_key(tmp_path: Path, make_template
     dataset = CaptionDataset(["c/00000.tar"], tmp_path)
     source = Source(dataset, locate=dataset.location)
     mixture, render = Mixture({"c": 1.0}, seed=0), make_template().render_caption
-    stream = MixtureStream({"c": source}, mixture, render, image_size=IMAGE_SIZE)
+    stream = MixtureStream({"c": source}, mixture, render, decoders=IMAGE_DECODERS)
     (reason,) = {bad.reason for n in range(4) for bad in stream.sample(n).bad_samples}
     assert reason.startswith(f"Tar {tar}, key 0: image of sample c/00000/0 is not a readable image but text")
 
@@ -193,6 +201,6 @@ def test_a_record_that_cannot_be_read_is_named_by_its_file(tmp_path: Path, make_
 
     monkeypatch.setattr(type(source.items), "__getitem__", failing)
     mixture, render = Mixture({"vqav2": 1.0}, seed=0), make_template().render_conversation
-    stream = MixtureStream({"vqav2": source}, mixture, render, image_size=IMAGE_SIZE)
+    stream = MixtureStream({"vqav2": source}, mixture, render, decoders=IMAGE_DECODERS)
     (reason,) = {bad.reason for n in range(9) for bad in stream.sample(n).bad_samples}
     assert reason.startswith(f"{tmp_path}/VQA/v2_") and reason.endswith(", sample number 1: RuntimeError: torn")

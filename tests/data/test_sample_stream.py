@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_files import IMAGE_SIZE, image_bytes, pairs, write_sources, write_tar
+from data_files import IMAGE_DECODERS, IMAGE_SIZE, image_bytes, pairs, write_sources, write_tar
 from PIL import Image
 
 from aki_megatron.data.bad_samples import ALWAYS_TOLERATED, BadSample, BadSampleBudget, BadSampleBudgetExceeded
@@ -40,7 +40,8 @@ def conversations(source_root: Path, make_template):
         sources = {name: Source(items) for name, items in open_sources(root, list(WEIGHTS), "train").items()}
         render = make_template(**template).render_conversation
         return CountingStream(
-            MixtureStream(sources, Mixture(WEIGHTS, seed=seed), render, image_size=IMAGE_SIZE), budget
+            MixtureStream(sources, Mixture(WEIGHTS, seed=seed), render, decoders=IMAGE_DECODERS),
+            budget,
         )
 
     return make
@@ -52,7 +53,10 @@ def captions(tmp_path: Path, make_template):
         dataset = CaptionDataset(["c/{00000..00001}.tar"], tmp_path)
         source = Source(dataset, order=ShardOrder(dataset.counts, seed=seed), read_text=dataset.caption)
         mixture, render = Mixture({"captions": 1.0}, seed=seed), make_template(128).render_caption
-        return CountingStream(MixtureStream({"captions": source}, mixture, render, image_size=IMAGE_SIZE), budget)
+        return CountingStream(
+            MixtureStream({"captions": source}, mixture, render, decoders=IMAGE_DECODERS),
+            budget,
+        )
 
     write_tar(tmp_path / "c/00000.tar", pairs(5))
     write_tar(tmp_path / "c/00001.tar", pairs(6, first=5))
@@ -211,7 +215,7 @@ def test_official_augmentation_changes_pixels_alone_and_purely(make_template) ->
 
     def stream(augment: bool) -> MixtureStream:
         sources, mixture = {"vqav2": Source(items, augment=augment)}, Mixture({"vqav2": 1.0}, seed=1)
-        return MixtureStream(sources, mixture, make_template().render_conversation, image_size=IMAGE_SIZE)
+        return MixtureStream(sources, mixture, make_template().render_conversation, decoders=IMAGE_DECODERS)
 
     plain, augmented, again = ([stream(on).sample(n).sample for n in range(24)] for on in (False, True, True))
     assert augmented == again

@@ -143,16 +143,20 @@ def test_colour_underlines_supervised_tokens_and_nothing_else() -> None:
     sequence = [
         position(tokenizer.token_id("<s>"), Modality.TEXT, 0, False),
         *[position(tokenizer.image_id, Modality.IMAGE, 0, False)] * 4,
+        *[position(tokenizer.image_id, Modality.AUDIO, 0, False)] * 3,
         position(tokenizer.token_id("\u2581"), response, 0, True),
         position(tokenizer.eos_id, response, 0, True),
         *[position(tokenizer.pad_id, Modality.PAD, -1, False)] * 3,
     ]
-    marks = show_batch.Marks.of("utf-8")
-    text = show_batch.render(sequence, tokenizer, 2, marks, plain=False)
-    assert text.plain == "<s>[image 1: 2 positions][image 2: 2 positions]\u2423<|endoftext|>\n[padding: 3 positions]"
+    marks, media = show_batch.Marks.of("utf-8"), {Modality.IMAGE: 2, Modality.AUDIO: 3}
+    text = show_batch.render(sequence, tokenizer, media, marks, plain=False)
+    assert text.plain == (
+        "<s>[image 1: 2 positions][image 2: 2 positions][audio 1: 3 positions]\u2423<|endoftext|>\n"
+        "[padding: 3 positions]"
+    )
     underlined = [text.plain[span.start : span.end] for span in text.spans if "underline" in str(span.style)]
     assert underlined == ["\u2423", "<|endoftext|>"]
-    assert "{+\u2423<|endoftext|>+}" in show_batch.render(sequence, tokenizer, 2, marks, plain=True).plain
-    assert show_batch.statistics_line(sequence, 2) == (
-        "10 positions: 7 real (70.0%), 2 supervised, 2 images of 2 positions, 1 samples"
+    assert "{+\u2423<|endoftext|>+}" in show_batch.render(sequence, tokenizer, media, marks, plain=True).plain
+    assert show_batch.statistics_line(sequence, media) == (
+        "13 positions: 10 real (76.9%), 2 supervised, 2 images of 2 positions, 1 recordings of 3 positions, 1 samples"
     )

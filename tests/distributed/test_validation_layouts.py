@@ -174,6 +174,7 @@ def validate_demo(topology: Topology, config: RunConfig) -> ValidationReport | N
 
 def generate_alone(config: RunConfig) -> dict[str, str]:
     """The answer to the first question of each source by the whole model with a cache: evaluate/generate.py."""
+    from aki_megatron.data.media import media_decoders
     from aki_megatron.data.pipeline import build_template
     from aki_megatron.data.validation_set import build_validation_set
     from aki_megatron.evaluate.runner import read_prompt
@@ -185,8 +186,8 @@ def generate_alone(config: RunConfig) -> dict[str, str]:
     )
     model = build_model(config.model, attention=config.attention, seed=config.train.seed)
     widen_logits(model)
-    size = config.model.vision.image_size
-    prompts = [read_prompt(samples.question(name, 0), template, size) for name in samples.sources]
+    size, decoders = config.model.vision.image_size, media_decoders(config.model)
+    prompts = [read_prompt(samples.question(name, 0), template, decoders) for name in samples.sources]
     batch = collate_prompts(prompts, template, size)
     answers = generate(model, batch, stop_ids=tokenizer.stop_ids, max_new_tokens=config.validation.max_new_tokens)
     return {name: tokenizer.decode(ids).strip() for name, ids in zip(samples.sources, answers, strict=True)}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from aki_megatron.config.attention import AttentionConfig
-from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
+from aki_megatron.config.model import AudioConfig, DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
 from aki_megatron.config.trainable import PhaseTrainable, TrainableConfig, TrainingPlan, training_plans
 from aki_megatron.engine.ddp_stage import DDPStage
 from aki_megatron.engine.frozen_stage import FrozenStage
@@ -53,6 +53,12 @@ def model_config(**decoder: Any) -> ModelConfig:
     )
 
 
+AUDIO = AudioConfig(
+    seconds=1, num_mel_bins=6, hidden_size=8, num_layers=1, num_heads=2, intermediate_size=12,
+    resampler=ResamplerConfig(num_latents=NUM_LATENTS, num_layers=1, num_heads=2, head_dim=6, mlp_ratio=2),
+)  # fmt: skip
+"""Encoder of recordings, which take as many positions as images."""
+
 MODEL, TIED_MODEL = model_config(), model_config(tie_word_embeddings=True, lm_head_bias=False)
 
 
@@ -69,6 +75,7 @@ class Setting:
     family: str = "phi3"
     rule: str = "mma"
     offload: bool = False
+    audio: bool = False
     zero_settings: tuple[tuple[str, Any], ...] = ()
     """Further names and values of DeepSpeed's zero_optimization."""
     deepspeed: tuple[tuple[str, Any], ...] = ()
@@ -89,6 +96,8 @@ class Setting:
     def model(self) -> ModelConfig:
         if self.family != "phi3":
             return model_config(family=self.family)
+        if self.audio:
+            return MODEL.model_copy(update={"audio": AUDIO})
         return TIED_MODEL if self.tied else MODEL
 
     @property

@@ -25,6 +25,7 @@ from PIL import Image
 from aki_megatron.checkpoint.model_card import draw_example
 from aki_megatron.config.data import SYSTEM_MESSAGE
 from aki_megatron.data.image import decode_image, normalize
+from aki_megatron.data.media import media_decoders
 from aki_megatron.data.template import Template
 from aki_megatron.data.tokenizer import Tokenizer
 from aki_megatron.evaluate.generate import generate
@@ -100,7 +101,11 @@ def expected_outputs(stage: Stage, tokenizer: Tokenizer, image: Path) -> dict[st
 def example_answer(stage: Stage, template: Template, image: Path) -> str:
     """What our code answers to the question in the model card's example."""
     image.write_bytes(draw_example())
-    prompt = read_prompt(Conversation("", (Turn("What is in the picture?", ""),), image_items(image)), template, 12)
+    prompt = read_prompt(
+        Conversation("", (Turn("What is in the picture?", ""),), image_items(image)),
+        template,
+        media_decoders(stage.config),
+    )
     ((*tokens,),) = generate(
         stage,
         collate_prompts([prompt], template, 12),

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from aki_megatron.data.bad_samples import BadSampleBudget
 from aki_megatron.data.batch_planner import BatchPlanner, Phase
-from aki_megatron.data.image import decode_image, normalize
+from aki_megatron.data.image import ImageCache, decode_image, normalize
 from aki_megatron.data.loader import MicrobatchDataset, StepLoader
 from aki_megatron.data.mixture import Mixture
 from aki_megatron.data.sample_stream import MixtureStream, Source
@@ -99,7 +99,7 @@ def our_loader(
     order = ShardOrder(dataset.counts, seed=0)
     source: Source[Caption] = Source(dataset, order=order)
     stream = MixtureStream({"captions": source}, Mixture({"captions": 1.0}, seed=0), template.render_caption,
-                         image_size=size)  # fmt: skip
+                         decoders={Modality.IMAGE: ImageCache(size)})  # fmt: skip
     global_batch_size = batch_size * num_microbatches
     planner = BatchPlanner(
         [Phase(MANY_STEPS, stream)], global_batch_size=global_batch_size, micro_batch_size=batch_size

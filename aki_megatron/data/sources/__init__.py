@@ -13,20 +13,22 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from aki_megatron.config.datasets import DATASETS
+from aki_megatron.config.datasets import DATASETS, DRAWN_DATASETS
 from aki_megatron.data.bad_samples import num_tolerated
 from aki_megatron.data.sources.records import DatasetReader, LazyConversations
 from aki_megatron.errors import ConfigError, DataError
 
 SPLITS = ("train", "val")
 
+_READERS = DATASETS | DRAWN_DATASETS
+
 
 @cache
 def dataset_reader(name: str) -> DatasetReader:
     """Import the reader of a dataset. Raises ConfigError for a name that is not registered."""
-    if name not in DATASETS:
-        raise ConfigError(f"Unknown data.sources {[name]}; known are {sorted(DATASETS)}.")
-    reader: DatasetReader = resolve_name(f"{__name__}.{DATASETS[name]}")
+    if name not in _READERS:
+        raise ConfigError(f"Unknown data.sources {[name]}; known are {sorted(_READERS)}.")
+    reader: DatasetReader = resolve_name(f"{__name__}.{_READERS[name]}")
     return reader
 
 
@@ -68,9 +70,9 @@ def open_sources(
 
     Raises ConfigError for unknown names, and for a dataset whose release lacks the split.
     """
-    unknown = [name for name in names if name not in DATASETS]
+    unknown = [name for name in names if name not in _READERS]
     if unknown:
-        raise ConfigError(f"Unknown data.sources {unknown}; known are {sorted(DATASETS)}.")
+        raise ConfigError(f"Unknown data.sources {unknown}; known are {sorted(_READERS)}.")
     single_turn = sorted(name for name in set(multi_turn) if dataset_reader(name).read_multi_turn is None)
     if single_turn:
         allowed = sorted(name for name in DATASETS if dataset_reader(name).read_multi_turn is not None)

@@ -9,7 +9,7 @@ import pytest
 from aki_megatron.config.load import load_run
 from aki_megatron.config.run import RunConfig
 from aki_megatron.data.bad_samples import BadSampleBudgetExceeded
-from aki_megatron.data.image import ImageOptions
+from aki_megatron.data.media import media_decoders
 from aki_megatron.data.pipeline import build_template, build_tokenizer
 from aki_megatron.data.validation_set import ValidationSet, build_validation_set
 from aki_megatron.evaluate.staged_generation import GenerationSettings
@@ -68,7 +68,7 @@ def questions(config: RunConfig, rank: int = 0, ranks: int = 1, *, longest: int 
         settings,
         validation_set=opened(config, rank, ranks),
         template=build_template(config, tokenizer),
-        image_options=ImageOptions(),
+        decoders=media_decoders(config.model),
         data_rank=rank,
         data_size=ranks,
         max_prompt_positions=longest,

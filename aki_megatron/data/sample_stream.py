@@ -5,6 +5,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from aki_megatron.data.bad_samples import BadSample, BadSampleBudgetExceeded, sample_errors
 from aki_megatron.data.image import OFFICIAL_OPTIONS, ImageCache, ImageOptions
 from aki_megatron.data.mixture import Mixture, SourceDraw
@@ -62,6 +65,7 @@ class Source(Generic[Item]):
     read_text  an item without its image, where reading that costs; None: reading an item costs little
     locate     how messages name an item: file and key; None: by its key
     augment    whether images are cropped and flipped as in the released code (see image.augment)
+    counts     items of each part that should be read together, as a tar; None: items are read one by one
     """
 
     items: ItemSequence[Item]
@@ -69,6 +73,7 @@ class Source(Generic[Item]):
     read_text: Callable[[int], Item] | None = None
     locate: Callable[[int], str] | None = None
     augment: bool = False
+    counts: NDArray[np.int64] | None = None
 
 
 class MixtureStream(Generic[Item]):

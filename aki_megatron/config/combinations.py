@@ -281,8 +281,8 @@ data-parallel size.
 ## Attention rules
 
 Who may attend to whom is chosen by `attention.rule` (`aki_megatron/config/attention.py`). Where a rule looks ahead at
-the prompt, captions (`data.kind: captions`) and `order: text_first` are refused, because the text is supervised or
-precedes the image.
+the prompt, captions (`data.kind: captions`) without `data.caption_prefix` and `order: text_first` are refused, because
+the text is supervised or precedes the image.
 
 """
 

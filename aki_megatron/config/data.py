@@ -146,7 +146,7 @@ class PackingConfig(Section):
     sequence_length: Annotated[PositiveInt, AtMost(2**24)] = 4096
     """Length of a packed sequence in positions: text tokens and image latents."""
     max_images: Annotated[PositiveInt, AtMost(2**20)] = 32
-    """Largest number of images in a packed sequence."""
+    """Largest number of images (and other media) in a packed sequence."""
     buffer_size: Annotated[PositiveInt, AtMost(2**24)] = 4096
     """Samples that are packed at a time: more leave less padding and take longer to pack."""
 

@@ -47,12 +47,15 @@ def build_tokenizer(config: RunConfig) -> Tokenizer:
 
 def build_template(config: RunConfig, tokenizer: Tokenizer, *, text_first: bool = False) -> Template:
     """Build the template that renders this run's samples."""
+    packing, positions = config.data.packing, config.model.decoder.rope.max_position_embeddings
     return Template(
         tokenizer,
         num_media_tokens={Modality.IMAGE: config.model.resampler.num_latents},
         max_text_tokens=config.data.max_text_tokens,
         system_message=config.data.system_message,
         text_first=text_first,
+        max_positions=min(positions, packing.sequence_length) if packing.enabled else positions,
+        max_media=packing.max_images if packing.enabled else None,
     )
 
 

@@ -67,6 +67,8 @@ class Template:
     max_text_tokens   longest text in tokens: markers and every media item (as one) count
     system_message    empty leaves the system block out
     text_first        put the media after the first question, or after the caption
+    max_positions     longest training sample in positions, media included; None: any length
+    max_media         largest number of media of a training sample; None: any number
 
     Truncation keeps the end marker. Text that holds a special token literally raises DataError: it would turn into that
     token, and any escape would train on text that the dataset does not have. So does half of a surrogate pair. In the
@@ -78,6 +80,8 @@ class Template:
     max_text_tokens: int
     system_message: str
     text_first: bool = False
+    max_positions: int | None = None
+    max_media: int | None = None
 
     def __post_init__(self) -> None:
         assert min(self.num_media_tokens.values()) > 0, self.num_media_tokens
@@ -215,11 +219,26 @@ class Template:
         markers: tuple[int, int],
         num_tokens: int,
     ) -> Sample | None:
-        """Return the sample of ``num_tokens`` tokens that were cut to ``ids``; None without a supervised token."""
+        """Return the sample of ``num_tokens`` tokens that were cut to ``ids``; None without a supervised token.
+
+        Raises DataError for a sample whose media are too many for a sequence.
+        """
         response = int(Modality.RESPONSE)
         if not any(kind == response and token not in markers for token, kind in zip(ids, modalities, strict=True)):
             return None
-        return self._expand_media(source, ids, modalities, num_cut_tokens=num_tokens - len(ids))
+        sample = self._expand_media(source, ids, modalities, num_cut_tokens=num_tokens - len(ids))
+        if self.max_media is not None and len(sample.media) > self.max_media:
+            raise DataError(
+                f"Sample {source.key} holds {len(sample.media)} media, more than data.packing.max_images="
+                f"{self.max_media} of a sequence; raise it, or split the sample."
+            )
+        if self.max_positions is not None and len(sample.token_ids) > self.max_positions:
+            raise DataError(
+                f"Sample {source.key} takes {len(sample.token_ids)} positions with its {len(sample.media)} media, more "
+                f"than the {self.max_positions} of a sequence (data.packing.sequence_length, or "
+                "model.decoder.rope.max_position_embeddings); raise it, or split the sample."
+            )
+        return sample
 
     def _expand_media(
         self, source: Conversation | Caption, ids: list[int], modalities: list[int], num_cut_tokens: int = 0

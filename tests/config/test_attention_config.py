@@ -69,6 +69,26 @@ def test_captions_and_text_first_go_with_rules_that_look_ahead_inside_an_image_a
         assert f"set attention.rule to {rules_for_supervised_text()}" in text
 
 
+def test_captions_with_a_prefix_go_with_every_rule() -> None:
+    for rule in ATTENTION_RULES:
+        run = load("--attention.rule", rule, "--data.caption_prefix", "[0.1, 0.5]", config=PRETRAIN)
+        assert run.data.caption_prefix == (0.1, 0.5) and run.attention.rule == rule
+    assert "data.caption_prefix [0.0, 0.5]" in message("--attention.rule", "mma", config=PRETRAIN)
+
+
+@pytest.mark.parametrize("limits", ["[0.1]", "[0.5, 0.1]", "[0.0, 1.0]", "[-0.1, 0.5]", "[0.1, 0.2, 0.3]"])
+def test_a_prefix_that_is_no_range_of_fractions_is_refused(limits: str) -> None:
+    text = message("--attention.rule", "mma", "--data.caption_prefix", limits, config=PRETRAIN)
+    assert "data.caption_prefix=[" in text and "must be [low, high] with 0 <= low <= high < 1" in text
+
+
+def test_a_prefix_belongs_to_captions_after_their_image() -> None:
+    assert "is for data.kind=captions" in message("--data.caption_prefix", "[0.0, 0.5]")
+    phases = ("--data.phases", "[{steps: 800, order: text_first}]")
+    text = message("--data.caption_prefix", "[0.0, 0.5]", *phases, config=PRETRAIN)
+    assert "data.caption_prefix makes a prompt of text after an image, but a phase has order=text_first" in text
+
+
 def test_which_rules_need_a_prompt_after_an_image() -> None:
     expected = {"causal": False, "mma": True, "mma_general": True, "mixed": False, "cca": False}
     assert {rule: ATTENTION_RULES[rule].needs_prompt_after_image for rule in expected} == expected

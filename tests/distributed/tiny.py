@@ -172,16 +172,34 @@ def _sample(draw: torch.Generator, *, image: bool, supervised: bool) -> tuple[li
     return ids, modality, targets
 
 
+def _interleaved_sample(draw: torch.Generator) -> tuple[list[int], list[int], list[int]]:
+    """Token ids, modality ids and targets of a sample of two turns with 0 to 4 images between the texts of prompts."""
+    ids: list[int] = []
+    modality: list[int] = []
+    for most in (3, 1):
+        for _ in range(int(torch.randint(0, most + 1, (), generator=draw))):
+            count = int(torch.randint(0, 3, (), generator=draw))  # 0: two images next to each other
+            ids += torch.randint(0, VOCAB_SIZE, (count,), generator=draw).tolist() + [IMAGE_TOKEN] * NUM_LATENTS
+            modality += [Modality.TEXT] * count + [Modality.IMAGE] * NUM_LATENTS
+        ids += torch.randint(0, VOCAB_SIZE, (4,), generator=draw).tolist()
+        modality += [Modality.TEXT] * 2 + [Modality.RESPONSE] * 2
+    targets = [token if kind == Modality.RESPONSE else IGNORE for token, kind in zip(ids, modality, strict=True)]
+    return ids, modality, [*targets[1:], IGNORE]
+
+
 def draw_batch(step: int, number: int) -> Batch:
     """Micro-batch ``number`` of step ``step``: sequences differ in length and supervision, batches in length.
 
     Of every four micro-batches the second has no image, the third of odd steps no supervised token, and in the fourth
-    sequences are packed: two samples, each a segment with its own positions.
+    sequences are packed: two samples, each a segment with its own positions, of two turns with 0 to 4 images.
     """
     draw = torch.Generator().manual_seed(1000 * step + number)
     kind = number % 4
+    supervised = not (kind == 2 and step % 2)
     sequences = [
-        [_sample(draw, image=kind != 1, supervised=not (kind == 2 and step % 2)) for _ in range(2 if kind == 3 else 1)]
+        [_interleaved_sample(draw), _interleaved_sample(draw)]
+        if kind == 3
+        else [_sample(draw, image=kind != 1, supervised=supervised)]
         for _ in range(BATCH_SIZE)
     ]
     length = max(sum(len(ids) for ids, _, _ in samples) for samples in sequences)
@@ -198,7 +216,7 @@ def draw_batch(step: int, number: int) -> Batch:
             segment_ids[row, here], targets[row, here] = segment, torch.tensor(wanted)
             position_ids[row, here] = torch.arange(len(ids), dtype=torch.int32)
             start += len(ids)
-    images = sum(len(samples) for samples in sequences) if kind != 1 else 0
+    images = int((modality_ids == Modality.IMAGE).sum()) // NUM_LATENTS
     pixels = torch.randn(images, 3, IMAGE_SIZE, IMAGE_SIZE, generator=draw)
     return Batch(token_ids, modality_ids, segment_ids, position_ids, targets, {Modality.IMAGE: pixels})
 

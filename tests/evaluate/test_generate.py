@@ -107,6 +107,25 @@ def test_equals_recomputation_of_each_sequence(rule: str, num_kv_heads: int) -> 
     assert len({tuple(generated) for generated in expected}) == len(PROMPTS)
 
 
+@pytest.mark.parametrize("rule", ["mma", "mma_general", "mixed", "cca"])
+def test_several_images_and_turns_equal_recomputation(rule: str) -> None:
+    stage = model(rule)
+    torch.manual_seed(2)
+    answer = ([7, 8], [int(Modality.RESPONSE)] * 2)
+    two_images = [prompt(1, 0), prompt(4, 1)]
+    three_in_two_turns = [prompt(2, 1), prompt(3, 0), answer, prompt(5, 2)]
+    sequences = [
+        (sum((tokens for tokens, _ in parts), []), sum((kinds for _, kinds in parts), []))
+        for parts in (two_images, [prompt(6, None)], three_in_two_turns)
+    ]
+    pixels = torch.randn(5, 3, 12, 12, dtype=torch.float64)
+    own_pixels = (pixels[:2], pixels[:0], pixels[2:])
+    expected = [recomputed(stage, sequence, images, 8) for sequence, images in zip(sequences, own_pixels, strict=True)]
+    assert generate(stage, batch(sequences, pixels), stop_ids=(), max_new_tokens=8) == expected
+    swapped = generate(stage, batch(sequences, pixels.flip(0)), stop_ids=(), max_new_tokens=8)
+    assert swapped != expected and swapped[1] == expected[1]
+
+
 def test_the_rule_reaches_generation() -> None:
     """Under another rule the first new token's logits differ for a prompt with an image."""
     torch.manual_seed(1)

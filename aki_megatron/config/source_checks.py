@@ -29,10 +29,10 @@ def _dataset_problems(key: str, source: SourceConfig) -> Iterator[str]:
     given = [name for name in ("path", "images", "columns") if getattr(source, name) not in ((), "", ColumnsConfig())]
     if source.name not in DATASETS:
         if given:
-            hint = (
-                f"{key} {source.name} is no public dataset but gives {' and '.join(given)}; add the format of its files"
+            yield (
+                f"{key} {source.name} is no public dataset but gives {' and '.join(given)}; add the format of its "
+                f"files: one of {', '.join(OWN_FORMATS)}."
             )
-            yield f"{hint}: one of {', '.join(OWN_FORMATS)}."
         else:
             yield (
                 f"{key}.name must be one of {', '.join(DATASETS)}; got {format_value(source.name)}. For files of your "

@@ -32,7 +32,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif")
 ALL_IMAGE_SUFFIXES = (*IMAGE_SUFFIXES, ".webp", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm")
-"""Suffixes of what data/image.py reads. Of folders of the datasets those above count, as when they were fingerprinted."""
+"""Suffixes of what data/image.py reads, for folders of one's own; in those of the datasets the others never counted."""
 
 NUM_READ_IMAGES = 256
 """Images of a folder whose bytes are read."""

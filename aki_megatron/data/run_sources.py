@@ -1,4 +1,4 @@
-"""The conversation sources of a run: public datasets and files of one's own, opened, named in messages, fingerprinted."""
+"""The conversation sources of a run, public datasets and files of one's own: missing files, opening, fingerprints."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

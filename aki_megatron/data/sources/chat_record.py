@@ -74,7 +74,7 @@ class _Message(NamedTuple):
 
 
 def parse_record(entry: Any, layout: RecordLayout) -> ChatRecord:
-    """Return a record with all its images checked, but not read. Raises ValueError or KeyError for a bad one."""
+    """Return a record with all its images checked, but not read. Raises ValueError for a bad one."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"a record must have keys and values, got {repr(entry)[:MAX_SHOWN]}")
     messages = _messages(_field(entry, layout.messages), layout)
@@ -100,7 +100,7 @@ def record_name(entry: Mapping[str, Any], layout: RecordLayout) -> str:
 
 
 def count_turns(value: Any, layout: RecordLayout) -> int:
-    """Return the number of answers in the messages of a record. Raises ValueError or KeyError as parse_record does."""
+    """Return the number of answers in the messages of a record. Raises ValueError as parse_record does."""
     messages = _messages(value, layout)
     _check_order(messages)
     return sum(message.role == "assistant" for message in messages)
@@ -159,7 +159,8 @@ def image_content(image: str | bytes, roots: Sequence[Path]) -> Path | bytes:
         parts = urlsplit(image)
         if parts.scheme != "file" or parts.netloc not in ("", "localhost"):
             raise ValueError(
-                f"the image {image[:MAX_SHOWN]!r} is not on this machine; download the images first and give their paths"
+                f"the image {image[:MAX_SHOWN]!r} is not on this machine; download the images first and give their "
+                "paths"
             )
         name = unquote(parts.path)
     return _path_below(name, roots)
@@ -169,7 +170,7 @@ def _path_below(name: str, roots: Sequence[Path]) -> Path:
     if "\0" in name or ".." in name.replace("\\", "/").split("/"):
         raise ValueError(f"the image path {name[:MAX_SHOWN]!r} leads out of its folder {roots[0]}")
     path = roots[0] / name
-    if not any(path.is_relative_to(root) for root in roots):
+    if not any(path.absolute().is_relative_to(root.absolute()) for root in roots):
         raise ValueError(
             f"the image path {name[:MAX_SHOWN]!r} is not below {' or '.join(map(str, dict.fromkeys(roots)))}; "
             "give paths below it, or set images of the source to their folder"
@@ -188,11 +189,11 @@ def _decode_data_url(url: str) -> bytes:
 
 
 def _field(entry: Mapping[str, Any], names: Sequence[str]) -> Any:
-    """Return the first field of these names; raise KeyError, naming them all, where there is none."""
+    """Return the first field of these names; raise ValueError, naming them all, where there is none."""
     for name in names:
         if entry.get(name) is not None:
             return entry[name]
-    raise KeyError("' or '".join(names))
+    raise ValueError(f"the field {' or '.join(map(repr, names))} is missing")
 
 
 def _optional(entry: Mapping[str, Any], names: Sequence[str]) -> Any:

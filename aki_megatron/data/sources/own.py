@@ -101,15 +101,12 @@ def open_own(root: Path, source: SourceConfig) -> OwnSource:
     files = source_files(root, source)
     roots = (images_folder(root, source), root)
     faults = FaultCounts()
-    parts = (
-        _open_parquet(files, source, roots) if source.format == "parquet" else _open_json(files, source, roots, faults)
-    )
+    is_parquet = source.format == "parquet"
+    parts = _open_parquet(files, source, roots) if is_parquet else _open_json(files, source, roots, faults)
     samples = _Samples(parts, _turn_counts(parts) if source.split_turns else None)
     build = partial(_conversation, source.name, roots, len(files) > 1)
-    items = LazyConversations(
-        samples, lambda sample: build(parts[sample.file].read(sample.record), sample.turn), faults
-    )
-    if source.format != "parquet":
+    items = LazyConversations(samples, partial(_read, parts, build), faults)
+    if not is_parquet:
         return OwnSource(items, None, None, samples.locate)
     return OwnSource(items, samples.group_counts(), partial(_read_text, samples, build), samples.locate)
 
@@ -196,6 +193,12 @@ class _Samples(Sequence[_SampleRecord]):
                 ends = np.concatenate(([0], self._turn_ends[file]))[ends]
             counts.append(np.diff(ends, prepend=0))
         return np.concatenate(counts) if counts else np.zeros(0, dtype=np.int64)
+
+
+def _read(
+    parts: Sequence[ChatRecords], build: Callable[[FileRecord, int | None], Conversation], sample: _SampleRecord
+) -> Conversation:
+    return build(parts[sample.file].read(sample.record), sample.turn)
 
 
 def _read_text(samples: _Samples, build: Callable[[FileRecord, int | None], Conversation], index: int) -> Conversation:

@@ -1,8 +1,8 @@
 """Records of users' own conversations in parquet files, as Hugging Face datasets store them. Adapter of pyarrow.
 
-Only the footers are read when files are opened: how many rows each row group has, and which columns. A row group is read
-when a row of it is asked for, and the latest ones are kept, so rows should be asked for in an order that stays within a
-few row groups (ShardOrder).
+Only the footers are read when files are opened: how many rows each row group has, and which columns. A row group is
+read when a row of it is asked for, and the latest ones are kept, so rows should be asked for in an order that stays
+within a few row groups (ShardOrder).
 """
 
 import json

@@ -3,6 +3,10 @@
     python tools/evaluate.py runs/demo/sft                     # every task, all val questions
     python tools/evaluate.py runs/demo/sft --per_task 100      # at most 100 questions per task
     python tools/evaluate.py RUN --with_run PRETRAINING_RUN --report runs/demo/report.html
+    python tools/evaluate.py runs/own --source '{name: asked, format: llava, path: questions.jsonl, images: pictures}'
+
+Files of one's own have no val split: --source names the questions, as an entry of data.sources does; of a conversation
+the last question is answered.
 
 Reads config.yaml and the newest checkpoint of the run folder. Writes evaluation/predictions.jsonl,
 evaluation/scores.json and report.html there (or where --report says). Decoding is greedy; an answer is correct if it
@@ -11,7 +15,7 @@ equals the whole reference answer.
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,11 +23,14 @@ import torch
 
 from aki_megatron.attention import AttentionMask
 from aki_megatron.checkpoint.initial_weights import load_weights
+from aki_megatron.config.datasets import DATASET_FORMAT
+from aki_megatron.config.load import load_run
 from aki_megatron.config.run import RunConfig
 from aki_megatron.config.save import load_saved
 from aki_megatron.console import Console, Table, progress_bar
 from aki_megatron.data.bad_samples import BadSampleBudget
 from aki_megatron.data.pipeline import build_template, build_tokenizer, image_options
+from aki_megatron.data.run_sources import open_conversations
 from aki_megatron.data.sources import open_sources, with_split
 from aki_megatron.data.template import Template
 from aki_megatron.errors import ConfigError, DataError
@@ -84,8 +91,47 @@ def print_scores(scores: list[TaskScore]) -> None:
     console.print(table)
 
 
-def evaluate(run: Path, *, per_task: int, other_runs: list[Path], report: Path | None) -> None:
-    """Answer the val questions of ``run``, score the answers and write the report."""
+def config_with_source(config_file: Path, source: str) -> RunConfig:
+    """Return a run with the one source that ``source`` describes in YAML. Raises ConfigError for a wrong one."""
+    flags = ["--config", str(config_file), "--data.sources", f"[{source}]", "--data.phases", "[]"]
+    config = load_run(flags, default_config=config_file, prog="tools/evaluate.py", description="")
+    if any(entry.format == DATASET_FORMAT for entry in config.data.sources):
+        raise ConfigError("--source is for files of your own: give a format (llava, messages, parquet) and a path.")
+    return config
+
+
+def open_questions(config: RunConfig, config_file: Path, source: str | None) -> Mapping[str, Sequence[Conversation]]:
+    """Open the questions by source: the val splits of the run's datasets, or the one that ``source`` describes."""
+
+    def report(line: str) -> None:
+        console.print(line, soft_wrap=True)
+
+    if source is not None:
+        opened = open_conversations(config_with_source(config_file, source).data, report)
+        return {name: found.items for name, found in opened.items()}  # type: ignore[misc]
+    names = [source.name for source in config.data.sources if source.format == DATASET_FORMAT]
+    val_names = with_split(names, "val")
+    if not val_names:
+        raise ConfigError(
+            f"None of the sources {[source.name for source in config.data.sources]} of {config_file.parent} has a val "
+            "split to evaluate on; name questions of your own with --source '{name: asked, format: llava, path: "
+            "questions.jsonl}'."
+        )
+    return open_sources(
+        config.data.root, val_names, "val", max_bad_fraction=config.data.max_bad_fraction, progress=report
+    )
+
+
+def evaluate(
+    run: Path,
+    *,
+    per_task: int,
+    other_runs: list[Path],
+    report: Path | None,
+    source: str | None = None,
+    max_new_tokens: int = 16,
+) -> None:
+    """Answer the val questions of ``run``, or those of ``source``; score the answers and write the report."""
     paths = RunPaths(run)
     if not paths.config.exists():
         raise ConfigError(f"{paths.config} does not exist: {run} is not a run folder.")
@@ -93,19 +139,8 @@ def evaluate(run: Path, *, per_task: int, other_runs: list[Path], report: Path |
     if config.data.kind != "conversations":
         raise ConfigError(f"{run} was trained on {config.data.kind}; give a fine-tuned run (data.kind conversations).")
     template = build_template(config, build_tokenizer(config))
-    names = [source.name for source in config.data.sources]
-    val_names = with_split(names, "val")
-    if not val_names:
-        raise ConfigError(f"None of the sources {names} of {run} has a val split to evaluate on.")
     bad_samples = BadSampleBudget(config.data.max_bad_fraction)
-    sources = open_sources(
-        config.data.root,
-        val_names,
-        "val",
-        max_bad_fraction=config.data.max_bad_fraction,
-        progress=lambda line: console.print(line, soft_wrap=True),
-    )
-    questions = select_questions(sources, per_task, bad_samples)
+    questions = select_questions(open_questions(config, paths.config, source), per_task, bad_samples)
     model = load_model(config, paths.path)
     with progress_bar("answering", console=console) as bar:
         task = bar.add_task("questions", total=len(questions))
@@ -114,6 +149,7 @@ def evaluate(run: Path, *, per_task: int, other_runs: list[Path], report: Path |
             template,
             questions,
             bad_samples=bad_samples,
+            max_new_tokens=max_new_tokens,
             image_options=image_options(config.data),
             progress=lambda done: bar.update(task, completed=done),
         )
@@ -144,7 +180,16 @@ def val_command(argv: Sequence[str]) -> int:
     parser.add_argument("run", type=Path, help="folder of a fine-tuned run")
     parser.add_argument("--per_task", type=int, default=0, help="most questions per task (default 0: all)")
     parser.add_argument("--with_run", type=Path, action="append", default=[], help="another run whose curves to show")
+    parser.add_argument("--source", help="questions in files of one's own, as an entry of data.sources in YAML")
+    parser.add_argument("--max_new_tokens", type=int, default=16, help="longest answer (default %(default)s)")
     parser.add_argument("--report", type=Path, help="report file to write (default: report.html in the run folder)")
     arguments = parser.parse_args(argv)
-    evaluate(arguments.run, per_task=arguments.per_task, other_runs=arguments.with_run, report=arguments.report)
+    evaluate(
+        arguments.run,
+        per_task=arguments.per_task,
+        other_runs=arguments.with_run,
+        report=arguments.report,
+        source=arguments.source,
+        max_new_tokens=arguments.max_new_tokens,
+    )
     return 0

@@ -40,6 +40,8 @@ CHANGEABLE: dict[str, str] = {
     "data.root": "the data is read from there",
     "data.tokenizer": "the tokenizer is read from there",
     "data.captions.shards": "tars are read from there; their order must stay",
+    "data.sources.path": "own files are read from there; their order must stay",
+    "data.sources.images": "the images of own files are read from there",
     "init": "nothing: weights come from the checkpoint",
 }
 """Keys and sections that --allow_change may name -> what their change means for a run that goes on."""

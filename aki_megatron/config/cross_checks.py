@@ -11,6 +11,7 @@ from aki_megatron.config.data import DataConfig
 from aki_megatron.config.deepspeed import problems_of_settings
 from aki_megatron.config.field_info import list_problems
 from aki_megatron.config.run import RunConfig
+from aki_megatron.config.source_checks import source_problems
 from aki_megatron.config.trainable_checks import trainable_problems
 from aki_megatron.config.validation_checks import validation_problems
 from aki_megatron.errors import ConfigError
@@ -81,12 +82,6 @@ def data_problems(run: RunConfig) -> Iterator[str]:
             yield (
                 f"data.captions {captions.name}: granularity={captions.granularity} chooses among the descriptions of "
                 f"format blip3_ocr, but format={captions.format}; remove granularity, or set the format."
-            )
-    for source in data.sources:
-        if not source.split_turns and source.name != "llava150k":
-            yield (
-                f"data.sources {source.name}: split_turns=false is for llava150k, the source that has "
-                "conversations; remove it."
             )
 
 
@@ -268,6 +263,7 @@ def watch_problems(run: RunConfig) -> Iterator[str]:
 
 CHECKS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     data_problems,
+    source_problems,
     system_message_problems,
     phase_problems,
     packing_problems,

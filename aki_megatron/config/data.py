@@ -1,10 +1,16 @@
 """Which datasets a run reads, how they are mixed and ordered, and how samples are packed into sequences."""
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
-from aki_megatron.config.datasets import CAPTION_FORMATS, DATASETS, DRAWN_DATASETS, OCR_GRANULARITIES, OFFICIAL_INDEX
+from aki_megatron.config.datasets import (
+    CAPTION_FORMATS,
+    DATASET_FORMAT,
+    OCR_GRANULARITIES,
+    OFFICIAL_INDEX,
+    OWN_FORMATS,
+)
 from aki_megatron.config.section import (
     AtMost,
     FilePath,
@@ -26,20 +32,42 @@ SYSTEM_MESSAGE = (
 """The papers' system message (AKI, Table 5)."""
 
 if TYPE_CHECKING:
-    SourceName = str
+    SourceFormat = str
     CaptionFormat = str
     Granularity = str
 else:  # the registry is the one list of names; type checkers do not evaluate it
-    SourceName = Literal[(*DATASETS, *DRAWN_DATASETS)]
+    SourceFormat = Literal[(DATASET_FORMAT, *OWN_FORMATS)]
     CaptionFormat = Literal[CAPTION_FORMATS]
     Granularity = Literal[(*OCR_GRANULARITIES, OFFICIAL_INDEX)]
 
 
-class SourceConfig(Section):
-    """One fine-tuning dataset and its weight in the mixture."""
+def _one_or_many(value: Any) -> Any:
+    """Return a text as a list of one: a validator before that of a list of texts."""
+    return (value,) if isinstance(value, str) else as_tuple(value)
 
-    name: SourceName
-    """Dataset, which decides the reader."""
+
+class ColumnsConfig(Section):
+    """Names of the columns of a table, or of the keys of a record, in files of one's own; empty: the usual names."""
+
+    messages: str = ""
+    """List of messages. Usual: conversations (format llava), messages (format messages), and in parquet one of
+    messages, conversations, texts."""
+    images: str = ""
+    """Image of a record, or a list of them. Usual: images or image."""
+    id: str = ""
+    """What messages and the sample audit log call a record, beside its line or row. Usual: id."""
+    role: str = ""
+    """Who speaks, in a message. Usual: from (llava), role (messages), either in parquet."""
+    content: str = ""
+    """What is said, in a message. Usual: value (llava), content (messages), either in parquet."""
+
+
+class SourceConfig(Section):
+    """One fine-tuning dataset, or conversations in files of one's own, and its weight in the mixture."""
+
+    name: str
+    """One of the public datasets, which decides the reader; with another format a name of one's own, for phases,
+    messages and the sample audit log."""
     weight: Weight = 1.0
     """Sampling weight, relative: the weights of a run are normalized (papers, Table 4). Used where data.mixing is
     weights."""
@@ -47,7 +75,25 @@ class SourceConfig(Section):
     """official: the random crop and flip of the released code, which mirror text and leave bounding boxes unchanged;
     for comparison only."""
     split_turns: bool = True
-    """llava150k: true makes a sample of each question and answer, as the papers do; false keeps whole conversations."""
+    """true makes a sample of each question and answer of a conversation, without what was said before; false keeps
+    whole conversations. Default: true for llava150k, as in the papers, false for files of one's own."""
+    format: SourceFormat = DATASET_FORMAT
+    """dataset: the public dataset of this name. Files of one's own: llava (JSON or JSONL of conversations with
+    <image>), messages (JSON or JSONL of OpenAI's messages), parquet (tables as Hugging Face datasets store them)."""
+    path: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)] = ()
+    """Own files, below data.root: a file, a folder, a pattern whose braces expand (part-{00000..00007}.parquet), or a
+    list of them."""
+    images: str = ""
+    """Folder below data.root that the paths of images start at, which may not lead out of it; empty: data.root."""
+    columns: ColumnsConfig = ColumnsConfig()
+    """Names of keys and columns in own files, where they are not the usual ones."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_own_conversations_whole(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "split_turns" not in values and values.get("format") in OWN_FORMATS:
+            return {**values, "split_turns": False}
+        return values
 
 
 class CaptionsConfig(Section):
@@ -123,7 +169,8 @@ class DataConfig(Section):
     captions: Annotated[tuple[CaptionsConfig, ...], BeforeValidator(as_tuple)] = ()
     """Caption sets, for data.kind captions."""
     sources: Annotated[tuple[SourceConfig, ...], BeforeValidator(as_tuple)] = ()
-    """Datasets, for data.kind conversations."""
+    """For data.kind conversations: datasets by name, and files of one's own, as in {name: mine, format: llava, path:
+    chat.jsonl, images: pictures}; docs/own_data.md."""
     mixing: Literal["weights", "uniform", "proportional"] = "weights"
     """Sampling of sources. weights: by the weight of each (papers, Table 4). uniform: every source equally often.
     proportional: by number of samples, so that every sample is equally likely (the papers' "uniform over samples")."""
@@ -150,7 +197,8 @@ class DataConfig(Section):
     prefetch_steps: Annotated[PositiveInt, AtMost(1024)] = 2
     """Optimizer steps of batches to prepare ahead in the background."""
     shards_per_block: PositiveInt = 16
-    """Captions: tars whose samples are shuffled together; more shuffle better and open more files at a time."""
+    """Tars of captions, or row groups of parquet, whose samples are shuffled together; more shuffle better and open
+    more files at a time."""
     cache: FilePath | None = None
     """Folder for tars that commands and URLs fetch, and for the indices of tars in folders without write access; null:
     a folder below the user's cache folder."""

@@ -1,4 +1,4 @@
-"""The registry of fine-tuning datasets, and the names of caption formats: what data.sources and data.captions may name.
+"""The registry of fine-tuning datasets, and the names of formats: what data.sources and data.captions may name.
 
 Readers are in data/sources/. Only their import paths are listed here, so that a configuration is checked without torch.
 """
@@ -20,6 +20,12 @@ DATASETS: dict[str, str] = {
 
 DRAWN_DATASETS: dict[str, str] = {"tones": "tones:READER"}
 """The same for datasets that were never released: tools/make_data.py draws them."""
+
+DATASET_FORMAT = "dataset"
+"""data.sources[].format of the datasets above."""
+
+OWN_FORMATS = ("llava", "messages", "parquet")
+"""data.sources[].format of files of one's own; data/sources/own.py reads them."""
 
 CAPTION_FORMATS = ("caption", "blip3_ocr")
 """What the txt member of a caption shard holds; data/captions.py parses them."""

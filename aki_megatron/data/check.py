@@ -18,7 +18,8 @@ from aki_megatron.config.run import RunConfig
 from aki_megatron.data.bad_samples import num_tolerated
 from aki_megatron.data.fault_kinds import FaultCounts, fault_kind
 from aki_megatron.data.media import Decoders, media_decoders
-from aki_megatron.data.pipeline import SPLIT, build_sources, build_template, build_tokenizer, image_options
+from aki_megatron.data.pipeline import build_sources, build_template, build_tokenizer, image_options
+from aki_megatron.data.run_sources import SPLIT
 from aki_megatron.data.sample_stream import Source, read_item
 from aki_megatron.data.sources.records import LazyConversations
 from aki_megatron.data.validation_set import validation_sources

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 from aki_megatron.config.data import DataConfig
 from aki_megatron.data.check import SourceCheck
-from aki_megatron.data.pipeline import SPLIT
 from aki_megatron.data.release_counts import release_count
+from aki_megatron.data.run_sources import SPLIT
 
 MAX_KINDS = 20
 """Kinds of faults that are listed."""

@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 """Files of a tokenizer's folder that decide its ids."""
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif")
+ALL_IMAGE_SUFFIXES = (*IMAGE_SUFFIXES, ".webp", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm")
+"""Suffixes of what data/image.py reads, for folders of one's own; in those of the datasets the others never counted."""
+
 NUM_READ_IMAGES = 256
 """Images of a folder whose bytes are read."""
 
@@ -119,12 +123,28 @@ class FileFingerprints:
         """
         return Fingerprint(num_records, dict(self._part(name) for name in names))
 
+    def numbered_fingerprint(
+        self, files: Sequence[Path], images: Path | None, num_records: int, suffixes: tuple[str, ...]
+    ) -> Fingerprint:
+        """Return the fingerprint of files in their order, wherever they are, and of a folder of images if any."""
+        parts = {}
+        for number, file in enumerate(files):
+            parts[f"file {number}"] = self._cached(str(file), partial(_file_part, file))
+        if images is not None:
+            name = f"{images} {' '.join(suffixes)}"
+            parts["images"] = self._cached(name, partial(_images_part, images, suffixes))
+        return Fingerprint(num_records, parts)
+
     def _part(self, name: str) -> tuple[str, Part]:
         path = self.root / name
         is_folder = path.is_dir()
+        part = self._cached(name, partial(_images_part if is_folder else _file_part, path))
+        return f"{'images' if is_folder else 'file'} {name}", part
+
+    def _cached(self, name: str, read: Callable[[], Part]) -> Part:
         if name not in self._parts:
-            self._parts[name] = _images_part(path) if is_folder else _file_part(path)
-        return f"{'images' if is_folder else 'file'} {name}", self._parts[name]
+            self._parts[name] = read()
+        return self._parts[name]
 
 
 def _file_part(path: Path) -> Part:
@@ -136,9 +156,9 @@ def _file_part(path: Path) -> Part:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def _images_part(path: Path) -> Part:
+def _images_part(path: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Part:
     folder = f"{path}/"
-    names = sorted(_image_names(folder))
+    names = sorted(_image_names(folder, suffixes))
     last = len(names) - 1
     numbers = {last * number // (NUM_READ_IMAGES - 1) for number in range(NUM_READ_IMAGES)} if names else set()
     read = [names[number] for number in sorted(numbers)]
@@ -154,7 +174,9 @@ def _images_part(path: Path) -> Part:
     return Part(digest.hexdigest()[:_DIGEST_DIGITS], {"images": len(names), "bytes": num_bytes}, str(path))
 
 
-def _image_names(folder: str, below: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
+def _image_names(
+    folder: str, suffixes: tuple[str, ...], below: str = "", above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[str]:
     """Yield the names of all images in a folder and the folders in it, hidden ones left out.
 
     above  device and inode of the folders around it: a link that leads back to one of them is not followed
@@ -167,10 +189,11 @@ def _image_names(folder: str, below: str = "", above: frozenset[tuple[int, int]]
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if entry.name.lower().endswith(IMAGE_SUFFIXES):
+                if entry.name.lower().endswith(suffixes):
                     yield below + entry.name
                 elif entry.is_dir():
-                    yield from _image_names(folder, f"{below}{entry.name}/", above | {(found.st_dev, found.st_ino)})
+                    inside = above | {(found.st_dev, found.st_ino)}
+                    yield from _image_names(folder, suffixes, f"{below}{entry.name}/", inside)
     except OSError as error:
         raise DataError(f"The folder of images {folder}{below} cannot be read: {error}") from error
 

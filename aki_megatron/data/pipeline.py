@@ -1,10 +1,8 @@
 """Build everything a run reads: tokenizer, templates, sources, phases, and which samples each step holds."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from aki_megatron.config.data import CaptionsConfig, DataConfig, PhaseConfig
@@ -12,28 +10,25 @@ from aki_megatron.config.run import RunConfig
 from aki_megatron.data.bad_samples import BadSampleBudget
 from aki_megatron.data.batch_planner import BatchPlanner, Phase
 from aki_megatron.data.captions import TextFormat
-from aki_megatron.data.fingerprint import FileFingerprints, Fingerprint, tokenizer_fingerprint
+from aki_megatron.data.fingerprint import Fingerprint, tokenizer_fingerprint
 from aki_megatron.data.image import ImageOptions
 from aki_megatron.data.loader import MicrobatchDataset, StepLoader
 from aki_megatron.data.media import media_decoders, num_media_tokens
 from aki_megatron.data.mixture import Mixture, SourcePass
 from aki_megatron.data.packing import PackedSampler, PackingLimits
 from aki_megatron.data.permutation import derive_seed
+from aki_megatron.data.run_sources import SPLIT, open_conversations, source_fingerprints
 from aki_megatron.data.sample_stream import MixtureStream, SampleStream, Source
 from aki_megatron.data.shard_cache import ShardCache
 from aki_megatron.data.shard_order import ShardOrder
 from aki_megatron.data.shards import CaptionDataset
-from aki_megatron.data.sources import dataset_reader, open_sources
 from aki_megatron.data.template import Template
 from aki_megatron.data.tokenizer import Tokenizer
 from aki_megatron.families.registry import FAMILIES
-from aki_megatron.types import Caption, Conversation
+from aki_megatron.types import Caption
 
 TOKENIZER_NAME = "tokenizer"
 """Name of the tokenizer's fingerprint; those of sources are ``source NAME``."""
-
-SPLIT = "train"
-"""Split of the datasets that a run reads."""
 
 
 @dataclass(frozen=True)
@@ -101,43 +96,15 @@ def build_sources(config: DataConfig, progress: Callable[[str], None], split: st
     if config.kind == "captions":
         datasets = {captions.name: open_captions(config, captions, progress) for captions in config.captions}
         return {
-            name: Source(dataset, read_text=partial(dataset.caption, with_image=False), locate=dataset.location)
+            name: Source(
+                dataset,
+                read_text=partial(dataset.caption, with_image=False),
+                locate=dataset.location,
+                counts=dataset.counts,
+            )
             for name, dataset in datasets.items()
         }
-    multi_turn = [source.name for source in config.sources if not source.split_turns]
-    names = [source.name for source in config.sources]
-    opened = open_sources(
-        config.root,
-        names,
-        split,
-        multi_turn=multi_turn,
-        max_bad_fraction=config.max_bad_fraction,
-        progress=progress,
-    )
-    return {
-        source.name: Source(
-            opened[source.name],
-            locate=partial(
-                _locate_conversation, _annotation_files(config.root, source.name, split), opened[source.name]
-            ),
-            augment=source.augment == "official",
-        )
-        for source in config.sources
-    }
-
-
-def _annotation_files(root: Path, name: str, split: str) -> str:
-    """Return the annotation files of a source, as messages name them."""
-    files = dataset_reader(name).files_below(root, split)
-    return " and ".join(str(root / file) for file in files if Path(file).suffix)
-
-
-def _locate_conversation(files: str, items: Sequence[Conversation], index: int) -> str:
-    """Return how messages name a conversation: by its annotation files and key; by its number if it has no key."""
-    sample = f"number {index}"
-    with suppress(Exception):  # reading it may be what failed
-        sample = items[index].key
-    return f"{files}, sample {sample}"
+    return {**open_conversations(config, progress, split)}
 
 
 def data_fingerprints(
@@ -148,14 +115,11 @@ def data_fingerprints(
     Raises DataError where a file cannot be read.
     """
     found = {TOKENIZER_NAME: tokenizer_fingerprint(tokenizer.folder, tokenizer.num_tokens)}
-    files = FileFingerprints(config.root)
-    for name, source in sources.items():
-        if isinstance(source.items, CaptionDataset):
-            found[f"source {name}"] = source.items.fingerprint
-        else:
-            found[f"source {name}"] = files.fingerprint(
-                dataset_reader(name).files_below(config.root, SPLIT), len(source.items)
-            )
+    if config.kind == "captions":
+        of_sources = {name: source.items.fingerprint for name, source in sources.items()}  # type: ignore[attr-defined]
+    else:
+        of_sources = source_fingerprints(config, {name: len(source.items) for name, source in sources.items()})
+    found.update({f"source {name}": fingerprint for name, fingerprint in of_sources.items()})
     return found
 
 
@@ -179,18 +143,15 @@ def build_stream(
     """Build the stream of numbered samples of one phase."""
     data, phase_config, mixture = config.data, run_phases(config)[phase], phase_mixture(config, sources, phase)
     template = build_template(config, tokenizer, text_first=phase_config.order == "text_first")
-    chosen = {name: sources[name] for name in mixture.names}
+    chosen = {
+        name: _with_order(sources[name], mixture.passes[name].seed, name, data.shards_per_block)
+        for name in mixture.names
+    }
     render: Callable[[Any], Any] = template.render_conversation
     prepare = None
     if data.kind == "captions":
         render = template.render_caption
         prepare = partial(_with_prefix, data.caption_prefix, mixture.seed) if data.caption_prefix else None
-        chosen = {
-            name: replace(
-                source, order=_shard_order(source.items, mixture.passes[name].seed, name, data.shards_per_block)
-            )
-            for name, source in chosen.items()
-        }
     decoders = media_decoders(config.model, image_options(data))
     return MixtureStream(chosen, mixture, render, decoders=decoders, prepare=prepare)
 
@@ -215,8 +176,11 @@ def phase_mixture(config: RunConfig, sources: Mapping[str, Source[Any]], phase: 
     return mixture
 
 
-def _shard_order(dataset: Any, seed: int, name: str, shards_per_block: int) -> ShardOrder:
-    return ShardOrder(dataset.counts, seed=seed, name=name, shards_per_block=shards_per_block)
+def _with_order(source: Source[Any], seed: int, name: str, shards_per_block: int) -> Source[Any]:
+    """Return a source of tars or row groups with an order that reads few of them at a time; others as they are."""
+    if source.counts is None:
+        return source
+    return replace(source, order=ShardOrder(source.counts, seed=seed, name=name, shards_per_block=shards_per_block))
 
 
 def build_packed_sampler(config: RunConfig, stream: SampleStream, phase: int) -> PackedSampler | None:

@@ -4,6 +4,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from aki_megatron.data.bad_samples import BadSample, BadSampleBudgetExceeded, sample_errors
 from aki_megatron.data.media import Decoders, decode_item
 from aki_megatron.data.mixture import Mixture, SourceDraw
@@ -63,6 +66,7 @@ class Source(Generic[Item]):
     read_text  an item without its image, where reading that costs; None: reading an item costs little
     locate     how messages name an item: file and key; None: by its key
     augment    whether images are cropped and flipped as in the released code (see image.augment)
+    counts     items of each part that should be read together, as a tar; None: items are read one by one
     """
 
     items: ItemSequence[Item]
@@ -70,6 +74,7 @@ class Source(Generic[Item]):
     read_text: Callable[[int], Item] | None = None
     locate: Callable[[int], str] | None = None
     augment: bool = False
+    counts: NDArray[np.int64] | None = None
 
 
 def read_item(

@@ -44,8 +44,6 @@ _SUFFIXES = {
 }
 """Kind of an image, by its first bytes -> its suffix in a tar."""
 
-_NEED_PYARROW = "Reading parquet needs pyarrow: pip install pyarrow (or: pip install 'aki-megatron[parquet]')."
-
 
 class ImageTextPair(NamedTuple):
     """One record: where it comes from, its image (a file, its bytes, or why there is none) and its caption."""
@@ -363,11 +361,10 @@ def _csv_rows(table: Path, columns: tuple[str, str]) -> tuple[int, Iterator[tupl
 
 def _parquet_rows(table: Path, columns: tuple[str, str]) -> tuple[int, Iterator[tuple[Any, Any]]]:
     """Return the number of records of a parquet file, and (image, caption) of each, read in windows."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DataError(_NEED_PYARROW) from error
+    # imported here: it takes a while, and folders and CSV files do without
+    import pyarrow
+    from pyarrow import parquet
+
     try:
         opened = parquet.ParquetFile(table)
     except (pyarrow.ArrowException, OSError) as error:

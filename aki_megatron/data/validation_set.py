@@ -13,6 +13,7 @@ from typing import Any
 
 from aki_megatron.config.batch_sizes import micro_batch_size, num_microbatches
 from aki_megatron.config.data import CaptionsConfig, SourceConfig
+from aki_megatron.config.datasets import DATASET_FORMAT
 from aki_megatron.config.run import RunConfig
 from aki_megatron.data.bad_samples import BadSampleBudget
 from aki_megatron.data.batch_planner import DataState, MicrobatchPlan, StepPlan
@@ -20,9 +21,10 @@ from aki_megatron.data.loader import MicrobatchDataset, StepLoader
 from aki_megatron.data.mixture import Mixture
 from aki_megatron.data.packing import PackingLimits, pack
 from aki_megatron.data.pipeline import build_sources, build_stream
+from aki_megatron.data.run_sources import missing_source_files
 from aki_megatron.data.sample_stream import SampleStream, Source
 from aki_megatron.data.shards import missing_shards
-from aki_megatron.data.sources import missing_files, with_split
+from aki_megatron.data.sources import with_split
 from aki_megatron.data.tokenizer import Tokenizer
 from aki_megatron.errors import ConfigError
 from aki_megatron.types import Conversation
@@ -38,15 +40,16 @@ def validation_sources(config: RunConfig) -> tuple[SourceConfig | CaptionsConfig
         return validation.captions
     if validation.sources:
         return validation.sources
-    names = [source.name for source in config.data.sources]
+    names = [source.name for source in config.data.sources if source.format == DATASET_FORMAT]
     found = with_split(names, validation.split)
     if not found:
         raise ConfigError(
             f"validation.interval={validation.interval} needs a source with split {validation.split}, and none of "
-            f"data.sources {', '.join(names)} has it; name others in validation.sources, or set validation.interval to "
-            "0."
+            f"data.sources {', '.join(entry.name for entry in config.data.sources)} has it; name others in "
+            "validation.sources, or set validation.interval to 0."
         )
-    return tuple(source for source in config.data.sources if source.name in found)
+    chosen = (source for source in config.data.sources if source.format == DATASET_FORMAT)
+    return tuple(source for source in chosen if source.name in found)
 
 
 def missing_validation_files(config: RunConfig) -> list[str]:
@@ -62,8 +65,8 @@ def missing_validation_files(config: RunConfig) -> list[str]:
         if isinstance(entry, CaptionsConfig):
             shards = [] if entry.skip_missing else missing_shards(entry.shards, root)
             missing += [f"{tar} (validation.captions {entry.name})" for tar in shards]
-    names = [entry.name for entry in entries if isinstance(entry, SourceConfig)]
-    return missing + [f"{file}, for validation" for file in missing_files(root, names, config.validation.split)]
+    files = missing_source_files(run_of_sources(config, entries).data, config.validation.split)
+    return missing + [f"{file}, for validation" for file in files]
 
 
 def run_of_sources(config: RunConfig, entries: Sequence[SourceConfig | CaptionsConfig]) -> RunConfig:

@@ -29,7 +29,7 @@ logger = logging.getLogger("aki_megatron.train")
 EXTRA_KEY = "fingerprints"
 """Name of the fingerprints in the ``extra`` of a checkpoint."""
 
-SOURCE_KEYS = ("data.root", "data.captions.shards")
+SOURCE_KEYS = ("data.root", "data.captions.shards", "data.sources.path", "data.sources.images")
 TOKENIZER_KEY = "data.tokenizer"
 INIT_KEYS = ("init.vision", "init.language", "init.weights")
 
@@ -148,7 +148,7 @@ def check_same_data(
     """Compare what is read with what a checkpoint was trained on.
 
     now           fingerprints of the sources and of the tokenizer
-    allow_change  keys that the user allows to differ: data.root or data.captions.shards accepts other sources,
+    allow_change  keys that the user allows to differ: data.root and the other SOURCE_KEYS accept other sources,
                   data.tokenizer another tokenizer
 
     Returns the fingerprints that the next checkpoints hold, and a line for each difference that was allowed. Raises

@@ -14,8 +14,8 @@ from aki_megatron.config.batch_sizes import check_world
 from aki_megatron.config.cross_checks import check_run
 from aki_megatron.config.run import RunConfig
 from aki_megatron.console import IsolatedConsole
+from aki_megatron.data.run_sources import missing_source_files
 from aki_megatron.data.shards import missing_shards
-from aki_megatron.data.sources import missing_files
 from aki_megatron.data.validation_set import missing_validation_files
 from aki_megatron.errors import ConfigError, DataError
 from aki_megatron.masking import mask_text
@@ -56,7 +56,7 @@ def missing_inputs(config: RunConfig) -> list[str]:
             shards = [] if captions.skip_missing else missing_shards(captions.shards, data.root)
             missing += [f"{tar} (data.captions {captions.name})" for tar in shards]
     else:
-        missing += missing_files(data.root, [source.name for source in data.sources], "train")
+        missing += missing_source_files(data)
     return missing + missing_validation_files(config)
 
 

@@ -22,7 +22,13 @@ FILE_MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ),
     ({"data.sources": [{"name": "vqa", "weight": 1.0}]}, ["data.sources[0].name must be one of vqav2", 'got "vqa"']),
     ({"data.sources": [{"name": "vsr", "weight": 0}]}, ["data.sources[0].weight must be a number > 0; got 0"]),
-    ({"data.sources": "vqav2"}, ["data.sources must be a list of {name, weight, augment, split_turns}", 'got "vqav2"']),
+    (
+        {"data.sources": "vqav2"},
+        [
+            "data.sources must be a list of {name, weight, augment, split_turns, format, path, images, columns}",
+            'got "vqav2"',
+        ],
+    ),
     ({"data.sources": [3]}, ["data.sources[0] must be", "name, weight", "got 3"]),
     ({"train.steps": "8"}, ["train.steps must be a whole number > 0", 'got "8"']),
     ({"train.steps": 8.5}, ["train.steps must be a whole number > 0", "got 8.5"]),

@@ -238,7 +238,7 @@ def test_wrong_tables_are_refused_in_words(run: Run, folder: Path, tmp_path: Pat
 
 
 def test_a_parquet_of_bytes_structs_or_paths_becomes_the_same_tars(run: Run, folder: Path, tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     from pyarrow import parquet
 
     names = ["0.jpg", "3.png", "deep/5.JPEG"]
@@ -262,13 +262,6 @@ def test_a_parquet_of_bytes_structs_or_paths_becomes_the_same_tars(run: Run, fol
     (folder / "torn.parquet").write_bytes((folder / "bytes.parquet").read_bytes()[:200])
     code, _, error = run("shards", "--out", tmp_path / "x", "--table", folder / "torn.parquet")
     assert code == 2 and "is not a readable parquet file" in error
-
-
-def test_without_pyarrow_it_says_what_to_install(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "list.parquet").write_bytes(b"PAR1")
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    code, _, error = run("shards", "--out", tmp_path / "out", "--table", tmp_path / "list.parquet")
-    assert code == 2 and "pip install pyarrow" in error
 
 
 def test_index_writes_what_is_missing_or_stale(run: Run, folder: Path, tmp_path: Path) -> None:

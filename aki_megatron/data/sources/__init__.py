@@ -77,18 +77,11 @@ def open_sources(
     if single_turn:
         allowed = sorted(name for name in DATASETS if dataset_reader(name).read_multi_turn is not None)
         raise ConfigError(f"{single_turn} have no conversations of several turns; split_turns: false is for {allowed}.")
-    missing = missing_files(root, names, split)
-    if missing:
-        listing = "\n  ".join(missing)
-        problem = f"Under the data root {root} (data.root) these are missing for split {split!r}:"
-        if not root.is_dir():
-            problem = f"The data root {root} (data.root) does not exist; looked for, for split {split!r}:"
-        raise DataError(f"{problem}\n  {listing}")
+    if missing := missing_files(root, names, split):
+        raise missing_error(root, missing, split)
     opened = {name: _read(root, name, split, multi_turn=name in multi_turn) for name in names}
     for name, samples in opened.items():
-        if samples.faults.total:
-            _check_faults(name, samples, max_bad_fraction)
-            progress(_faults_text(name, samples))
+        report_faults(name, samples, max_bad_fraction, progress)
     empty = [name for name, samples in opened.items() if not samples]
     if empty:
         listing = "".join(f"\n  {line}" for name in empty for line in opened[name].faults.lines())
@@ -103,13 +96,27 @@ def _read(root: Path, name: str, split: str, *, multi_turn: bool) -> LazyConvers
     return read(root, split)
 
 
-def _check_faults(name: str, samples: LazyConversations[Any], max_bad_fraction: float) -> None:
-    """Raise DataError where more records are malformed than are tolerated."""
+def missing_error(root: Path, missing: Sequence[str], split: str) -> DataError:
+    """Return the error that lists files and folders which do not exist."""
+    listing = "\n  ".join(missing)
+    problem = f"Under the data root {root} (data.root) these are missing for split {split!r}:"
+    if not root.is_dir():
+        problem = f"The data root {root} (data.root) does not exist; looked for, for split {split!r}:"
+    return DataError(f"{problem}\n  {listing}")
+
+
+def report_faults(
+    name: str, samples: LazyConversations[Any], max_bad_fraction: float, progress: Callable[[str], None]
+) -> None:
+    """Report the records that are left out. Raises DataError where they are more than are tolerated."""
+    if not samples.faults.total:
+        return
     if samples.faults.total > num_tolerated(max_bad_fraction, len(samples) + samples.faults.total):
         raise DataError(
             f"{_faults_text(name, samples)}\nThat is more than data.max_bad_fraction={max_bad_fraction} allows. Repair "
             "or remove these records, or raise it."
         )
+    progress(_faults_text(name, samples))
 
 
 def _faults_text(name: str, samples: LazyConversations[Any]) -> str:

@@ -6,9 +6,9 @@
     python tools/evaluate.py runs/own --source '{name: asked, format: llava, path: questions.jsonl, images: pictures}'
 
 Files of one's own have no val split: --source names the questions, as an entry of data.sources does; of a conversation
-the last question is answered. Reads config.yaml and the newest checkpoint of the run folder. Writes evaluation/predictions.jsonl,
-evaluation/scores.json and report.html there (or where --report says). Decoding is greedy; an answer is correct if it
-equals the whole reference answer.
+the last question is answered. Reads config.yaml and the newest checkpoint of the run folder. Writes
+evaluation/predictions.jsonl, evaluation/scores.json and report.html there (or where --report says). Decoding is greedy;
+an answer is correct if it equals the whole reference answer.
 """
 
 import argparse

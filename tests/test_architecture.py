@@ -40,7 +40,7 @@ ADAPTERS = {
         "checkpoint/image_processing_aki.py",
     },
     "wandb": {"train/wandb_callback.py"},
-    "pyarrow": {"data/sources/parquet_rows.py", "data/shard_writer.py"},
+    "pyarrow": {"data/sources/parquet_rows.py", "data/shard_writer.py", "evaluate/benchmarks/parquet.py"},
     "rich": {"console.py"},
     "mpi4py": {"parallel/mpi.py"},
 }

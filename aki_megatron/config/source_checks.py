@@ -17,12 +17,13 @@ MULTI_TURN = "llava150k"
 
 def source_problems(run: RunConfig) -> Iterator[str]:
     """Check that every source is a dataset of the registry, or names its own files and nothing of a dataset."""
-    for number, source in enumerate(run.data.sources):
-        key = f"data.sources[{number}]"
-        if source.format == DATASET_FORMAT:
-            yield from _dataset_problems(key, source)
-        else:
-            yield from _own_problems(key, source)
+    for section, sources in (("data", run.data.sources), ("validation", run.validation.sources)):
+        for number, source in enumerate(sources):
+            key = f"{section}.sources[{number}]"
+            if source.format == DATASET_FORMAT:
+                yield from _dataset_problems(key, source)
+            else:
+                yield from _own_problems(key, source)
 
 
 def _dataset_problems(key: str, source: SourceConfig) -> Iterator[str]:

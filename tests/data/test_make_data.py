@@ -211,7 +211,7 @@ def test_rows_without_image_or_text_are_left_out_by_their_number(run: Run, folde
 
 def test_unknown_commands_and_wildcards_are_named(run: Run, tmp_path: Path) -> None:
     code, _, error = run("chekc", "--config", "x.yaml")
-    assert code == 2 and "There is no command 'chekc'; the commands are shards, index, check" in error
+    assert code == 2 and "There is no command 'chekc'; the commands are tones, shards, index, check" in error
     code, _, error = run("index", tmp_path / "*.tar")
     assert code == 2 and "Wildcards are not expanded here; write {00000..00007}.tar" in error
 

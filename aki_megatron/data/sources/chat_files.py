@@ -87,7 +87,12 @@ class ChatRecords(Sequence[FileRecord]):
 
 
 def is_json_array(file: Path) -> bool:
-    """Return whether a file holds one JSON array, by its first character. Raises DataError where it cannot be read."""
+    """Return whether a file holds one JSON array, by its first character; one that is called .jsonl never does.
+
+    Raises DataError where it cannot be read.
+    """
+    if file.suffix.lower() == ".jsonl":
+        return False
     try:
         with file.open("rb") as opened:
             while head := opened.read(4096):
@@ -198,6 +203,6 @@ def _lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
 
 def _parse_line(line: bytes) -> Any:
     try:
-        return json.loads(line.removeprefix(_BOM))
+        return json.loads(line.removeprefix(_BOM).strip())
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not valid JSON: {error.msg} (character {error.pos})") from error

@@ -130,7 +130,7 @@ def _open_json(
         parts.append(part)
     for key in ("messages", "images", "id"):
         name = getattr(source.columns, key)
-        if name and name not in keys:
+        if name and keys and name not in keys:
             raise DataError(
                 f"Source {source.name}: no record has the key {name!r} (columns.{key}); they have {sorted(keys)[:20]}."
             )

@@ -46,7 +46,7 @@ FAULTS: list[tuple[str, Any, str]] = [
     ("messages", chat("A", "B", " \n", "C"), "question 2 is empty"),
     ("messages", chat("", "B"), "question 1 is empty"),
     ("messages", chat("A", {"text": "B"}), "the content of message 2 must be text"),
-    ("messages", chat("A \ud800", "B"), "surrogates not allowed"),
+    ("messages", chat("A \ud800", "B"), "half of a surrogate pair"),
     ("messages", chat([{"type": "video", "video": "a.mp4"}], "B"), "unknown type 'video'; known are text, image"),
     ("messages", chat([3], "B"), "a part of message 1 must have a type"),
     ("messages", chat([{"type": "text", "text": None}], "B"), "the text of message 1 must be text"),

@@ -173,7 +173,7 @@ def test_show_batch_shows_images_where_they_stand(
 
 
 def test_evaluate_takes_questions_from_own_files(root: Path, tmp_path: Path) -> None:
-    evaluate = load_tool("evaluate")
+    evaluate = load_tool("val_questions")
     saved = run_config(root, "--run.dir", str(tmp_path / "run"))
     text = OWN.read_text().replace("base: sft.yaml", f"base: {ROOT}/configs/demo/sft.yaml")
     file = tmp_path / "config.yaml"

@@ -19,7 +19,7 @@ from tiny import (
     together,
 )
 
-from aki_megatron.types import ControlRequest
+from aki_megatron.types import ControlRequest, Modality
 
 pytestmark = pytest.mark.distributed
 LIMIT = 1e-5
@@ -71,7 +71,7 @@ def steps_with_a_refusal(topology) -> Seen:
     good = [report for report in reports if not report.skipped]
     batches = own_batches(0, topology)
     for batch in batches:
-        batch.pixels.fill_(math.inf)
+        batch.media[Modality.IMAGE].fill_(math.inf)
     control = ControlRequest.STOP if topology.rank == 1 else ControlRequest.NONE
     reports.append(engine.train_step(batches, rate(STEPS), control=control))
     skipped, combined = [report.skipped for report in reports], [report.control for report in reports]
@@ -109,7 +109,7 @@ def diverging_steps(topology) -> list[bool]:
         for _ in range(9):
             batches = own_batches(0, topology)
             for batch in batches:
-                batch.pixels.fill_(math.inf)
+                batch.media[Modality.IMAGE].fill_(math.inf)
             reports.append(engine.train_step(batches, 1e-3))
         engine.load_state_dict(state)
     return [report.skipped for report in reports + take_steps(engine, topology, [0])]

@@ -82,7 +82,7 @@ def test_moved_files_are_the_same_and_changed_ones_are_not(root: Path) -> None:
 
 
 PHASES = json.dumps([{"steps": 3, "sources": ["talk", "table"]}, {"steps": 57}])
-PACKED = ["--data.packing.enabled", "true", "--data.packing.sequence_length", "256"]
+PACKED = ["--data.packing.enabled", "true", "--data.packing.sequence_length", "256", "--data.packing.buffer_size", "64"]
 
 
 def hashes(config: RunConfig, start: int, stop: int) -> list[list[int]]:

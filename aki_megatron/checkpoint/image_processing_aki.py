@@ -29,6 +29,9 @@ CHANNEL_COUNTS = (1, 2, 3, 4)
 
 URL_TIMEOUT_SECONDS = 60
 
+_BITS_PER_SAMPLE = 258
+"""Number of TIFF's tag."""
+
 _ALWAYS_DONE = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
 """Arguments of other image processors that may be True here, and not False."""
 
@@ -93,22 +96,36 @@ class AkiImageProcessor(BaseImageProcessor):
     def _pixels(self, image: Image.Image) -> np.ndarray:
         """float32 [3, size, size] in [-1, 1]: bytes / 255, mean 0.5, standard deviation 0.5."""
         turned = ImageOps.exif_transpose(image) if self.exif_rotation else image
-        rgb, size = self._rgb(turned, image.format), (self.size["width"], self.size["height"])
+        grey_bits, size = _deep_grey_bits(image), (self.size["width"], self.size["height"])
+        rgb = self._high_byte_of_grey(turned, grey_bits) if grey_bits else self._rgb(turned)
         if rgb.size != size:
             rgb = rgb.resize(size, Image.Resampling.BICUBIC)
         pixels = np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1)).astype(np.float32)
         return (pixels / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
 
-    def _rgb(self, image: Image.Image, form: str | None) -> Image.Image:
-        on_white = self.transparency == "white" and image.has_transparency_data
-        if image.mode.startswith("I;16") or (image.mode == "I" and form == "PPM"):
-            return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8), "L").convert("RGB")
+    def _high_byte_of_grey(self, image: Image.Image, num_bits: int) -> Image.Image:
+        """Grey of 16 bits, or of 12 as some TIFFs have it, by the highest eight bits."""
+        grey = np.asarray(image).astype(np.int64)
+        high_byte = (grey >> (num_bits - 8)).astype(np.uint8)
+        transparent = image.info.get("transparency")  # the value of transparent pixels (PNG)
+        if self.transparency == "white" and isinstance(transparent, int):
+            high_byte[grey == transparent] = 255
+        return Image.fromarray(high_byte, "L").convert("RGB")
+
+    def _rgb(self, image: Image.Image) -> Image.Image:
         if image.mode in ("I", "F"):
             raise ValueError("An image of 32-bit grey, whose range is not known; convert it to 8 or 16 bits.")
-        if on_white:
+        if self.transparency == "white" and image.has_transparency_data:
             rgba = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
         return image.convert("RGB")
+
+
+def _deep_grey_bits(image: Image.Image) -> int:
+    """Bits of a grey image of more than 8; 0 for other images."""
+    if not (image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")):
+        return 0
+    return min(16, *getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,)))
 
 
 def flatten_images(images: Any) -> list[Any]:
@@ -167,8 +184,11 @@ def _source(image: Any) -> BytesIO | Path:
         return BytesIO(base64.b64decode(image.partition(",")[2]))
     if not isinstance(image, str | Path):
         raise ValueError(f"{type(image).__name__} is no image; give a PIL image, an array, a path, a URL or bytes.")
-    if len(str(image)) < 4096 and Path(image).is_file():
-        return Path(image)
+    try:
+        if Path(image).is_file():
+            return Path(image)
+    except (OSError, ValueError):  # too long for a name: base64
+        pass
     try:
         return BytesIO(base64.b64decode(str(image), validate=True))
     except (binascii.Error, ValueError):

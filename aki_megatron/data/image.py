@@ -115,7 +115,8 @@ def _decode_rgb(data: bytes, size: int, options: ImageOptions) -> bytes:
         if width * height > MAX_PIXELS:
             raise UnreadableImage(f"has {width} x {height} pixels, more than {MAX_PIXELS} (decompression bomb?).")
         turned = ImageOps.exif_transpose(opened) if options.exif_rotation else opened
-        rgb = _to_rgb(turned, opened.format, options)
+        grey_bits = _deep_grey_bits(opened)
+        rgb = _high_byte_of_grey(turned, grey_bits, options) if grey_bits else _to_rgb(turned, options)
         if rgb.size != (size, size):
             rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
         return rgb.tobytes()
@@ -128,15 +129,17 @@ def _installed_formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _to_rgb(image: Image.Image, form: str | None, options: ImageOptions) -> Image.Image:
-    """Convert to RGB as Pillow does, but 16-bit grey by its high byte. Raises UnreadableImage for 32-bit grey.
+def _deep_grey_bits(opened: Image.Image) -> int:
+    """Return the bits of a grey image of more than 8; 0 for other images. ``opened`` is as it was read, not turned."""
+    if not (opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format == "PPM")):
+        return 0
+    return min(16, *getattr(opened, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,)))
 
-    form  Pillow's name of the format that the image was opened from; a turned image has none
-    """
+
+def _to_rgb(image: Image.Image, options: ImageOptions) -> Image.Image:
+    """Convert to RGB as Pillow does. Raises UnreadableImage for 32-bit grey."""
     if image.mode == "RGB" and not (options.transparency == "white" and image.has_transparency_data):
         return image
-    if image.mode.startswith("I;16") or (image.mode == "I" and form == "PPM"):
-        return _high_byte_of_grey(image, options)
     if image.mode in ("I", "F"):
         raise UnreadableImage(
             "has grey of 32 bits or of signed numbers, whose range is not known; convert it to 8 or 16 bits."
@@ -147,9 +150,8 @@ def _to_rgb(image: Image.Image, form: str | None, options: ImageOptions) -> Imag
     return image.convert("RGB")
 
 
-def _high_byte_of_grey(image: Image.Image, options: ImageOptions) -> Image.Image:
+def _high_byte_of_grey(image: Image.Image, num_bits: int, options: ImageOptions) -> Image.Image:
     """Convert grey of 16 bits, or of 12 as some TIFFs have it, to RGB by the highest eight bits."""
-    num_bits = min(16, *getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,)))
     grey = np.asarray(image).astype(np.int64)
     high_byte = (grey >> (num_bits - 8)).astype(np.uint8)
     transparent = image.info.get("transparency")  # the value of transparent pixels (PNG)

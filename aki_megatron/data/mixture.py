@@ -9,6 +9,7 @@ epoch's where both are in one block: an item may be drawn twice before another i
 than draws per block would never be drawn evenly, so its draws are counted in the order of the samples.
 """
 
+from array import array
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -19,6 +20,9 @@ from aki_megatron.errors import ConfigError
 
 MIN_BLOCK_SIZE = 1000
 MAX_BLOCK_SIZE = 100_000
+
+_MAX_CACHED_BLOCKS = 16
+"""Packing takes samples from a few thousand numbers in any order, which are several of the smallest blocks."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,8 @@ class Mixture:
         pairs = zip(self.names, self.counts_per_block, strict=True)
         small = [len(weights) > 1 and (num_items or {}).get(name, count) < count for name, count in pairs]
         self._is_small = tuple(small)
-        self._offsets: tuple[int, list[int]] = (-1, [])
+        self._offsets: dict[int, array[int]] = {}
+        """Of the last blocks asked for: for each sample, how often its source is drawn before it in the block."""
 
     def draw(self, n: int) -> SourceDraw:
         """Return the source of sample n, and which of its draws the sample takes."""
@@ -119,15 +124,15 @@ class Mixture:
 
     def _counted_offset(self, block: int, offset: int) -> int:
         """Return how often the source of a sample of a block is drawn before it in the block."""
-        cached, offsets = self._offsets
-        if cached != block:
-            drawn = [0] * len(self.names)
-            offsets = []
+        offsets = self._offsets.get(block)
+        if offsets is None:
+            drawn, offsets = [0] * len(self.names), array("I")
             for position in range(self.block_size):
                 source, _ = self._draw_in_block(block, position)
                 offsets.append(drawn[source])
                 drawn[source] += 1
-            self._offsets = block, offsets  # one assignment: other threads may be reading the old one
+            kept = list(self._offsets.items())[1 - _MAX_CACHED_BLOCKS :]
+            self._offsets = {**dict(kept), block: offsets}  # one assignment: other threads may be reading the old one
         return offsets[offset]
 
     def _draw_in_block(self, block: int, offset: int) -> tuple[int, int]:

@@ -200,8 +200,9 @@ def test_grey_of_12_bits_keeps_its_highest_eight() -> None:
             (278, 3, 24), (279, 4, 24 * len(row))]  # fmt: skip
     fields = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
     header = b"II*\0" + struct.pack("<IH", 8, len(tags)) + fields + bytes(4)
-    rgb = decode_image(header + row * 24, 24, key="k").rgb
-    assert len(header) == 122 and rgb[:6] == bytes([0x80] * 3 + [0x12] * 3)
+    for options in (ImageOptions(), ImageOptions(exif_rotation=True)):
+        rgb = decode_image(header + row * 24, 24, key="k", options=options).rgb
+        assert len(header) == 122 and rgb[:6] == bytes([0x80] * 3 + [0x12] * 3)
 
 
 def test_transparent_grey_of_16_bits_is_laid_on_white() -> None:

@@ -207,3 +207,20 @@ def test_a_phase_of_one_source_goes_on_in_order() -> None:
     second = Mixture({"a": 1.0}, seed=6, passes=first.passes_after(1234))
     assert [second.draw(n).draw_index for n in range(3000)] == list(range(1234, 4234))
     assert second.item_index(0, 1234, 99) == first.item_index(0, 1234, 99)
+
+
+def test_draws_of_small_sources_in_any_order_count_each_block_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packing asks for samples of several blocks in turn, and so do workers at a border."""
+    calls = 0
+
+    def counted(index: int, size: int, seed: int) -> int:
+        nonlocal calls
+        calls += 1
+        return feistel_permute(index, size, seed)
+
+    monkeypatch.setattr("aki_megatron.data.mixture.feistel_permute", counted)
+    mixture = Mixture({"small": 0.5, "large": 0.5}, seed=1, num_items={"small": 20, "large": 10**6})
+    numbers = [n for offset in range(100) for n in range(offset, 5 * mixture.block_size, mixture.block_size)]
+    for n in numbers:
+        mixture.draw(n)
+    assert calls == 5 * mixture.block_size + len(numbers)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import struct
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -48,6 +49,15 @@ def rotated() -> bytes:
     return encoded(Image.fromarray(NOISE[..., :3]), "JPEG", exif=exif)
 
 
+def tiff_of_12_bits() -> bytes:
+    """Grey of a microscope, two samples in three bytes: 0x800, 0x123, ..."""
+    row = bytes([0x80, 0x01, 0x23]) * 12
+    tags = [(256, 3, 24), (257, 3, 24), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 122), (277, 3, 1),
+            (278, 3, 24), (279, 4, 24 * len(row))]  # fmt: skip
+    fields = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + fields + bytes(4) + row * 24
+
+
 FILES = {
     "RGB": encoded(Image.fromarray(NOISE[..., :3])),
     "RGBA": encoded(Image.fromarray(NOISE)),
@@ -57,6 +67,10 @@ FILES = {
     "transparent palette": encoded(Image.fromarray(NOISE[..., :3]).quantize(16), transparency=3),
     "transparent color": encoded(Image.new("RGB", (9, 9), (1, 2, 3)), transparency=(1, 2, 3)),
     "16-bit grey": encoded(Image.fromarray(NOISE[..., 0].astype(np.uint16) * 200)),
+    "transparent 16-bit grey": encoded(
+        Image.fromarray(np.repeat([[900, 40000]], 9, 0).astype(np.uint16)), transparency=900
+    ),
+    "12-bit grey": tiff_of_12_bits(),
     "16-bit PPM": b"P5 31 23 65535\n" + (NOISE[..., 0].astype(">u2") * 200).tobytes(),
     "CMYK": encoded(Image.fromarray(NOISE[..., :3]).convert("CMYK"), "JPEG"),
     "WEBP": encoded(Image.fromarray(NOISE), "WEBP"),
@@ -75,7 +89,7 @@ def test_pixels_are_those_of_training(name: str, options: ImageOptions, tmp_path
     forms = (data, path, str(path), text, f"data:image/png;base64,{text}", Image.open(path))
     for image in forms:
         assert torch.equal(pixels(image, options), expected), type(image)
-    if name in ("RGBA", "transparent palette", "transparent color", "rotated"):
+    if name in ("RGBA", "transparent palette", "transparent color", "transparent 16-bit grey", "rotated"):
         assert not torch.equal(expected, trained(data, OPTIONS[options == OPTIONS[0]])), "the options matter"
 
 

@@ -6,7 +6,7 @@ Images in tars are decoded with their samples.
 
 import multiprocessing
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -50,6 +50,7 @@ class SourceCheck:
     num_over_cap    samples that are longer than data.max_text_tokens, and so are cut
     token_counts    length of a sample in text tokens, before it is cut -> number of samples
     image_uses      image file -> number of samples with a good text that use it
+    images_together files of a sample with a good text that uses several -> number of such samples
     num_missing     samples whose image file does not exist
     malformed       records of annotation files that cannot be used
     faults          samples that cannot be used
@@ -63,6 +64,7 @@ class SourceCheck:
     num_missing: int = 0
     token_counts: Counter[int] = field(default_factory=Counter)
     image_uses: Counter[str] = field(default_factory=Counter)
+    images_together: Counter[frozenset[str]] = field(default_factory=Counter)
     malformed: FaultCounts = field(default_factory=FaultCounts)
     faults: FaultCounts = field(default_factory=FaultCounts)
     notes: list[str] = field(default_factory=list)
@@ -133,9 +135,11 @@ class _Checker:
             _merge(found, part)
             first_keys = {**keys, **first_keys}
         images = list(first_keys.items())
-        for bad in _run(self, "check_images", images, num_workers, partial(progress, f"{self.name}: images")):
-            for image, reason in bad:
-                _add_bad_image(found, image, first_keys[image][0], reason)
+        bad = dict[str, str]()
+        for part in _run(self, "check_images", images, num_workers, partial(progress, f"{self.name}: images")):
+            bad.update(part)
+        for image, num_samples in _samples_of_bad_images(found, bad):
+            _add_bad_image(found, image, first_keys[image][0], bad[image], num_samples)
         found.num_records = len(items) + malformed.total
         found.num_checked = num_samples + malformed.total
         return found
@@ -162,10 +166,12 @@ class _Checker:
             found.token_counts[num_text + sample.num_cut_tokens] += 1
             found.num_over_cap += sample.num_cut_tokens > 0
             found.num_readable += 1
-            for medium in item.media:
-                if isinstance(medium.content, Path):
-                    found.image_uses[str(medium.content)] += 1
-                    keys.setdefault(str(medium.content), (key, medium.modality))
+            files = {str(medium.content): medium.modality for medium in item.media if isinstance(medium.content, Path)}
+            found.image_uses.update(files.keys())
+            if len(files) > 1:
+                found.images_together[frozenset(files)] += 1
+            for file, modality in files.items():
+                keys.setdefault(file, (key, modality))
         return found, keys
 
     def check_images(self, images: Sequence[tuple[str, tuple[str, Modality]]]) -> list[tuple[str, str]]:
@@ -186,9 +192,23 @@ def _exists(image: str) -> bool:
         return False
 
 
-def _add_bad_image(found: SourceCheck, image: str, key: str, reason: str) -> None:
+def _samples_of_bad_images(found: SourceCheck, bad: Collection[str]) -> Iterator[tuple[str, int]]:
+    """Yield each bad image with the number of its samples; a sample with several is counted at the first of them."""
+    together: dict[str, list[tuple[frozenset[str], int]]] = {image: [] for image in bad}
+    for files, num_samples in found.images_together.items():
+        for image in files & together.keys():
+            together[image].append((files, num_samples))
+    seen = set[str]()
+    for image in bad:
+        counted = sum(num_samples for files, num_samples in together[image] if files & seen)
+        seen.add(image)
+        yield image, found.image_uses[image] - counted
+
+
+def _add_bad_image(found: SourceCheck, image: str, key: str, reason: str, num_samples: int) -> None:
     """Count the samples of an image that cannot be decoded."""
-    num_samples = found.image_uses[image]
+    if not num_samples:
+        return
     message = reason if image in reason else f"image {image} of sample {key}: {reason}"
     kind = fault_kind(reason.replace(image, "...").replace(key, "..."))
     found.faults.record(kind, message, num_samples)
@@ -201,6 +221,7 @@ def _merge(found: SourceCheck, part: SourceCheck) -> None:
     found.num_over_cap += part.num_over_cap
     found.token_counts.update(part.token_counts)
     found.image_uses.update(part.image_uses)
+    found.images_together.update(part.images_together)
     found.faults.update(part.faults)
 
 

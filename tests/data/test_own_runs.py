@@ -142,6 +142,15 @@ def test_everything_of_own_files_is_checked(root: Path) -> None:
         assert one.num_readable + one.faults.total + one.malformed.total == one.num_records
 
 
+def test_a_sample_with_two_bad_images_is_one_bad_sample(root: Path) -> None:
+    (root / "pics/0.png").unlink()
+    (root / "pics/3.png").write_bytes(b"no picture")
+    (talk,) = check_run_data(
+        run_config(root, sources=SOURCES[:1]), max_samples=0, num_workers=0, progress=lambda *done: None
+    )
+    assert (talk.num_records, talk.num_readable, talk.num_missing, talk.faults.total) == (25, 5, 20, 20)
+
+
 def load_tool(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"own_tool_{name}", ROOT / f"tools/{name}.py")
     assert spec is not None and spec.loader is not None

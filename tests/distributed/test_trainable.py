@@ -46,20 +46,21 @@ LAYOUTS: dict[str, tuple[int, int, int, Setting]] = {
     "TP2 x PP2 x 2 virtual stages x DP2, ZeRO-3": (8, 2, 2, Setting(virtual_stages=2, recompute=True)),
 }
 EVERYTHING = ("TP2 x PP2 x DP2, ZeRO-3", "TP2 x PP2 x 2 virtual stages x DP2, ZeRO-3")
-CASES = [(layout, table) for table in ("encoder", "lora", "rates", "resampler alone") for layout in EVERYTHING]
-CASES += [
-    (EVERYTHING[0], "encoder alone"),
-    (EVERYTHING[1], "lora alone, some maps"),
+CASES = [
+    (EVERYTHING[0], "encoder"),
+    (EVERYTHING[0], "lora"),
+    (EVERYTHING[0], "rates"),
     (EVERYTHING[0], "head alone"),
-    ("DP2, ZeRO-3", "rates"),
+    (EVERYTHING[1], "encoder"),
+    (EVERYTHING[1], "lora alone, some maps"),
+    (EVERYTHING[1], "rates"),
+    ("DP2, ZeRO-3", "encoder alone"),
     ("PP4, ZeRO-0", "resampler alone"),
-    ("PP4, ZeRO-0", "head alone"),
     ("PP2 x DP2, ZeRO-1", "decoder frozen"),
-    ("PP2 x DP2, ZeRO-1", "lora"),
     ("TP2 x DP2, ZeRO-2, optimizer in host memory", "lora"),
-    ("PP2 x 2 virtual stages x DP2, ZeRO-2", "head alone"),
-    ("PP2 x 2 virtual stages x DP2, ZeRO-2", "encoder"),
+    ("PP2 x 2 virtual stages x DP2, ZeRO-2", "resampler alone"),
 ]
+"""Every table, every layout; what the stages of a layout share is spread over the tables."""
 
 
 def with_table(setting: Setting, table: str, **more: object) -> Setting:
@@ -136,8 +137,7 @@ def test_frozen_parameters_have_no_gradient(run_on, zero_stage):
     assert one and other and not any([*one, *other])
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
-@pytest.mark.parametrize("table", ["encoder", "lora", "resampler alone"])
+@pytest.mark.parametrize(("table", "zero_stage"), [("encoder", 3), ("lora", 2), ("resampler alone", 1)])
 def test_bf16_is_as_exact_as_one_process_in_bf16(run_on, table, zero_stage):
     """Masters and gradients are fp32: both deviate alike from fp32."""
     setting = with_table(Setting(zero_stage=zero_stage, precision="bf16"), table)

@@ -48,7 +48,7 @@ def _dataset_problems(key: str, source: SourceConfig) -> Iterator[str]:
         )
     if not source.split_turns and source.name != MULTI_TURN:
         yield (
-            f"data.sources {source.name}: split_turns=false is for {MULTI_TURN}, the dataset that has conversations, "
+            f"{key} {source.name}: split_turns=false is for {MULTI_TURN}, the dataset that has conversations, "
             "and for files of your own; remove it."
         )
 

@@ -31,11 +31,11 @@ def run_tool(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
 def test_a_disturbed_run_loses_nothing(tmp_path: Path) -> None:
     """Signals at random moments, under each launcher; see the tool's description."""
     report = tmp_path / "report.json"
-    result = run_tool("faults.py", "--rounds", "6", "--seed", "3", "--patience", "240", "--json", str(report))
+    result = run_tool("faults.py", "--rounds", "3", "--seed", "3", "--patience", "240", "--json", str(report))
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
     found = json.loads(report.read_text())
-    assert found["equal"] and len(found["rounds"]) == 6 and "6 rounds: nothing lost" in result.stdout
-    assert len({r["fault"] for r in found["rounds"]}) >= 3 and len({r["launcher"] for r in found["rounds"]}) >= 2
+    assert found["equal"] and len(found["rounds"]) == 3 and "3 rounds: nothing lost" in result.stdout
+    assert len({r["fault"] for r in found["rounds"]}) >= 2 and len({r["launcher"] for r in found["rounds"]}) >= 2
 
 
 def test_what_is_lost_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

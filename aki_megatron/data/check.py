@@ -138,8 +138,8 @@ class _Checker:
         bad = dict[str, str]()
         for part in _run(self, "check_images", images, num_workers, partial(progress, f"{self.name}: images")):
             bad.update(part)
-        for image, num_samples in _samples_of_bad_images(found, bad):
-            _add_bad_image(found, image, first_keys[image][0], bad[image], num_samples)
+        for image, num_bad in _samples_of_bad_images(found, bad):
+            _add_bad_image(found, image, first_keys[image][0], bad[image], num_bad)
         found.num_records = len(items) + malformed.total
         found.num_checked = num_samples + malformed.total
         return found

@@ -90,7 +90,7 @@ def test_swapped_folders_and_incomplete_commands(lm: Path, siglip: Path, convert
     swapped = convert("from-hf", "--lm", lm, "--vision", lm, "--out", out)
     assert "model_type=qwen3" in refused(swapped, out)
     for arguments in (("--lm", lm), ("--aki", lm, "--vision", siglip), ()):
-        assert "--lm and --vision together, or --aki alone" in refused(
+        assert "Give --lm and --vision together" in refused(
             convert("from-hf", *arguments, "--out", out), out
         )
     assert "model_type=qwen3, not aki" in refused(convert("from-hf", "--aki", lm, "--out", out), out)

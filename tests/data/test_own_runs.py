@@ -145,9 +145,8 @@ def test_everything_of_own_files_is_checked(root: Path) -> None:
 def test_a_sample_with_two_bad_images_is_one_bad_sample(root: Path) -> None:
     (root / "pics/0.png").unlink()
     (root / "pics/3.png").write_bytes(b"no picture")
-    (talk,) = check_run_data(
-        run_config(root, sources=SOURCES[:1]), max_samples=0, num_workers=0, progress=lambda *done: None
-    )
+    config = run_config(root, "--validation.interval", "0", sources=SOURCES[:1])
+    (talk,) = check_run_data(config, max_samples=0, num_workers=0, progress=lambda *done: None)
     assert (talk.num_records, talk.num_readable, talk.num_missing, talk.faults.total) == (25, 5, 20, 20)
 
 

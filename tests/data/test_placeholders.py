@@ -11,6 +11,7 @@ from aki_megatron.attention import AttentionMask
 from aki_megatron.attention.leak_check import LeakError
 from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.data.collate import collate
+from aki_megatron.data.image import ImageCache
 from aki_megatron.data.mixture import Mixture
 from aki_megatron.data.sample_stream import MixtureStream, Source
 from aki_megatron.errors import DataError
@@ -195,7 +196,7 @@ def test_several_images_are_decoded_and_one_unreadable_one_replaces_the_sample(m
         {"mine": Source(items)},
         Mixture({"mine": 1.0}, seed=0),
         make_template().render_conversation,
-        image_size=IMAGE_SIZE,
+        decoders={Modality.IMAGE: ImageCache(IMAGE_SIZE, max_image_bytes=0)},
     )
     bad = []
     for n in range(16):

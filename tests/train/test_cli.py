@@ -23,6 +23,12 @@ ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = ("pretrain", "sft")
 
 
+@pytest.fixture(autouse=True)
+def without_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave signals and forks of this process alone: other tests share it."""
+    monkeypatch.setattr(StopSignals, "listen", lambda stop_signals: None)
+
+
 def run(*argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
     clean = {key: value for key, value in os.environ.items() if key != "RANK"}
     return subprocess.run(

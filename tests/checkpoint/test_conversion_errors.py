@@ -90,9 +90,7 @@ def test_swapped_folders_and_incomplete_commands(lm: Path, siglip: Path, convert
     swapped = convert("from-hf", "--lm", lm, "--vision", lm, "--out", out)
     assert "model_type=qwen3" in refused(swapped, out)
     for arguments in (("--lm", lm), ("--aki", lm, "--vision", siglip), ()):
-        assert "Give --lm and --vision together" in refused(
-            convert("from-hf", *arguments, "--out", out), out
-        )
+        assert "Give --lm and --vision together" in refused(convert("from-hf", *arguments, "--out", out), out)
     assert "model_type=qwen3, not aki" in refused(convert("from-hf", "--aki", lm, "--out", out), out)
     assert "is not of the AKI release" in refused(convert("from-official", lm, "--out", out), out)
     assert "does not exist" in refused(convert("from-official", tmp_path / "none", "--out", out), out)

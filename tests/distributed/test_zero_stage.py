@@ -341,9 +341,7 @@ def run_at_different_times(topology: Topology, kind: Kind) -> tuple[list[str], l
 @pytest.mark.parametrize("kind", [Kind(0), Kind(1), Kind(1, "bf16"), Kind(2), Kind(3)])
 def test_stages_at_different_times_do_not_wait_for_each_other(run_on, kind):
     results = run_on(4, run_at_different_times, kind, pipeline=2)
-    assert [running for _, running in results] == [[]] * 4
-    # ZeRO-3 lets all ranks of the world meet while it is built, equally often everywhere
-    assert [building for building, _ in results] == [["barrier"] * (3 if kind.zero_stage == 3 else 0)] * 4
+    assert results == [([], [])] * 4
 
 
 def number_tied_gradients(topology: Topology, kind: Kind) -> dict[str, Tensor]:

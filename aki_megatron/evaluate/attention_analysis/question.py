@@ -36,7 +36,7 @@ class QuestionWord:
     num_tokens  tokens that stand for it; 0 where its characters are in a neighbour's token
     mass        attention of the image's tokens to it: summed over its tokens, mean over layers, heads and latents
     is_later    whether it comes after the image, so that only a rule that looks ahead lets the image see it; under
-                ``causal`` its mass is exactly 0
+                ``causal``, ``mixed`` and ``cca`` its mass is exactly 0
     """
 
     text: str

@@ -1,6 +1,7 @@
 """Words of a question, by characters, and the tokens that stand for them."""
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -45,14 +46,21 @@ def split_sentences(words: Sequence[Word], text: str) -> list[list[Word]]:
 
 
 def tokens_of_words(words: Sequence[Word], tokens: Iterable[PromptToken]) -> list[list[int]]:
-    """Return the positions of each word's tokens; a token belongs to the word with which it shares most characters.
+    """Return the positions of each word's tokens; the words are in order.
 
-    Of two words with the same share the first has it. A token that holds no character of a word (spaces, line breaks)
-    is left out.
+    A token belongs to the word with which it shares most characters, to the first of several. A token that holds no
+    character of a word (spaces, line breaks) is left out.
     """
     found: list[list[int]] = [[] for _ in words]
+    ends = [word.end for word in words]
     for token in tokens:
-        shared = [min(token.end, word.end) - max(token.start, word.start) for word in words]
-        if shared and max(shared) > 0:
-            found[shared.index(max(shared))].append(token.position)
+        best, most = 0, 0
+        for number in range(bisect_right(ends, token.start), len(words)):
+            word = words[number]
+            if word.start >= token.end:
+                break
+            if (shared := min(token.end, word.end) - max(token.start, word.start)) > most:
+                best, most = number, shared
+        if most:
+            found[best].append(token.position)
     return found

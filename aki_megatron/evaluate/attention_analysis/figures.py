@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from aki_megatron.evaluate.attention_analysis.statistics import AttentionStatistics
@@ -46,10 +47,11 @@ def draw_categories(found: Sequence[AttentionStatistics]) -> bytes:
         axis.grid(axis="y", alpha=0.25)
     if with_layers:
         for number, name in enumerate(first.categories):
-            values = first.mass[:, number].numpy()
-            axes[-1].plot(first.layers, values, "o-", markersize=3, color=COLORS[number], label=_plain(name))
+            by_layer = first.mass[:, number].numpy()
+            axes[-1].plot(first.layers, by_layer, "o-", markersize=3, color=COLORS[number], label=_plain(name))
         axes[-1].set_title(f"summed attention by layer, {_plain(first.name)}", loc="left", fontsize=10)
         axes[-1].set_xlabel("decoder layer")
+        axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         axes[-1].grid(alpha=0.25)
         axes[-1].legend(fontsize=8, ncols=3)
     axes[0].legend(fontsize=8, ncols=4)
@@ -58,7 +60,7 @@ def draw_categories(found: Sequence[AttentionStatistics]) -> bytes:
 
 def draw_word_map(values: Tensor, rows: Sequence[str], words: Sequence[str], title: str) -> bytes:
     """Return the heat map like the paper's Fig. 9: values [rows, words], each with its number."""
-    size = (2.0 + 0.62 * len(words), 1.6 + 0.5 * len(rows))
+    size = (max(5.0, 2.0 + 0.62 * len(words)), 1.6 + 0.5 * len(rows))
     figure = Figure(figsize=size, layout="constrained")
     axis = figure.subplots()
     table = values.numpy()
@@ -74,7 +76,7 @@ def draw_word_map(values: Tensor, rows: Sequence[str], words: Sequence[str], tit
         text = f"{table[row, column] / 10.0**exponent:.1f}"
         axis.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if dark else "#1f2937")
     unit = f" [1e{exponent}]" if exponent else ""
-    axis.set_title(f"{_plain(title, 200)}{unit}", loc="left", fontsize=9)
+    axis.set_title(f"{_plain(title, 60)}{unit}", loc="left", fontsize=9)
     return _png(figure)
 
 

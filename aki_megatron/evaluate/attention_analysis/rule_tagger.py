@@ -45,7 +45,7 @@ _NUMBER = re.compile(r"\d+(?:[.,:/]\d+)*")
 
 
 class RuleTagger:
-    """Tags by closed classes, numbers, capitals and endings; a noun otherwise."""
+    """Tags by closed classes, numbers, capitals and endings; NN otherwise."""
 
     name = "rules (closed classes and endings)"
 

@@ -63,6 +63,6 @@ def write_word_map(
     }
     text, chart = out / "entities.json", out / "entities.png"
     text.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    title = f"attention of entities to words, rule {attention.rule} (latents placed by the resampler's cross-attention)"
+    title = f"attention of entities to words, rule {attention.rule}"
     chart.write_bytes(draw_word_map(found.values, found.entities, found.words, title))
     return [text, chart]

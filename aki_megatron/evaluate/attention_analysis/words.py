@@ -64,3 +64,27 @@ def tokens_of_words(words: Sequence[Word], tokens: Iterable[PromptToken]) -> lis
         if most:
             found[best].append(token.position)
     return found
+
+
+def join_words(words: Sequence[Word], tokens: Iterable[PromptToken], text: str) -> list[Word]:
+    """Return the words with those joined that a token stands for together, so that every token has one.
+
+    Byte-pair vocabularies have such tokens of signs; the demo's small tokenizer has whole phrases.
+    """
+    ends = [word.end for word in words]
+    first_of = list(range(len(words)))  # the first word of the group that each belongs to
+    for token in tokens:
+        first = bisect_right(ends, token.start)
+        last = first
+        while last + 1 < len(words) and words[last + 1].start < token.end:
+            last += 1
+        for number in range(first + 1, last + 1):
+            first_of[number] = first_of[first]
+    joined: list[Word] = []
+    for number, word in enumerate(words):
+        if first_of[number] == number:
+            joined.append(word)
+        else:
+            start = joined.pop().start
+            joined.append(Word(text[start : word.end], start, word.end))
+    return joined

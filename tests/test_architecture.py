@@ -43,6 +43,8 @@ ADAPTERS = {
     "pyarrow": {"data/sources/parquet_rows.py", "data/shard_writer.py", "evaluate/benchmarks/parquet.py"},
     "rich": {"console.py"},
     "mpi4py": {"parallel/mpi.py"},
+    "nltk": {"evaluate/attention_analysis/taggers.py"},
+    "textblob": {"evaluate/attention_analysis/taggers.py"},
 }
 """Vendor -> the files of the package that import it."""
 

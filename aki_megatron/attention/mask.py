@@ -17,7 +17,7 @@ from aki_megatron.attention.leak_check import assert_no_leak
 from aki_megatron.attention.mask_blocks import MaskBlocks, build_blocks
 from aki_megatron.attention.positions import concentric_positions
 from aki_megatron.attention.rules import BUILDERS
-from aki_megatron.attention.token_segments import MaskError, TokenSegments, segment_tokens
+from aki_megatron.attention.token_segments import Ints, MaskError, TokenSegments, segment_tokens
 from aki_megatron.config.attention import ATTENTION_RULES, AttentionConfig
 from aki_megatron.types import Modality
 
@@ -127,11 +127,37 @@ class AttentionMask:
         mask[np.arange(batch_size)[:, None, None], position[:, :, None], position[:, None, :]] = dense
         return torch.from_numpy(mask)
 
+    def rows(self, sequence: int, queries: Ints) -> Tensor:
+        """Bool [R, T]: which keys these queries [R] of one sequence see; the lines of ``dense`` without the others."""
+        blocks, length = self.blocks, self.shape[1]
+        base = sequence * length
+        # kernel order moves tokens inside their sequence only
+        position = np.arange(length) if blocks.order is None else blocks.order[base : base + length] - base
+        index = np.empty(length, dtype=np.int64)
+        index[position] = np.arange(length)
+        seen = np.zeros((len(queries), length), dtype=np.bool_)
+        for row, query in zip(seen, base + index[np.asarray(queries, dtype=np.int64)], strict=True):
+            for start, _ in blocks.segments[_containing(blocks.segments, query)]:
+                row[start - base : query + 1 - base] = True
+            for low, high in blocks.key_spans[_containing(blocks.query_spans, query)]:
+                row[blocks.keys[low:high] - base] = True
+            for start, end in blocks.full_blocks[_containing(blocks.full_blocks, query)]:
+                row[start - base : end - base] = True
+            for group in blocks.padding_queries:
+                if query in group.queries:
+                    row[group.keys - base] = True
+        return torch.from_numpy(seen[:, index])
+
     def cached(self, key: Hashable, build: Callable[[], Value]) -> Value:
         """What ``build`` returns, built once for each key: the plan of a kernel, built at the first layer."""
         if key not in self._cache:
             self._cache[key] = build()
         return self._cache[key]
+
+
+def _containing(spans: Ints, index: int) -> np.ndarray:
+    """Bool [K]: which of the spans [K, 2] hold an index."""
+    return (spans[:, 0] <= index) & (index < spans[:, 1])
 
 
 def _on_host(ids: Tensor, dtype: type[np.generic]) -> np.ndarray:

@@ -52,11 +52,39 @@ MIN_TEXT_TOKENS = 5
 """Of a caption: its start, <image>, one token of text, <|endofchunk|>, the end."""
 
 
+class PromptSpan(NamedTuple):
+    """Where in a part a piece of the user's own text stands: ``length`` characters of the prompt of turn ``turn``.
+
+    start         its first character in the part
+    prompt_start  its first character in Turn.prompt
+    """
+
+    turn: int
+    start: int
+    prompt_start: int
+    length: int
+
+
 class Part(NamedTuple):
-    """A part of the rendered string and what its tokens are. Every RESPONSE token is supervised in training."""
+    """A part of the rendered string and what its tokens are. Every RESPONSE token is supervised in training.
+
+    prompt_spans  what of the text is the user's own; the rest is the template's
+    """
 
     text: str
     modality: Modality
+    prompt_spans: tuple[PromptSpan, ...] = ()
+
+
+class PromptPiece(NamedTuple):
+    """A piece of a turn's prompt: the text from its character ``offset`` on, up to the next media item or the end."""
+
+    text: str
+    offset: int
+
+
+Piece = str | PromptPiece | Modality
+"""A piece of a turn: text of the template, of the user, or a media item."""
 
 
 @dataclass(frozen=True)
@@ -112,13 +140,13 @@ class Template:
         opening, closing = f"{chat.conversation_start}{system}{user}", f"{ending}{chat.response_start}"
         parts: list[Part] = []
         for number, (turn, pieces) in enumerate(zip(turns, self._prompt_pieces(conversation), strict=True)):
-            parts += _joined([opening, *pieces, closing])
+            parts += _joined([opening, *pieces, closing], number)
             opening = f"{chat.turn_separator}{user}"
             last = number == len(turns) - 1
             parts.append(Part(f"{turn.response}{chat.sample_end if last else chat.turn_end}", Modality.RESPONSE))
         return parts
 
-    def _prompt_pieces(self, conversation: Conversation) -> list[list[str | Modality]]:
+    def _prompt_pieces(self, conversation: Conversation) -> list[list[Piece]]:
         """Return every prompt as texts and the media between them. Raises DataError where they do not fit together."""
         media = [item.modality for item in conversation.media]
         for modality in media:
@@ -140,12 +168,12 @@ class Template:
         pieces = [_placed_pieces(turn) for turn in turns]
         return [self._aki_pieces(turns[0]), *pieces[1:]] if self.text_first and turns[0].placeholders else pieces
 
-    def _aki_pieces(self, turn: Turn) -> list[str | Modality]:
+    def _aki_pieces(self, turn: Turn) -> list[Piece]:
         """Return a prompt with its media before it, each followed by a newline, or after it in text-first order."""
         media = [placeholder.modality for placeholder in turn.placeholders]
         if self.text_first:
-            return [turn.prompt, *(piece for modality in media for piece in ("\n", modality))]
-        return [*(piece for modality in media for piece in (modality, "\n")), turn.prompt]
+            return [PromptPiece(turn.prompt, 0), *(piece for modality in media for piece in ("\n", modality))]
+        return [*(piece for modality in media for piece in (modality, "\n")), PromptPiece(turn.prompt, 0)]
 
     def caption_parts(self, caption: Caption) -> list[Part]:
         """Return the string of a caption in parts. Raises DataError for text that holds a special token."""
@@ -273,29 +301,33 @@ class Template:
         return ""
 
 
-def _placed_pieces(turn: Turn) -> list[str | Modality]:
+def _placed_pieces(turn: Turn) -> list[Piece]:
     """Return a prompt with its media where their placeholders stand."""
     offsets = [0, *(placeholder.offset for placeholder in turn.placeholders), len(turn.prompt)]
-    texts = [turn.prompt[start:end] for start, end in pairwise(offsets)]
-    pieces: list[str | Modality] = [texts[0]]
+    texts = [PromptPiece(turn.prompt[start:end], start) for start, end in pairwise(offsets)]
+    pieces: list[Piece] = [texts[0]]
     for placeholder, text in zip(turn.placeholders, texts[1:], strict=True):
         pieces += [placeholder.modality, text]
     return pieces
 
 
-def _joined(pieces: Sequence[str | Modality]) -> list[Part]:
-    """Return prompt pieces as parts: adjacent texts are one part, each media item is one."""
+def _joined(pieces: Sequence[Piece], turn: int) -> list[Part]:
+    """Return the pieces of a turn as parts: adjacent texts are one part, each media item is one."""
     parts: list[Part] = []
     text = ""
+    spans: list[PromptSpan] = []
     for piece in (*pieces, None):
-        if isinstance(piece, str):
+        if isinstance(piece, PromptPiece):
+            spans += [PromptSpan(turn, len(text), piece.offset, len(piece.text))] if piece.text else []
+            text += piece.text
+        elif isinstance(piece, str):
             text += piece
-            continue
-        if text:
-            parts.append(Part(text, Modality.TEXT))
-        if piece is not None:
-            parts.append(Part(IMAGE_TOKEN, piece))
-        text = ""
+        else:
+            if text:
+                parts.append(Part(text, Modality.TEXT, tuple(spans)))
+            if piece is not None:
+                parts.append(Part(IMAGE_TOKEN, piece))
+            text, spans = "", []
     return parts
 
 

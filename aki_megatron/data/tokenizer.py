@@ -77,6 +77,13 @@ class Tokenizer:
         ids = self._backend.encode(before + text, add_special_tokens=False).ids
         return ids[1:] if before else ids
 
+    def encode_with_offsets(self, text: str, after: int | None = None) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of ``encode`` and of each token the characters (start, end) of ``text`` that it stands for."""
+        before = self._strips_right.get(after, "") if after is not None else ""
+        found = self._backend.encode(before + text, add_special_tokens=False)
+        offsets = [(max(0, start - len(before)), max(0, end - len(before))) for start, end in found.offsets]
+        return (found.ids[1:], offsets[1:]) if before else (found.ids, offsets)
+
     def decode(self, ids: list[int]) -> str:
         """Return the text of the ids, special tokens left out."""
         return self._backend.decode(ids, skip_special_tokens=True)

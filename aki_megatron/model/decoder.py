@@ -61,11 +61,7 @@ class Attention(nn.Module):
         the keys and values of the first ``lengths`` [B] positions. With a cache alone (T = 1): a decode step, in which
         the new token attends to the whole cache.
         """
-        qkv = _adapted(self.qkv_proj, self.qkv_lora, x).unflatten(-1, (-1, self.head_dim))
-        # a tensor rank holds fewer heads, in the same proportion
-        num_kv_heads = qkv.shape[2] // (self.queries_per_key + 2)
-        qk = apply_rotary(self._normalize(qkv[:, :, :-num_kv_heads], num_kv_heads), cos, sin).transpose(1, 2)
-        q, k, v = qk[:, :-num_kv_heads], qk[:, -num_kv_heads:], qkv[:, :, -num_kv_heads:].transpose(1, 2)
+        q, k, v = self.project(x, cos, sin)
         if mask is not None:
             context = attend(q, k, v, mask)
             if cache is not None:
@@ -76,6 +72,14 @@ class Attention(nn.Module):
             cache.append(k, v)
             context = attend_cached(q, cache)
         return _adapted(self.out_proj, self.out_lora, context.transpose(1, 2).flatten(2))
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what the kernel takes: rotated q [B, Hq, T, d] and k, v [B, Hkv, T, d] of x [B, T, D]."""
+        qkv = _adapted(self.qkv_proj, self.qkv_lora, x).unflatten(-1, (-1, self.head_dim))
+        # a tensor rank holds fewer heads, in the same proportion
+        num_kv_heads = qkv.shape[2] // (self.queries_per_key + 2)
+        qk = apply_rotary(self._normalize(qkv[:, :, :-num_kv_heads], num_kv_heads), cos, sin).transpose(1, 2)
+        return qk[:, :-num_kv_heads], qk[:, -num_kv_heads:], qkv[:, :, -num_kv_heads:].transpose(1, 2)
 
     def _normalize(self, qk: Tensor, num_kv_heads: int) -> Tensor:
         """Normalize queries and keys [B, T, Hq + Hkv, d]; families without these norms return them unchanged."""

@@ -30,10 +30,15 @@ class ResamplerAttention(nn.Module):
 
     def forward(self, media: Tensor, latents: Tensor) -> Tensor:
         """Media [N, P, W], latents [N, Q, W] -> [N, Q, W]"""
+        q, k, v = self.project(media, latents)
+        return self.out_proj(full_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def project(self, media: Tensor, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q [N, H, Q, d] of the latents, k and v [N, H, P + Q, d] of the features and then the latents."""
         latents = self.norm_latents(latents)
         keys, values = self.kv_proj(torch.cat([self.norm_media(media), latents], dim=1)).chunk(2, dim=-1)
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (self.q_proj(latents), keys, values))
-        return self.out_proj(full_attention(q, k, v).transpose(1, 2).flatten(2))
+        return q, k, v
 
 
 class ResamplerMLP(nn.Module):

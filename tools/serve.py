@@ -7,8 +7,8 @@
 
     curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{"messages": [
       {"role": "user", "content": "What colour is the sky?"}], "max_tokens": 20}'
-    curl http://127.0.0.1:8000/v1/chat/completions -F picture=@cat.jpg -F 'request={"messages": [{"role": "user", "content": [
-      {"type": "image_url", "image_url": {"url": "attachment:picture"}}, {"type": "text", "text": "What is this?"}]}]}'
+    curl http://127.0.0.1:8000/v1/chat/completions -F picture=@cat.jpg -F 'request={"messages": [
+      {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "attachment:picture"}}, "What is this?"]}]}'
 
 Requests are answered together in one running batch. Nothing is fetched from the network. Decoding is greedy unless a
 request says otherwise. Ctrl-C or SIGTERM ends the server. docs/serving.md: clients, evaluation kits, limits, security.
@@ -48,6 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         from aki_megatron.evaluate.serving.server import listen, serve
     except ImportError as error:
+        if error.name not in ("starlette", "uvicorn", "python_multipart"):
+            raise
         raise ConfigError(f"Serving needs {error.name}: pip install 'aki-megatron[serve]'.") from None
     from aki_megatron.evaluate.loading import DTYPES, default_device, load_for_answering
     from aki_megatron.evaluate.serving.access import Access, is_loopback
@@ -60,8 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     is_local = is_loopback(arguments.host)
     if not (key or is_local or arguments.no_key):
         raise ConfigError(
-            f"--host {arguments.host} lets other machines ask: set a key in the environment variable {KEY_VARIABLE}, or "
-            "say --no_key where everybody who reaches this machine may ask."
+            f"--host {arguments.host} lets other machines ask: set a key in the environment variable {KEY_VARIABLE}, "
+            "or say --no_key where everybody who reaches this machine may ask."
         )
     limits = Limits(**{each.name: getattr(arguments, each.name) for each in fields(Limits) if each.name in arguments})
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -138,7 +140,7 @@ def add_limits(group: argparse._ArgumentGroup) -> None:
         ("--text_chars", "text_chars", whole, "characters of one request (default 1000000)"),
         ("--positions", "positions", whole, "prompt and answer, images included (default 8192, or the model's)"),
         ("--new_tokens", "new_tokens", whole, "longest answer, also where a request asks for more (default 2048)"),
-        ("--default_new_tokens", "default_new_tokens", whole, "longest answer where a request does not say (default 512)"),
+        ("--default_new_tokens", "default_new_tokens", whole, "longest answer of other requests (default 512)"),
         ("--batch", "batch", whole, "requests that are answered at a time (default 16)"),
         ("--queue", "queue", whole_number(0, 10**6), "requests that wait; more get 503 (default 256)"),
         ("--request_seconds", "request_seconds", seconds, "for an answer, waiting included (default 600)"),

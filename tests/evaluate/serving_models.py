@@ -26,7 +26,7 @@ from aki_megatron.data.tokenizer import Tokenizer, grow_tokenizer
 from aki_megatron.evaluate.generate import generate
 from aki_megatron.evaluate.loading import LoadedModel
 from aki_megatron.evaluate.runner import collate_prompts
-from aki_megatron.evaluate.serving.access import Access
+from aki_megatron.evaluate.serving.access import LOCAL, Access
 from aki_megatron.evaluate.serving.app import build_app
 from aki_megatron.evaluate.serving.backend import Backend
 from aki_megatron.evaluate.serving.limits import Limits
@@ -113,7 +113,7 @@ def backend(model: LoadedModel, limits: Limits = LIMITS, **settings: Any) -> Ite
 
 @contextmanager
 def running_server(
-    served: Backend, access: Access = Access(), log: list[str] | None = None, **settings: Any
+    served: Backend, access: Access = LOCAL, log: list[str] | None = None, **settings: Any
 ) -> Iterator[str]:
     """A server on a thread; yields its address."""
     app = build_app(served, access, log=(lambda line: None) if log is None else log.append, **settings)

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from aki_megatron.evaluate.serving.access import Access
+from aki_megatron.evaluate.serving.access import LOCAL, Access
 from aki_megatron.evaluate.serving.backend import NOTES, Backend
 from aki_megatron.evaluate.serving.body import ClientGoneError
 from aki_megatron.evaluate.serving.completions import ChatCompletions
@@ -50,7 +50,7 @@ class Endpoint:
 
 def build_app(
     backend: Backend,
-    access: Access = Access(),
+    access: Access = LOCAL,
     *,
     endpoints: Sequence[Endpoint] = (),
     log: LogLine = lambda line: None,

@@ -32,7 +32,7 @@ class Slots:
         return Hold(self)
 
     def add_bytes(self, count: int) -> None:
-        """Count bytes of a body. Raises ApiError (503) where the bodies of all requests have no room for it."""
+        """Count bytes of a body. Raises ApiError (503) where the bodies of all requests are too many."""
         if self.num_bytes + count > self._limits.buffered_bytes:
             raise overloaded("Too many large requests are being read; come again.")
         self.num_bytes += count

@@ -32,11 +32,11 @@ class ChatCompletions:
             incoming.notes["prompt"] = len(prompt.token_ids)
             if prompt.media:
                 incoming.notes["media"] = len(prompt.media)
-            # the room that the prompt leaves; finish_reason tells where it ends an answer
-            room = self._backend.reader.positions - len(prompt.token_ids)
+            # what the prompt leaves; finish_reason tells where it ends an answer
+            left = self._backend.reader.positions - len(prompt.token_ids)
             request = AnswerRequest(
                 prompt,
-                min(parameters.max_new_tokens, room),
+                min(parameters.max_new_tokens, left),
                 parameters.sampling,
                 stop_texts=parameters.stop_texts,
             )

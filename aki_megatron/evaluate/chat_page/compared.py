@@ -43,9 +43,9 @@ def compare_rules(named: NamedModel) -> Comparison:
     rule = "mma" if named.rule == "causal" else "causal"
     other = NamedModel(f"{named.name} ({rule})", with_attention(named.model, AttentionConfig(rule=rule)))
     about = (
-        f"Both columns are the weights of {named.name}, trained with the attention rule {named.rule}. The second runs "
-        f"them under {rule}, which they were not trained with: it shows how much these weights depend on their rule, "
-        f"not what a model trained with {rule} would answer. Start with --compare RUN for two trained models."
+        f"Both columns run the weights of {named.name}, which were trained with the attention rule {named.rule}. The "
+        f"second runs them under {rule}: that shows how much they depend on their rule, and is not what a model trained "
+        f"with {rule} would answer. For two trained models, start with --compare."
     )
     return Comparison((named, other), about)
 
@@ -55,7 +55,7 @@ def compare_runs(first: NamedModel, second: NamedModel) -> Comparison:
     if first.name == second.name:
         raise ConfigError(f"Both models are named {first.name}; give two different runs.")
     about = (
-        f"Two trained models, each under the attention rule of its training: {first.name} ({first.rule}) and "
+        f"Two trained models, each under the attention rule that it was trained with: {first.name} ({first.rule}) and "
         f"{second.name} ({second.rule})."
     )
     return Comparison((first, second), about)

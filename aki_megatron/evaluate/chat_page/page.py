@@ -2,12 +2,13 @@
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from aki_megatron.evaluate.chat_page.compared import Comparison
+from aki_megatron.evaluate.chat_page.example import Example
 from aki_megatron.evaluate.chat_page.inspection import Inspection
 from aki_megatron.evaluate.serving.app import Endpoint
 from aki_megatron.evaluate.serving.backend import Backend
@@ -32,28 +33,6 @@ HEADERS = {
 
 MESSAGE_BYTES = 2**16
 """Of a request's largest body, what is left for everything but the picture."""
-
-
-@dataclass(frozen=True)
-class ExampleQuestion:
-    """A question about an example, and its answer."""
-
-    text: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class Example:
-    """A picture to begin with.
-
-    image        an encoded file of kind ``media_type``
-    description  what a reader who cannot see it is told
-    """
-
-    image: bytes
-    description: str
-    questions: tuple[ExampleQuestion, ...] = ()
-    media_type: str = "image/png"
 
 
 def page_endpoints(

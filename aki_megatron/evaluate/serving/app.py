@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ from aki_megatron.evaluate.serving.access import LOCAL, Access
 from aki_megatron.evaluate.serving.backend import NOTES, Backend
 from aki_megatron.evaluate.serving.body import ClientGoneError
 from aki_megatron.evaluate.serving.completions import ChatCompletions
-from aki_megatron.evaluate.serving.errors import ApiError
+from aki_megatron.evaluate.serving.errors import ApiError, unknown_model
 from aki_megatron.evaluate.serving.web import (
     ASGIApp,
     Headers,
@@ -52,26 +52,32 @@ def build_app(
     backend: Backend,
     access: Access = LOCAL,
     *,
+    others: Sequence[Backend] = (),
     endpoints: Sequence[Endpoint] = (),
     log: LogLine = lambda line: None,
 ) -> ASGIApp:
     """Return the application.
 
+    others     further models, which a request names; one that names none gets ``backend``
     endpoints  further ones
     log        gets one line for each request
     """
+    backends = {each.model_name: each for each in (backend, *others)}
+    assert len(backends) == 1 + len(others), [each.model_name for each in (backend, *others)]
+    models = _Models(backends)
     every = (
-        Endpoint("/v1/chat/completions", ChatCompletions(backend), ("POST",)),
-        Endpoint("/v1/models", _Models(backend).list),
-        Endpoint("/v1/models/{name:path}", _Models(backend).one),
-        Endpoint("/health", _health(backend), needs_key=False),
+        Endpoint("/v1/chat/completions", ChatCompletions(backends), ("POST",)),
+        Endpoint("/v1/models", models.list),
+        Endpoint("/v1/models/{name:path}", models.one),
+        Endpoint("/health", _health(backend, others), needs_key=False),
         *endpoints,
     )
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
-        backend.close()
+        for each in backends.values():
+            each.close()
 
     app = Starlette(
         routes=[Route(each.path, each.handler, methods=list(each.methods)) for each in every],
@@ -87,26 +93,30 @@ def build_app(
 
 
 class _Models:
-    """What can be asked: one model."""
+    """What can be asked."""
 
-    def __init__(self, backend: Backend) -> None:
-        self._name = backend.model_name
-        self._model = {"id": self._name, "object": "model", "created": int(time.time()), "owned_by": "aki-megatron"}
+    def __init__(self, names: Iterable[str]) -> None:
+        created = int(time.time())
+        self._models = {
+            name: {"id": name, "object": "model", "created": created, "owned_by": "aki-megatron"} for name in names
+        }
 
     async def list(self, _: Request) -> Response:
-        return json_response({"object": "list", "data": [self._model]})
+        return json_response({"object": "list", "data": list(self._models.values())})
 
     async def one(self, request: Request) -> Response:
-        if request.path_params["name"] != self._name:
-            raise ApiError(
-                404, f"The model does not exist; this server has {self._name!r}.", "model", "model_not_found"
-            )
-        return json_response(self._model)
+        name = request.path_params["name"]
+        if name not in self._models:
+            raise unknown_model(name, self._models)
+        return json_response(self._models[name])
 
 
-def _health(backend: Backend) -> Callable[[Request], Any]:
+def _health(backend: Backend, others: Sequence[Backend]) -> Callable[[Request], Any]:
+    """Return the endpoint: numbers of the first model; ok as long as all of them answer."""
+
     async def health(_: Request) -> Response:
-        load, is_alive = backend.service.load, backend.service.is_alive
+        load = backend.service.load
+        is_alive = all(each.service.is_alive for each in (backend, *others))
         body = {
             "status": "ok" if is_alive else "stopped",
             "model": backend.model_name,

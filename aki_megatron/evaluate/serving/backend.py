@@ -7,7 +7,7 @@ loop only waits.
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from aki_megatron.evaluate.answering import Request as AnswerRequest
 from aki_megatron.evaluate.serving.body import ClientGoneError, Hold, Parsed, Slots, parse_body, read_body
 from aki_megatron.evaluate.serving.conversations import PromptReader
-from aki_megatron.evaluate.serving.errors import ApiError, bad_request, failed, overloaded, timed_out
+from aki_megatron.evaluate.serving.errors import ApiError, bad_request, failed, overloaded, timed_out, unknown_model
 from aki_megatron.evaluate.serving.limits import Limits
 from aki_megatron.evaluate.serving.service import AnsweringService, QueueFullError, StoppedError
 from aki_megatron.evaluate.serving.web import Headers, Receive, Scope
@@ -87,9 +87,22 @@ class Backend:
         return asyncio.wrap_future(future)
 
 
+def named_backend(backends: Mapping[str, Backend], body: Mapping[str, Any]) -> Backend:
+    """Return the model that a request names, the first where it names none. Raises ApiError for any other name."""
+    name = body.get("model")
+    if name is None:
+        return next(iter(backends.values()))
+    if not isinstance(name, str):
+        raise bad_request(f"model must be text, got {ascii(name)[:80]}.", "model")
+    if name not in backends:
+        raise unknown_model(name, backends)
+    return backends[name]
+
+
 class Incoming:
     """A request that was read: its body, not parsed yet, and whether the client still waits.
 
+    backend   of the model that answers; the first of the server until the request says which
     deadline  loop time at which the answer must be complete
     notes     what the log says of it
     """

@@ -3,10 +3,11 @@
 import asyncio
 import secrets
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 
 from aki_megatron.evaluate.answering import Request as AnswerRequest
-from aki_megatron.evaluate.serving.backend import Answer, Backend, Incoming
+from aki_megatron.evaluate.serving.backend import Answer, Backend, Incoming, named_backend
 from aki_megatron.evaluate.serving.body import ClientGoneError, Parsed
 from aki_megatron.evaluate.serving.errors import ApiError
 from aki_megatron.evaluate.serving.parameters import Parameters, read_parameters
@@ -23,24 +24,27 @@ LAST_WORDS_SECONDS = 5.0
 class ChatCompletions:
     """The endpoint, an ASGI application. Raises ApiError before the response begins, and ClientGoneError."""
 
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+    def __init__(self, backends: Mapping[str, Backend]) -> None:
+        """Answer with these models, by name; the first is taken where a request names none."""
+        self._backends = backends
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._backend.admitted(scope, receive) as incoming:
-            parameters, prompt = await incoming.prepare(self._read)
+        first = next(iter(self._backends.values()))
+        async with first.admitted(scope, receive) as incoming:
+            backend, parameters, prompt = await incoming.prepare(self._read)
+            incoming.backend = backend
             incoming.notes["prompt"] = len(prompt.token_ids)
             if prompt.media:
                 incoming.notes["media"] = len(prompt.media)
             # what the prompt leaves; finish_reason tells where it ends an answer
-            left = self._backend.reader.positions - len(prompt.token_ids)
+            left = backend.reader.positions - len(prompt.token_ids)
             request = AnswerRequest(
                 prompt,
                 min(parameters.max_new_tokens, left),
                 parameters.sampling,
                 stop_texts=parameters.stop_texts,
             )
-            reply = Reply(f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), self._backend.model_name)
+            reply = Reply(f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), backend.model_name)
             with incoming.answering(request, stream=parameters.stream) as answer:
                 if parameters.stream:
                     stream = _Stream(send, reply, incoming, include_usage=parameters.include_usage)
@@ -51,10 +55,11 @@ class ChatCompletions:
                     _note(incoming, request)
                     await json_response(reply.whole(request))(scope, receive, send)
 
-    def _read(self, parsed: Parsed) -> tuple[Parameters, Sample]:
-        """Return the parameters and the prompt of a request; runs in a worker thread."""
-        parameters = read_parameters(parsed.request, self._backend.model_name, self._backend.limits)
-        return parameters, self._backend.reader.read(parsed.request.get("messages"), parsed.files)
+    def _read(self, parsed: Parsed) -> tuple[Backend, Parameters, Sample]:
+        """Return the model, the parameters and the prompt of a request; runs in a worker thread."""
+        backend = named_backend(self._backends, parsed.request)
+        parameters = read_parameters(parsed.request, backend.model_name, backend.limits)
+        return backend, parameters, backend.reader.read(parsed.request.get("messages"), parsed.files)
 
 
 def _note(incoming: Incoming, request: AnswerRequest) -> None:

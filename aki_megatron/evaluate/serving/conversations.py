@@ -47,6 +47,14 @@ class PromptReader:
 
         Raises ApiError (400, 413) for messages, media or lengths that are refused.
         """
+        return self._read(messages, files)[1]
+
+    def read_conversation(self, messages: Any, files: Mapping[str, bytes]) -> Conversation:
+        """Return the conversation of a request, its media decoded. Takes and raises what ``read`` does."""
+        conversation, prompt = self._read(messages, files)
+        return replace(conversation, media=prompt.media)
+
+    def _read(self, messages: Any, files: Mapping[str, bytes]) -> tuple[Conversation, Sample]:
         try:
             parsed = parse_prompt(messages, with_audio=self.model.stage.config.audio is not None)
         except MALFORMED as error:
@@ -68,7 +76,7 @@ class PromptReader:
                 "messages",
                 "context_length_exceeded",
             )
-        return prompt
+        return conversation, prompt
 
     @property
     def positions(self) -> int:

@@ -1,5 +1,6 @@
 """Refusals of requests in OpenAI's shape."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,12 @@ class ApiError(UserError):
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """Return the error of a request that is wrong in itself."""
     return ApiError(400, message, param, code)
+
+
+def unknown_model(name: str, known: Iterable[str]) -> ApiError:
+    """Return the error of a request for a model that the server does not have."""
+    shown, listed = ascii(name[:80]), ", ".join(map(repr, known))
+    return ApiError(404, f"The model {shown} does not exist; this server has {listed}.", "model", "model_not_found")
 
 
 def overloaded(message: str) -> ApiError:

@@ -59,7 +59,7 @@ export class AttentionView {
     element("attention-note").textContent = this.#explanation();
     const most = Math.max(...found.words.map((word) => word.mass), 1e-9);
     this.list.replaceChildren(
-      this.#option(-1, "all words", this.total, null),
+      this.#option(-1, "All words", this.total, null),
       ...found.words.map((word, number) => this.#option(number, word.text, word.mass, word.mass / most, word.is_later)),
     );
     this.choose(-1);
@@ -68,19 +68,19 @@ export class AttentionView {
   #explanation() {
     const { words, rule, turn, is_last: isLast, num_turns: turns } = this.found;
     const where = isLast ? "" :
-      `The picture stands in question ${turn} of ${turns}, and these are the words of that question: under no rule do ` +
-      `its tokens see a later one. Tick the box below the question to show the picture again. `;
+      `The picture stands in question ${turn} of ${turns}, and its tokens see the words of that question only. To let ` +
+      "them see the next one, tick the box below it. ";
     if (words.some((word) => word.is_later) && this.total === 0) {
-      return `${where}Under ${rule} the picture's tokens see nothing of what follows them, so every bar is 0. The heat ` +
-        "shows where the tokens look in any case.";
+      return `${where}Under ${rule} the picture's tokens see nothing of the text after them: every bar is 0. The heat ` +
+        "shows where they look in any case.";
     }
-    return `${where}Of the attention of the picture's tokens, ${percent(this.total)} goes to the words of the question; ` +
-      "the rest goes to the picture's own tokens and to the other text that they see.";
+    return `${where}The bars are shares of the attention of the picture's tokens; what is missing to 100 % goes to the ` +
+      "picture itself and to the rest of the prompt.";
   }
 
   #option(number, text, mass, size, isLater = true) {
     const option = document.createElement("div");
-    option.className = isLater ? "word" : "word earlier";
+    option.className = `word${number < 0 ? " all" : ""}${isLater ? "" : " earlier"}`;
     option.id = `word-${number}`;
     option.dataset.number = number;
     option.setAttribute("role", "option");
@@ -107,7 +107,6 @@ export class AttentionView {
       option.setAttribute("aria-selected", String(Number(option.dataset.number) === number));
     }
     this.list.setAttribute("aria-activedescendant", `word-${number}`);
-    element(`word-${number}`).scrollIntoView({ block: "nearest" });
     this.#draw();
   }
 
@@ -125,6 +124,7 @@ export class AttentionView {
     if (next === undefined) return;
     event.preventDefault();
     this.choose(next);
+    element(`word-${next}`).scrollIntoView({ block: "nearest" });
   }
 
   /** Shares of the patches: of the attention to the chosen words, or of all tokens where there is none. */
@@ -142,8 +142,8 @@ export class AttentionView {
     const shares = this.#shares();
     const isExcess = element("heat-kind").value === "excess";
     const values = isExcess ? shares.map((value, patch) => Math.max(0, value - base[patch])) : shares;
-    const most = Math.max(...values);
-    const name = this.chosen < 0 ? "all words" : `"${words[this.chosen].text}"`;
+    const most = Math.max(...values), least = Math.min(...values);
+    const name = this.chosen < 0 ? "the words" : `"${words[this.chosen].text}"`;
     const mass = this.chosen < 0 ? this.total : words[this.chosen].mass;
     const excess = isExcess ? "more than the others " : "";
     const text = mass === 0
@@ -152,7 +152,9 @@ export class AttentionView {
         ? `The tokens that attend to ${name} look where all tokens look.`
         : `${percent(mass)} goes to ${name}; the tokens that attend to it look ${excess}most ${whereIsMost(values, grid)}.`;
     element("heat-text").textContent = text;
-    element("scale-end").textContent = `${percent(most)} of a patch`;
-    drawHeat(element("heat"), values, grid, { most, opacity: element("opacity").value / 100, label: `Heat: ${text}` });
+    const per = isExcess ? "more" : "of their attention";
+    element("scale-start").textContent = percent(least);
+    element("scale-end").textContent = `${percent(most)} ${per} in a patch`;
+    drawHeat(element("heat"), values, grid, { least, most, opacity: element("opacity").value / 100, label: `Heat: ${text}` });
   }
 }

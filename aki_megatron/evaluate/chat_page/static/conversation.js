@@ -64,8 +64,9 @@ export class Conversation {
     article.append(make("p", "question", question));
     const pair = make("div", "pair");
     article.append(pair);
-    this.stopper = new AbortController();
-    const { signal } = this.stopper;
+    const stopper = new AbortController();
+    const { signal } = stopper;
+    this.stopper = stopper;
     const errors = new Set();
     const running = this.models.map((model, number) => {
       const card = this.#card(model, number);
@@ -76,7 +77,7 @@ export class Conversation {
     article.scrollIntoView({ block: "nearest" });
     await Promise.all(running);
     if (reference) article.append(make("p", "reference", `The scene says: ${reference}`));
-    this.stopper = null;
+    if (this.stopper === stopper) this.stopper = null; // no later conversation's
     return [...errors];
   }
 

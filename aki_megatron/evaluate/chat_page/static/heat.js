@@ -18,7 +18,7 @@ function colourOf(value) {
   return low.map((channel, number) => channel + fraction * (high[number] - channel));
 }
 
-/** The colours as a CSS gradient from 0 to the largest value. */
+/** The colours as a CSS gradient. */
 export function rampGradient() {
   const stops = STOPS.map(([at, [r, g, b, alpha]]) => `rgb(${r} ${g} ${b} / ${alpha}) ${100 * at}%`);
   return `linear-gradient(to right, ${stops.join(", ")})`;
@@ -31,8 +31,8 @@ export function clearHeat(canvas, label) {
 
 const PIXELS_PER_PATCH = 16;
 
-/** Draw values [height * width], row by row from the top of the picture, scaled to `most`. */
-export function drawHeat(canvas, values, { height, width }, { most, opacity, label }) {
+/** Draw values [height * width], row by row from the top of the picture; colours go from `least` to `most`. */
+export function drawHeat(canvas, values, { height, width }, { least, most, opacity, label }) {
   canvas.width = width * PIXELS_PER_PATCH;
   canvas.height = height * PIXELS_PER_PATCH;
   clearHeat(canvas, label);
@@ -40,7 +40,7 @@ export function drawHeat(canvas, values, { height, width }, { most, opacity, lab
   const pixels = context.createImageData(canvas.width, canvas.height);
   for (let y = 0; y < canvas.height; y++) {
     for (let x = 0; x < canvas.width; x++) {
-      const value = most > 0 ? interpolated(values, height, width, y, x) / most : 0;
+      const value = most > least ? (interpolated(values, height, width, y, x) - least) / (most - least) : 0;
       const [red, green, blue, alpha] = colourOf(Math.min(1, value));
       pixels.data.set([red, green, blue, 255 * alpha * opacity], 4 * (y * canvas.width + x));
     }

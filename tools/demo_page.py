@@ -8,7 +8,7 @@
 The page begins with scenes like those of the demo's data; choose one, or any picture of your own, and ask. Answers are
 streamed from /v1/chat/completions of the same server, which other clients may use too (tools/serve.py). Everything
 stays on this machine: the server listens on 127.0.0.1 only. From another machine: ssh -L 8000:127.0.0.1:PORT HOST, then
-open http://127.0.0.1:8000. Ctrl-C ends it. docs/serving.md says what the page shows.
+open http://127.0.0.1:8000. Ctrl-C ends it. docs/chat_page.md says what it shows.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """The page in a browser, as its user has it: with the keyboard, over several turns, on a small screen, with errors."""
 
 import threading
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,12 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     return tiny_comparison(tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with browser.chromium(tmp_path_factory.mktemp("profile")) as page:
+        yield page
+
+
 def picture_part(content: bytes) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": data_url(content)}}
 
@@ -62,12 +69,12 @@ def shown_texts(page: Any, selector: str) -> list[str]:
     return [one.get_property("textContent") for one in page.all(selector)]
 
 
-def test_a_picture_is_asked_about(comparison: Comparison, tmp_path: Path) -> None:
+def test_a_picture_is_asked_about(comparison: Comparison, page: Any, tmp_path: Path) -> None:
     photo, huge = png("red", (64, 48)), tmp_path / "huge.png"
     (tmp_path / "cup.png").write_bytes(photo)
     huge.write_bytes(bytes(PAGE_LIMITS.body_bytes))
     (tmp_path / "text.png").write_bytes(b"no picture")
-    with ExitStack() as server, browser.chromium(tmp_path / "profile") as page:
+    with ExitStack() as server:
         address = server.enter_context(running_page(comparison, (EXAMPLE,)))
         page.resize(1200, 800)
         page.driver.get(address)
@@ -153,11 +160,10 @@ def test_a_picture_is_asked_about(comparison: Comparison, tmp_path: Path) -> Non
         page.until(lambda: "The attention cannot be shown" in page.text("#attention-note"))
 
 
-def test_escape_stops_an_answer(comparison: Comparison, tmp_path: Path) -> None:
+def test_escape_stops_an_answer(comparison: Comparison, page: Any) -> None:
     with ExitStack() as stack:
         served: list[Any] = []
         address = stack.enter_context(running_page(comparison, (EXAMPLE,), served))
-        page = stack.enter_context(browser.chromium(tmp_path / "profile"))
         page.driver.get(address)
         page.until(lambda: page.all("#example-list button"))[0].click()
         page.until(lambda: page.all("#suggestions button"))[0].click()

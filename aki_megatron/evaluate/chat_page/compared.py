@@ -44,8 +44,8 @@ def compare_rules(named: NamedModel) -> Comparison:
     other = NamedModel(f"{named.name} ({rule})", with_attention(named.model, AttentionConfig(rule=rule)))
     about = (
         f"Both columns run the weights of {named.name}, which were trained with the attention rule {named.rule}. The "
-        f"second runs them under {rule}: that shows how much they depend on their rule, and is not what a model trained "
-        f"with {rule} would answer. For two trained models, start with --compare."
+        f"second runs them under {rule}: that shows how much they depend on their rule, and is not what a model "
+        f"trained with {rule} would answer. For two trained models, start with --compare."
     )
     return Comparison((named, other), about)
 

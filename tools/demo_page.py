@@ -76,7 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
         each.name: Backend(AnsweringService(each.model), limits, model_name=each.name) for each in comparison.models
     }
     first, *others = backends.values()
-    app = build_app(first, others=others, endpoints=page_endpoints(backends, comparison, drawn_examples()))
+    endpoints = page_endpoints(backends, comparison, drawn_examples(), arguments.ask_with)
+    app = build_app(first, others=others, endpoints=endpoints)
     address = f"http://{HOST}:{listener.getsockname()[1]}/"
     with ExitStack() as stack:
         for backend in backends.values():
@@ -116,6 +117,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("model", type=as_path, help="a run folder, a checkpoint, or a folder that tools/convert.py to-hf wrote")
     add("--compare", type=as_path, metavar="RUN", help="a second trained model; without it the first one runs under "
         "another attention rule beside itself")  # fmt: skip
+    add("--ask_with", choices=("conversation", "again", "alone"), default="conversation", help="what a question is asked "
+        "with at first: the conversation before it, that and the picture again, or the picture only, for models that "
+        "were trained on single questions (default %(default)s; the page lets you choose)")  # fmt: skip
     add("--port", type=whole_number(0, 65535), default=0, help="port; 0: a free one (default %(default)s)")
     add("--no_browser", action="store_true", help="only print the address")
     add("--tokenizer", type=as_path, help="folder of the tokenizer, where a checkpoint has none")

@@ -8,7 +8,8 @@ from aki_megatron.synthetic.files import encode_image
 from aki_megatron.synthetic.questions import TASKS, Question, scene_caption
 from aki_megatron.synthetic.scenes import render_scene, sample_scene, scene_rng
 
-MAX_QUESTIONS = 4
+EXAMPLE_TASKS = ("color", "exist", "ocr", "count")
+"""Tasks of an example's questions; what a small model learns first comes first."""
 
 _ATTEMPTS = 8
 """How often a question of a task is sampled before the scene is taken to have none."""
@@ -31,7 +32,7 @@ def draw_examples(count: int, seed: int) -> Iterator[DrawnExample]:
         image = encode_image(render_scene(scene, rng), "png")
         words = random.Random(index)
         sampled = (
-            next(filter(None, (sample(scene, words) for _ in range(_ATTEMPTS))), None) for sample in TASKS.values()
+            next(filter(None, (TASKS[task](scene, words) for _ in range(_ATTEMPTS))), None) for task in EXAMPLE_TASKS
         )
         questions = [question for question in sampled if question is not None]
-        yield DrawnExample(image, scene_caption(scene), tuple(questions[:MAX_QUESTIONS]))
+        yield DrawnExample(image, scene_caption(scene), tuple(questions))

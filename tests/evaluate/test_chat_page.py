@@ -90,6 +90,7 @@ def test_the_page_loads_everything_from_its_server(comparison: Comparison) -> No
             {"id": CAUSAL, "rule": "causal", "sees_question": False},
         ]
         assert 0 < setup["limits"]["image_bytes"] < PAGE_LIMITS.body_bytes * 3 / 4
+        assert setup["history"] == "conversation"
         assert setup["examples"][0]["questions"] == [{"text": "What?", "answer": "a box"}]
         listed = [model["id"] for model in httpx.get(f"{address}/v1/models").json()["data"]]
         assert listed == [NAME, CAUSAL] and httpx.get(f"{address}/v1/models/{CAUSAL}").json()["id"] == CAUSAL

@@ -138,9 +138,12 @@ def test_a_picture_is_asked_about(comparison: Comparison, page: Any, tmp_path: P
             reply = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=120).json()
             assert shown_texts(page, ".answer .text")[2 + number] == reply["choices"][0]["message"]["content"]
         assert "question 1 of 2" in page.text("#attention-note")
-        page.one("#repeat").click()
+        page.one("#history").send_keys("the conversation before it, and")
         ask(page, THIRD)
         assert shown_texts(page, ".word:not(.all) .name") == ["What", "is", "it", "?"]
+        page.one("#history").send_keys("the picture only")
+        ask(page, FIRST)
+        assert shown_texts(page, ".answer .text")[-2:] == expected
 
         # a small screen, with all of it on the page
         page.resize(360, 640)

@@ -5,7 +5,7 @@ The request is that of /v1/chat/completions (model, messages; other parameters a
     model, rule, layers  whose attention it is; decoder layers of which it is the mean
     turn, num_turns      question in which the picture stands, from 1, and questions there are
     is_last              whether the picture stands in the last question; no rule lets it see a later one
-    words                of that question: text, start, end, mass, is_later (QuestionWord)
+    words                of that question: text, start, end, num_tokens, mass, is_later (QuestionWord)
     grid                 height and width in patches
     heat                 for each word the mass of every patch, row by row from the top of the picture
     base                 where the picture's tokens look whatever the word, in the same order; its sum is 1
@@ -75,6 +75,7 @@ def as_json(found: QuestionAttention, conversation: Conversation) -> dict[str, A
                 "text": word.text,
                 "start": word.start,
                 "end": word.end,
+                "num_tokens": word.num_tokens,
                 "mass": _rounded(word.mass),
                 "is_later": word.is_later,
             }

@@ -31,17 +31,25 @@ HEADERS = {
     "cache-control": "no-cache",
 }
 
+HISTORIES = ("conversation", "again", "alone")
+"""What a question is asked with: the conversation before it, that and the picture again, or the picture only."""
+
 MESSAGE_BYTES = 2**16
 """Of a request's largest body, what is left for everything but the picture."""
 
 
 def page_endpoints(
-    backends: Mapping[str, Backend], comparison: Comparison, examples: Sequence[Example] = ()
+    backends: Mapping[str, Backend],
+    comparison: Comparison,
+    examples: Sequence[Example] = (),
+    history: str = HISTORIES[0],
 ) -> list[Endpoint]:
     """Return the endpoints of the page: /, its files below /page/, /page/setup and /inspect.
 
     backends  of the models of ``comparison``, by name
+    history   what questions are asked with until the user chooses otherwise, one of HISTORIES
     """
+    assert history in HISTORIES, history
     first = comparison.models[0].model
     body = {
         "about": comparison.about,
@@ -49,6 +57,7 @@ def page_endpoints(
             {"id": each.name, "rule": each.rule, "sees_question": each.sees_question} for each in comparison.models
         ],
         "limits": _limits(backends[comparison.models[0].name].limits),
+        "history": history,
         "images": {"exif_rotation": first.images.exif_rotation},
         "examples": [_example(example) for example in examples],
     }

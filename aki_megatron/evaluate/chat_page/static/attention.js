@@ -6,6 +6,9 @@ const element = (id) => document.getElementById(id);
 const percent = (value) => `${(100 * value).toFixed(value < 0.0995 ? 1 : 0)} %`;
 const sum = (values) => values.reduce((total, value) => total + value, 0);
 
+/** A word's share, or why it has none. */
+const share = (word) => (word.num_tokens === 0 ? "in its neighbour's token" : percent(word.mass));
+
 /** Where the largest of the values [height * width] is, in words. */
 function whereIsMost(values, { height, width }) {
   const most = values.indexOf(Math.max(...values));
@@ -58,33 +61,44 @@ export class AttentionView {
     element("attention-body").hidden = false;
     element("attention-note").textContent = this.#explanation();
     const most = Math.max(...found.words.map((word) => word.mass), 1e-9);
+    this.list.classList.toggle("none", this.total === 0);
     this.list.replaceChildren(
-      this.#option(-1, "All words", this.total, null),
-      ...found.words.map((word, number) => this.#option(number, word.text, word.mass, word.mass / most, word.is_later)),
+      this.#option(-1, "All words", percent(this.total)),
+      ...found.words.map((word, number) => this.#option(number, word.text, share(word), word.mass / most)),
     );
     this.choose(-1);
   }
 
   #explanation() {
     const { words, rule, turn, is_last: isLast, num_turns: turns } = this.found;
-    const where = isLast ? "" :
-      `The picture stands in question ${turn} of ${turns}, and its tokens see the words of that question only. To let ` +
-      "them see the next one, tick the box below it. ";
-    if (words.some((word) => word.is_later) && this.total === 0) {
-      return `${where}Under ${rule} the picture's tokens see nothing of the text after them: every bar is 0. The heat ` +
-        "shows where they look in any case.";
+    const parts = [];
+    if (!isLast) {
+      parts.push(
+        `The picture stands in question ${turn} of ${turns}, and its tokens see the words of that question only. Ask ` +
+          "with the picture again to let them see the next one.",
+      );
     }
-    return `${where}The bars are shares of the attention of the picture's tokens; what is missing to 100 % goes to the ` +
-      "picture itself and to the rest of the prompt.";
+    if (words.some((word) => word.is_later) && this.total === 0) {
+      parts.push(
+        `Under ${rule} the picture's tokens see nothing of the text after them: every bar is 0. The heat shows where ` +
+          "they look in any case.",
+      );
+    } else {
+      parts.push(
+        "The bars are shares of the attention of the picture's tokens; what is missing to 100 % goes to the picture " +
+          "itself and to the rest of the prompt.",
+      );
+    }
+    return parts.join(" ");
   }
 
-  #option(number, text, mass, size, isLater = true) {
+  #option(number, text, value, size = null) {
     const option = document.createElement("div");
-    option.className = `word${number < 0 ? " all" : ""}${isLater ? "" : " earlier"}`;
+    option.className = number < 0 ? "word all" : "word";
     option.id = `word-${number}`;
     option.dataset.number = number;
     option.setAttribute("role", "option");
-    option.setAttribute("aria-label", `${text}: ${percent(mass)}`);
+    option.setAttribute("aria-label", `${text}: ${value}`);
     if (size !== null) {
       const bar = document.createElement("span"), inner = document.createElement("i");
       bar.className = "bar";
@@ -92,10 +106,11 @@ export class AttentionView {
       bar.append(inner);
       option.append(bar);
     }
-    for (const [name, content] of [["name", text], ["value", percent(mass)]]) {
+    for (const [name, content] of [["name", text], ["value", value.endsWith("%") ? value : "-"]]) {
       const part = document.createElement("span");
       part.className = name;
       part.textContent = content;
+      if (content === "-") option.title = `${text} stands ${value}`;
       option.append(part);
     }
     return option;
@@ -145,12 +160,16 @@ export class AttentionView {
     const most = Math.max(...values), least = Math.min(...values);
     const name = this.chosen < 0 ? "the words" : `"${words[this.chosen].text}"`;
     const mass = this.chosen < 0 ? this.total : words[this.chosen].mass;
+    const it = this.chosen < 0 ? "them" : "it";
     const excess = isExcess ? "more than the others " : "";
-    const text = mass === 0
+    const isInNeighbour = this.chosen >= 0 && words[this.chosen].num_tokens === 0;
+    const text = isInNeighbour
+      ? `${name} has no token of its own: it stands in its neighbour's.`
+      : mass === 0
       ? `No attention goes to ${name}. All tokens look most ${whereIsMost(base, grid)}.`
       : most < 1e-4
         ? `The tokens that attend to ${name} look where all tokens look.`
-        : `${percent(mass)} goes to ${name}; the tokens that attend to it look ${excess}most ${whereIsMost(values, grid)}.`;
+        : `${percent(mass)} goes to ${name}; the tokens that attend to ${it} look ${excess}most ${whereIsMost(values, grid)}.`;
     element("heat-text").textContent = text;
     const per = isExcess ? "more" : "of their attention";
     element("scale-start").textContent = percent(least);

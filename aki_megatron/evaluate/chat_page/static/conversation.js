@@ -22,7 +22,7 @@ export class Conversation {
   }
 
   restart() {
-    this.turns = []; // {question, hasPicture, answers: Map of model id -> text}
+    this.turns = []; // {question, history, answers: Map of model id -> text}
     this.stopper = null;
     for (const turn of this.log.querySelectorAll(".turn")) turn.remove();
     this.log.querySelector("#empty").hidden = false;
@@ -36,27 +36,29 @@ export class Conversation {
     this.stopper?.abort();
   }
 
-  /** Messages of a model: the turns before with its own answers, those that it failed at left out, and the last one. */
+  /**
+   * Messages of a model for the last of the turns. Those before it have the model's own answers; what it failed at is
+   * left out. `history` of the last turn: conversation (the picture stands in the first question), again (and in this
+   * one), alone (only the picture and this question).
+   */
   messages(model, turns, url) {
-    const last = turns.length - 1;
-    const used = turns.filter((turn, number) => number === last || turn.answers.get(model.id));
-    const messages = [];
-    used.forEach((turn, number) => {
+    const last = turns.at(-1);
+    const before = last.history === "alone" ? [] : turns.slice(0, -1).filter((turn) => turn.answers.get(model.id));
+    return [...before, last].flatMap((turn, number) => {
       const content = [{ type: "text", text: turn.question }];
-      if (turn.hasPicture || number === 0) {
+      if (number === 0 || turn.history === "again") {
         // as in AKI's format: the picture, a line break, the question
         content[0].text = `\n${turn.question}`;
         content.unshift({ type: "image_url", image_url: { url } });
       }
-      messages.push({ role: "user", content });
-      if (turn !== turns[last]) messages.push({ role: "assistant", content: turn.answers.get(model.id) });
+      const asked = { role: "user", content };
+      return turn === last ? [asked] : [asked, { role: "assistant", content: turn.answers.get(model.id) }];
     });
-    return messages;
   }
 
   /** Ask all models at once. Returns the errors that occurred, each once. */
-  async ask(question, url, { repeatPicture, reference }) {
-    const turn = { question, hasPicture: repeatPicture || this.turns.length === 0, answers: new Map() };
+  async ask(question, url, { history, reference }) {
+    const turn = { question, history, answers: new Map() };
     this.turns.push(turn);
     const turns = [...this.turns];
     this.log.querySelector("#empty").hidden = true;

@@ -29,6 +29,7 @@ async function start() {
   element("about").textContent = setup.about;
   conversation.models = setup.models;
   picture.configure(setup);
+  element("history").value = setup.history;
   setup.models.forEach((model, number) => {
     const label = document.createElement("label"), input = document.createElement("input");
     label.className = number === 0 ? "choice" : "choice second";
@@ -97,7 +98,7 @@ async function ask(event) {
   attention.note("The attention is shown once the answers are complete.");
   const reference = example?.questions.find((each) => each.text === question)?.answer;
   const turns = conversation.turns;
-  const errors = await conversation.ask(question, picture.url, { repeatPicture: element("repeat").checked, reference });
+  const errors = await conversation.ask(question, picture.url, { history: element("history").value, reference });
   if (turns !== conversation.turns) return; // another conversation has begun meanwhile
   setRunning(false);
   if (errors.length) {

@@ -1,7 +1,7 @@
 """Open a page to try a model on: a picture, questions, the answers of two models side by side, and their attention.
 
     make chat                                                  # the model of make demo
-    python tools/demo_page.py runs/demo/sft                    # the same: its weights under mma and under causal
+    python tools/demo_page.py runs/demo/sft --ask_with alone   # the same: its weights under mma and under causal
     python tools/demo_page.py runs/a --compare runs/b          # two trained models, each under its own attention rule
     python tools/demo_page.py aki-hf --dtype bf16 --no_browser # a folder of tools/convert.py to-hf; prints the address
 
@@ -117,9 +117,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("model", type=as_path, help="a run folder, a checkpoint, or a folder that tools/convert.py to-hf wrote")
     add("--compare", type=as_path, metavar="RUN", help="a second trained model; without it the first one runs under "
         "another attention rule beside itself")  # fmt: skip
-    add("--ask_with", choices=("conversation", "again", "alone"), default="conversation", help="what a question is asked "
-        "with at first: the conversation before it, that and the picture again, or the picture only, for models that "
-        "were trained on single questions (default %(default)s; the page lets you choose)")  # fmt: skip
+    add("--ask_with", choices=("conversation", "again", "alone"), default="conversation", help="what a question is "
+        "asked with at first: the conversation before it, that and the picture again, or the picture only, for models "
+        "that were trained on single questions (default %(default)s; the page lets you choose)")  # fmt: skip
     add("--port", type=whole_number(0, 65535), default=0, help="port; 0: a free one (default %(default)s)")
     add("--no_browser", action="store_true", help="only print the address")
     add("--tokenizer", type=as_path, help="folder of the tokenizer, where a checkpoint has none")

@@ -29,6 +29,15 @@ new MutationObserver((seen) => { window.changes += seen.filter((one) => one.targ
 """
 """Count how often a text of an answer has grown: once for every piece of a stream."""
 
+HAND_OVER = """
+const [kind, name, content] = arguments;
+const data = new DataTransfer();
+data.items.add(new File([Uint8Array.from(content)], name, {type: "image/png"}));
+document.dispatchEvent(kind === "paste" ? new ClipboardEvent(kind, {clipboardData: data, bubbles: true})
+    : new DragEvent(kind, {dataTransfer: data, bubbles: true, cancelable: true}));
+"""
+"""Drop a file on the page, or paste it."""
+
 HEAT = """
 const canvas = document.getElementById("heat");
 return canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data.join();
@@ -73,7 +82,6 @@ def test_a_picture_is_asked_about(comparison: Comparison, page: Any, tmp_path: P
     photo, huge = png("red", (64, 48)), tmp_path / "huge.png"
     (tmp_path / "cup.png").write_bytes(photo)
     huge.write_bytes(bytes(PAGE_LIMITS.body_bytes))
-    (tmp_path / "text.png").write_bytes(b"no picture")
     with ExitStack() as server:
         address = server.enter_context(running_page(comparison, (EXAMPLE,)))
         page.resize(1200, 800)
@@ -87,7 +95,7 @@ def test_a_picture_is_asked_about(comparison: Comparison, page: Any, tmp_path: P
         page.one("#question").clear()
         page.one("#file").send_keys(str(huge))
         page.until(lambda: "huge.png has 0.2 MiB; this server takes pictures of up to 0.1 MiB" in page.text("#error"))
-        page.one("#file").send_keys(str(tmp_path / "text.png"))
+        page.run(HAND_OVER, "drop", "text.png", list(b"no picture"))
         page.until(lambda: "text.png is no picture that a browser can show" in page.text("#error"))
 
         # first turn: streamed in both columns, the same as without streaming
@@ -152,6 +160,8 @@ def test_a_picture_is_asked_about(comparison: Comparison, page: Any, tmp_path: P
         assert [log["message"] for log in page.driver.get_log("browser") if log["level"] == "SEVERE"] == []
 
         # another picture begins another conversation; the server ends meanwhile
+        page.run(HAND_OVER, "paste", "pasted.png", list(photo))
+        page.until(lambda: page.one("#picture").get_attribute("alt") == "Your picture, pasted.png")
         page.all("#example-list button")[0].click()
         page.until(lambda: page.one("#picture").get_attribute("alt") == "A blue box")
         assert page.all(".turn") == [] and not page.one("#attention").is_displayed()

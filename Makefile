@@ -28,7 +28,7 @@ setup: .venv/.ready
 	if [ ! -x .venv/bin/python ]; then echo "making .venv with $$("$$python" --version)"; "$$python" -m venv .venv; fi
 	@echo "installing PyTorch, then everything else, at the versions of constraints.txt (some minutes, once)"
 	@.venv/bin/python -m pip install --quiet -c constraints.txt torch
-	@.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,gpu,mpi,eval]'
+	@.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,gpu,mpi,eval,analysis]'
 	@touch $@
 	@echo "ready: .venv"
 

@@ -46,6 +46,8 @@ ADAPTERS = {
     "starlette": {"evaluate/serving/web.py"},
     "uvicorn": {"evaluate/serving/server.py"},
     "python_multipart": {"evaluate/serving/form.py"},
+    "nltk": {"evaluate/attention_analysis/taggers.py"},
+    "textblob": {"evaluate/attention_analysis/taggers.py"},
 }
 """Vendor -> the files of the package that import it."""
 

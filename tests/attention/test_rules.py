@@ -57,6 +57,18 @@ def test_builders_formulas_and_loops_agree(ids: tuple[Tensor, Tensor]) -> None:
         assert mask.has_look_ahead == bool((reference & (position[None, :] > position[:, None])).any())
 
 
+@settings(FEW, max_examples=40)
+@given(st.one_of(random_ids(holes=False), random_ids(holes=True)))
+def test_rows_of_some_queries_are_lines_of_the_dense_mask(ids: tuple[Tensor, Tensor]) -> None:
+    for rule, attention in CONFIGS.items():
+        if ATTENTION_RULES[rule].square_images and not square_images(*ids):
+            continue
+        mask, reference = build_mask(ids, attention), reference_mask(*ids, attention)
+        queries = np.arange(reference.shape[-1])[::-2]
+        for sequence, lines in enumerate(reference):
+            assert torch.equal(mask.rows(sequence, queries), lines[torch.from_numpy(queries.copy())]), rule
+
+
 @FEW
 @given(st.one_of(random_ids(holes=False), random_ids(holes=True)))
 def test_look_ahead_stays_where_the_registry_says(ids: tuple[Tensor, Tensor]) -> None:

@@ -1,7 +1,8 @@
 """A tiny model with a tokenizer and pictures, for the tests of the attention analysis."""
 
 import io
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 
 import torch
 from chat_folders import PHI3_LIKE
@@ -9,10 +10,14 @@ from PIL import Image
 from torch import Tensor
 
 from aki_megatron.attention.reference_mask import reference_mask
+from aki_megatron.checkpoint.hf_export import export
+from aki_megatron.checkpoint.tensors import LazyTensors, TensorSpec
 from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
+from aki_megatron.data.image import ImageOptions
 from aki_megatron.data.template import Template
 from aki_megatron.data.tokenizer import Tokenizer
+from aki_megatron.evaluate.saved_model import SavedModel
 from aki_megatron.families.registry import FAMILIES
 from aki_megatron.model.decoder import Attention
 from aki_megatron.model.stage import Stage, build_model
@@ -101,3 +106,18 @@ def eager(stage: Stage, batch: Batch, layer: int) -> Tensor:
     mask = reference_mask(batch.modality_ids, batch.segment_ids, stage.attention, LATENTS)[:, None]
     logits = (q.double() @ k.double().transpose(-2, -1) / q.shape[-1] ** 0.5).masked_fill(~mask, -torch.inf)
     return logits.softmax(dim=-1).nan_to_num(0.0)
+
+
+def write_folder(stage: Stage, folder: Path) -> Path:
+    """Write the model as tools/convert.py to-hf does."""
+    parameters = {name: tensor.detach() for name, tensor in stage.named_parameters()}
+    source = LazyTensors(
+        {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in parameters.items()},
+        {name: partial(parameters.__getitem__, name) for name in parameters},
+    )
+    export(source, stage.config, stage.attention, PHI3_LIKE, folder, system_message="Be brief.")
+    return folder
+
+
+def saved(stage: Stage) -> SavedModel:
+    return SavedModel(stage, template(), ImageOptions(), Path("model"))

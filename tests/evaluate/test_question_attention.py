@@ -8,11 +8,11 @@ from analysis_model import LATENTS, SIDE, ask, eager, model, template, two_turns
 from aki_megatron.config.attention import ATTENTION_RULES
 from aki_megatron.data.image import OFFICIAL_OPTIONS
 from aki_megatron.data.media import media_decoders
-from aki_megatron.data.prompt_tokens import locate_prompt
+from aki_megatron.data.prompt_tokens import PromptToken, locate_prompt
 from aki_megatron.errors import ConfigError, DataError
 from aki_megatron.evaluate.attention_analysis.capture import AttentionCapture, FullTable, Window
 from aki_megatron.evaluate.attention_analysis.question import inspect_question, prefill, prompt_batch
-from aki_megatron.evaluate.attention_analysis.words import split_sentences, split_words, tokens_of_words
+from aki_megatron.evaluate.attention_analysis.words import join_words, split_sentences, split_words, tokens_of_words
 from aki_megatron.evaluate.runner import collate_prompts, read_prompt
 from aki_megatron.model.stage import Stage
 from aki_megatron.types import Batch, Modality
@@ -153,3 +153,14 @@ def test_what_cannot_be_inspected_is_named() -> None:
         inspect_question(stage, template(), ask(QUESTION), image=1)
     with pytest.raises(ConfigError, match="numbered 0 to 2"):
         inspect_question(stage, template(), ask(QUESTION), layers=[3])
+
+
+def test_words_of_one_token_are_joined() -> None:
+    text = "How many red cups are there?"
+    ranges = [(0, 8), (8, 12), (12, 15), (15, 28)]
+    tokens = [PromptToken(number, 0, start, end) for number, (start, end) in enumerate(ranges)]
+    words = join_words(split_words(text), tokens, text)
+    assert [word.text for word in words] == ["How many", "red", "cups are there?"]
+    assert tokens_of_words(words, tokens) == [[0], [1], [2, 3]]
+    assert tokens_of_words(split_words(text), tokens) == [[], [0], [1], [2], [], [3], []]
+    assert join_words(split_words(text), locate_prompt(template(), ask(text)).tokens, text) == split_words(text)

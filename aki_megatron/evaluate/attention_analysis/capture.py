@@ -118,8 +118,8 @@ class AttentionCapture:
     def __enter__(self) -> "AttentionCapture":
         for number, layer in enumerate(self._layers):
             attention = self._model.layers[str(layer)].attention
-            hook = self._hook(number)
-            self._handles.append(attention.register_forward_pre_hook(hook, with_kwargs=True))  # type: ignore[arg-type]
+            assert isinstance(attention, Attention)
+            self._handles.append(attention.register_forward_pre_hook(self._hook(number), with_kwargs=True))
         return self
 
     def __exit__(
@@ -129,9 +129,9 @@ class AttentionCapture:
             handle.remove()
         self._handles.clear()
 
-    def _hook(self, number: int) -> Callable[[Attention, tuple[Tensor, ...], dict[str, Any]], None]:
+    def _hook(self, number: int) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], None]:
         @torch.no_grad()
-        def capture(attention: Attention, inputs: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+        def capture(attention: Attention, inputs: tuple[Tensor, Tensor, Tensor], options: dict[str, Any]) -> None:
             mask: AttentionMask | None = options["mask"]
             if mask is None:
                 return

@@ -22,7 +22,7 @@ from aki_megatron.data.template import Template
 from aki_megatron.errors import DataError
 from aki_megatron.evaluate.attention_analysis.capture import AttentionCapture, RowTable, Window, chosen_layers
 from aki_megatron.evaluate.attention_analysis.resampler_attention import capture_patches, join_layers
-from aki_megatron.evaluate.attention_analysis.words import split_words, tokens_of_words
+from aki_megatron.evaluate.attention_analysis.words import join_words, split_words, tokens_of_words
 from aki_megatron.evaluate.runner import collate_prompts, read_prompt
 from aki_megatron.model.stage import Stage
 from aki_megatron.types import Batch, Conversation, Modality, stack_ids
@@ -30,13 +30,13 @@ from aki_megatron.types import Batch, Conversation, Modality, stack_ids
 
 @dataclass(frozen=True)
 class QuestionWord:
-    """A word of the question.
+    """A word of the question, or several that one token stands for together.
 
     start, end  its characters of the turn's prompt
-    num_tokens  tokens that stand for it; 0 where its characters are in a neighbour's token
+    num_tokens  tokens that stand for it
     mass        attention of the image's tokens to it: summed over its tokens, mean over layers, heads and latents
     is_later    whether it comes after the image, so that only a rule that looks ahead lets the image see it; under
-                ``causal`` its mass is exactly 0
+                ``causal``, ``mixed`` and ``cca`` its mass is exactly 0
     """
 
     text: str
@@ -95,7 +95,7 @@ def inspect_question(
     resampler_layers  "mean" or "last": whose cross-attention says where a latent looks
 
     Raises DataError where the conversation has no such image, or an image cannot be read; ConfigError for layers that
-    the model does not have. Memory is that of the prompt's forward pass and at most 64 MiB.
+    the model does not have. Memory is that of the prompt's forward pass and a few tensors of at most 64 MiB.
     """
     chosen = chosen_layers(model, layers)
     layout = locate_prompt(template, conversation)
@@ -103,8 +103,10 @@ def inspect_question(
     if not 0 <= image < len(images):
         raise DataError(f"Conversation {conversation.key} has {len(images)} images; there is no number {image}.")
     run = images[image]
-    words = split_words(conversation.turns[run.turn].prompt)
-    positions = tokens_of_words(words, (token for token in layout.tokens if token.turn == run.turn))
+    prompt = conversation.turns[run.turn].prompt
+    tokens = [token for token in layout.tokens if token.turn == run.turn]
+    words = join_words(split_words(prompt), tokens, prompt)
+    positions = tokens_of_words(words, tokens)
     keys = [position for found in positions for position in found]
     window = Window(np.arange(run.start, run.end), np.array(keys, dtype=np.int64))
     table = RowTable([window], len(chosen), model.config.decoder.num_heads)

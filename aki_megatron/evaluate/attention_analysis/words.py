@@ -1,6 +1,7 @@
 """Words of a question, by characters, and the tokens that stand for them."""
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -45,14 +46,45 @@ def split_sentences(words: Sequence[Word], text: str) -> list[list[Word]]:
 
 
 def tokens_of_words(words: Sequence[Word], tokens: Iterable[PromptToken]) -> list[list[int]]:
-    """Return the positions of each word's tokens; a token belongs to the word with which it shares most characters.
+    """Return the positions of each word's tokens; the words are in order.
 
-    Of two words with the same share the first has it. A token that holds no character of a word (spaces, line breaks)
-    is left out.
+    A token belongs to the word with which it shares most characters, to the first of several. A token that holds no
+    character of a word (spaces, line breaks) is left out.
     """
     found: list[list[int]] = [[] for _ in words]
+    ends = [word.end for word in words]
     for token in tokens:
-        shared = [min(token.end, word.end) - max(token.start, word.start) for word in words]
-        if shared and max(shared) > 0:
-            found[shared.index(max(shared))].append(token.position)
+        best, most = 0, 0
+        for number in range(bisect_right(ends, token.start), len(words)):
+            word = words[number]
+            if word.start >= token.end:
+                break
+            if (shared := min(token.end, word.end) - max(token.start, word.start)) > most:
+                best, most = number, shared
+        if most:
+            found[best].append(token.position)
     return found
+
+
+def join_words(words: Sequence[Word], tokens: Iterable[PromptToken], text: str) -> list[Word]:
+    """Return the words with those joined that a token stands for together, so that every token has one.
+
+    Byte-pair vocabularies have such tokens of signs; the demo's small tokenizer has whole phrases.
+    """
+    ends = [word.end for word in words]
+    first_of = list(range(len(words)))  # the first word of the group that each belongs to
+    for token in tokens:
+        first = bisect_right(ends, token.start)
+        last = first
+        while last + 1 < len(words) and words[last + 1].start < token.end:
+            last += 1
+        for number in range(first + 1, last + 1):
+            first_of[number] = first_of[first]
+    joined: list[Word] = []
+    for number, word in enumerate(words):
+        if first_of[number] == number:
+            joined.append(word)
+        else:
+            start = joined.pop().start
+            joined.append(Word(text[start : word.end], start, word.end))
+    return joined

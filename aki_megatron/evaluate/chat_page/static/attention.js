@@ -6,9 +6,6 @@ const element = (id) => document.getElementById(id);
 const percent = (value) => `${(100 * value).toFixed(value < 0.0995 ? 1 : 0)} %`;
 const sum = (values) => values.reduce((total, value) => total + value, 0);
 
-/** A word's share, or why it has none. */
-const share = (word) => (word.num_tokens === 0 ? "in its neighbour's token" : percent(word.mass));
-
 /** Where the largest of the values [height * width] is, in words. */
 function whereIsMost(values, { height, width }) {
   const most = values.indexOf(Math.max(...values));
@@ -64,7 +61,7 @@ export class AttentionView {
     this.list.classList.toggle("none", this.total === 0);
     this.list.replaceChildren(
       this.#option(-1, "All words", percent(this.total)),
-      ...found.words.map((word, number) => this.#option(number, word.text, share(word), word.mass / most)),
+      ...found.words.map((word, number) => this.#option(number, word.text, percent(word.mass), word.mass / most)),
     );
     this.choose(-1);
   }
@@ -106,11 +103,10 @@ export class AttentionView {
       bar.append(inner);
       option.append(bar);
     }
-    for (const [name, content] of [["name", text], ["value", value.endsWith("%") ? value : "-"]]) {
+    for (const [name, content] of [["name", text], ["value", value]]) {
       const part = document.createElement("span");
       part.className = name;
       part.textContent = content;
-      if (content === "-") option.title = `${text} stands ${value}`;
       option.append(part);
     }
     return option;
@@ -162,10 +158,7 @@ export class AttentionView {
     const mass = this.chosen < 0 ? this.total : words[this.chosen].mass;
     const it = this.chosen < 0 ? "them" : "it";
     const excess = isExcess ? "more than the others " : "";
-    const isInNeighbour = this.chosen >= 0 && words[this.chosen].num_tokens === 0;
-    const text = isInNeighbour
-      ? `${name} has no token of its own: it stands in its neighbour's.`
-      : mass === 0
+    const text = mass === 0
       ? `No attention goes to ${name}. All tokens look most ${whereIsMost(base, grid)}.`
       : most < 1e-4
         ? `The tokens that attend to ${name} look where all tokens look.`

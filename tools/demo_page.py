@@ -81,6 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     address = f"http://{HOST}:{listener.getsockname()[1]}/"
     with ExitStack() as stack:
         for backend in backends.values():
+            stack.callback(backend.close)
             backend.service.start()
             stack.callback(backend.service.stop, timeout=60)
         serve(app, listener, limits, lambda: announce(address, with_browser=not arguments.no_browser))

@@ -1,5 +1,6 @@
 # make setup      .venv with everything, at the versions of constraints.txt (Python >= 3.11 and a C compiler are enough)
 # make demo       draw data, train a small model end to end, write runs/demo/report.html
+# make chat       a page to ask the demo's model about pictures, after make demo
 # make test       every test            make test-fast   without worker processes and launchers
 # make lint       ruff and mypy         make format      let ruff rewrite
 # make slurm-up   a throw-away Slurm cluster on this machine to try slurm/*.sbatch on       make slurm-down
@@ -12,7 +13,7 @@ export PATH := $(BIN):$(PATH)
 test test-fast: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format slurm-up slurm-down
+.PHONY: help setup demo chat test test-fast lint format slurm-up slurm-down
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -33,6 +34,10 @@ setup: .venv/.ready
 
 demo: setup
 	python tools/demo.py
+
+# The demo's model was trained on single questions.
+chat: setup
+	python tools/demo_page.py runs/demo/sft --ask_with alone
 
 # Half of the suite's time is waiting (Slurm, killed and hanging ranks), so more workers than cores. Tests that share the
 # pool of ranks or the Slurm cluster run on one worker (tests/conftest.py). A worker that dies fails the run: xdist would

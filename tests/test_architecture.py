@@ -43,6 +43,9 @@ ADAPTERS = {
     "pyarrow": {"data/sources/parquet_rows.py", "data/shard_writer.py", "evaluate/benchmarks/parquet.py"},
     "rich": {"console.py"},
     "mpi4py": {"parallel/mpi.py"},
+    "starlette": {"evaluate/serving/web.py"},
+    "uvicorn": {"evaluate/serving/server.py"},
+    "python_multipart": {"evaluate/serving/form.py"},
     "nltk": {"evaluate/attention_analysis/taggers.py"},
     "textblob": {"evaluate/attention_analysis/taggers.py"},
 }

@@ -73,10 +73,18 @@ class UnreadableImage(DataError):  # noqa: N818 (the field's name for it)
     """An image that is missing, malformed, truncated or too large; the message names the file or the key."""
 
 
-def decode_image(image: Path | bytes, size: int, *, key: str, options: ImageOptions = OFFICIAL_OPTIONS) -> DecodedImage:
+def decode_image(
+    image: Path | bytes,
+    size: int,
+    *,
+    key: str,
+    options: ImageOptions = OFFICIAL_OPTIONS,
+    max_pixels: int = MAX_PIXELS,
+) -> DecodedImage:
     """Decode an image of one of FORMATS and resize it to ``size`` x ``size`` RGB (bicubic; aspect ratio ignored).
 
-    ``key`` names the sample in the error. Raises UnreadableImage, whatever goes wrong in the decoder.
+    ``key`` names the sample in the error; an image of more than ``max_pixels`` is refused before it is decoded.
+    Raises UnreadableImage, whatever goes wrong in the decoder.
     """
     name = _name(image, key)
     try:
@@ -88,7 +96,7 @@ def decode_image(image: Path | bytes, size: int, *, key: str, options: ImageOpti
         ) from error
     try:
         with sample_errors(name):
-            rgb = _decode_rgb(data, size, options)
+            rgb = _decode_rgb(data, size, options, max_pixels)
     except UnreadableImage as error:
         raise UnreadableImage(f"{name} {error}") from error.__cause__
     except DataError as error:
@@ -99,7 +107,7 @@ def decode_image(image: Path | bytes, size: int, *, key: str, options: ImageOpti
     return DecodedImage(rgb, size, checksum)
 
 
-def _decode_rgb(data: bytes, size: int, options: ImageOptions) -> bytes:
+def _decode_rgb(data: bytes, size: int, options: ImageOptions, max_pixels: int) -> bytes:
     """Return the RGB bytes of an image at ``size`` x ``size``. Raises UnreadableImage, and whatever decoders raise."""
     try:
         opened = Image.open(BytesIO(data), formats=_installed_formats())
@@ -109,11 +117,11 @@ def _decode_rgb(data: bytes, size: int, options: ImageOptions) -> bytes:
         hint = "; it is damaged at its beginning, or of a variant that is not read" if form in FORMATS else ""
         raise UnreadableImage(f"is not a readable image but {kind}{hint}. Read are {', '.join(FORMATS)}.") from error
     except Image.DecompressionBombError as error:  # Pillow's own limit is far above MAX_PIXELS
-        raise UnreadableImage(f"has more than {MAX_PIXELS} pixels (decompression bomb?).") from error
+        raise UnreadableImage(f"has more than {max_pixels} pixels (decompression bomb?).") from error
     with opened:
         width, height = opened.size
-        if width * height > MAX_PIXELS:
-            raise UnreadableImage(f"has {width} x {height} pixels, more than {MAX_PIXELS} (decompression bomb?).")
+        if width * height > max_pixels:
+            raise UnreadableImage(f"has {width} x {height} pixels, more than {max_pixels} (decompression bomb?).")
         turned = ImageOps.exif_transpose(opened) if options.exif_rotation else opened
         grey_bits = _deep_grey_bits(opened)
         rgb = _high_byte_of_grey(turned, grey_bits, options) if grey_bits else _to_rgb(turned, options)
@@ -208,17 +216,22 @@ class ImageCache:
         *,
         max_bytes: int = 2**27,
         max_image_bytes: int = 2**16,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.size = size
         self._options = options
+        self._max_pixels = max_pixels
         self._cache: DecodeCache[DecodedImage] = DecodeCache(
             3 * size * size, max_bytes=max_bytes, max_item_bytes=max_image_bytes
         )
 
     def decode(self, content: Path | bytes, *, key: str, augment_seed: int | None = None) -> DecodedImage:
         """Decode as decode_image does, then ``augment`` where a seed is given. Raises UnreadableImage."""
-        decoded = self._cache.get(content, lambda: decode_image(content, self.size, key=key, options=self._options))
+        decoded = self._cache.get(content, lambda: self._decode(content, key))
         return decoded if augment_seed is None else augment(decoded, augment_seed)
+
+    def _decode(self, content: Path | bytes, key: str) -> DecodedImage:
+        return decode_image(content, self.size, key=key, options=self._options, max_pixels=self._max_pixels)
 
 
 def normalize(images: Sequence[DecodedImage], size: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aki_megatron.config.model import ModelConfig
 from aki_megatron.data.audio import AudioDecoder, stack_audio
-from aki_megatron.data.image import OFFICIAL_OPTIONS, ImageCache, ImageOptions
+from aki_megatron.data.image import MAX_PIXELS, OFFICIAL_OPTIONS, ImageCache, ImageOptions
 from aki_megatron.types import DecodedAudio, DecodedImage, MediaItem, Modality
 
 
@@ -32,9 +32,13 @@ Decoders = Mapping[Modality, MediaDecoder]
 """The decoders of a model's modalities."""
 
 
-def media_decoders(model: ModelConfig, options: ImageOptions = OFFICIAL_OPTIONS) -> dict[Modality, MediaDecoder]:
-    """Return a decoder for every modality of a model."""
-    decoders: dict[Modality, MediaDecoder] = {Modality.IMAGE: ImageCache(model.vision.image_size, options)}
+def media_decoders(
+    model: ModelConfig, options: ImageOptions = OFFICIAL_OPTIONS, *, max_pixels: int = MAX_PIXELS
+) -> dict[Modality, MediaDecoder]:
+    """Return a decoder for every modality of a model; an image of more than ``max_pixels`` is refused."""
+    decoders: dict[Modality, MediaDecoder] = {
+        Modality.IMAGE: ImageCache(model.vision.image_size, options, max_pixels=max_pixels)
+    }
     if model.audio is not None:
         decoders[Modality.AUDIO] = AudioDecoder(model.audio)
     return decoders

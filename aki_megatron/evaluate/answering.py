@@ -134,6 +134,16 @@ class Answerer:
         """Whether no request waits or runs."""
         return not self.waiting and not self._running
 
+    @property
+    def num_running(self) -> int:
+        """Requests in the batch."""
+        return len(self._running)
+
+    @property
+    def max_sequences(self) -> int:
+        """Most requests that run at a time."""
+        return self._max_sequences
+
     def submit(self, request: Request) -> None:
         """Queue a request. Raises DataError for a prompt and an answer that the model has no positions for."""
         limit = self.stage.config.decoder.rope.max_position_embeddings

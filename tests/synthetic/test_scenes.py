@@ -1,9 +1,14 @@
 """Scenes keep their rules, images show the scenes, captions name them."""
 
+import io
+
 import numpy as np
 import pytest
+import reference_answers
+from PIL import Image
 
 from aki_megatron.errors import DataError
+from aki_megatron.synthetic.examples import draw_examples
 from aki_megatron.synthetic.questions import parse_caption, scene_caption
 from aki_megatron.synthetic.scenes import (
     CELL_NAMES,
@@ -85,3 +90,15 @@ def test_captions_name_every_object_and_parse_back() -> None:
 def test_other_captions_are_refused(text: str) -> None:
     with pytest.raises(DataError, match="Not the caption of a synthetic scene"):
         parse_caption(text)
+
+
+def test_examples_have_right_answers_and_do_not_depend_on_their_number() -> None:
+    examples = list(draw_examples(6, seed=1))
+    assert examples[:2] == list(draw_examples(2, seed=1)) != list(draw_examples(2, seed=2))
+    for number, example in enumerate(examples):
+        rng = scene_rng(1, "val", number)
+        assert parse_caption(example.caption) == sample_scene(rng)  # the scenes of a dataset's val split
+        assert Image.open(io.BytesIO(example.image)).size == (IMAGE_PIXELS, IMAGE_PIXELS)
+        assert len({question.task for question in example.questions}) == len(example.questions) >= 1
+        for question in example.questions:
+            assert question.answer == reference_answers.answer(question.task, question.text, example.caption)

@@ -3,6 +3,8 @@
 Three layouts are one record here: LLaVA's (from, value), OpenAI's (role, content, where content is text or a list of
 parts), and the pairs {user, assistant} of Hugging Face tables. Prompts are taken as they are: only the placeholder
 ``<image>`` is taken out of the text, and where it stood is kept as an offset.
+
+``parse_prompt`` reads the messages of a request, which are those of OpenAI's layout and end with a question.
 """
 
 import base64
@@ -17,11 +19,21 @@ from aki_megatron.data.sources.records import MAX_SHOWN, as_text
 from aki_megatron.families.base import IMAGE_TOKEN
 from aki_megatron.types import Conversation, MediaItem, Modality, Placeholder, Turn
 
-ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+ROLES = {
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "system": "system",
+    "developer": "system",
+}
 """Role in a record -> what it is."""
 
-IMAGE_PARTS = ("image", "image_url")
+IMAGE_PARTS: Mapping[str, Modality] = {"image": Modality.IMAGE, "image_url": Modality.IMAGE}
 """Types of the parts of a message's content that are images."""
+
+AUDIO_PARTS: Mapping[str, Modality] = {"input_audio": Modality.AUDIO}
+"""Types of the parts that are recordings; requests have them, records do not."""
 
 _DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
@@ -64,13 +76,29 @@ class ChatRecord(NamedTuple):
     images: tuple[str | bytes, ...]
 
 
+class ChatPrompt(NamedTuple):
+    """The messages of a request; the response of the last turn is empty.
+
+    media  in the order of the placeholders: (modality, what the message says of the item)
+    """
+
+    system_message: str | None
+    turns: tuple[Turn, ...]
+    media: tuple[tuple[Modality, Any], ...]
+
+
 class _Message(NamedTuple):
-    """One message; of its images those that the record holds elsewhere are None, or their number there."""
+    """One message; of its media those that the record holds elsewhere are None, or their number there."""
 
     role: str
     text: str
-    offsets: tuple[int, ...]
-    images: tuple[Any, ...]
+    placeholders: tuple[Placeholder, ...]
+    media: tuple[Any, ...]
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """The characters before which media stand."""
+        return tuple(placeholder.offset for placeholder in self.placeholders)
 
 
 def parse_record(entry: Any, layout: RecordLayout) -> ChatRecord:
@@ -91,6 +119,37 @@ def parse_record(entry: Any, layout: RecordLayout) -> ChatRecord:
         if not turn.response.strip():
             raise ValueError(f"answer {number + 1} is empty")
     return ChatRecord(record_name(entry, layout), system, turns, images)
+
+
+def parse_prompt(messages: Any, *, with_audio: bool = False) -> ChatPrompt:
+    """Return the messages of a request: questions with answers, and last a question.
+
+    with_audio  whether parts may be recordings
+
+    Raises ValueError for anything else.
+    """
+    layout, part_types = LAYOUTS["messages"], {**IMAGE_PARTS, **(AUDIO_PARTS if with_audio else {})}
+    parsed = _messages(messages, layout, part_types)
+    _check_order(parsed, ends_with="user")
+    system = parsed.pop(0).text if parsed[0].role == "system" else None
+    questions, answers = parsed[::2], [*(message.text for message in parsed[1::2]), ""]
+    for number, message in enumerate(questions, start=1):
+        if not message.text.strip() and not message.media:
+            raise ValueError(f"question {number} is empty: it has neither text nor an image")
+        if any(item is None or isinstance(item, int) for item in message.media):
+            raise ValueError(
+                f"question {number} holds {IMAGE_TOKEN} or an image part without an image; give every image as a part "
+                'of its own: {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}'
+            )
+    turns = tuple(
+        Turn(message.text, answer, message.placeholders) for message, answer in zip(questions, answers, strict=True)
+    )
+    media = tuple(
+        (placeholder.modality, item)
+        for message in questions
+        for placeholder, item in zip(message.placeholders, message.media, strict=True)
+    )
+    return ChatPrompt(system, turns, media)
 
 
 def record_name(entry: Mapping[str, Any], layout: RecordLayout) -> str:
@@ -153,7 +212,7 @@ def image_content(image: str | bytes, roots: Sequence[Path]) -> Path | bytes:
     if isinstance(image, bytes):
         return image
     if image[:5].lower() == "data:":
-        return _decode_data_url(image)
+        return decode_data_url(image)
     name = image
     if _SCHEME.match(image):
         parts = urlsplit(image)
@@ -178,7 +237,8 @@ def _path_below(name: str, roots: Sequence[Path]) -> Path:
     return path
 
 
-def _decode_data_url(url: str) -> bytes:
+def decode_data_url(url: str) -> bytes:
+    """Return the bytes of an image in a data URL. Raises ValueError where it is not one, or no valid base64."""
     header = _DATA_URL.match(url)
     if header is None:
         raise ValueError(f"the data URL {url[:40]!r} is not data:image/...;base64,...")
@@ -200,7 +260,7 @@ def _optional(entry: Mapping[str, Any], names: Sequence[str]) -> Any:
     return next((entry[name] for name in names if entry.get(name) is not None), None)
 
 
-def _messages(value: Any, layout: RecordLayout) -> list[_Message]:
+def _messages(value: Any, layout: RecordLayout, part_types: Mapping[str, Modality] = IMAGE_PARTS) -> list[_Message]:
     """Return the messages of a record: the pairs {user, assistant} as two."""
     if not isinstance(value, list) or not value:
         raise ValueError(f"the messages must be a list, and not empty; got {repr(value)[:MAX_SHOWN]}")
@@ -209,55 +269,63 @@ def _messages(value: Any, layout: RecordLayout) -> list[_Message]:
         if not isinstance(message, Mapping):
             raise ValueError(f"message {number} must have a role and content, got {repr(message)[:MAX_SHOWN]}")
         if "user" in message and "assistant" in message:
-            messages += [_message(role, message[role], number) for role in ("user", "assistant")]
+            messages += [_message(role, message[role], number, part_types) for role in ("user", "assistant")]
             continue
         role = _field(message, layout.role)
         if not isinstance(role, str) or role not in ROLES:
             raise ValueError(
                 f"message {number} has the unknown role {repr(role)[:MAX_SHOWN]}; known are {', '.join(ROLES)}"
             )
-        messages.append(_message(ROLES[role], _field(message, layout.content), number))
+        messages.append(_message(ROLES[role], _field(message, layout.content), number, part_types))
     return messages
 
 
-def _message(role: str, content: Any, number: int) -> _Message:
-    text, offsets, images = "", list[int](), list[Any]()
-    for piece, image in _pieces(content, number):
+def _message(role: str, content: Any, number: int, part_types: Mapping[str, Modality]) -> _Message:
+    text, placeholders, media = "", list[Placeholder](), list[Any]()
+    for piece, modality, item in _pieces(content, number, part_types):
         text += piece
-        if image is not _NO_IMAGE:
-            offsets.append(len(text))
-            images.append(image)
-    if images and role != "user":
+        if modality is not None:
+            placeholders.append(Placeholder(len(text), modality))
+            media.append(item)
+    if media and role != "user":
         raise ValueError(f"message {number}, of the {role}, holds an image; only those of the user may")
-    return _Message(role, text, tuple(offsets), tuple(images))
+    return _Message(role, text, tuple(placeholders), tuple(media))
 
 
-_NO_IMAGE = object()
+def _pieces(
+    content: Any, number: int, part_types: Mapping[str, Modality]
+) -> Iterator[tuple[str, Modality | None, Any]]:
+    """Yield the text of a content up to each media item, its modality and the item; the last may be without one.
 
-
-def _pieces(content: Any, number: int) -> Iterator[tuple[str, Any]]:
-    """Yield the text of a content up to each image, and the image: None for a placeholder, the last without one."""
+    The item of a placeholder is None.
+    """
     if not isinstance(content, list):
         *before, last = as_text(content, f"the content of message {number}").split(IMAGE_TOKEN)
-        yield from ((text, None) for text in before)
-        yield last, _NO_IMAGE
+        yield from ((text, Modality.IMAGE, None) for text in before)
+        yield last, None, None
         return
     for part in content:
         if isinstance(part, str):
-            yield from _pieces(part, number)
+            yield from _pieces(part, number, part_types)
             continue
         if not isinstance(part, Mapping):
             raise ValueError(f"a part of message {number} must have a type, got {repr(part)[:MAX_SHOWN]}")
         kind = part.get("type") or ("text" if isinstance(part.get("text"), str) else None)
         if kind == "text":
-            yield from _pieces(as_text(part.get("text"), f"the text of message {number}"), number)
-        elif kind in IMAGE_PARTS:
-            yield "", _part_image(part)
+            yield from _pieces(as_text(part.get("text"), f"the text of message {number}"), number, part_types)
+        elif isinstance(kind, str) and kind in part_types:
+            yield "", part_types[kind], _part_audio(part) if kind in AUDIO_PARTS else _part_image(part)
         else:
             raise ValueError(
                 f"message {number} has a part of the unknown type {repr(kind)[:MAX_SHOWN]}; known are text, "
-                f"{', '.join(IMAGE_PARTS)}"
+                f"{', '.join(part_types)}"
             )
+
+
+def _part_audio(part: Mapping[str, Any]) -> Any:
+    """Return the recording of a part; empty where it is absent, so that it is found where it is decoded."""
+    found = part.get("input_audio")
+    return "" if found is None or isinstance(found, int) else found
 
 
 def _part_image(part: Mapping[str, Any]) -> Any:
@@ -266,7 +334,7 @@ def _part_image(part: Mapping[str, Any]) -> Any:
     return found[0] if found else part.get("index")
 
 
-def _check_order(messages: Sequence[_Message]) -> None:
+def _check_order(messages: Sequence[_Message], ends_with: str = "assistant") -> None:
     """Raise ValueError unless the messages are a system message or none, then questions and answers in turn."""
     roles = [message.role for message in messages]
     start = int(roles[0] == "system")
@@ -279,8 +347,9 @@ def _check_order(messages: Sequence[_Message]) -> None:
             raise ValueError(
                 f"messages {number} and {number + 1} are both of the {roles[number]}; make one message of them"
             )
-    if roles[-1] != "assistant":
-        raise ValueError(f"the conversation ends with the {roles[-1]}; there is no answer to learn")
+    if roles[-1] != ends_with:
+        nothing_to = "answer to learn" if ends_with == "assistant" else "question to answer"
+        raise ValueError(f"the conversation ends with the {roles[-1]}; there is no {nothing_to}")
 
 
 def _record_images(entry: Mapping[str, Any], layout: RecordLayout) -> list[Any]:
@@ -292,7 +361,7 @@ def _record_images(entry: Mapping[str, Any], layout: RecordLayout) -> list[Any]:
 
 def _place_images(messages: Sequence[_Message], given: list[Any]) -> list[Any]:
     """Return the images of a record in the order of its placeholders, or as given where there is no placeholder."""
-    placed = [image for message in messages for image in message.images]
+    placed = [image for message in messages for image in message.media]
     numbers = [image for image in placed if image is None or isinstance(image, int)]
     if not placed:
         return given

@@ -12,9 +12,6 @@ from aki_megatron.evaluate.benchmarks.question import Prediction
 from aki_megatron.evaluate.question_supply import Prepared
 from aki_megatron.parallel.topology import Topology
 
-WAITING_BATCHES = 1
-"""Batches of questions that wait beside the one that runs, so that a place which gets free is taken at once."""
-
 
 class Supply(Protocol):
     """Where the questions come from (question_supply.py)."""
@@ -73,7 +70,7 @@ def answer_questions(
     goes_on = True
     while goes_on or running:
         refused: list[Prediction] = []
-        room = settings.batch_size * (1 + WAITING_BATCHES) - len(running)
+        room = settings.batch_size - len(running)  # a place that has got free is taken before the next token
         if goes_on and room > 0:
             taken = ranks.share(supply.take(room, wait=not running) if ranks.is_leader else None)
             goes_on = taken is not None

@@ -108,13 +108,18 @@ class Worker:
             self._plan.claims(lambda: self._store.next_number(BLOCKS)),
             PromptReader(model.template, settings.profile, model.media_decoders()),
             num_threads=settings.threads,
-            num_ahead=settings.batch_size + settings.threads,
+            num_ahead=self._num_ahead(),
         )
         answers = AnswerSettings(settings.profile.name, settings.max_new_tokens, settings.batch_size)
         try:
             answer_questions(answerer, supply, answers, self._on_answers, ranks)
         finally:
             supply.close()
+
+    def _num_ahead(self) -> int:
+        """Return how many prompts to read ahead: a batch, but of few questions not the share of others."""
+        share = -(-len(self._plan.questions) // (2 * self._settings.num_workers))
+        return min(self._settings.batch_size + self._settings.threads, share)
 
     def finish(self) -> bool:
         """Wait on rank 0 until all have ended or are lost; return whether every question is answered."""

@@ -26,6 +26,7 @@ from aki_megatron.data.media import Decoders, media_decoders, num_media_tokens
 from aki_megatron.data.template import Template
 from aki_megatron.data.tokenizer import Tokenizer
 from aki_megatron.errors import CheckpointError
+from aki_megatron.evaluate.generation_check import quiet
 from aki_megatron.families.registry import FAMILIES
 from aki_megatron.model.stage import Stage, build_model
 from aki_megatron.parallel.megatron import build_linears
@@ -125,7 +126,8 @@ def load_model(
     Raises ConfigError where the tokenizer is not the model's.
     """
     config, family = folder.config, FAMILIES[folder.config.decoder.family]
-    tokenizer = Tokenizer(folder.tokenizer, family.chat)
+    with quiet():  # transformers warns about the config.json of an exported folder, whose code it does not run
+        tokenizer = Tokenizer(folder.tokenizer, family.chat)
     tokenizer.check_vocabulary(config.decoder)
     template = Template(tokenizer, num_media_tokens(config), MAX_TEXT_TOKENS, folder.system_message)
     if topology is None or topology.tensor == 1:

@@ -38,7 +38,7 @@ class SharedStore:
         Raises ConfigError when they are not within ``timeout_seconds``.
         """
         if launch.world_size == 1:
-            return cls(HashStore())
+            return cls.open_alone()
         url = f"tcp://{launch.master_address}:{launch.master_port}"
         wait = timedelta(seconds=timeout_seconds)
         try:
@@ -49,6 +49,11 @@ class SharedStore:
                 f"({error}). Start them together, and set MASTER_ADDR and MASTER_PORT to a free port of rank 0's host."
             ) from error
         return cls(store, launch.rank, launch.world_size)
+
+    @classmethod
+    def open_alone(cls) -> "SharedStore":
+        """Return the store of a process that has no others."""
+        return cls(HashStore())
 
     def publish(self, name: str, value: object) -> None:
         """Give all processes a value that pickles; one of them, once for each name."""

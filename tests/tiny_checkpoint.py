@@ -9,7 +9,7 @@ from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfig, RopeConfig, VisionConfig
 from aki_megatron.data.tokenizer import grow_tokenizer
 
-PHI3_LIKE = Path(__file__).parents[1] / "data/phi3_like"
+PHI3_LIKE = Path(__file__).parent / "data/phi3_like"
 
 
 def write_tiny_checkpoint(folder: Path, *, max_positions: int = 512, seed: int = 3) -> Path:

@@ -48,7 +48,7 @@ STOPPING = {signal.SIGINT: "interrupted", signal.SIGTERM: "ended by SIGTERM"}
 
 def run_command(argv: Sequence[str], environ: Mapping[str, str], default_roots: Sequence[Path], score: Score) -> int:
     """Answer and, where asked to, score; return the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = argument_parser().parse_args(argv)
     _check(arguments)
     launch = discover_launch(environ)
     check_master(launch)
@@ -266,7 +266,8 @@ def stopping_signals() -> Iterator[None]:
             signal.signal(each, handler)
 
 
-def _parser() -> argparse.ArgumentParser:
+def argument_parser() -> argparse.ArgumentParser:
+    """Return the command's arguments."""
     parser = argparse.ArgumentParser(
         prog="evaluate.py run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

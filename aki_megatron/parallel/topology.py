@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from aki_megatron.config.batch_sizes import num_replicas
 from aki_megatron.errors import ConfigError
-from aki_megatron.parallel.launch import Launch, discover_launch
+from aki_megatron.parallel.launch import Launch, discover_launch, without_launch
 
 __all__ = ["Launch", "Topology", "discover_launch", "init_distributed"]
 
@@ -211,6 +211,11 @@ def init_distributed(
     sizes = {"tensor": tensor, "pipeline": pipeline, "data": data}
     own = Topology(launch.rank, launch.world_size, launch.local_rank, **sizes, device=device, groups={})
     return replace(own, groups=_create_groups(own, timeout))
+
+
+def environment_outside_launch() -> dict[str, str]:
+    """Return the environment of a process that is none of this launch's, such as a job that this one submits."""
+    return without_launch(os.environ)
 
 
 def local_device(launch: Launch) -> torch.device:

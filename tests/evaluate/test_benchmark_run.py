@@ -18,10 +18,12 @@ from harness import free_port
 from public_files import NUM_QUESTIONS, TABLES, encoded, png, write_parquet, write_tables, write_tsv
 from tiny_checkpoint import export_tiny, write_tiny_checkpoint
 
+from aki_megatron.config.evaluate_section import EvaluateConfig
 from aki_megatron.evaluate.benchmark_folder import folder_predictions, load_scores
 from aki_megatron.evaluate.benchmarks.registry import BENCHMARKS
 from aki_megatron.supervise.run_lock import RunLock
 from aki_megatron.supervise.run_paths import RunPaths
+from aki_megatron.train.evaluations import evaluation_command
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -266,3 +268,14 @@ def test_two_starts_in_one_folder_are_not_mixed(checkpoint, run, tmp_path) -> No
         assert not list(out.glob("*/*"))
     finally:
         lock.release()
+
+
+def test_a_training_run_gives_the_arguments_of_the_tool(tool) -> None:
+    import answer_benchmarks
+
+    config = EvaluateConfig(interval=1, benchmarks=("MME",), data=(Path("/a"), Path("/b")), flags=("--dtype", "fp32"))
+    words = evaluation_command(config, Path("/run/step_000001"), Path("/out"))
+    assert words[:3] == ["sbatch", "slurm/evaluate.sbatch", "run"]
+    parsed = answer_benchmarks.argument_parser().parse_args(words[3:])
+    assert (parsed.model, parsed.out, parsed.score) == (Path("/run/step_000001"), Path("/out"), True)
+    assert (parsed.benchmarks, parsed.data, parsed.dtype) == ("MME", [Path("/a"), Path("/b")], "fp32")

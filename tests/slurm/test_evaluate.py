@@ -29,11 +29,12 @@ def write_questions(folder: Path) -> Path:
 
 
 def test_two_tasks_answer_every_question_once(cluster: Cluster, tmp_path: Path) -> None:
-    checkpoint, out, output = write_tiny_checkpoint(tmp_path / "model"), tmp_path / "out", tmp_path / "%j.log"
+    checkpoint, data = write_tiny_checkpoint(tmp_path / "model"), write_questions(tmp_path / "data")
+    out, output = tmp_path / "out", tmp_path / "%j.log"
     job = Job(cluster, "", out, str(output), tmp_path / "orders")
     job.id = cluster.run(
-        "sbatch", "--parsable", f"--output={output}", "--ntasks-per-node=2", "--gpus-per-node=2", "slurm/evaluate.sbatch",
-        "run", str(checkpoint), "--out", str(out), "--data", str(write_questions(tmp_path / "data")),
+        "sbatch", "--parsable", f"--output={output}", "--ntasks-per-node=2", "--gpus-per-node=2",
+        "slurm/evaluate.sbatch", "run", str(checkpoint), "--out", str(out), "--data", str(data),
         "--benchmarks", "POPE", "--max_new_tokens", "4", "--batch_size", "2", "--score",
     ).strip()  # fmt: skip
     job.wait_for_end("COMPLETED")

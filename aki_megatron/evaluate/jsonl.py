@@ -48,5 +48,6 @@ def _is_cut_short(line: bytes, error: Exception) -> bool:
     if not line.endswith(b"}"):
         return True
     # in a text, or after the end of an object inside this one
-    is_decoding = isinstance(error, json.JSONDecodeError)
-    return is_decoding and (error.pos >= len(error.doc) or error.msg.startswith("Unterminated string"))
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    return error.pos >= len(error.doc) or error.msg.startswith("Unterminated string")

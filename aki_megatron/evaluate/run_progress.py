@@ -33,9 +33,10 @@ class RunProgress:
         self._console, self._clock = console, clock
         self._began = clock()
         self._points: deque[tuple[float, int]] = deque([(self._began, 0)])
-        self._seconds = BAR_SECONDS if console.is_terminal else line_seconds
+        is_terminal = console.file.isatty()  # rich takes a file for a terminal where FORCE_COLOR is set
+        self._seconds = BAR_SECONDS if is_terminal else line_seconds
         self._last_shown = self._began
-        self._bar = progress_bar("answered", "{task.fields[text]}", console=console) if console.is_terminal else None
+        self._bar = progress_bar("answered", "{task.fields[text]}", console=console) if is_terminal else None
         if self._bar is not None:
             self._task = self._bar.add_task("questions", total=total, completed=done, text="")
             self._bar.start()

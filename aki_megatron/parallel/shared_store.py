@@ -60,7 +60,7 @@ class SharedStore:
         content = pickle.dumps(value)
         parts = [content[start : start + CHUNK_BYTES] for start in range(0, len(content), CHUNK_BYTES)]
         for number, part in enumerate(parts):
-            self._store.set(f"{name}/{number}", part)
+            self._store.set(f"{name}/{number}", part)  # type: ignore[arg-type]  # takes bytes, too
         self._store.set(name, str(len(parts)))  # last: who sees it sees all parts
 
     def receive(self, name: str, timeout_seconds: float = 86400.0) -> Any:

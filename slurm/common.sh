@@ -3,6 +3,7 @@
 #
 #   train LAUNCHER CONFIG RUN [FLAG ...]   start or continue a training run with one rank per task
 #   once COMMAND ...                       run one process
+#   every_task COMMAND ...                 run one process per task, which goes on where it was when the job is requeued
 #
 # From the environment of sbatch: AKI_SITE, the site file (slurm/site.env); AKI_CONFIG and AKI_RUN, instead of the
 # template's configuration and run folder; AKI_NODES, fewer nodes than the job has, the others being spares;
@@ -256,6 +257,20 @@ train() {
 
 once() {
   srun --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${SRUN_FLAGS[@]}" "$@"
+}
+
+every_task() {
+  logs=slurm/logs stop_asked=''
+  export_settings
+  if [ "${AKI_REQUEUE:-yes}" != no ]; then
+    trap 'stop_asked=yes; say "USR1: ending the processes"; scancel --quiet --signal=TERM "$(job_id)"' USR1
+  fi
+  step "$@"
+  code=$?
+  [ -n "$stop_asked" ] && [ "$code" != 0 ] || exit "$code"
+  trap '' TERM USR1   # requeueing sends TERM to this shell, which is not finished yet
+  scontrol requeue "$(job_id)" || die "Slurm does not requeue this job; submit it again"
+  exit 0
 }
 
 read_site

@@ -1,8 +1,10 @@
-"""Evaluate a model: its run's own val questions, or its replies to the papers' benchmarks.
+"""Evaluate a model: its run's own val questions, or the papers' benchmarks.
 
     python tools/evaluate.py runs/demo/sft                     # the val questions of a fine-tuned run
     python tools/evaluate.py runs/demo/sft --per_task 100      # at most 100 questions per task
 
+    python tools/evaluate.py run MODEL --out FOLDER --score    # answer the benchmarks' questions: a run, a checkpoint
+    torchrun --nproc_per_node 8 tools/evaluate.py run MODEL --out FOLDER        # ... with eight GPUs; resumable
     python tools/evaluate.py score FOLDER                      # score the predictions of a folder, again and again
     python tools/evaluate.py score FOLDER --rules head2026 --mmmu_parser official
     python tools/evaluate.py score FOLDER --judge https://api.openai.com/v1 --judge_model gpt-4-0613
@@ -28,7 +30,7 @@ from aki_megatron.evaluate.benchmark_report import conditions_table, format_valu
 from aki_megatron.evaluate.benchmarks.benchmark import MMMU_PARSERS, ScoringOptions
 from aki_megatron.evaluate.benchmarks.files import load_questions
 from aki_megatron.evaluate.benchmarks.registry import BENCHMARKS, find_benchmark
-from aki_megatron.evaluate.benchmarks.score import ScoreTable
+from aki_megatron.evaluate.benchmarks.score import BenchmarkScore, ScoreTable
 from aki_megatron.evaluate.export import FORMATS, export_lmms_eval, export_vlmevalkit
 from aki_megatron.evaluate.extraction.rules import Rules
 from aki_megatron.evaluate.golden_replies import check_folder, unknown_files
@@ -66,6 +68,16 @@ def val_command(argv: Sequence[str]) -> int:
     return val_questions.val_command(argv)
 
 
+def run_command(argv: Sequence[str]) -> int:
+    """Answer the questions of the benchmarks with a model."""
+    import answer_benchmarks  # needs torch
+
+    def score(folder: Path, names: Sequence[str]) -> None:
+        print_scores(folder, score_folder(folder, ScoringOptions(), names, progress=_print_line))
+
+    return answer_benchmarks.run_command(argv, os.environ, default_roots(), score)
+
+
 def score_command(argv: Sequence[str]) -> int:
     """Score saved predictions."""
     parser = _parser("score", "Score the predictions of a folder and write FOLDER/scores.json.")
@@ -93,7 +105,12 @@ def score_command(argv: Sequence[str]) -> int:
         Rules(arguments.rules), arguments.mmmu_parser, judge, prompts, max(1, arguments.judge_workers)
     )
     names = [name.strip() for name in arguments.benchmarks.split(",") if name.strip()]
-    scores = score_folder(arguments.folder, options, names, progress=_print_line)
+    print_scores(arguments.folder, score_folder(arguments.folder, options, names, progress=_print_line))
+    return 0
+
+
+def print_scores(folder: Path, scores: list[BenchmarkScore]) -> None:
+    """Print scores with what they depend on."""
     conditions = conditions_table(scores)
     for row in conditions.rows:
         _print_line(f"{row[0]}: {format_value(row[1])}")
@@ -102,8 +119,7 @@ def score_command(argv: Sequence[str]) -> int:
     for score in scores:
         for note in score.notes:
             _print_line(f"{score.benchmark}: {note}")
-    _print_line(f"scores: {arguments.folder / 'scores.json'}")
-    return 0
+    _print_line(f"scores: {folder / 'scores.json'}")
 
 
 def _judge(arguments: argparse.Namespace, prompts_name: str) -> Judge | None:
@@ -236,6 +252,7 @@ def _print_table(found: ScoreTable) -> None:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "val": val_command,
+    "run": run_command,
     "score": score_command,
     "report": report_command,
     "export": export_command,

@@ -42,6 +42,7 @@ from aki_megatron.model.stage import Stage, build_model
 from aki_megatron.supervise.metrics import read_metrics
 from aki_megatron.supervise.run_paths import RunPaths
 from aki_megatron.supervise.validations import read_validations
+from aki_megatron.train.evaluations import read_evaluations
 from aki_megatron.types import IGNORE, Conversation
 
 console = Console()
@@ -75,7 +76,8 @@ def plot_mask(conversation: Conversation, template: Template, config: RunConfig)
 
 def load_record(paths: RunPaths) -> RunRecord:
     """Read what a report shows of a run's training."""
-    return RunRecord.load(paths.config, read_metrics(paths.metrics), read_validations(paths.validation))
+    evaluations = [evaluation.to_dict() for evaluation in read_evaluations(paths)]
+    return RunRecord.load(paths.config, read_metrics(paths.metrics), read_validations(paths.validation), evaluations)
 
 
 def print_scores(scores: list[TaskScore]) -> None:

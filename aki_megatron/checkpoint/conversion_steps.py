@@ -66,14 +66,17 @@ class ConversionSettings:
     start_progress: StartProgress = lambda _title, _num_bytes: lambda _read: None
 
 
-def open_checkpoint(path: Path, *, merged: bool = True) -> tuple[CheckpointSource | MergedWeights, ConvertedModel]:
+def open_checkpoint(
+    path: Path, *, merged: bool = True, verify: bool = True
+) -> tuple[CheckpointSource | MergedWeights, ConvertedModel]:
     """A checkpoint's weights, and the model they belong to.
 
     merged  add low-rank adapters to the weights they belong to; false: leave them out
+    verify  compare every file with the manifest first, which reads all of them
 
     Raises CheckpointError when there is none, when it is damaged, or when its tensors are not those of its model.
     """
-    source = CheckpointSource(path)
+    source = CheckpointSource(path, verify=verify)
     model = ConvertedModel(*load_model(source.path / files.CONFIG))
     weights = merge_adapters(source, model.config) if merged else without_adapters(source)
     shapes = {name: spec.shape for name, spec in weights.specs.items()}

@@ -18,6 +18,7 @@ MAY_CHANGE = (
     "log",
     "checkpoint",
     "validation",
+    "evaluate",
     "watch",
     "parallel",
     "deepspeed",

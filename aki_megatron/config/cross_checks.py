@@ -9,6 +9,7 @@ from aki_megatron.config.batch_sizes import divisors
 from aki_megatron.config.combinations import refusals
 from aki_megatron.config.data import DataConfig
 from aki_megatron.config.deepspeed import problems_of_settings
+from aki_megatron.config.evaluate_checks import evaluate_problems
 from aki_megatron.config.field_info import list_problems
 from aki_megatron.config.run import RunConfig
 from aki_megatron.config.source_checks import source_problems
@@ -275,6 +276,7 @@ CHECKS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     parallel_problems,
     watch_problems,
     validation_problems,
+    evaluate_problems,
 )
 
 

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat
 
 from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.config.data import DataConfig
+from aki_megatron.config.evaluate_section import EvaluateConfig
 from aki_megatron.config.model import ModelConfig
 from aki_megatron.config.section import (
     AtMost,
@@ -172,6 +173,7 @@ class RunConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig
     validation: ValidationConfig = ValidationConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     watch: WatchConfig = WatchConfig()
     log: LogConfig = LogConfig()
     deepspeed: dict[str, Any] = {}

@@ -8,6 +8,7 @@
 """
 
 import json
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,7 +34,8 @@ class QuestionsInfo:
     notes          what makes scores not comparable
     num_questions  in the file; a score of fewer predictions is marked as incomplete
     profile        name of the prompt profile
-    model          what answered
+    model          what answered, with a digest of its weights
+    max_new_tokens  longest reply
     """
 
     benchmark: str
@@ -42,12 +44,13 @@ class QuestionsInfo:
     profile: str = ""
     model: str = ""
     notes: tuple[str, ...] = ()
+    max_new_tokens: int = 0
 
     def save(self, folder: Path) -> None:
         """Write FOLDER/<benchmark>/questions.json."""
         path = folder / self.benchmark / QUESTIONS
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        replace_text(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: Path, benchmark: str) -> "QuestionsInfo | None":
@@ -62,13 +65,15 @@ class QuestionsInfo:
             raise DataError(f"{path} is not what evaluate.py run writes ({error}); remove it.") from error
 
 
-def begin_benchmark(folder: Path, found: QuestionSet, *, profile: str, model: str) -> list[BenchmarkQuestion]:
+def begin_benchmark(
+    folder: Path, found: QuestionSet, *, profile: str, model: str, max_new_tokens: int = 0
+) -> list[BenchmarkQuestion]:
     """Record what is asked, and return the questions that have no prediction yet, in the order of the file.
 
     Raises DataError where the folder's predictions on this benchmark are by another model, prompt profile or file.
     """
     name = found.benchmark.name
-    info = QuestionsInfo(name, found.source, len(found.questions), profile, model, found.notes)
+    info = QuestionsInfo(name, found.source, len(found.questions), profile, model, found.notes, max_new_tokens)
     before = QuestionsInfo.load(folder, name)
     if before is None:
         info.save(folder)
@@ -80,6 +85,25 @@ def begin_benchmark(folder: Path, found: QuestionSet, *, profile: str, model: st
     predictions = read_predictions(place) if any(place.glob("predictions*.jsonl")) else []
     answered = {prediction.question.id for prediction in predictions}
     return [question for question in found.questions if question.id not in answered]
+
+
+def forget_errors(folder: Path) -> int:
+    """Remove the predictions of questions that could not be asked, so that they are asked again; return how many."""
+    num_removed = 0
+    for path in sorted(folder.glob("*/predictions*.jsonl")):
+        predictions = read_predictions(path)
+        kept = [prediction for prediction in predictions if not prediction.error]
+        if len(kept) < len(predictions):
+            replace_text(path, "".join(json.dumps(prediction.to_dict()) + "\n" for prediction in kept))
+            num_removed += len(predictions) - len(kept)
+    return num_removed
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file at once: who reads it meanwhile finds the old one or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def folder_predictions(folder: Path) -> dict[str, list[Prediction]]:
@@ -125,7 +149,7 @@ def score_folder(
         scores[name] = score_benchmark(predictions[name], options, QuestionsInfo.load(folder, name))
     ordered = [scores[name] for name in BENCHMARKS if name in scores]
     text = json.dumps([score.to_dict() for score in ordered], indent=1)
-    (folder / SCORES).write_text(text + "\n", encoding="utf-8")
+    replace_text(folder / SCORES, text + "\n")
     return ordered
 
 

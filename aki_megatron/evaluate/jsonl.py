@@ -33,9 +33,21 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 item = json.loads(stripped)
             except (ValueError, RecursionError) as error:
-                if stripped.startswith(b"{") and not stripped.endswith(b"}"):
+                if _is_cut_short(stripped, error):
                     continue
                 raise DataError(f"{path}:{number} is no JSON object ({error}); remove the line.") from error
             if not isinstance(item, dict):
                 raise DataError(f"{path}:{number} is no JSON object; remove the line.")
             yield number, item
+
+
+def _is_cut_short(line: bytes, error: Exception) -> bool:
+    """Return whether a line begins an object and ends before it does, if only after a brace inside it."""
+    if not line.startswith(b"{"):
+        return False
+    if not line.endswith(b"}"):
+        return True
+    # in a text, or after the end of an object inside this one
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    return error.pos >= len(error.doc) or error.msg.startswith("Unterminated string")

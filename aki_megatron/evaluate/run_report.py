@@ -29,13 +29,19 @@ class RunRecord:
     """Content of config.yaml."""
     validations: Sequence[dict[str, Any]] = ()
     """Lines of validation.jsonl."""
+    evaluations: Sequence[dict[str, Any]] = ()
+    """Scores of benchmarks: ``step``, and ``scores`` by name."""
 
     @classmethod
     def load(
-        cls, config_file: Path, metrics: list[dict[str, Any]], validations: Sequence[dict[str, Any]] = ()
+        cls,
+        config_file: Path,
+        metrics: list[dict[str, Any]],
+        validations: Sequence[dict[str, Any]] = (),
+        evaluations: Sequence[dict[str, Any]] = (),
     ) -> "RunRecord":
         """Read config.yaml; the title is the name of its folder."""
-        return cls(config_file.parent.name, metrics, config_file.read_text(), validations)
+        return cls(config_file.parent.name, metrics, config_file.read_text(), validations, evaluations)
 
 
 def write_report(
@@ -63,6 +69,8 @@ def write_report(
                 "summary": summarize(run.metrics) | summarize_validations(run.validations),
                 "curves": _base64(plot_curves(run.metrics, run.validations)) if run.metrics else "",
                 "validation": run.validations[-1] if run.validations else None,
+                "evaluations": run.evaluations,
+                "score_names": list(dict.fromkeys(name for each in run.evaluations for name in each["scores"])),
                 "config": run.config,
             }
             for run in runs

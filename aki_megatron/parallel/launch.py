@@ -52,6 +52,17 @@ FIRST_PORT, NUM_PORTS = 20000, 12000
 """Range of rendezvous ports derived from a job's id, below Linux's ephemeral ports."""
 
 
+LAUNCH_VARIABLES = frozenset(
+    (*GENERIC.values(), "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "GROUP_RANK",
+     "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE", "AKI_RUN", "AKI_CONFIG", "AKI_NODES")
+)  # fmt: skip
+LAUNCH_PREFIXES = ("SLURM_", "PMI", "OMPI_", "PRTE_", "TORCHELASTIC_")
+"""Variables that tell a process which one of a job it is; another job must not take them for its own."""
+
+KEPT_VARIABLES = ("SLURM_CONF",)
+"""Where Slurm's commands find the cluster."""
+
+
 RESOLVE_SECONDS = 20
 """How long the name of the master is looked up before it is refused."""
 
@@ -103,6 +114,15 @@ def discover_launch(environ: Mapping[str, str], *, find_master: FindMaster = mas
         return _launch("environment", environ, GENERIC, find_master)
     attempt = _attempt(environ)
     return Launch(0, 0, 1, 1, launcher="single", attempt=attempt, start_id=attempt)
+
+
+def without_launch(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment without what the launcher and the scheduler of this process have set in it."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if name in KEPT_VARIABLES or not (name in LAUNCH_VARIABLES or name.startswith(LAUNCH_PREFIXES))
+    }
 
 
 def _launch(

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from aki_megatron.config.batch_sizes import num_replicas
 from aki_megatron.errors import ConfigError
-from aki_megatron.parallel.launch import Launch, discover_launch
+from aki_megatron.parallel.launch import Launch, discover_launch, without_launch
 
 __all__ = ["Launch", "Topology", "discover_launch", "init_distributed"]
 
@@ -192,7 +192,7 @@ def init_distributed(
     Raises ConfigError when the sizes do not divide the number of processes, or a machine has more processes than GPUs.
     """
     data = num_replicas(launch.world_size, tensor=tensor, pipeline=pipeline)
-    device = _device(launch)
+    device = local_device(launch)
     timeout = timedelta(seconds=timeout_seconds)
     # DeepSpeed requires the first variable; without the second it starts a program in every step to count CPU nodes
     os.environ["LOCAL_RANK"] = str(launch.local_rank)
@@ -213,7 +213,16 @@ def init_distributed(
     return replace(own, groups=_create_groups(own, timeout))
 
 
-def _device(launch: Launch) -> torch.device:
+def environment_outside_launch() -> dict[str, str]:
+    """Return the environment of a process that is none of this launch's, such as a job that this one submits."""
+    return without_launch(os.environ)
+
+
+def local_device(launch: Launch) -> torch.device:
+    """Return the GPU of this process, which becomes torch's current one; the CPU where there is no GPU.
+
+    Raises ConfigError where the machine has fewer GPUs than processes.
+    """
     if not torch.cuda.is_available():
         # DeepSpeed chooses its accelerator once, at first use; with this variable it neither probes nor warns
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

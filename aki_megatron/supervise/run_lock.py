@@ -83,12 +83,22 @@ class RunLock:
     on_lost  called in a thread with a sentence when the folder was removed, or another start has taken it over
     """
 
-    def __init__(self, paths: RunPaths, attempt: str, start_id: str, *, on_waiting: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        paths: RunPaths,
+        attempt: str,
+        start_id: str,
+        *,
+        on_waiting: Callable[[str], None],
+        in_use: Callable[[RunPaths, LockHolder], ConfigError] | None = None,
+    ) -> None:
         """Create the lock of a start.
 
         on_waiting  told when ``acquire`` must wait to see whether a holder on another machine is alive
+        in_use      returns the error about a folder that another process holds; None: that of a training run
         """
         self.paths = paths
+        self._in_use = in_use or _in_use
         self.holder = LockHolder.of_this_process(attempt, start_id)
         self.on_waiting = on_waiting
         self._on_lost: Callable[[str], None] = lambda text: None
@@ -157,7 +167,7 @@ class RunLock:
         holder = self._read_other()
         if holder is not None and holder.is_on_this_machine:
             if is_alive(holder.process):
-                raise _in_use(self.paths, holder)
+                raise self._in_use(self.paths, holder)
             return
         age = self._age()
         if holder is None or age is None or age > STALE_SECONDS:
@@ -168,7 +178,7 @@ class RunLock:
         )
         while (newer := self._age()) is not None and newer < STALE_SECONDS:
             if newer < age:
-                raise _in_use(self.paths, holder)
+                raise self._in_use(self.paths, holder)
             age = newer
             time.sleep(POLL_SECONDS)
 

@@ -1,8 +1,8 @@
 """Where each file of a run is: the layout of a run folder.
 
 config.yaml  metrics.jsonl  validation.jsonl  sample_audit/replica_0.jsonl  checkpoints/step_000100/  logs/rank_0.log
-report.html  DONE  attempts.jsonl  events.jsonl  heartbeat/rank_0.json  STOPPED.<attempt>  RUNNING  SAVED, and, created
-by the user, STOP and SAVE
+evaluations/step_000100/  report.html  DONE  attempts.jsonl  events.jsonl  heartbeat/rank_0.json  STOPPED.<attempt>
+RUNNING  SAVED, and, created by the user, STOP and SAVE
 """
 
 from dataclasses import dataclass
@@ -32,6 +32,11 @@ class RunPaths:
     def validation(self) -> Path:
         """One JSON object per validation (supervise/validations.py)."""
         return self.path / "validation.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        """Folder of the evaluations of checkpoints by other jobs (supervise/evaluations.py)."""
+        return self.path / "evaluations"
 
     @property
     def sample_audit(self) -> Path:

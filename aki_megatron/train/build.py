@@ -45,6 +45,7 @@ from aki_megatron.supervise.watchdog import collective_timeout
 from aki_megatron.train.build_callbacks import (
     build_callbacks,
     build_checkpoint_callback,
+    build_evaluation,
     build_trackers,
     write_run_report,
 )
@@ -347,11 +348,12 @@ def build_trainer(
             best_step=validator.best_step(step) if validator else None,
         )
 
+    evaluation = build_evaluation(config, failures.report) if is_rank_zero else None
     callbacks = [
         ProgressCallback(tracker),
-        *build_callbacks(config, loader, topology, console, logs.open),
+        *build_callbacks(config, loader, topology, console, logs.open, evaluation),
         build_checkpoint_callback(
-            config, checkpointer, save, console if is_rank_zero else None, tracker, event_recorder
+            config, checkpointer, save, console if is_rank_zero else None, tracker, event_recorder, evaluation
         ),
     ]
     if is_rank_zero:
@@ -360,10 +362,13 @@ def build_trainer(
             RunFinalizer(paths, attempt, stop_reason=control.stop_reason, record_event=event_recorder, console=console),
             *build_trackers(config),
         ]
+    isolated = isolate_side_outputs(callbacks, failures.report)
+    if evaluation:
+        evaluation.listeners = isolated
     return Trainer(
         engine=engine,
         loader=loader,
-        callbacks=isolate_side_outputs(callbacks, failures.report),
+        callbacks=isolated,
         loss_spike_guard=guard,
         steps=config.train.steps,
         learning_rate=build_lr_schedule(config),

@@ -1,7 +1,6 @@
 """Construct the callbacks of a run, in the order in which a step reaches them."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from aki_megatron.checkpoint.checkpointer import Checkpointer
@@ -11,6 +10,7 @@ from aki_megatron.console import IsolatedConsole
 from aki_megatron.data.loader import EmptyStepLoader, StepLoader
 from aki_megatron.evaluate.run_report import RunRecord, write_report
 from aki_megatron.parallel.topology import Topology
+from aki_megatron.supervise.evaluations import SubmissionLog
 from aki_megatron.supervise.events import EventRecorder
 from aki_megatron.supervise.metrics import read_metrics
 from aki_megatron.supervise.progress import ProgressTracker
@@ -19,6 +19,7 @@ from aki_megatron.supervise.step_log import StepLog
 from aki_megatron.supervise.validations import read_validations
 from aki_megatron.train.callbacks import ConsoleCallback, LogCallback, MetricsCallback, TensorBoardCallback
 from aki_megatron.train.checkpoint_callback import CheckpointCallback
+from aki_megatron.train.evaluations import EvaluationCallback, read_evaluations
 from aki_megatron.train.history import record_saved
 from aki_megatron.train.loop import Callback
 from aki_megatron.train.sample_audit import SampleAuditCallback
@@ -33,11 +34,21 @@ def build_checkpoint_callback(
     console: IsolatedConsole | None,
     tracker: ProgressTracker,
     event_recorder: EventRecorder,
+    evaluation: EvaluationCallback | None = None,
 ) -> CheckpointCallback:
     """Build the callback that saves; ``console`` is that of rank 0, None on other ranks.
 
     A run that may roll back has a checkpoint from the beginning.
+
+    evaluation  submits checkpoints that are complete
     """
+
+    def on_saved(step: int) -> None:
+        if console is not None:
+            record_saved(RunPaths(config.run.dir), step)
+        if evaluation is not None:
+            evaluation.submit(step)
+
     return CheckpointCallback(
         checkpointer,
         save,
@@ -47,8 +58,19 @@ def build_checkpoint_callback(
         save_at_start="rollback" in (config.watch.on_non_finite, config.watch.on_loss_spike),
         set_phase=tracker.set_phase,
         record_event=event_recorder,
-        on_saved=partial(record_saved, RunPaths(config.run.dir)) if console is not None else lambda step: None,
+        on_saved=on_saved,
     )
+
+
+def build_evaluation(config: RunConfig, report: Callable[[str], None]) -> EvaluationCallback | None:
+    """Build what has checkpoints evaluated, on rank 0; None where none is, nor was before.
+
+    report  told what failed
+    """
+    paths = RunPaths(config.run.dir)
+    if not config.evaluate.interval and not SubmissionLog(paths).exists:
+        return None
+    return EvaluationCallback(config.evaluate, paths, report)
 
 
 def build_callbacks(
@@ -57,10 +79,12 @@ def build_callbacks(
     topology: Topology,
     console: IsolatedConsole,
     open_log: Callable[[Path], StepLog],
+    evaluation: EvaluationCallback | None = None,
 ) -> list[Callback]:
     """Build the callbacks that log a step on this rank; they come before a checkpoint of the step is saved.
 
-    open_log  returns what writes a file with a line per step
+    open_log    returns what writes a file with a line per step
+    evaluation  comes before those that take its scores
     """
     paths = RunPaths(config.run.dir)
     callbacks: list[Callback] = []
@@ -74,6 +98,8 @@ def build_callbacks(
         callbacks.append(LogCallback(str, console))
     if topology.rank != 0:
         return callbacks
+    if evaluation is not None:
+        callbacks.append(evaluation)
     callbacks.append(MetricsCallback(paths.metrics, open_log))
     if config.validation.interval or paths.validation.exists():  # it may hold steps that are repeated
         callbacks.append(ValidationLogCallback(paths.validation, open_log))
@@ -99,5 +125,6 @@ def build_trackers(config: RunConfig) -> list[Callback]:
 
 def write_run_report(paths: RunPaths) -> None:
     """Write report.html from the metrics and the configuration of a run."""
-    record = RunRecord.load(paths.config, read_metrics(paths.metrics), read_validations(paths.validation))
+    evaluations = [evaluation.to_dict() for evaluation in read_evaluations(paths)]
+    record = RunRecord.load(paths.config, read_metrics(paths.metrics), read_validations(paths.validation), evaluations)
     write_report(paths.report, f"Run {paths.path.name}", [record])

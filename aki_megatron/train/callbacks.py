@@ -12,6 +12,7 @@ from pathlib import Path
 from aki_megatron.console import Console, styled
 from aki_megatron.errors import DataError
 from aki_megatron.supervise.attempts import End, record_end
+from aki_megatron.supervise.evaluations import METRIC, Evaluation
 from aki_megatron.supervise.events import EventRecorder
 from aki_megatron.supervise.metrics import metrics_of
 from aki_megatron.supervise.progress import ProgressTracker
@@ -98,6 +99,10 @@ class ConsoleCallback(Callback):
         self.console.print(styled(what, f" {text}  {report.seconds:.1f} s", (end, "green")), soft_wrap=True)
         self.last_time = time.monotonic()  # validation is not part of a step
 
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        what = (f"evaluation of step {evaluation.step:,}:", "bold")
+        self.console.print(styled(what, f" {evaluation.text()}"), soft_wrap=True)
+
     def on_rollback(self, step: int) -> None:
         what = (f"rolled back to the checkpoint of step {step:,}", "bold yellow")
         self.console.print(styled(what, "; the data of the steps since are skipped"))
@@ -151,12 +156,20 @@ class MetricsCallback(Callback):
         """``open_log`` returns what writes the file."""
         self.path = path
         self.log = open_log(path)
+        self._evaluations: list[Evaluation] = []
 
     def on_start(self, step: int) -> None:
         self.log.start(step)
 
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        self._evaluations.append(evaluation)
+
     def on_step(self, step: int, report: StepReport) -> None:
-        self.log.write(metrics_of(step, report))
+        line = metrics_of(step, report)
+        if self._evaluations:
+            line[METRIC] = [evaluation.to_dict() for evaluation in self._evaluations]
+            self._evaluations = []
+        self.log.write(line)
 
     def on_rollback(self, step: int) -> None:
         self.log.start(step)
@@ -190,6 +203,10 @@ class TensorBoardCallback(Callback):
     def on_validation(self, step: int, report: ValidationReport) -> None:
         for name, value in scalars_of(report).items():
             self.writer.add_scalar(name, value, step)
+
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        for name, value in evaluation.scalars().items():
+            self.writer.add_scalar(name, value, evaluation.step)
 
     def on_rollback(self, step: int) -> None:
         self.on_end(step)

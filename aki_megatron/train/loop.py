@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol
 from aki_megatron.data.batch_planner import DataState
 from aki_megatron.data.loader import LoadedStep
 from aki_megatron.engine.base import Engine
+from aki_megatron.supervise.evaluations import Evaluation
 from aki_megatron.supervise.loss_spikes import LossSpikeAction, LossSpikeGuard
 from aki_megatron.supervise.progress import FINISHING, ROLLING_BACK
 from aki_megatron.supervise.validations import ValidationReport
@@ -28,6 +29,9 @@ class Callback:
 
     def on_validation(self, step: int, report: ValidationReport) -> None:
         """After a validation: after ``on_step`` of the same step, or after ``on_start``."""
+
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Scores have come of an earlier checkpoint; before ``on_step`` of step number ``step``, on rank 0 only."""
 
     def on_step_end(self, step: int, report: StepReport) -> None:
         """After ``on_step`` of all callbacks and validation; ``report.control`` has what was asked for until now."""

@@ -18,6 +18,7 @@ from aki_megatron.data.run_sources import missing_source_files
 from aki_megatron.data.shards import missing_shards
 from aki_megatron.data.validation_set import missing_validation_files
 from aki_megatron.errors import ConfigError, DataError
+from aki_megatron.evaluate.benchmarks.registry import find_benchmark
 from aki_megatron.masking import mask_text
 from aki_megatron.parallel.launch import check_master
 from aki_megatron.parallel.topology import Launch, discover_launch, init_distributed
@@ -104,6 +105,8 @@ def log_to_file(paths: RunPaths, rank: int) -> None:
 def check_before_start(config: RunConfig, launch: Launch) -> None:
     """Run every check that needs neither data nor model."""
     check_run(config)
+    for name in config.evaluate.benchmarks:
+        find_benchmark(name)
     check_world(config, launch.world_size)
     check_master(launch)
     check_inputs(config)

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterable
 
 from aki_megatron.console import IsolatedConsole, styled
+from aki_megatron.supervise.evaluations import Evaluation
 from aki_megatron.supervise.events import EventRecorder
 from aki_megatron.supervise.validations import ValidationReport
 from aki_megatron.train.loop import Callback
@@ -31,6 +32,9 @@ class SideOutput(Callback):
 
     def on_validation(self, step: int, report: ValidationReport) -> None:
         self._run(lambda: self.callback.on_validation(step, report))
+
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        self._run(lambda: self.callback.on_evaluation(step, evaluation))
 
     def on_step_end(self, step: int, report: StepReport) -> None:
         self._run(lambda: self.callback.on_step_end(step, report))

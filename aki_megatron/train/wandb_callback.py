@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from aki_megatron.masking import mask_text
+from aki_megatron.supervise.evaluations import Evaluation
 from aki_megatron.supervise.metrics import metrics_of
 from aki_megatron.supervise.validations import ValidationReport, scalars_of
 from aki_megatron.train.loop import Callback
@@ -19,6 +20,9 @@ from aki_megatron.types import StepReport
 
 END_SECONDS, STOP_SECONDS = 120.0, 10.0
 """How long wandb may upload at the end of a run, and at that of an attempt, which a scheduler may be about to kill."""
+
+EVALUATION_STEP = "evaluation/step"
+"""The step that scores are of."""
 
 SERVICE = "wandb-core"
 """Process that does wandb's work."""
@@ -49,6 +53,8 @@ class WandbCallback(Callback):
                 project=self.project, id=name, name=name, resume="allow", mode=self.mode,  # type: ignore[arg-type]
                 dir=str(self.folder), config=self.config, settings=wandb.Settings(silent=True),
             )  # fmt: skip
+        # scores come after their step, and wandb takes no points of earlier steps: they have an axis of their own
+        self.run.define_metric("evaluation/*", step_metric=EVALUATION_STEP)
 
     def on_step(self, step: int, report: StepReport) -> None:
         if step % self.interval == 0 and step > self.last_step:
@@ -59,6 +65,10 @@ class WandbCallback(Callback):
         if step >= self.last_step:
             self.run.log(scalars_of(report), step=step)
             self.last_step = step
+
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        if step >= self.last_step:
+            self.run.log({EVALUATION_STEP: evaluation.step, **evaluation.scalars()}, step=step)
 
     def on_stop(self, step: int) -> None:
         self._finish(STOP_SECONDS)

@@ -62,8 +62,11 @@ def test_a_line_cut_short_is_left_out_and_the_file_continued(folder: Path) -> No
     path = folder / "MME/predictions.jsonl"
     first, second = read_predictions(path)
     content = path.read_bytes()
-    path.write_bytes(content[:-20])
-    assert read_predictions(path) == [first]
+    # in the middle, after the question's own brace, in a text that holds a brace
+    start = content.index(b"\n") + 1
+    for cut in (content[:-20], content[: content.rindex(b"}", start, -3) + 1], content[:-20] + b"}"):
+        path.write_bytes(cut)
+        assert read_predictions(path) == [first]
     append_predictions(path, [second])
     assert read_predictions(path) == [first, second]
 

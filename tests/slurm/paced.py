@@ -46,6 +46,7 @@ def break_disk() -> None:
 
 
 sys.argv = sys.argv[1:]
+sys.path[0] = str(Path(sys.argv[0]).parent)
 if Path(sys.argv[0]).parent.name == "launcher":
     pace_training()
 elif os.environ.get("AKI_TEST_BAD_NODE") == os.environ["SLURMD_NODENAME"]:

@@ -1,5 +1,6 @@
 """Parquet files of the Hugging Face hub, read through pyarrow; images stay in the file until they are asked for."""
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,25 +14,28 @@ _NEED_PYARROW = "Reading parquet needs pyarrow: pip install pyarrow (or: pip ins
 
 
 class ParquetImages:
-    """Image columns of one file; the last column of a row group that was read is kept."""
+    """Image columns of one file; the last column of a row group that was read is kept. Threads may share it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: Any = None
         self._last: tuple[tuple[int, str], Any] | None = None
+        self._lock = threading.Lock()
 
     def cell(self, row_group: int, column: str, row: int) -> Any:
         """Return a cell as Python value."""
-        if self._last is None or self._last[0] != (row_group, column):
-            if self._file is None:
-                self._file = open_parquet(self.path)
-            values = self._file.read_row_group(row_group, columns=[column]).column(column)
-            self._last = ((row_group, column), values)
-        return self._last[1][row].as_py()
+        with self._lock:
+            if self._last is None or self._last[0] != (row_group, column):
+                if self._file is None:
+                    self._file = open_parquet(self.path)
+                values = self._file.read_row_group(row_group, columns=[column]).column(column)
+                self._last = ((row_group, column), values)
+            values = self._last[1]
+        return values[row].as_py()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state for another process, which opens the file itself."""
-        return {"path": self.path, "_file": None, "_last": None}
+    def __reduce__(self) -> tuple[type["ParquetImages"], tuple[Path]]:
+        """Pickle the path: another process opens the file itself."""
+        return ParquetImages, (self.path,)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@
 
     curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{"messages": [
       {"role": "user", "content": "What colour is the sky?"}], "max_tokens": 20}'
-    curl http://127.0.0.1:8000/v1/chat/completions -F picture=@cat.jpg -F 'request={"messages": [
-      {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "attachment:picture"}}, "What is this?"]}]}'
+    curl http://127.0.0.1:8000/v1/chat/completions -F picture=@cat.jpg -F 'request={"messages": [{"role": "user",
+      "content": [{"type": "image_url", "image_url": {"url": "attachment:picture"}}, "What is this?"]}]}'
 
 Requests are answered together in one running batch. Nothing is fetched from the network. Decoding is greedy unless a
 request says otherwise. Ctrl-C or SIGTERM ends the server. docs/serving.md: clients, evaluation kits, limits, security.
@@ -88,6 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         serve(app, listener, limits, lambda: print(f"{name} ({model.path}, {device}) at {address}/v1", flush=True))
     finally:
         service.stop(timeout=60)
+        backend.close()
     return 0
 
 

@@ -1,8 +1,7 @@
 """The application: all endpoints, behind the checks of access, with one line in the log for each request."""
 
-import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,11 +67,6 @@ def build_app(
         *endpoints,
     )
 
-    @contextlib.asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        yield
-        backend.close()
-
     app = Starlette(
         routes=[Route(each.path, each.handler, methods=list(each.methods)) for each in every],
         exception_handlers={
@@ -81,7 +75,6 @@ def build_app(
             ClientGoneError: _on_client_gone,
             Exception: _on_exception,
         },
-        lifespan=lifespan,
     )
     return _Guard(app, access, frozenset(each.path for each in every if not each.needs_key), log)
 

@@ -67,6 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     limits = Limits(**{each.name: getattr(arguments, each.name) for each in fields(Limits) if each.name in arguments})
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # forms that are refused have their line already
     allow_many_connections()
     listener = listen(arguments.host, arguments.port)  # before the model is loaded, which may take minutes
     device = arguments.device or default_device()

@@ -291,13 +291,8 @@ def test_slow_clients_and_slow_answers_have_deadlines(model: LoadedModel) -> Non
 def test_access(model: LoadedModel, served: Backend) -> None:
     key = "s\u00e4cret key"
     with running_server(served, Access(key)) as address:
-        for headers in (
-            {},
-            {"authorization": "Bearer wrong"},
-            {"authorization": key.encode()},
-            {"authorization": "Bearer "},
-        ):
-            response = post(address, QUESTION, headers=headers)
+        for wrong in (None, b"Bearer wrong", key.encode(), b"Bearer", b"Basic " + key.encode()):
+            response = post(address, QUESTION, headers={} if wrong is None else {"authorization": wrong})
             assert refused(response, 401, "in the header Authorization")["code"] == "invalid_api_key"
             assert response.headers["www-authenticate"] == "Bearer"
         given = {"authorization": b"Bearer " + key.encode()}

@@ -37,7 +37,7 @@ LORA = Setting(trainable=TrainableConfig.model_validate({"decoder": "lora", "lor
 LORA = replace(LORA, phases=(PHASES[0], PhaseTrainable()), clip=2.0)
 STEPS_OF_PHASE = 2
 RATE = 3e-4
-"""At 2e-3 the order of the micro-batches alone gives 2e-5: a first update enlarges the rounding of a gradient near eps."""
+"""At 2e-3 the order of the micro-batches alone gives 2e-5, which a gradient near eps enlarges."""
 
 
 def phase_of(step: int) -> int:

@@ -49,8 +49,8 @@ from aki_megatron.evaluate.attention_analysis.taggers import AUTO, TAGGERS, open
 from aki_megatron.evaluate.attention_analysis.word_map import build_word_map, write_word_map
 from aki_megatron.evaluate.benchmark_report import format_value
 from aki_megatron.evaluate.benchmarks.registry import BENCHMARKS
+from aki_megatron.evaluate.model_loading import LoadedModel, load_saved_model
 from aki_megatron.evaluate.prompts import PROFILES
-from aki_megatron.evaluate.saved_model import SavedModel, open_saved_model
 from aki_megatron.supervise.run_paths import RunPaths
 from aki_megatron.types import Conversation, Turn, image_items
 
@@ -190,10 +190,10 @@ def map_entities(arguments: argparse.Namespace, layers: list[int] | None) -> lis
     return write_word_map(arguments.out, found, attention, conditions)
 
 
-def open_model(arguments: argparse.Namespace) -> SavedModel:
+def open_model(arguments: argparse.Namespace) -> LoadedModel:
     """Load the model onto the chosen device."""
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return open_saved_model(
+    return load_saved_model(
         arguments.model, tokenizer=arguments.tokenizer, device=device, dtype=DTYPES[arguments.dtype]
     )
 

@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"The page needs {error.name}: pip install 'aki-megatron[serve]'.") from None
     from aki_megatron.evaluate.chat_page.compared import NamedModel, compare_rules, compare_runs
     from aki_megatron.evaluate.chat_page.page import page_endpoints
-    from aki_megatron.evaluate.loading import DTYPES, default_device, load_for_answering
+    from aki_megatron.evaluate.model_loading import DTYPES, default_device, load_saved_model
     from aki_megatron.evaluate.serving.app import build_app
     from aki_megatron.evaluate.serving.backend import Backend
     from aki_megatron.evaluate.serving.limits import Limits
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = arguments.device or default_device()
     dtype = DTYPES[arguments.dtype or ("bf16" if device.startswith("cuda") else "fp32")]
     models = [
-        NamedModel(str(path), load_for_answering(path, tokenizer=arguments.tokenizer, device=device, dtype=dtype))
+        NamedModel(str(path), load_saved_model(path, tokenizer=arguments.tokenizer, device=device, dtype=dtype))
         for path in filter(None, (arguments.model, arguments.compare))
     ]
     comparison = compare_runs(*models) if len(models) > 1 else compare_rules(*models)

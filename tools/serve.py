@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         if error.name not in ("starlette", "uvicorn", "python_multipart"):
             raise
         raise ConfigError(f"Serving needs {error.name}: pip install 'aki-megatron[serve]'.") from None
-    from aki_megatron.evaluate.loading import DTYPES, default_device, load_for_answering
+    from aki_megatron.evaluate.model_loading import DTYPES, default_device, load_saved_model
     from aki_megatron.evaluate.serving.access import Access, is_loopback
     from aki_megatron.evaluate.serving.app import build_app
     from aki_megatron.evaluate.serving.backend import Backend
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     listener = listen(arguments.host, arguments.port)  # before the model is loaded, which may take minutes
     device = arguments.device or default_device()
     dtype = DTYPES[arguments.dtype or ("bf16" if device.startswith("cuda") else "fp32")]
-    model = load_for_answering(arguments.model, tokenizer=arguments.tokenizer, device=device, dtype=dtype)
+    model = load_saved_model(arguments.model, tokenizer=arguments.tokenizer, device=device, dtype=dtype)
     service = AnsweringService(model, max_sequences=limits.batch, max_waiting=limits.queue)
     name = arguments.model_name or default_name(arguments.model)
     backend = Backend(service, limits, model_name=name, image_newline=arguments.image_newline)

@@ -16,7 +16,7 @@ from aki_megatron.errors import DataError
 from aki_megatron.evaluate.answer_loop import AnswerSettings, TensorRanks, answer_questions
 from aki_megatron.evaluate.answering import Answerer
 from aki_megatron.evaluate.benchmarks.question import Prediction, append_predictions
-from aki_megatron.evaluate.model_loading import AnsweringModel
+from aki_megatron.evaluate.model_loading import LoadedModel
 from aki_megatron.evaluate.prompts import PromptProfile
 from aki_megatron.evaluate.question_supply import PromptReader, QuestionSupply
 from aki_megatron.evaluate.run_progress import RunProgress
@@ -99,7 +99,7 @@ class Worker:
         self._num_statuses = 0
         self._seen: dict[int, tuple[int, float]] = {}
 
-    def answer(self, model: AnsweringModel, ranks: TensorRanks) -> None:
+    def answer(self, model: LoadedModel, ranks: TensorRanks) -> None:
         """Claim and answer questions until none is left."""
         settings = self._settings
         tokenizer = model.template.tokenizer

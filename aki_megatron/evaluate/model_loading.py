@@ -23,19 +23,17 @@ from aki_megatron.config.data import ImagesConfig
 from aki_megatron.config.model import ModelConfig
 from aki_megatron.data.image import ImageOptions
 from aki_megatron.data.media import Decoders, media_decoders, num_media_tokens
-from aki_megatron.data.template import Template
+from aki_megatron.data.template import MIN_TEXT_TOKENS, Template
 from aki_megatron.data.tokenizer import Tokenizer
 from aki_megatron.errors import CheckpointError
 from aki_megatron.evaluate.generation_check import quiet
 from aki_megatron.families.registry import FAMILIES
-from aki_megatron.model.stage import Stage, build_model
+from aki_megatron.model.stage import Stage, build_model, tie_weights
 from aki_megatron.parallel.megatron import build_linears
 from aki_megatron.parallel.topology import Topology
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-MAX_TEXT_TOKENS = 2**20
-"""Of a template that renders prompts only, which are never cut."""
+"""Name -> precision in which a model answers."""
 
 HF_CONFIG = "config.json"
 
@@ -44,11 +42,13 @@ HF_CONFIG = "config.json"
 class ModelFolder:
     """Where a model's weights are, opened but not read.
 
+    path       the checkpoint, or the exported folder
     name       for people: the run and its checkpoint, or the folder
     digest     of the weights: equal where they are equal, wherever they lie
     tokenizer  its folder
     """
 
+    path: Path
     name: str
     digest: str
     source: TensorSource
@@ -60,9 +60,15 @@ class ModelFolder:
 
 
 @dataclass(frozen=True)
-class AnsweringModel:
-    """A model with what turns questions into prompts, and tokens into text."""
+class LoadedModel:
+    """A model with what turns questions into prompts, and tokens into text.
 
+    path           the checkpoint or the folder that it was read from
+    template       renders conversations as in training, with the run's system message
+    image_options  how images become pixels, as in training
+    """
+
+    path: Path
     stage: Stage
     template: Template
     image_options: ImageOptions
@@ -85,6 +91,7 @@ def open_model(path: Path, tokenizer: Path | None = None, *, verify: bool = True
     if (path / HF_CONFIG).is_file() and not (path / files.MANIFEST).is_file():
         exported = exported_source(path)
         return ModelFolder(
+            path=path,
             name=path.resolve().name,
             digest=_exported_digest(path),
             source=exported.source,
@@ -98,6 +105,7 @@ def open_model(path: Path, tokenizer: Path | None = None, *, verify: bool = True
     checkpoint = source.path.resolve()
     run = checkpoint.parent.parent if checkpoint.parent.name == files.CHECKPOINTS else checkpoint.parent
     return ModelFolder(
+        path=source.path,
         name=f"{run.name}/{checkpoint.name}",
         digest=files.file_digest(checkpoint / files.MANIFEST)["sha256"],
         source=source,
@@ -120,7 +128,7 @@ def _exported_digest(folder: Path) -> str:
 
 def load_model(
     folder: ModelFolder, *, device: torch.device, dtype: torch.dtype, topology: Topology | None = None
-) -> AnsweringModel:
+) -> LoadedModel:
     """Read the weights to a device; with ``topology`` this rank's shard of every layer, split over its tensor ranks.
 
     Raises ConfigError where the tokenizer is not the model's.
@@ -129,16 +137,36 @@ def load_model(
     with quiet():  # transformers warns about the config.json of an exported folder, whose code it does not run
         tokenizer = Tokenizer(folder.tokenizer, family.chat)
     tokenizer.check_vocabulary(config.decoder)
-    template = Template(tokenizer, num_media_tokens(config), MAX_TEXT_TOKENS, folder.system_message)
+    # prompts are never cut, so the longest training text plays no part
+    template = Template(tokenizer, num_media_tokens(config), MIN_TEXT_TOKENS, folder.system_message)
     if topology is None or topology.tensor == 1:
         # one tensor at a time: the whole model is never in memory twice
         layers = range(config.decoder.num_layers)
         stage = stage_from_tensors(
             config, layers, folder.attention, lambda name: folder.source.get(name).to(device, dtype)
         )
+        if config.decoder.tie_word_embeddings:
+            assert stage.lm_head is not None and stage.input_embedder is not None
+            tie_weights(stage.lm_head, stage.input_embedder.token_embedding)  # one table in memory instead of two
     else:
         stage = build_model(config, attention=folder.attention, linears=build_linears(topology)).to(dtype)
         copy_weights(stage, folder.source, tensor_rank=topology.tensor_rank, tensor_ranks=topology.tensor)
         stage = stage.to(device)
     images = ImageOptions(folder.images.transparency, folder.images.exif_rotation)
-    return AnsweringModel(stage.eval().requires_grad_(False), template, images)
+    return LoadedModel(folder.path, stage.eval().requires_grad_(False), template, images)
+
+
+def default_device() -> str:
+    """Return the device that is taken if none is named: a GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_saved_model(
+    path: Path,
+    *,
+    tokenizer: Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> LoadedModel:
+    """Open a model as ``open_model`` does and load it whole onto one device."""
+    return load_model(open_model(path, tokenizer), device=torch.device(device), dtype=dtype)

@@ -17,7 +17,7 @@ from aki_megatron.config.model import DecoderConfig, ModelConfig, ResamplerConfi
 from aki_megatron.data.image import ImageOptions
 from aki_megatron.data.template import Template
 from aki_megatron.data.tokenizer import Tokenizer
-from aki_megatron.evaluate.saved_model import SavedModel
+from aki_megatron.evaluate.model_loading import LoadedModel
 from aki_megatron.families.registry import FAMILIES
 from aki_megatron.model.decoder import Attention
 from aki_megatron.model.stage import Stage, build_model
@@ -119,5 +119,5 @@ def write_folder(stage: Stage, folder: Path) -> Path:
     return folder
 
 
-def saved(stage: Stage) -> SavedModel:
-    return SavedModel(stage, template(), ImageOptions(), Path("model"))
+def saved(stage: Stage) -> LoadedModel:
+    return LoadedModel(Path("model"), stage, template(), ImageOptions())

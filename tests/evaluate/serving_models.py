@@ -25,7 +25,7 @@ from aki_megatron.data.media import num_media_tokens
 from aki_megatron.data.template import Template
 from aki_megatron.data.tokenizer import Tokenizer, grow_tokenizer
 from aki_megatron.evaluate.generate import generate
-from aki_megatron.evaluate.loading import LoadedModel
+from aki_megatron.evaluate.model_loading import LoadedModel
 from aki_megatron.evaluate.runner import collate_prompts
 from aki_megatron.evaluate.serving.access import LOCAL, Access
 from aki_megatron.evaluate.serving.app import build_app

@@ -48,7 +48,7 @@ def test_two_rules_share_weights_and_nothing_else(comparison: Comparison) -> Non
     }
     assert not set(mma.modules()) & set(causal.modules())  # hooks of one must not run in the other
     template = comparison.models[0].model.template
-    batch = prompt_batch(mma, template, conversation(QUESTION), comparison.models[0].model.images)
+    batch = prompt_batch(mma, template, conversation(QUESTION), comparison.models[0].model.image_options)
     plain = build_model(mma.config, attention=AttentionConfig(rule="causal"))
     plain.load_state_dict(ours)
     assert torch.equal(prefill(causal, batch), prefill(plain.eval(), batch))

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from serving_models import tiny_model
 
-from aki_megatron.evaluate import loading
+from aki_megatron.evaluate import model_loading
 from tools import demo_page
 
 
@@ -23,7 +23,7 @@ def test_the_page_is_served_until_a_signal(
         run.mkdir()
     opened: list[str] = []
     seen: list[Any] = []
-    monkeypatch.setattr(loading, "load_for_answering", lambda path, **settings: tiny_model(path))
+    monkeypatch.setattr(model_loading, "load_saved_model", lambda path, **settings: tiny_model(path))
     monkeypatch.setattr(demo_page.webbrowser, "open", opened.append)
     monkeypatch.setenv("DISPLAY", ":0")
     announce = demo_page.announce

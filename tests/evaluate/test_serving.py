@@ -28,7 +28,7 @@ from serving_models import (
     wait_until,
 )
 
-from aki_megatron.evaluate.loading import LoadedModel
+from aki_megatron.evaluate.model_loading import LoadedModel
 from aki_megatron.evaluate.serving.backend import Backend
 from aki_megatron.types import Modality
 

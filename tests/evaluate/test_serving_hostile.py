@@ -27,7 +27,7 @@ from serving_models import (
     wait_until,
 )
 
-from aki_megatron.evaluate.loading import LoadedModel
+from aki_megatron.evaluate.model_loading import LoadedModel
 from aki_megatron.evaluate.serving.access import Access
 from aki_megatron.evaluate.serving.backend import Backend
 

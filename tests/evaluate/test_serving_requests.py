@@ -14,7 +14,7 @@ from serving_models import LIMITS, NAME, ask, image_part, tiny_model
 
 from aki_megatron.config.model import AudioConfig, ResamplerConfig
 from aki_megatron.data.sources.chat_record import parse_prompt
-from aki_megatron.evaluate.loading import LoadedModel
+from aki_megatron.evaluate.model_loading import LoadedModel
 from aki_megatron.evaluate.sampling import GREEDY, Sampling
 from aki_megatron.evaluate.serving.body import Parsed
 from aki_megatron.evaluate.serving.conversations import PromptReader, _recording

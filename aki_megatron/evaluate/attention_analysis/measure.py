@@ -15,8 +15,8 @@ from aki_megatron.evaluate.attention_analysis.question import prefill
 from aki_megatron.evaluate.attention_analysis.statistics import AttentionStatistics, SampleAttention
 from aki_megatron.evaluate.attention_analysis.taggers import Tagger
 from aki_megatron.evaluate.attention_analysis.words import Word, split_sentences, split_words, tokens_of_words
+from aki_megatron.evaluate.model_loading import LoadedModel
 from aki_megatron.evaluate.runner import collate_prompts, read_prompt
-from aki_megatron.evaluate.saved_model import SavedModel
 from aki_megatron.types import Conversation, Modality, Sample
 
 
@@ -38,7 +38,7 @@ class Question:
     num_words: np.ndarray
 
 
-def read_question(model: SavedModel, conversation: Conversation, tagger: Tagger, categories: Categories) -> Question:
+def read_question(model: LoadedModel, conversation: Conversation, tagger: Tagger, categories: Categories) -> Question:
     """Render a prompt, decode its media, and tag its words.
 
     Raises DataError where it cannot be read, is too long for the model, or has no word after an image of its turn.
@@ -86,7 +86,7 @@ def _named_words(
         yield (INSTRUCTION if is_constant else categories.find(word.text, tags[word])), positions
 
 
-def measure_batch(model: SavedModel, questions: Sequence[Question], layers: Sequence[int]) -> list[SampleAttention]:
+def measure_batch(model: LoadedModel, questions: Sequence[Question], layers: Sequence[int]) -> list[SampleAttention]:
     """Run the prompts in one pass of the model; return what was measured, in their order."""
     windows = [Window(question.queries, question.keys) for question in questions]
     counted = [torch.from_numpy(question.counted) for question in questions]
@@ -105,7 +105,7 @@ def measure_batch(model: SavedModel, questions: Sequence[Question], layers: Sequ
 
 
 def measure(
-    model: SavedModel,
+    model: LoadedModel,
     name: str,
     conversations: Sequence[Callable[[], Conversation]],
     layers: tuple[int, ...],

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from aki_megatron.checkpoint.logits_check import stage_from_tensors
 from aki_megatron.config.attention import ATTENTION_RULES, AttentionConfig
 from aki_megatron.errors import ConfigError
-from aki_megatron.evaluate.loading import LoadedModel
+from aki_megatron.evaluate.model_loading import LoadedModel
 
 
 @dataclass(frozen=True)

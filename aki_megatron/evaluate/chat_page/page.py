@@ -58,7 +58,7 @@ def page_endpoints(
         ],
         "limits": _limits(backends[comparison.models[0].name].limits),
         "history": history,
-        "images": {"exif_rotation": first.images.exif_rotation},
+        "images": {"exif_rotation": first.image_options.exif_rotation},
         "examples": [_example(example) for example in examples],
     }
 

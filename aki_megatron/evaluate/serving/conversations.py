@@ -10,7 +10,7 @@ from aki_megatron.data.media import Decoders, media_decoders
 from aki_megatron.data.sources.chat_record import ChatPrompt, decode_data_url, image_reference, parse_prompt
 from aki_megatron.data.sources.records import MALFORMED
 from aki_megatron.errors import DataError
-from aki_megatron.evaluate.loading import LoadedModel
+from aki_megatron.evaluate.model_loading import LoadedModel
 from aki_megatron.evaluate.runner import read_prompt
 from aki_megatron.evaluate.serving.errors import ApiError, bad_request
 from aki_megatron.evaluate.serving.limits import Limits
@@ -37,7 +37,7 @@ class PromptReader:
 
     def __post_init__(self) -> None:
         config = self.model.stage.config
-        decoders = media_decoders(config, self.model.images, max_pixels=self.limits.image_pixels)
+        decoders = media_decoders(config, self.model.image_options, max_pixels=self.limits.image_pixels)
         object.__setattr__(self, "_decoders", decoders)
 
     def read(self, messages: Any, files: Mapping[str, bytes]) -> Sample:

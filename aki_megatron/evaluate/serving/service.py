@@ -15,7 +15,7 @@ import torch
 
 from aki_megatron.errors import DataError
 from aki_megatron.evaluate.answering import Answerer, Request
-from aki_megatron.evaluate.loading import LoadedModel
+from aki_megatron.evaluate.model_loading import LoadedModel
 from aki_megatron.model.stage import Stage
 
 logger = logging.getLogger(__name__)

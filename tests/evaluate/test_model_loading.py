@@ -15,7 +15,7 @@ from aki_megatron.data.image import OFFICIAL_OPTIONS
 from aki_megatron.errors import CheckpointError
 from aki_megatron.evaluate.attention_analysis.capture import AttentionCapture, FullTable, Window
 from aki_megatron.evaluate.attention_analysis.question import prefill, prompt_batch
-from aki_megatron.evaluate.saved_model import open_saved_model
+from aki_megatron.evaluate.model_loading import load_saved_model
 from aki_megatron.types import Modality
 
 
@@ -25,12 +25,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_exported_folder_opens_as_the_model_that_was_exported(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    opened = open_saved_model(folder)
+    opened = load_saved_model(folder)
     assert opened.template.system_message == "Be brief." and opened.stage.attention.rule == "mma"
     assert opened.template.render_prompt(two_turns()) == template().render_prompt(two_turns())
     batch = prompt_batch(opened.stage, opened.template, two_turns(), opened.image_options)
     assert torch.equal(prefill(opened.stage, batch), prefill(model("mma"), batch))
-    half = open_saved_model(folder, tokenizer=PHI3_LIKE, dtype=torch.bfloat16)
+    half = load_saved_model(folder, tokenizer=PHI3_LIKE, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.stage.parameters()} == {torch.bfloat16}
     assert capsys.readouterr().err == ""
 
@@ -38,7 +38,7 @@ def test_an_exported_folder_opens_as_the_model_that_was_exported(folder: Path, c
 def test_a_checkpoint_opens_by_itself_and_by_the_folder_around_it(folder: Path, tmp_path: Path) -> None:
     from_export(folder, tmp_path, ConversionSettings(check_logits=False))
     for path in (tmp_path, tmp_path / "step_000000"):
-        opened = open_saved_model(path)
+        opened = load_saved_model(path)
         assert opened.path == tmp_path / "step_000000" and opened.template.system_message == "Be brief."
         batch = prompt_batch(opened.stage, opened.template, ask("Is it red?"), opened.image_options)
         assert torch.equal(prefill(opened.stage, batch), prefill(model("mma"), batch))
@@ -46,10 +46,10 @@ def test_a_checkpoint_opens_by_itself_and_by_the_folder_around_it(folder: Path, 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="No complete checkpoint"):
-        open_saved_model(tmp_path)
+        load_saved_model(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "phi3"}')
     with pytest.raises(CheckpointError, match="not aki"):
-        open_saved_model(tmp_path)
+        load_saved_model(tmp_path)
 
 
 @pytest.mark.parametrize("rule", ["mma", "causal"])

@@ -7,8 +7,8 @@
 
     curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{"messages": [
       {"role": "user", "content": "What colour is the sky?"}], "max_tokens": 20}'
-    curl http://127.0.0.1:8000/v1/chat/completions -F picture=@cat.jpg -F 'request={"messages": [
-      {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "attachment:picture"}}, "What is this?"]}]}'
+    curl http://127.0.0.1:8000/v1/chat/completions -F picture=@cat.jpg -F 'request={"messages": [{"role": "user",
+      "content": [{"type": "image_url", "image_url": {"url": "attachment:picture"}}, "What is this?"]}]}'
 
 Requests are answered together in one running batch. Nothing is fetched from the network. Decoding is greedy unless a
 request says otherwise. Ctrl-C or SIGTERM ends the server. docs/serving.md: clients, evaluation kits, limits, security.
@@ -67,6 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     limits = Limits(**{each.name: getattr(arguments, each.name) for each in fields(Limits) if each.name in arguments})
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # forms that are refused have their line already
     allow_many_connections()
     listener = listen(arguments.host, arguments.port)  # before the model is loaded, which may take minutes
     device = arguments.device or default_device()
@@ -88,6 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         serve(app, listener, limits, lambda: print(f"{name} ({model.path}, {device}) at {address}/v1", flush=True))
     finally:
         service.stop(timeout=60)
+        backend.close()
     return 0
 
 

@@ -6,8 +6,9 @@ import json
 import socket
 import struct
 import threading
+import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ LIMITS = Limits(
     buffered_bytes=4_000_000,
     image_pixels=90_000,
     media=4,
-    text_chars=2000,
+    text_chars=4000,
     positions=400,
     new_tokens=24,
     default_new_tokens=12,
@@ -109,6 +110,31 @@ def backend(model: LoadedModel, limits: Limits = LIMITS, **settings: Any) -> Ite
     finally:
         service.stop(timeout=60)
         built.close()
+
+
+@contextmanager
+def blocked(service: AnsweringService) -> Iterator[None]:
+    """The model's thread does nothing until the block ends."""
+    is_free, is_blocked = threading.Event(), threading.Event()
+
+    def wait(_: object) -> None:
+        is_blocked.set()
+        is_free.wait(60)
+
+    service.call(wait, lambda result, error: None)
+    assert is_blocked.wait(60)
+    try:
+        yield
+    finally:
+        is_free.set()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Return when a condition holds; fail after a minute."""
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 @contextmanager

@@ -48,7 +48,9 @@ class Access:
             raise ApiError(403, "Pages of other sites may not ask this server.", code="forbidden_origin")
         if needs_key and self.key and not hmac.compare_digest(_given_key(headers), _key_bytes(self.key)):
             raise ApiError(
-                401, "The key is missing or wrong; send the header Authorization: Bearer KEY.", code="invalid_api_key"
+                401,
+                "The key is missing or wrong; send it in the header Authorization, after the word Bearer.",
+                code="invalid_api_key",
             )
 
 

@@ -1,8 +1,7 @@
 """The application: all endpoints, behind the checks of access, with one line in the log for each request."""
 
-import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,12 +72,6 @@ def build_app(
         *endpoints,
     )
 
-    @contextlib.asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        yield
-        for each in backends.values():
-            each.close()
-
     app = Starlette(
         routes=[Route(each.path, each.handler, methods=list(each.methods)) for each in every],
         exception_handlers={
@@ -87,7 +80,6 @@ def build_app(
             ClientGoneError: _on_client_gone,
             Exception: _on_exception,
         },
-        lifespan=lifespan,
     )
     return _Guard(app, access, frozenset(each.path for each in every if not each.needs_key), log)
 

@@ -100,7 +100,8 @@ def _content(modality: Modality, item: Any, files: Mapping[str, bytes]) -> bytes
         if modality == Modality.AUDIO:
             return _recording(item, files)
         reference = image_reference(item)
-        assert isinstance(reference, str)  # JSON holds no bytes
+        if not isinstance(reference, str):  # JSON holds no bytes, so these are the none of an empty part
+            raise ValueError("an image part holds no image")
         if reference[:5].lower() == "data:":
             return decode_data_url(reference)
         return _attachment(reference, files)

@@ -1,6 +1,5 @@
 """The parameters of a request to /v1/chat/completions: checked one by one, refused by name."""
 
-import math
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -169,7 +168,7 @@ def _is_small(value: Any) -> bool:
 
 
 def _within(name: str, value: Any, kind: Callable[[Any], Any], least: float, most: float) -> Any:
-    if type(value) is not kind or not math.isfinite(value) or not least <= value <= most:
+    if type(value) is not kind or not least <= value <= most:  # NaN is not within anything
         word = "a whole number" if kind is int else "a number"
         raise bad_request(f"{name} must be {word} from {least} to {most}, got {_shown(value)}.", name)
     return value

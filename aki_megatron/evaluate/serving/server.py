@@ -55,12 +55,12 @@ def _config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
         app,
         http=protocol,  # type: ignore[arg-type]
         ws="none",
-        lifespan="on",
+        lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_keep_alive=30,
+        timeout_keep_alive=limits.header_seconds,  # type: ignore[arg-type]
         timeout_graceful_shutdown=GRACE_SECONDS,
         backlog=BACKLOG,
     )

@@ -7,6 +7,7 @@ removed from the fast tokenizer; then both give the same ids (tests/data/test_to
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,9 +85,9 @@ class Tokenizer:
         offsets = [(max(0, start - len(before)), max(0, end - len(before))) for start, end in found.offsets]
         return (found.ids[1:], offsets[1:]) if before else (found.ids, offsets)
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids, special tokens left out."""
-        return self._backend.decode(ids, skip_special_tokens=True)
+        return self._backend.decode(list(ids), skip_special_tokens=True)
 
     def token_name(self, token_id: int) -> str:
         """Return a token as the vocabulary writes it (sentencepiece writes U+2581 for a space)."""

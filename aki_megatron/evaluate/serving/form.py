@@ -3,6 +3,8 @@
 The whole body is in memory when it is parsed, within the limit of a body; nothing is written to disk.
 """
 
+from typing import Any
+
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
@@ -46,7 +48,7 @@ class _FormReader:
         self._header, self._value, self._disposition = b"", b"", b""
         self._pieces: list[bytes] = []
 
-    def callbacks(self) -> dict[str, object]:
+    def callbacks(self) -> Any:
         """Return what the parser calls."""
         return {
             "on_part_begin": self._begin_part,

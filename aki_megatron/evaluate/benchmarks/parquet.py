@@ -10,7 +10,7 @@ from aki_megatron.errors import DataError
 from aki_megatron.evaluate.benchmarks.benchmark import Record
 from aki_megatron.evaluate.benchmarks.question import ImageSource
 
-_NEED_PYARROW = "Reading parquet needs pyarrow: pip install pyarrow (or: pip install 'aki-megatron[parquet]')."
+_NEED_PYARROW = "Reading parquet needs pyarrow: pip install pyarrow."
 
 
 class ParquetImages:

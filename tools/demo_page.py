@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
             advice = "make demo trains it" if path == DEMO_RUN else "give a run folder, a checkpoint or a to-hf folder"
             raise CheckpointError(f"{path} does not exist; {advice}.")
     try:
-        from aki_megatron.evaluate.serving.server import listen, serve
+        from aki_megatron.evaluate.serving.server import Server, bind, serve
     except ImportError as error:
         if error.name not in ("starlette", "uvicorn"):
             raise
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     from aki_megatron.evaluate.serving.service import AnsweringService
 
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    listener = listen(HOST, arguments.port)  # before the models are loaded, which may take minutes
+    listener = bind(HOST, arguments.port)  # before the models are loaded, which may take minutes
     device = arguments.device or default_device()
     dtype = DTYPES[arguments.dtype or ("bf16" if device.startswith("cuda") else "fp32")]
     models = [
@@ -84,7 +84,13 @@ def run(arguments: argparse.Namespace) -> int:
             stack.callback(backend.close)
             backend.service.start()
             stack.callback(backend.service.stop, timeout=60)
-        serve(app, listener, limits, lambda: announce(address, with_browser=not arguments.no_browser))
+        server = Server(
+            app,
+            limits,
+            on_start=lambda: announce(address, with_browser=not arguments.no_browser),
+            on_stop=lambda: [backend.service.stop(timeout=0) for backend in backends.values()],
+        )
+        serve(server, listener)
     return 0
 
 

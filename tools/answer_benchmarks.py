@@ -9,7 +9,8 @@
 
 Every answer is written as soon as it exists. Started again, with the same or another number of processes, it goes on
 with what is missing. A question that cannot be asked (an image that is missing or damaged) is counted, and scored as a
-wrong answer. Writes FOLDER/BENCHMARK/predictions*.jsonl; exits with 1 while questions are unanswered.
+wrong answer. Writes FOLDER/BENCHMARK/predictions*.jsonl; exits with 1 while questions are unanswered. Benchmarks whose
+files are missing are left out, unless --benchmarks names them.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from aki_megatron.errors import ConfigError, DataError
 from aki_megatron.evaluate.answer_loop import TensorRanks
 from aki_megatron.evaluate.benchmark_folder import forget_errors
 from aki_megatron.evaluate.benchmark_run import Worker, WorkerSettings, end_together, share_plan
-from aki_megatron.evaluate.benchmarks.files import QuestionSet, load_questions
+from aki_megatron.evaluate.benchmarks.files import MissingFiles, QuestionSet, load_questions
 from aki_megatron.evaluate.benchmarks.registry import BENCHMARKS, find_benchmark
 from aki_megatron.evaluate.model_loading import DTYPES, ModelFolder, load_model, open_model
 from aki_megatron.evaluate.prompts import PROFILES
@@ -81,7 +82,7 @@ def _run(
     lost: list[str] = []
     opened: list[ModelFolder] = []
     names: list[str] = []
-    skipped: list[str] = []
+    damaged: list[str] = []
     locks: list[RunLock] = []
 
     def check() -> None:
@@ -91,7 +92,7 @@ def _run(
     def plan() -> WorkPlan:
         locks.append(_hold(arguments.out, launch, console, lost.append))
         opened.append(open_model(arguments.model, arguments.tokenizer))
-        found = _load_all(arguments, default_roots, console, skipped)
+        found = _load_all(arguments, default_roots, console, damaged)
         names.extend(each.benchmark.name for each in found)
         if arguments.retry_errors:
             forget_errors(arguments.out)
@@ -110,9 +111,9 @@ def _run(
         folder = opened[0] if opened else open_model(arguments.model, arguments.tokenizer, verify=False)
         is_complete = _answer(arguments, launch, console, store, shared, folder, check)
         if launch.rank == 0:
-            _end(arguments, console, is_complete, names, skipped, score)
+            _end(arguments, console, is_complete, names, damaged, score)
         end_together(store)
-        return 0 if is_complete and not skipped else 1
+        return 0 if is_complete and not damaged else 1
     finally:
         for lock in locks:
             lock.release()
@@ -169,10 +170,10 @@ def _end(
     console: Console,
     is_complete: bool,
     names: Sequence[str],
-    skipped: Sequence[str],
+    damaged: Sequence[str],
     score: Score,
 ) -> None:
-    for line in skipped:
+    for line in damaged:
         console.print(f"not answered: {line}", soft_wrap=True)
     if not is_complete:
         console.print("Some processes were lost with their questions; the same command answers those.", soft_wrap=True)
@@ -183,22 +184,30 @@ def _end(
 
 
 def _load_all(
-    arguments: argparse.Namespace, default_roots: Sequence[Path], console: Console, skipped: list[str]
+    arguments: argparse.Namespace, default_roots: Sequence[Path], console: Console, damaged: list[str]
 ) -> list[QuestionSet]:
-    """Read the questions; by default of the benchmarks whose files can be read, the others are added to ``skipped``."""
+    """Read the questions; by default of the benchmarks whose files can be read. Faults are added to ``damaged``."""
     wanted = [name.strip() for name in arguments.benchmarks.split(",") if name.strip()]
-    found = []
+    found: list[QuestionSet] = []
+    missing: list[str] = []
     for benchmark in [find_benchmark(name) for name in dict.fromkeys(wanted)] or BENCHMARKS.values():
         try:
             found.append(load_questions(benchmark, arguments.data or default_roots))
         except DataError as error:
             if wanted:
                 raise
-            skipped.append(f"{benchmark.name}: {error}")
+            if isinstance(error, MissingFiles):
+                missing.append(benchmark.name)
+            else:
+                damaged.append(f"{benchmark.name}: {error}")
             continue
         console.print(f"{benchmark.name}: {len(found[-1].questions):,} questions, {found[-1].source}", soft_wrap=True)
+    if missing:
+        console.print(f"without files, left out: {', '.join(missing)} (evaluate.py check)", soft_wrap=True)
     if not found:
-        raise DataError("No benchmark can be read:\n" + "\n".join(skipped))
+        roots = ", ".join(map(str, arguments.data or default_roots))
+        text = f"No benchmark can be read in {roots}; evaluate.py check says which files are needed."
+        raise DataError("\n  ".join([text, *damaged]))
     return found
 
 

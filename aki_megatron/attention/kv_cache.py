@@ -59,10 +59,15 @@ class LayerCache:
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add one token to every sequence in use: keys and values [B, Hkv, 1, d], after its last valid token."""
-        self._check_capacity(self.max_length + 1)
-        sequences = torch.arange(len(self.counts), device=self._lengths.device)
-        self.keys[sequences, :, self._lengths] = keys.squeeze(2)
-        self.values[sequences, :, self._lengths] = values.squeeze(2)
+        longest, num_sequences = self.max_length, len(self.counts)
+        self._check_capacity(longest + 1)
+        if min(self.counts) == longest:  # of one length, as one sequence always is: a copy instead of a scatter
+            self.keys[:num_sequences, :, longest] = keys.squeeze(2)
+            self.values[:num_sequences, :, longest] = values.squeeze(2)
+        else:
+            sequences = torch.arange(num_sequences, device=self._lengths.device)
+            self.keys[sequences, :, self._lengths] = keys.squeeze(2)
+            self.values[sequences, :, self._lengths] = values.squeeze(2)
         self._lengths = self._lengths + 1
         self.counts = [count + 1 for count in self.counts]
 

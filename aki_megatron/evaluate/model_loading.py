@@ -44,7 +44,7 @@ class ModelFolder:
 
     path       the checkpoint, or the exported folder
     name       for people: the run and its checkpoint, or the folder
-    digest     of the weights: equal where they are equal, wherever they lie
+    digest     of the weights: that of copies of a folder is equal, wherever they lie
     tokenizer  its folder
     """
 

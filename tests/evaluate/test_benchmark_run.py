@@ -240,7 +240,7 @@ def test_what_is_missing_damaged_or_unknown(checkpoint, run, tmp_path) -> None:
     flags = ("--data", data, "--max_new_tokens", 2, "--per_benchmark", 1)
     code, printed, _ = run(checkpoint, tmp_path / "out", *flags, "--score")
     assert code == 1 and "not answered: POPE: " in printed and "is there twice" in printed
-    assert "not answered: MME: The files of MME are missing" in printed
+    assert "without files, left out: MME (evaluate.py check)" in printed
     expected = {name: 2 if name == "MMBench" else 1 for name in NUM_QUESTIONS if name not in ("MME", "POPE")}
     assert counts(tmp_path / "out") == expected, "the rotations of a question stay together"
     for flags, message in (
@@ -250,6 +250,9 @@ def test_what_is_missing_damaged_or_unknown(checkpoint, run, tmp_path) -> None:
     ):
         code, _, errors = run(checkpoint, tmp_path / "other", "--data", data, *flags)
         assert code == 2 and message in errors
+    (tmp_path / "empty").mkdir()
+    code, _, errors = run(checkpoint, tmp_path / "other", "--data", tmp_path / "empty")
+    assert code == 2 and f"No benchmark can be read in {tmp_path / 'empty'}" in errors
     code, _, errors = run(tmp_path / "nothing", tmp_path / "other", "--data", data)
     assert code == 2 and "nothing does not exist" in errors
     (tmp_path / "run/checkpoints").mkdir(parents=True)

@@ -9,6 +9,7 @@ import pytest
 from step_reports import step_report
 
 from aki_megatron.console import IsolatedConsole
+from aki_megatron.supervise.evaluations import Evaluation
 from aki_megatron.supervise.events import EventLog, read_events
 from aki_megatron.supervise.run_paths import RunPaths
 from aki_megatron.supervise.validations import ValidationReport
@@ -22,6 +23,7 @@ from aki_megatron.train.callbacks import (
     TensorBoardCallback,
 )
 from aki_megatron.train.checkpoint_callback import CheckpointCallback
+from aki_megatron.train.evaluations import EvaluationCallback
 from aki_megatron.train.loop import Callback
 from aki_megatron.train.main import LogFileHandler
 from aki_megatron.train.sample_audit import SampleAuditCallback
@@ -34,6 +36,7 @@ METHODS: dict[str, Callable[[Callback], None]] = {
     "on_start": lambda callback: callback.on_start(0),
     "on_step": lambda callback: callback.on_step(1, step_report()),
     "on_validation": lambda callback: callback.on_validation(1, ValidationReport({}, 0, 0.0)),
+    "on_evaluation": lambda callback: callback.on_evaluation(1, Evaluation(1, "step_000001", {"POPE": 1.0})),
     "on_step_end": lambda callback: callback.on_step_end(1, step_report()),
     "on_rollback": lambda callback: callback.on_rollback(0),
     "on_stop": lambda callback: callback.on_stop(1),
@@ -45,7 +48,15 @@ def test_the_run_depends_on_these_callbacks_only() -> None:
     """Whatever else is added to build.py is isolated."""
     required = {ProgressCallback, MetricsCallback, SampleAuditCallback, CheckpointCallback, RunFinalizer}
     required.add(ValidationLogCallback)
-    others = {ConsoleCallback, LogCallback, TensorBoardCallback, WandbCallback, ReportCallback, Callback}
+    others = {
+        EvaluationCallback,
+        ConsoleCallback,
+        LogCallback,
+        TensorBoardCallback,
+        WandbCallback,
+        ReportCallback,
+        Callback,
+    }
     assert all(callback.required for callback in required) and not any(callback.required for callback in others)
 
 

@@ -25,6 +25,10 @@ class QuestionSet:
     notes: tuple[str, ...] = ()
 
 
+class MissingFiles(DataError):  # noqa: N818 (an error, and its name says which)
+    """No file of a benchmark is there; the message says where to get one."""
+
+
 def load_questions(
     benchmark: Benchmark, roots: Sequence[Path], progress: Callable[[str], None] = lambda line: None
 ) -> QuestionSet:
@@ -32,8 +36,8 @@ def load_questions(
 
     A root may also be the benchmark's table itself. In each root VLMEvalKit's table is looked for first, then parquet
     files. ``progress`` is called before each file with a line about it.
-    Raises DataError where there is no file (it says where to get one and where it was looked for), for a damaged file,
-    one of another benchmark, and ids that are there twice.
+    Raises MissingFiles where there is no file (it says where to get one and where it was looked for), DataError for a
+    damaged file, one of another benchmark, and ids that are there twice.
     """
     looked_for: list[Path] = []
     for root in roots:
@@ -44,7 +48,7 @@ def load_questions(
     tsv = " and ".join(file.url for file in benchmark.tsv_files)
     hub = " or ".join(dict.fromkeys(files.url for files in benchmark.hub_files))
     places = "\n  ".join(map(str, looked_for)) or "(no folder given; give one with --data)"
-    raise DataError(
+    raise MissingFiles(
         f"The files of {benchmark.name} are missing. Get {tsv}, or the parquet files of {hub}; nothing is downloaded "
         f"here. Looked for:\n  {places}"
     )

@@ -26,3 +26,7 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, incomplete, corrupt, or of another model."""
+
+
+class BaseWeightsError(CheckpointError):
+    """The weights that a checkpoint leaves out are missing, or others than its run began with."""

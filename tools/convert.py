@@ -13,6 +13,8 @@
     python tools/convert.py to-official runs/sft --out release
     python tools/convert.py reshard runs/sft --out packed --files 8 --weights-only
         the same tensors in other files (a checkpoint resumes under any TP, PP, DP and ZeRO stage as it is)
+    python tools/convert.py to-hf runs/lora --base /models/pretrain --out aki-hf
+        where the checkpoint leaves frozen weights out, and their run or folder (init.*) has moved
     python tools/convert.py upgrade runs/old --out runs/new
         a checkpoint or run of an earlier version, in the current format: --init.weights runs/new to start from it, or
         --config runs/new/config.yaml to resume the run
@@ -57,10 +59,11 @@ import torch
 
 from aki_megatron.argument_types import as_path, gigabytes, whole_number
 from aki_megatron.checkpoint import conversions
+from aki_megatron.checkpoint.base_weights import BASE_HELP, read_base_paths
 from aki_megatron.checkpoint.conversion_report import AllowedMismatches, ConversionReport
 from aki_megatron.checkpoint.conversion_steps import ConversionSettings, ConvertedModel
 from aki_megatron.checkpoint.files import find_checkpoint
-from aki_megatron.checkpoint.listing import list_tensors, verify_files
+from aki_megatron.checkpoint.listing import left_out_lines, list_tensors, verify_files
 from aki_megatron.checkpoint.run_text import run_tokenizer
 from aki_megatron.checkpoint.upgrade import upgrade as upgrade_checkpoint
 from aki_megatron.checkpoint.writers import SHARD_BYTES, staging_dir
@@ -220,7 +223,7 @@ def upgrade(arguments: argparse.Namespace) -> int:
 
 def inspect(arguments: argparse.Namespace) -> int:
     """Print the tensors that a path holds."""
-    listing = list_tensors(arguments.path)
+    base_paths, listing = read_base_paths(arguments.base), list_tensors(arguments.path)
     print(f"{listing.path}: {listing.format}, {len(listing.specs)} tensors, {listing.num_parameters:,} parameters")
     for component, specs in listing.by_component().items():
         dtypes = ", ".join(sorted({str(spec.dtype).removeprefix("torch.") for spec in specs}))
@@ -233,6 +236,8 @@ def inspect(arguments: argparse.Namespace) -> int:
         shape, dtype = "x".join(map(str, spec.shape)) or "scalar", str(spec.dtype).removeprefix("torch.")
         times = f"{count:4} x " if not arguments.all else ""
         print(f"{name:{width}}  {times}{shape:>16}  {dtype:8} {count * spec.nbytes / 1e6:11,.3f} MB")
+    for line in left_out_lines(listing.path, base_paths):
+        print(line)
     return 0
 
 
@@ -275,6 +280,7 @@ def settings(arguments: argparse.Namespace) -> ConversionSettings:
             mismatched=getattr(arguments, "allow_mismatched", ()),
         ),
         check_logits=not getattr(arguments, "skip_logits_check", True),
+        base_paths=read_base_paths(getattr(arguments, "base", ())),
         start_progress=start_progress,
     )
 
@@ -317,19 +323,20 @@ def build_parser() -> argparse.ArgumentParser:
     added.add_argument("--aki", type=as_path, help="instead of --lm and --vision: a folder that to-hf wrote")
     add(added, "--vision", *to_checkpoint, *COMMON)
     added = command(to_hf)
-    add(added, "checkpoint", "--tokenizer", "--shard-gigabytes", "--adapter", *COMMON)
+    add(added, "checkpoint", "--base", "--tokenizer", "--shard-gigabytes", "--adapter", *COMMON)
     added = command(from_official)
     added.add_argument("release", type=as_path, help="the release's safetensors, a folder with it, or a .pt")
     add(added, "--vision", *to_checkpoint, *COMMON)
     added = command(to_official)
-    add(added, "checkpoint", "--training", *COMMON)
+    add(added, "checkpoint", "--base", "--training", *COMMON)
     added = command(reshard)
-    add(added, "checkpoint", "--files", "--weights-only", "--out")
+    add(added, "checkpoint", "--base", "--files", "--weights-only", "--out")
     added = command(upgrade)
     add(added, "checkpoint", "--files", "--out")
     added = command(inspect)
     added.add_argument("path", type=as_path, help="a checkpoint, a run, a folder, a safetensors file or a .pt")
     added.add_argument("--all", action="store_true", help="every tensor, instead of one line for all layers")
+    add(added, "--base")
     added = command(verify)
     added.add_argument("path", type=as_path, nargs="?", help="an output of these commands, or any checkpoint")
     added.add_argument("--golden", type=as_path, help="a folder of golden values, as tests/golden/official_aki")
@@ -341,6 +348,7 @@ _REPEATED = {"action": "append", "default": [], "metavar": "NAME"}
 
 FLAGS: dict[str, dict[str, Any]] = {
     "checkpoint": {"type": as_path, "help": "a checkpoint, a folder of them, or a run (its newest is taken)"},
+    "--base": {"action": "append", "default": [], "metavar": "[KEY=]PATH", "help": BASE_HELP},
     "--out": {"type": as_path, "required": True, "help": "folder to write; must not exist, or be empty"},
     "--vision": {"type": as_path, "help": "folder of SigLIP"},
     "--model": {

@@ -3,6 +3,7 @@
     python tools/evaluate.py runs/demo/sft                     # every task, all val questions
     python tools/evaluate.py runs/demo/sft --per_task 100      # at most 100 questions per task
     python tools/evaluate.py RUN --with_run PRETRAINING_RUN --report runs/demo/report.html
+    python tools/evaluate.py runs/lora --base /models/pretrain # what its checkpoints leave out has moved
     python tools/evaluate.py runs/own --source '{name: asked, format: llava, path: questions.jsonl, images: pictures}'
 
 Files of one's own have no val split: --source names the questions, as an entry of data.sources does; of a conversation
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 
 from aki_megatron.attention import AttentionMask
+from aki_megatron.checkpoint.base_weights import BASE_HELP, NO_BASE_PATHS, BasePaths, read_base_paths
 from aki_megatron.checkpoint.initial_weights import load_weights
 from aki_megatron.config.datasets import DATASET_FORMAT
 from aki_megatron.config.load import load_run
@@ -48,10 +50,10 @@ from aki_megatron.types import IGNORE, Conversation
 console = Console()
 
 
-def load_model(config: RunConfig, folder: Path) -> Stage:
+def load_model(config: RunConfig, folder: Path, base_paths: BasePaths = NO_BASE_PATHS) -> Stage:
     """Build the run's model with the weights of its newest checkpoint, on the GPU where there is one."""
     model = build_model(config.model, attention=config.attention)
-    load_weights(model, folder)
+    load_weights(model, folder, base_paths)
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -132,6 +134,7 @@ def evaluate(
     report: Path | None,
     source: str | None = None,
     max_new_tokens: int = 16,
+    base_paths: BasePaths = NO_BASE_PATHS,
 ) -> None:
     """Answer the val questions of ``run``, or those of ``source``; score the answers and write the report."""
     paths = RunPaths(run)
@@ -143,7 +146,7 @@ def evaluate(
     template = build_template(config, build_tokenizer(config))
     bad_samples = BadSampleBudget(config.data.max_bad_fraction)
     questions = select_questions(open_questions(config, paths.config, source), per_task, bad_samples)
-    model = load_model(config, paths.path)
+    model = load_model(config, paths.path, base_paths)
     with progress_bar("answering", console=console) as bar:
         task = bar.add_task("questions", total=len(questions))
         answers = predict(
@@ -185,6 +188,7 @@ def val_command(argv: Sequence[str]) -> int:
     parser.add_argument("--source", help="questions in files of one's own, as an entry of data.sources in YAML")
     parser.add_argument("--max_new_tokens", type=int, default=16, help="longest answer (default %(default)s)")
     parser.add_argument("--report", type=Path, help="report file to write (default: report.html in the run folder)")
+    parser.add_argument("--base", action="append", default=[], metavar="[KEY=]PATH", help=BASE_HELP)
     arguments = parser.parse_args(argv)
     evaluate(
         arguments.run,
@@ -193,5 +197,6 @@ def val_command(argv: Sequence[str]) -> int:
         report=arguments.report,
         source=arguments.source,
         max_new_tokens=arguments.max_new_tokens,
+        base_paths=read_base_paths(arguments.base),
     )
     return 0

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from aki_megatron.checkpoint import files
-from aki_megatron.checkpoint.dcp_io import CheckpointSource
-from aki_megatron.checkpoint.tensors import LazyTensors, TensorSource, TensorSpec
+from aki_megatron.checkpoint.tensors import LazyTensors, StoredTensors, TensorSource, TensorSpec
 from aki_megatron.checkpoint.writers import write_safetensors
 from aki_megatron.config.model import DecoderConfig, ModelConfig
 from aki_megatron.config.trainable import LORA_TARGETS, LoraConfig
@@ -26,6 +25,9 @@ ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json
 EXTERNAL_PREFIX = "base_model.model.model.language_model.layers."
 """Before the number of a decoder layer in an adapter of the folder that to-hf writes."""
 
+CACHED_ELEMENTS = 2**18
+"""Elements of a product that are summed at a time, so that they stay in the processor's cache."""
+
 
 @dataclass(frozen=True)
 class MergedWeights:
@@ -39,7 +41,7 @@ class MergedWeights:
         return self.getters[name]()
 
 
-def merge_adapters(source: CheckpointSource, model: ModelConfig) -> CheckpointSource | MergedWeights:
+def merge_adapters(source: StoredTensors, model: ModelConfig) -> StoredTensors:
     """Return the weights of a checkpoint with its adapters merged; the checkpoint itself where it has none."""
     if not any(ADAPTER in name for name in source.specs):
         return source
@@ -61,7 +63,7 @@ def merge_adapters(source: CheckpointSource, model: ModelConfig) -> CheckpointSo
     return MergedWeights(source.path, specs, {name: getter(name) for name in specs})
 
 
-def without_adapters(source: CheckpointSource) -> MergedWeights:
+def without_adapters(source: StoredTensors) -> MergedWeights:
     """Return the weights of a checkpoint that are no adapters, as they are."""
     specs = {name: spec for name, spec in source.specs.items() if ADAPTER not in name}
     return MergedWeights(source.path, specs, {name: partial(source.get, name) for name in specs})
@@ -88,13 +90,20 @@ def layer_adapters(source: TensorSource, weight: str) -> dict[str, str]:
 
 
 def _product(source: TensorSource, weight: str, adapters: Mapping[str, str], decoder: DecoderConfig) -> Tensor:
-    """Return B A of a layer, float32 [out_features, in_features], zero where a fused map has no adapter."""
+    """Return B A of a layer, float32 [out_features, in_features], zero where a fused map has no adapter.
+
+    The bits are the same on every machine, so that merged weights can be known by their digests: the order in which a
+    matrix product adds depends on the processor, that of sums element by element does not.
+    """
     layer = weight.split(".", 2)[2].removesuffix("_proj.weight")
     total = torch.zeros(source.specs[weight].shape)
     for target, name in adapters.items():
         first, last = _rows(layer, target, decoder)
-        second = source.get(f"{name}.lora_B.weight").float()
-        total[first:last] = second @ source.get(f"{name}.lora_A.weight").float()
+        second, matrix = source.get(f"{name}.lora_B.weight").float(), source.get(f"{name}.lora_A.weight").float()
+        num_rows = max(1, CACHED_ELEMENTS // matrix.shape[1])
+        for part, rows in zip(total[first:last].split(num_rows), second.split(num_rows), strict=True):
+            for column, row in zip(rows.unbind(1), matrix, strict=True):
+                part += column[:, None] * row
     return total
 
 
@@ -140,7 +149,7 @@ def external_adapters(source: TensorSource, decoder: DecoderConfig) -> dict[str,
     return found
 
 
-def write_adapter(source: CheckpointSource, model: ModelConfig, out: Path, dtype: torch.dtype | None) -> dict[str, Any]:
+def write_adapter(source: StoredTensors, model: ModelConfig, out: Path, dtype: torch.dtype | None) -> dict[str, Any]:
     """Write the adapters of a checkpoint as a folder that peft loads onto what to-hf wrote of the base model.
 
     Return its adapter_config.json. Raises CheckpointError where the checkpoint has none.

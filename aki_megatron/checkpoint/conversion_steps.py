@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from aki_megatron.checkpoint import files
-from aki_megatron.checkpoint.adapters import MergedWeights, merge_adapters, without_adapters
+from aki_megatron.checkpoint.adapters import merge_adapters, without_adapters
+from aki_megatron.checkpoint.base_weights import NO_BASE_PATHS, BasePaths, open_source
 from aki_megatron.checkpoint.conversion_report import (
     STRICT,
     AllowedMismatches,
@@ -18,13 +19,21 @@ from aki_megatron.checkpoint.conversion_report import (
     TensorRecord,
     match_tensors,
 )
-from aki_megatron.checkpoint.dcp_io import CheckpointSource, stored_weights, write_checkpoint
+from aki_megatron.checkpoint.dcp_io import stored_weights, write_checkpoint
 from aki_megatron.checkpoint.hf_folders import PretrainedFolder, stored_vocab_size
 from aki_megatron.checkpoint.hf_reference import Reference
 from aki_megatron.checkpoint.logits_check import check_logits
 from aki_megatron.checkpoint.random_init import RandomInitSource
 from aki_megatron.checkpoint.shapes import check_shapes, model_shapes
-from aki_megatron.checkpoint.tensors import ProgressSource, TensorSource, cast, merge, select, total_bytes
+from aki_megatron.checkpoint.tensors import (
+    ProgressSource,
+    StoredTensors,
+    TensorSource,
+    cast,
+    merge,
+    select,
+    total_bytes,
+)
 from aki_megatron.checkpoint.writers import SHARD_BYTES
 from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.config.data import OFFICIAL_IMAGES, SYSTEM_MESSAGE, ImagesConfig
@@ -55,6 +64,7 @@ class ConversionSettings:
     num_files       files of a checkpoint that is written; None writes files of about SHARD_BYTES
     check_logits    compare the logits of both sides in the end
     allowed         exceptions from strict matching
+    base_paths      where the bases are of what a checkpoint leaves out
     start_progress  reports progress of long work
     """
 
@@ -63,20 +73,22 @@ class ConversionSettings:
     num_files: int | None = None
     check_logits: bool = True
     allowed: AllowedMismatches = STRICT
+    base_paths: BasePaths = NO_BASE_PATHS
     start_progress: StartProgress = lambda _title, _num_bytes: lambda _read: None
 
 
 def open_checkpoint(
-    path: Path, *, merged: bool = True, verify: bool = True
-) -> tuple[CheckpointSource | MergedWeights, ConvertedModel]:
+    path: Path, *, merged: bool = True, verify: bool = True, base_paths: BasePaths = NO_BASE_PATHS
+) -> tuple[StoredTensors, ConvertedModel]:
     """A checkpoint's weights, and the model they belong to.
 
-    merged  add low-rank adapters to the weights they belong to; false: leave them out
-    verify  compare every file with the manifest first, which reads all of them
+    merged      add low-rank adapters to the weights they belong to; false: leave them out
+    verify      compare every file with the manifest first, which reads all of them
+    base_paths  where the bases are of what the checkpoint leaves out
 
     Raises CheckpointError when there is none, when it is damaged, or when its tensors are not those of its model.
     """
-    source = CheckpointSource(path, verify=verify)
+    source = open_source(path, verify=verify, base_paths=base_paths)
     model = ConvertedModel(*load_model(source.path / files.CONFIG))
     weights = merge_adapters(source, model.config) if merged else without_adapters(source)
     shapes = {name: spec.shape for name, spec in weights.specs.items()}
@@ -200,7 +212,7 @@ def compare_logits(
         report.notes["check"] = "logits not compared (--skip-logits-check)"
         return
     model = load_model(checkpoint / files.CONFIG)[0]
-    stored = CheckpointSource(checkpoint, verify=False)
+    stored = open_source(checkpoint, verify=False, base_paths=settings.base_paths)
     source = merge_adapters(stored, model) if merged else without_adapters(stored)
     with_progress = ProgressSource(source, settings.start_progress("comparing logits", total_bytes(source)))
     comparison = check_logits(with_progress, model, reference)

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 
 from aki_megatron.checkpoint import files
 from aki_megatron.checkpoint.adapters import write_adapter
+from aki_megatron.checkpoint.base_weights import open_source
 from aki_megatron.checkpoint.conversion_report import (
     ConversionReport,
     TensorRecord,
@@ -30,7 +31,7 @@ from aki_megatron.checkpoint.conversion_steps import (
     prepare,
     write_weights,
 )
-from aki_megatron.checkpoint.dcp_io import WEIGHT, CheckpointSource, write_checkpoint
+from aki_megatron.checkpoint.dcp_io import WEIGHT, write_checkpoint
 from aki_megatron.checkpoint.hf_config import (
     audio_config,
     decoder_config,
@@ -180,7 +181,7 @@ def to_hf(
     adapter    write low-rank adapters into the folder ADAPTER_FOLDER inside, as peft loads them onto the rest; false:
                merge them into the weights
     """
-    source, model = open_checkpoint(checkpoint, merged=not adapter)
+    source, model = open_checkpoint(checkpoint, merged=not adapter, base_paths=settings.base_paths)
     refuse_audio(model.config)
     tokenizer = tokenizer or run_tokenizer(source.path)
     with TemporaryDirectory() as grown:
@@ -202,9 +203,8 @@ def to_hf(
         images=run_images(source.path),
     )
     if adapter:
-        write_adapter(
-            CheckpointSource(source.path, verify=False), model.config, folder / ADAPTER_FOLDER, settings.dtype
-        )
+        stored = open_source(source.path, verify=False, base_paths=settings.base_paths)
+        write_adapter(stored, model.config, folder / ADAPTER_FOLDER, settings.dtype)
         report.notes["adapter"] = f"low-rank adapters in {ADAPTER_FOLDER}, not merged into the weights"
     compare_logits(report, source.path, _exported_reference(folder, table), settings, merged=not adapter)
     return report
@@ -255,7 +255,7 @@ def from_official(
 
 def to_official(checkpoint: Path, folder: Path, settings: ConversionSettings, *, training: bool) -> ConversionReport:
     """Convert a checkpoint to the official release's file; with ``training`` to its training checkpoint."""
-    source, model = open_checkpoint(checkpoint)
+    source, model = open_checkpoint(checkpoint, base_paths=settings.base_paths)
     refuse_audio(model.config)
     table = official_names(model.config, vision=not training)
     report = ConversionReport("to-official", _published_source(source.path), external_records(source, table))
@@ -272,8 +272,11 @@ def to_official(checkpoint: Path, folder: Path, settings: ConversionSettings, *,
 
 
 def reshard(checkpoint: Path, folder: Path, settings: ConversionSettings, *, weights_only: bool) -> ConversionReport:
-    """Rewrite a checkpoint bit for bit in another number of files; with ``weights_only`` without optimizer state."""
-    source = CheckpointSource(checkpoint, optimizer_state=True)
+    """Rewrite a checkpoint bit for bit in another number of files; with ``weights_only`` without optimizer state.
+
+    What the checkpoint leaves out is read from its base and written too.
+    """
+    source = open_source(checkpoint, optimizer_state=True, base_paths=settings.base_paths)
     kept = [name for name in source.specs if not weights_only or name.startswith(WEIGHT)]
     report = ConversionReport("reshard", {"checkpoint": str(source.path)})
     report.records += external_records(source, {name: (name,) for name in kept})

@@ -25,7 +25,7 @@ from torch.futures import Future
 
 from aki_megatron.checkpoint import files
 from aki_megatron.checkpoint.tensors import LazyTensors, TensorSource, TensorSpec, require_finite, to_native
-from aki_megatron.errors import CheckpointError
+from aki_megatron.errors import BaseWeightsError, CheckpointError
 
 WEIGHT = "weight."
 """Prefix of master weights: a checkpoint holds the parameter ``name`` as ``weight.<name>``."""
@@ -291,10 +291,14 @@ def ignore_single_process_warning() -> None:
 def write_error(staging: Path, error: BaseException) -> Exception:
     """The error to raise for one met while writing: CheckpointError for a full disk and the like, else RuntimeError.
 
+    What is wrong with weights that were to be read is returned as it is.
+
     DCP wraps the errors of all ranks; the first one is taken.
     """
     failures = getattr(error, "failures", None)
     first = next(iter(failures.values()))[0] if failures else error
+    if isinstance(first, BaseWeightsError):
+        return first
     if isinstance(first, OSError | CheckpointError):
         return CheckpointError(f"{staging} cannot be written: {first}. Earlier checkpoints are intact.")
     return RuntimeError(str(error))

@@ -5,9 +5,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from aki_megatron.checkpoint import files
+from aki_megatron.checkpoint.base_weights import NO_BASE_PATHS, BasePaths, open_bases
 from aki_megatron.checkpoint.conversion_report import REPORT, layer_pattern
 from aki_megatron.checkpoint.dcp_io import WEIGHT, CheckpointSource
+from aki_megatron.checkpoint.frozen_record import read_record
 from aki_megatron.checkpoint.official import PREFIXES as OFFICIAL
 from aki_megatron.checkpoint.official import open_official
 from aki_megatron.checkpoint.readers import open_safetensors
@@ -79,18 +83,43 @@ class TensorListing:
 def list_tensors(path: Path) -> TensorListing:
     """List a checkpoint (or the newest of a folder or run), a Hugging Face folder, or the official release.
 
+    Of a checkpoint that leaves out what its run never trained, this is listed too.
+
     Raises CheckpointError for anything else, and for files that cannot be read.
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist.")
     if path.is_dir() and not list(path.glob("*.safetensors")):
         source = CheckpointSource(path, optimizer_state=True, verify=False)
-        return TensorListing("checkpoint of aki_megatron", source.path, source.specs)
+        record = read_record(source.path)
+        left_out = {} if record is None else record.tensors
+        elsewhere = {WEIGHT + name: TensorSpec(each.shape, torch.float32) for name, each in left_out.items()}
+        return TensorListing("checkpoint of aki_megatron", source.path, {**source.specs, **elsewhere})
     specs = (open_safetensors(path) if path.is_dir() or path.suffix == ".safetensors" else open_official(path)).specs
     for title, prefixes in _DISTINCTIVE_PREFIXES.items():
         if any(name.startswith(prefixes) for name in specs):
             return TensorListing(title, path, specs)
     raise CheckpointError(f"{path} holds tensors of no format known here; the first is {next(iter(specs), 'none')}.")
+
+
+def left_out_lines(checkpoint: Path, base_paths: BasePaths = NO_BASE_PATHS) -> list[str]:
+    """Return a line for each base of what a checkpoint leaves out; nothing for a checkpoint that is whole.
+
+    base_paths  where the bases are
+
+    Raises CheckpointError where one is missing, or is of another model.
+    """
+    record = read_record(checkpoint)
+    if record is None:
+        return []
+    lines = []
+    for key, opened in open_bases(checkpoint, record, base_paths).items():
+        numel, size = (sum(getattr(spec, what) for spec in opened.specs.values()) for what in ("numel", "nbytes"))
+        lines.append(
+            f"not in the checkpoint, but read from {opened.where} ({key}): {len(opened.specs)} tensors, {numel:,} "
+            f"parameters, {size / 1e6:,.1f} MB"
+        )
+    return lines
 
 
 def verify_files(path: Path, report: Callable[[str], None]) -> bool:

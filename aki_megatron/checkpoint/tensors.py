@@ -54,6 +54,15 @@ class TensorSource(Protocol):
         ...
 
 
+class StoredTensors(TensorSource, Protocol):
+    """A TensorSource of a checkpoint."""
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint's folder."""
+        ...
+
+
 @dataclass(frozen=True)
 class LazyTensors:
     """A TensorSource made of functions: each tensor is computed when it is asked for."""

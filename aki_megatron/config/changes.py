@@ -43,7 +43,10 @@ CHANGEABLE: dict[str, str] = {
     "data.captions.shards": "tars are read from there; their order must stay",
     "data.sources.path": "own files are read from there; their order must stay",
     "data.sources.images": "the images of own files are read from there",
-    "init": "nothing: weights come from the checkpoint",
+    "init": (
+        "nothing: weights come from the checkpoint; what it leaves out (checkpoint.exclude_frozen_parameters) is read "
+        "from there and must be the same"
+    ),
 }
 """Keys and sections that --allow_change may name -> what their change means for a run that goes on."""
 

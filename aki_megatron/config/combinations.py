@@ -263,11 +263,15 @@ BESIDE = """\
 | data | number of ranks / (tensor x pipeline) | any size |
 | packing | `data.packing.enabled`: several samples in one sequence, each a segment of its own | any |
 | what trains | `trainable`, and per phase `data.phases` ([training_parts.md](training_parts.md)) | any |
+| checkpoints | `checkpoint.exclude_frozen_parameters`: whole, or without what never trains \
+([training_parts.md](training_parts.md)) | any |
 | validation | `validation.interval`: losses and answers during training ([validation.md](validation.md)) | any |
 
 Every part that trains or does not, low-rank adapters and stages of which nothing trains are proven in
 [tests/distributed/test_trainable.py](../tests/distributed/test_trainable.py), changes from phase to phase in
-[tests/distributed/test_training_phases.py](../tests/distributed/test_training_phases.py).
+[tests/distributed/test_training_phases.py](../tests/distributed/test_training_phases.py), and that checkpoints without
+frozen weights resume to the bits of whole ones in
+[tests/distributed/test_frozen_checkpoints.py](../tests/distributed/test_frozen_checkpoints.py).
 
 Data parallelism is in every row, at any size that divides `train.global_batch_size`. Packed sequences are part of the
 batches with which the rows are proven. Validation goes with every row: its losses and answers equal those of one

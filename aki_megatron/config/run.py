@@ -120,6 +120,9 @@ class CheckpointConfig(Section):
     async_save: bool = True
     """Write checkpoints in a background thread from a copy in host memory (12 bytes per parameter, divided among the
     ranks); false: training waits until a checkpoint is on disk and no copy is made."""
+    exclude_frozen_parameters: bool = False
+    """true: leave out of checkpoints the weights that no phase of the run trains and that came from init.*, and know
+    them by their sha256. They are read from there again, so what init.* names must stay; docs/training_parts.md."""
 
 
 class WatchConfig(Section):

@@ -1,6 +1,6 @@
 """Interfaces: ShardedStage, one pipeline stage with its optimizer state, and Engine, which runs the stages."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,8 +11,16 @@ from aki_megatron.errors import UserError
 from aki_megatron.model.stage import Stage
 from aki_megatron.types import Batch, ControlRequest, Modality, StackedIds, StepReport
 
+ParameterFilter = Callable[[str], bool]
+"""Takes the name of a parameter in the whole model; returns whether it is meant. The same on every rank."""
+
 MAX_SKIPPED_IN_A_ROW = 10
 """Consecutive steps without a finite gradient after which training stops."""
+
+
+def every_parameter(_name: str) -> bool:
+    """A ParameterFilter that leaves none out."""
+    return True
 
 
 class DivergedError(UserError):
@@ -142,18 +150,23 @@ class Engine(Protocol):
         """
         ...
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self, is_included: ParameterFilter = every_parameter) -> dict[str, Tensor]:
         """Return the global state: master weights, moments and update count of this rank's stages.
+
+        is_included  parameters whose weights and moments to return
 
         Names and shapes do not depend on the parallel layout. The tensors are DTensors sharded over the ranks that hold
         them; all ranks together hold the whole model.
         """
         ...
 
-    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load tensors of the form ``state_dict`` returns, saved under any layout; at any time between two steps."""
+    def load_state_dict(self, tensors: Mapping[str, Tensor], is_included: ParameterFilter = every_parameter) -> None:
+        """Load tensors of the form ``state_dict`` returns, saved under any layout; at any time between two steps.
+
+        is_included  parameters that ``tensors`` has; the others keep their weights
+        """
         ...
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every weight of this rank's stages under its global name, full, float32, one at a time."""
+    def named_weights(self, is_included: ParameterFilter = every_parameter) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights of this rank's stages under their global names, full, float32, one at a time."""
         ...

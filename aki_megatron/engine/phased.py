@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aki_megatron.config.trainable import TrainingPlan
 from aki_megatron.engine import global_state
-from aki_megatron.engine.base import Engine
+from aki_megatron.engine.base import Engine, ParameterFilter, every_parameter
 from aki_megatron.model.trainable import part_plan
 from aki_megatron.types import Batch, ControlRequest, StepReport
 
@@ -52,10 +52,21 @@ class PhasedEngine:
             self._present.load_state_dict(tensors)
         self.phase = phase
 
-    def select_phase(self, phase: int) -> None:
-        """Get ready for ``load_state_dict`` with the state of a phase; the present state is lost where it differs."""
+    def select_phase(self, phase: int, keeps: ParameterFilter | None = None) -> None:
+        """Get ready for ``load_state_dict`` with the state of a phase; the present state is lost where it differs.
+
+        keeps  parameters whose weights stay, because that state leaves them out; None: none
+        """
         if not self.trains_alike(phase):
-            self._replace(phase)
+            if keeps is None:
+                self._replace(phase)
+            else:
+                old = {name: tensor.to("cpu") for name, tensor in self._present.state_dict(keeps).items()}
+                self._replace(phase)
+                tensors = self._present.state_dict(keeps)
+                for name in sorted(tensors.keys() & old.keys()):
+                    tensors[name] = old.pop(name).to(tensors[name].device)
+                self._present.load_state_dict(tensors, keeps)
         self.phase = phase
 
     def train_step(
@@ -69,14 +80,14 @@ class PhasedEngine:
     def next_tokens(self, microbatches: Sequence[Batch]) -> list[list[int]]:
         return self._present.next_tokens(microbatches)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return self._present.state_dict()
+    def state_dict(self, is_included: ParameterFilter = every_parameter) -> dict[str, Tensor]:
+        return self._present.state_dict(is_included)
 
-    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        self._present.load_state_dict(tensors)
+    def load_state_dict(self, tensors: Mapping[str, Tensor], is_included: ParameterFilter = every_parameter) -> None:
+        self._present.load_state_dict(tensors, is_included)
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        return self._present.named_weights()
+    def named_weights(self, is_included: ParameterFilter = every_parameter) -> Iterator[tuple[str, Tensor]]:
+        return self._present.named_weights(is_included)
 
     @property
     def _present(self) -> Engine:

@@ -24,7 +24,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from aki_megatron.engine import global_state
-from aki_megatron.engine.base import MAX_SKIPPED_IN_A_ROW, DivergedError, ShardedStage
+from aki_megatron.engine.base import (
+    MAX_SKIPPED_IN_A_ROW,
+    DivergedError,
+    ParameterFilter,
+    ShardedStage,
+    every_parameter,
+)
 from aki_megatron.engine.inference import PipelineInference
 from aki_megatron.engine.mask_consistency import MaskConsistencyChecker
 from aki_megatron.engine.norm import clip_factor, squared_norm
@@ -197,19 +203,19 @@ class PipelineEngine:
                 "Lower optimizer.lr, lengthen optimizer.warmup_steps, or check the data, and resume from a checkpoint."
             )
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self, is_included: ParameterFilter = every_parameter) -> dict[str, Tensor]:
         """Return the global state (see Engine); frozen parameters have a weight but no moments."""
         tensors: dict[str, Tensor] = {}
-        for stage, name, moment, key in self._entries():
+        for stage, name, moment, key in self._entries(is_included):
             tensors[key] = global_state.shard_first_dim(self._full_tensor(stage, name, moment), self._mesh)
         for since, count in self._num_updates.items():
             tensors[global_state.step_key(since)] = torch.tensor(float(count))
         return tensors
 
-    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, tensors: Mapping[str, Tensor], is_included: ParameterFilter = every_parameter) -> None:
         """Load the global state (see Engine); ``tensors`` has exactly the names that ``state_dict`` returns."""
         topology = self._topology
-        for stage, name, moment, key in self._entries():
+        for stage, name, moment, key in self._entries(is_included):
             spec = shard_spec(name, stage.module.config.decoder)
             full = global_state.gather(tensors[key])
             stage.set_full_param(name, shard_tensor(full, spec, topology.tensor_rank, topology.tensor), moment)
@@ -219,15 +225,18 @@ class PipelineEngine:
             stage.sync_params()
         self._not_finite_in_a_row = 0
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def named_weights(self, is_included: ParameterFilter = every_parameter) -> Iterator[tuple[str, Tensor]]:
         for stage, names in zip(self._stages, self._global_names, strict=True):
             for name in names:
-                yield names[name], self._full_tensor(stage, name)
+                if is_included(names[name]):
+                    yield names[name], self._full_tensor(stage, name)
 
-    def _entries(self) -> Iterator[tuple[ShardedStage, str, str | None, str]]:
+    def _entries(self, is_included: ParameterFilter) -> Iterator[tuple[ShardedStage, str, str | None, str]]:
         """Yield stage, parameter name, moment (None: the weight) and global key of every tensor of the state."""
         for stage, names in zip(self._stages, self._global_names, strict=True):
             for name, parameter in stage.module.named_parameters():
+                if not is_included(names[name]):
+                    continue
                 yield stage, name, None, global_state.key(global_state.WEIGHT, names[name])
                 for moment in global_state.MOMENTS if parameter.requires_grad else ():
                     yield stage, name, moment, global_state.key(moment, names[name])

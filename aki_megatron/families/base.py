@@ -23,16 +23,28 @@ _CHAT_TEMPLATE = (
     "{{- '$conversation_start' -}}"
     "{%- if messages[0]['role'] != 'system' and '$system_message' -%}"
     "{{- message('system', '$system_message') -}}{%- endif -%}"
-    "{%- for each in messages -%}{%- set parts = namespace(texts=[]) -%}"
-    "{%- if each['content'] is string -%}{%- set parts.texts = [each['content']] -%}{%- else -%}"
+    "{%- for each in messages -%}"
+    "{%- if each['content'] is string -%}{{- message(each['role'], each['content']) -}}{%- else -%}"
+    "{%- set found = namespace(all='', text='', leading=0, later=0) -%}"
     "{%- for part in each['content'] -%}"
-    "{%- set parts.texts = parts.texts + ['$image' if part['type'] == 'image' else part['text']] -%}"
-    "{%- endfor -%}{%- endif -%}"
-    "{{- message(each['role'], parts.texts | join('\n')) -}}"
+    "{%- if part['type'] != 'image' -%}"
+    "{%- set found.text = found.text + part['text'] -%}{%- set found.all = found.all + part['text'] -%}"
+    "{%- else -%}"
+    "{%- if found.text -%}{%- set found.later = found.later + 1 -%}"
+    "{%- else -%}{%- set found.leading = found.leading + 1 -%}{%- endif -%}"
+    "{%- set found.all = found.all + '$image' -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if found.leading and not found.later and found.text and not found.text[0].isspace() -%}"
+    "{%- set found.all = '$image\n' * found.leading + found.text -%}{%- endif -%}"
+    "{{- message(each['role'], found.all) -}}"
+    "{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '$response_start' -}}{%- endif -%}"
 )
-"""Jinja, filled in by ChatFormat.chat_template."""
+"""Jinja, filled in by ChatFormat.chat_template. The parts of a message are written as they are, as training reads the
+prompts of users' own files; but images before a text that does not begin with white space are followed by a newline
+each, as in AKI's own format."""
 
 
 STANDARD_CONFIG_KEYS: Mapping[str, str] = {

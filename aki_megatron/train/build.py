@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from aki_megatron.checkpoint.checkpointer import Checkpointer
-from aki_megatron.checkpoint.initial_weights import weight_initializer
 from aki_megatron.checkpoint.run_text import read_tokenizer_files
 from aki_megatron.config.batch_sizes import micro_batch_size, num_microbatches
 from aki_megatron.config.deepspeed import offload_device, settings_for_engine
@@ -53,6 +52,7 @@ from aki_megatron.train.build_validation import build_validator, open_validation
 from aki_megatron.train.callbacks import ProgressCallback, ReportCallback, RunFinalizer
 from aki_megatron.train.continuation import record_configuration
 from aki_megatron.train.data_changes import EXTRA_KEY, fingerprint_run, fingerprints_to_json
+from aki_megatron.train.frozen_parameters import FrozenParameters
 from aki_megatron.train.loop import Trainer, TrainState
 from aki_megatron.train.run_summary import summary_lines, uses_recompute
 from aki_megatron.train.side_output import OutputFailures, isolate_side_outputs
@@ -195,7 +195,7 @@ def checkpoint_extra(
     fingerprints: Mapping[str, Fingerprint] | None = None,
     validator: Validator | None = None,
 ) -> dict[str, Any]:
-    """Return what a checkpoint holds besides the engine's state, as JSON values; ``load_checkpoint`` returns it."""
+    """Return what a checkpoint holds besides the engine's state, as JSON values; loading it returns them."""
     return {
         "step": state.step,
         "data_step": state.data_step,
@@ -206,27 +206,11 @@ def checkpoint_extra(
     }
 
 
-def load_checkpoint(
-    engine: Engine,
-    checkpointer: Checkpointer,
-    checkpoint: Path,
-    select_phase: Callable[[Path], None] = lambda checkpoint: None,
-) -> dict[str, Any]:
-    """Load a checkpoint into the engine; return its ``checkpoint_extra``. Collective.
+def load_latest(checkpointer: Checkpointer, load: Callable[[Path], Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Load the newest checkpoint during a run, after a save in progress; return what ``load`` returns of it.
 
-    select_phase  makes the engine one of the phase of a checkpoint
+    Raises CheckpointError without one.
     """
-    select_phase(checkpoint)
-    tensors = engine.state_dict()
-    extra = checkpointer.load(checkpoint, tensors)
-    engine.load_state_dict(tensors)
-    return extra
-
-
-def load_latest(
-    engine: Engine, checkpointer: Checkpointer, select_phase: Callable[[Path], None] = lambda checkpoint: None
-) -> Mapping[str, Any]:
-    """Load the newest checkpoint during a run, after a save in progress. Raises CheckpointError without one."""
     try:
         checkpointer.wait()
     except CheckpointError as error:
@@ -236,7 +220,7 @@ def load_latest(
             f"The run must roll back to a checkpoint (watch.on_non_finite, watch.on_loss_spike), but "
             f"{checkpointer.folder} has none: even the first could not be written; the logs say why."
         )
-    return load_checkpoint(engine, checkpointer, checkpoint, select_phase)
+    return load(checkpoint)
 
 
 def build_lr_schedule(config: RunConfig) -> Callable[[int], float]:
@@ -318,9 +302,12 @@ def build_trainer(
         should_apply_update=should_apply_update,
         set_phase=tracker.set_phase,
     )
-    initializer = weight_initializer(config, topology, resuming=checkpoint is not None)
-    engine = build_phased_engine(config, build, initializer, checkpoint)
-    extra = load_checkpoint(engine, checkpointer, checkpoint) if checkpoint else {}
+    frozen = FrozenParameters(config, topology, checkpoint)
+    engine = build_phased_engine(config, build, frozen.initializer(), checkpoint)
+    frozen.check_built(engine)
+    extra = frozen.load(engine, checkpointer, checkpoint) if checkpoint else {}
+    if line := frozen.describe():
+        progress(line)
     guard = LossSpikeGuard(config.watch, extra.get("loss_spike_guard"), record_event=event_recorder)
     state = TrainState(extra["step"], extra["data_step"], extra["data"]) if extra else TrainState()
     control = ControlSignals(paths, stop_signals, checks_files=is_rank_zero)
@@ -330,8 +317,8 @@ def build_trainer(
     if validator and extra:
         validator.load_state_dict(extra.get("validation"))
 
-    def select_phase(checkpoint: Path) -> None:
-        engine.select_phase(saved_phase(config, checkpoint))
+    def load(checkpoint: Path) -> Mapping[str, Any]:
+        return frozen.load(engine, checkpointer, checkpoint, saved_phase(config, checkpoint))
 
     def record_phase(text: str) -> None:
         progress(text)
@@ -341,9 +328,9 @@ def build_trainer(
         extra = checkpoint_extra(state, guard, fingerprints, validator)
         checkpointer.save(
             step,
-            engine.state_dict(),
+            engine.state_dict(frozen.is_saved),
             extra,
-            rank_files=logs.unwritten_files(),
+            rank_files=logs.unwritten_files() | frozen.files(),
             keep_older=keep_older,
             best_step=validator.best_step(step) if validator else None,
         )
@@ -374,7 +361,7 @@ def build_trainer(
         learning_rate=build_lr_schedule(config),
         state=state,
         poll_control=control.poll,
-        load_latest=partial(load_latest, engine, checkpointer, select_phase),
+        load_latest=partial(load_latest, checkpointer, load),
         set_phase=tracker.set_phase,
         begin_data_step=partial(enter_phase, config, engine, record=record_phase, set_phase=tracker.set_phase),
         validator=validator,

@@ -31,7 +31,7 @@ EXTRA_KEY = "fingerprints"
 
 SOURCE_KEYS = ("data.root", "data.captions.shards", "data.sources.path", "data.sources.images")
 TOKENIZER_KEY = "data.tokenizer"
-INIT_KEYS = ("init.vision", "init.language", "init.weights")
+INIT_KEYS = ("init.vision", "init.audio", "init.language", "init.weights")
 
 MAX_LISTED = 8
 """Differences that an error lists."""

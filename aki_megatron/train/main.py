@@ -34,6 +34,7 @@ from aki_megatron.supervise.signals import StopSignals
 from aki_megatron.supervise.watchdog import Watchdog, collective_timeout
 from aki_megatron.train.build import build_trainer
 from aki_megatron.train.continuation import check_continuation, reason_not_to_start
+from aki_megatron.train.frozen_parameters import init_path, needed_keys
 from aki_megatron.train.history import read_history, with_saved_init
 
 logger = logging.getLogger("aki_megatron")
@@ -45,12 +46,12 @@ LOST_FOLDER_SECONDS = 60.0
 def missing_inputs(config: RunConfig) -> list[str]:
     """Return every file and folder that the run would read and that does not exist, with the key that names it.
 
-    A run that goes on reads its weights from its own checkpoint.
+    A run that goes on reads its weights from its own checkpoint, but for those that the checkpoint leaves out.
     """
-    init, data = config.init, config.data
+    data = config.data
     inputs: dict[str, Path | None] = {"data.tokenizer": data.tokenizer, "data.root": data.root}
-    if read_history(RunPaths(config.run.dir)).checkpoint is None:
-        inputs |= {"init.vision": init.vision, "init.language": init.language, "init.weights": init.weights}
+    checkpoint = read_history(RunPaths(config.run.dir)).checkpoint
+    inputs |= {key: init_path(config.init, key) for key in needed_keys(config, checkpoint)}
     missing = [f"{path} ({key})" for key, path in inputs.items() if path is not None and not path.exists()]
     if data.kind == "captions":
         for captions in data.captions:

@@ -15,7 +15,7 @@ from aki_megatron.engine.base import Engine
 from aki_megatron.evaluate.generate import generate
 from aki_megatron.model.stage import build_model
 from aki_megatron.parallel.topology import Topology
-from aki_megatron.train.build import build_checkpointer, build_engine, load_checkpoint, partition_layers
+from aki_megatron.train.build import build_checkpointer, build_engine, partition_layers
 
 pytestmark = pytest.mark.distributed
 STEPS = 3
@@ -49,7 +49,9 @@ def train_save_and_load(topology: Topology, config: RunConfig) -> dict[str, Any]
     checkpoint = checkpointer.latest()
     assert checkpoint is not None
     resumed = build(topology, config)
-    extra = load_checkpoint(resumed, checkpointer, checkpoint)
+    tensors = resumed.state_dict()
+    extra = checkpointer.load(checkpoint, tensors)
+    resumed.load_state_dict(tensors)
     saved = load_saved(checkpoint / "config.yaml")
     model = build_model(saved.model, attention=saved.attention)
     load_weights(model, checkpoint)

@@ -14,6 +14,7 @@ from aki_megatron.config.save import compare_for_resume, dump_run, load_saved
 from aki_megatron.config.validation import values_of
 from aki_megatron.errors import ConfigError
 from aki_megatron.parallel.pipeline_partition import estimate_costs
+from aki_megatron.train.main import missing_inputs
 
 AUDIO_YAML = ROOT / "configs/demo/audio.yaml"
 
@@ -64,6 +65,11 @@ def test_what_is_wrong_in_a_file_is_said(tmp_path: Path) -> None:
                          ("{secs: 3}", "unknown key model.audio.secs"), ("{seconds: a}", "got \"a\"")):  # fmt: skip
         file.write_text(f"base: {ROOT / 'configs/demo/sft.yaml'}\nmodel: {{audio: {audio}}}\n")
         assert error in message(config=file)
+
+
+def test_a_folder_that_is_missing_is_named_at_the_start(tmp_path: Path) -> None:
+    flags = ("--model.audio.seconds", "2", "--init.weights", "null", "--run.dir", str(tmp_path / "run"))
+    assert "nowhere (init.audio)" in missing_inputs(load(*flags, "--init.audio", "nowhere"))
 
 
 def test_runs_of_before_it_resume_as_before(tmp_path: Path) -> None:

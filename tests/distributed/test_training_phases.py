@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,13 +81,14 @@ def plain(setting: Setting) -> Trained:
     return Trained(losses, norms, weights)
 
 
-def phased(topology: Topology, setting: Setting, phase: int) -> PhasedEngine:
+def phased(topology: Topology, setting: Setting, phase: int, **first: Any) -> PhasedEngine:
+    """The engine of a phase; ``first`` are further arguments of the first build."""
     plans = [replace(setting, phase=number).plan for number in range(len(setting.phases))]
 
-    def build(phase: int):
-        return tiny_engine(topology, replace(setting, phase=phase))
+    def build(phase: int, **more: Any):
+        return tiny_engine(topology, replace(setting, phase=phase), **more)
 
-    return PhasedEngine(build(phase), plans, phase, rebuild=build)
+    return PhasedEngine(build(phase, **first), plans, phase, rebuild=build)
 
 
 def run(engine: PhasedEngine, topology: Topology, first: int, last: int) -> tuple[list[float], list[float]]:

@@ -66,17 +66,18 @@ def test_the_newest_complete_checkpoint_is_loaded_though_the_last_save_failed(
     def wait() -> None:
         raise CheckpointError("the disk is full")
 
-    loaded: list[Any] = []
-    engine: Any = SimpleNamespace(state_dict=dict, load_state_dict=loaded.append)
+    loaded: list[Path] = []
+
+    def load(checkpoint: Path) -> dict[str, Any]:
+        loaded.append(checkpoint)
+        return {"step": 4}
+
     checkpointer: Any = SimpleNamespace(
-        folder=Path("runs/x/checkpoints"),
-        wait=wait,
-        latest=lambda: Path("step_000004"),
-        load=lambda path, tensors: path,
+        folder=Path("runs/x/checkpoints"), wait=wait, latest=lambda: Path("step_000004")
     )
-    assert load_latest(engine, checkpointer) == Path("step_000004") and loaded == [{}]
+    assert load_latest(checkpointer, load) == {"step": 4} and loaded == [Path("step_000004")]
     assert "the disk is full" in caplog.text
     checkpointer.latest = lambda: None
     with pytest.raises(CheckpointError, match="runs/x/checkpoints has none"):
-        load_latest(engine, checkpointer)
+        load_latest(checkpointer, load)
     assert len(loaded) == 1

@@ -79,6 +79,11 @@ def run(arguments: argparse.Namespace) -> int:
     endpoints = page_endpoints(backends, comparison, drawn_examples(), arguments.ask_with)
     app = build_app(first, others=others, endpoints=endpoints)
     address = f"http://{HOST}:{listener.getsockname()[1]}/"
+
+    def give_up() -> None:
+        for backend in backends.values():
+            backend.service.stop(timeout=0)
+
     with ExitStack() as stack:
         for backend in backends.values():
             stack.callback(backend.close)
@@ -88,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
             app,
             limits,
             on_start=lambda: announce(address, with_browser=not arguments.no_browser),
-            on_stop=lambda: [backend.service.stop(timeout=0) for backend in backends.values()],
+            on_stop=give_up,
         )
         serve(server, listener)
     return 0

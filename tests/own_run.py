@@ -16,6 +16,7 @@ from aki_megatron.synthetic.demo_tokenizer import write_tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 NUM_PICTURES = 6
 FLAGS = {
+    "--validation.interval": 0,
     "--model.vision.hidden_size": 16, "--model.vision.num_heads": 2, "--model.vision.intermediate_size": 24,
     "--model.resampler.num_latents": 4, "--model.resampler.num_layers": 1, "--model.resampler.num_heads": 2,
     "--model.resampler.head_dim": 8, "--model.decoder.hidden_size": 32, "--model.decoder.num_layers": 4,

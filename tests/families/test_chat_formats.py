@@ -95,7 +95,7 @@ def supervised(sample: Sample) -> list[int]:
 def test_a_dialogue_equals_the_published_template(family: str, templates: dict[str, Template]) -> None:
     template, expected = templates[family], DIALOGUES[family]
     tokenizer = template.tokenizer
-    assert template.conversation_parts(DIALOGUE) == expected
+    assert [(part.text, part.modality) for part in template.conversation_parts(DIALOGUE)] == expected
     sample = template.render_conversation(DIALOGUE)
     assert sample is not None
     whole = "".join(text for text, _ in expected)

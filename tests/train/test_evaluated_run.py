@@ -66,7 +66,7 @@ def train(folder: Path, run: str, *flags: str) -> RunPaths:
         "--train.steps": "3", "--optimizer.warmup_steps": "1", "--optimizer.eps": "1e-5",
         "--train.global_batch_size": "4", "--train.micro_batch_size": "4", "--checkpoint.async_save": "false",
         "--checkpoint.interval": "1", "--checkpoint.keep_every": "1", "--log.tensorboard": "false",
-        "--log.wandb": "disabled",
+        "--log.wandb": "disabled", "--validation.interval": "0",
     }  # fmt: skip
 
     def run_it() -> bool:

@@ -70,9 +70,9 @@ def answer_questions(
     goes_on = True
     while goes_on or running:
         refused: list[Prediction] = []
-        room = settings.batch_size - len(running)  # a place that has got free is taken before the next token
-        if goes_on and room > 0:
-            taken = ranks.share(supply.take(room, wait=not running) if ranks.is_leader else None)
+        num_free = settings.batch_size - len(running)  # a place that has got free is taken before the next token
+        if goes_on and num_free > 0:
+            taken = ranks.share(supply.take(num_free, wait=not running) if ranks.is_leader else None)
             goes_on = taken is not None
             refused = [answer for each in taken or () if (answer := _submit(each, answerer, settings, running))]
         ended = [running.pop(id(request)) for request in answerer.step()]

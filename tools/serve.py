@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """Load the model and serve it."""
     try:
-        from aki_megatron.evaluate.serving.server import listen, serve
+        from aki_megatron.evaluate.serving.server import Server, bind, serve
     except ImportError as error:
         if error.name not in ("starlette", "uvicorn", "python_multipart"):
             raise
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # forms that are refused have their line already
     allow_many_connections()
-    listener = listen(arguments.host, arguments.port)  # before the model is loaded, which may take minutes
+    listener = bind(arguments.host, arguments.port)  # before the model is loaded, which may take minutes
     device = arguments.device or default_device()
     dtype = DTYPES[arguments.dtype or ("bf16" if device.startswith("cuda") else "fp32")]
     model = load_for_answering(arguments.model, tokenizer=arguments.tokenizer, device=device, dtype=dtype)
@@ -84,9 +84,15 @@ def run(arguments: argparse.Namespace) -> int:
     )
     host, port = listener.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    server = Server(
+        app,
+        limits,
+        on_start=lambda: print(f"{name} ({model.path}, {device}) at {address}/v1", flush=True),
+        on_stop=lambda: service.stop(timeout=0),
+    )
     service.start()
     try:
-        serve(app, listener, limits, lambda: print(f"{name} ({model.path}, {device}) at {address}/v1", flush=True))
+        serve(server, listener)
     finally:
         service.stop(timeout=60)
         backend.close()

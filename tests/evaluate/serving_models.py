@@ -31,7 +31,7 @@ from aki_megatron.evaluate.serving.access import LOCAL, Access
 from aki_megatron.evaluate.serving.app import build_app
 from aki_megatron.evaluate.serving.backend import Backend
 from aki_megatron.evaluate.serving.limits import Limits
-from aki_megatron.evaluate.serving.server import _config, _Server, listen
+from aki_megatron.evaluate.serving.server import Server, bind
 from aki_megatron.evaluate.serving.service import AnsweringService
 from aki_megatron.families.registry import FAMILIES
 from aki_megatron.model.stage import build_model
@@ -143,10 +143,10 @@ def running_server(
 ) -> Iterator[str]:
     """A server on a thread; yields its address."""
     app = build_app(served, access, log=(lambda line: None) if log is None else log.append, **settings)
-    listener = listen("127.0.0.1", 0)
+    listener = bind("127.0.0.1", 0)
     host, port = listener.getsockname()
     started = threading.Event()
-    server = _Server(_config(app, served.limits), started.set)
+    server = Server(app, served.limits, on_start=started.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

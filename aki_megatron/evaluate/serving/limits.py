@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from aki_megatron.data.image import MAX_PIXELS
+from aki_megatron.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,11 @@ class Limits:
         for name in self.__dataclass_fields__:
             least = 0 if name == "queue" else 1e-3
             assert getattr(self, name) >= least, f"{name}={getattr(self, name)}"
-        assert self.body_bytes <= self.buffered_bytes, (self.body_bytes, self.buffered_bytes)
+        if self.body_bytes > self.buffered_bytes:
+            raise ConfigError(
+                f"--body_megabytes {self.body_bytes >> 20} is more than all requests together may take; give "
+                f"--buffer_megabytes {self.body_bytes >> 20} or more."
+            )
 
     @property
     def requests(self) -> int:

@@ -22,8 +22,11 @@ BACKLOG = 2048
 """Connections that the system may hold before they are accepted."""
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens on an address; port 0 takes a free one. Raises ConfigError where that fails."""
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket of an address, which ``serve`` listens on; port 0 takes a free one.
+
+    Raises ConfigError where that fails, as it does where another program listens there.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:
@@ -32,51 +35,71 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
-        raise ConfigError(
-            f"Cannot listen on {host} port {port} ({error.strerror or error}); give another --port, or --port 0."
-        ) from None
+        raise _cannot_listen(f"{host} port {port}", error) from None
     return listener
 
 
-def serve(app: ASGIApp, listener: socket.socket, limits: Limits, on_start: Callable[[], None] = lambda: None) -> None:
-    """Serve until SIGINT or SIGTERM; running answers have GRACE_SECONDS to end."""
-    server = _Server(_config(app, limits), on_start)
+def serve(server: "Server", listener: socket.socket) -> None:
+    """Serve until SIGINT or SIGTERM. Raises ConfigError where another program has begun to listen there."""
+    try:
+        listener.listen(BACKLOG)
+    except OSError as error:
+        raise _cannot_listen(f"{listener.getsockname()}", error) from None
     asyncio.run(server.serve(sockets=[listener]))
 
 
-def _config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
-    def protocol(*arguments: Any, **settings: Any) -> asyncio.Protocol:
-        return _TimedProtocol(limits, *arguments, **settings)
-
-    return uvicorn.Config(
-        app,
-        http=protocol,  # type: ignore[arg-type]
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=limits.header_seconds,  # type: ignore[arg-type]
-        timeout_graceful_shutdown=GRACE_SECONDS,
-        backlog=BACKLOG,
-    )
+def _cannot_listen(where: str, error: OSError) -> ConfigError:
+    return ConfigError(f"Cannot listen on {where} ({error.strerror or error}); give another --port, or --port 0.")
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """A server that ends by itself after a signal; uvicorn's would raise the signal once more."""
 
-    def __init__(self, config: uvicorn.Config, on_start: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._on_start = on_start
+    def __init__(
+        self,
+        app: ASGIApp,
+        limits: Limits,
+        *,
+        on_start: Callable[[], None] = lambda: None,
+        on_stop: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Serve an application.
+
+        on_start  is called when the first request can come
+        on_stop   is called GRACE_SECONDS after a signal if answers still run then, to give them up
+        """
+
+        def protocol(*arguments: Any, **settings: Any) -> asyncio.Protocol:
+            return _TimedProtocol(limits, *arguments, **settings)
+
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=protocol,  # type: ignore[arg-type]
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=limits.header_seconds,  # type: ignore[arg-type]
+                timeout_graceful_shutdown=2 * GRACE_SECONDS,
+                backlog=BACKLOG,
+            )
+        )
+        self._on_start, self._on_stop = on_start, on_stop
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         if self.started:
             self._on_start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        timer = asyncio.get_running_loop().call_later(GRACE_SECONDS, self._on_stop)
+        await super().shutdown(sockets=sockets)
+        timer.cancel()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

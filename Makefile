@@ -35,9 +35,8 @@ setup: .venv/.ready
 demo: setup
 	python tools/demo.py
 
-# The demo's model was trained on single questions.
 chat: setup
-	python tools/demo_page.py runs/demo/sft --ask_with alone
+	python tools/demo_page.py runs/demo/sft
 
 # Half of the suite's time is waiting (Slurm, killed and hanging ranks), so more workers than cores. Tests that share the
 # pool of ranks or the Slurm cluster run on one worker (tests/conftest.py). A worker that dies fails the run: xdist would

@@ -1,7 +1,7 @@
 """Open a page to try a model on: a picture, questions, the answers of two models side by side, and their attention.
 
     make chat                                                  # the model of make demo
-    python tools/demo_page.py runs/demo/sft --ask_with alone   # the same: its weights under mma and under causal
+    python tools/demo_page.py runs/demo/sft                    # the same: its weights under mma and under causal
     python tools/demo_page.py runs/a --compare runs/b          # two trained models, each under its own attention rule
     python tools/demo_page.py aki-hf --dtype bf16 --no_browser # a folder of tools/convert.py to-hf; prints the address
 
@@ -56,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"The page needs {error.name}: pip install 'aki-megatron[serve]'.") from None
     from aki_megatron.evaluate.chat_page.compared import NamedModel, compare_rules, compare_runs
     from aki_megatron.evaluate.chat_page.page import page_endpoints
+    from aki_megatron.evaluate.chat_page.wording import Wording, trained_wording
     from aki_megatron.evaluate.model_loading import DTYPES, default_device, load_saved_model
     from aki_megatron.evaluate.serving.app import build_app
     from aki_megatron.evaluate.serving.backend import Backend
@@ -76,7 +77,12 @@ def run(arguments: argparse.Namespace) -> int:
         each.name: Backend(AnsweringService(each.model), limits, model_name=each.name) for each in comparison.models
     }
     first, *others = backends.values()
-    endpoints = page_endpoints(backends, comparison, drawn_examples(), arguments.ask_with)
+    wording = trained_wording(models[0].model.path)
+    wording = Wording(
+        wording.instruction if arguments.instruction is None else arguments.instruction,
+        arguments.ask_with or wording.history,
+    )
+    endpoints = page_endpoints(backends, comparison, drawn_examples(), wording)
     app = build_app(first, others=others, endpoints=endpoints)
     address = f"http://{HOST}:{listener.getsockname()[1]}/"
 
@@ -129,9 +135,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("model", type=as_path, help="a run folder, a checkpoint, or a folder that tools/convert.py to-hf wrote")
     add("--compare", type=as_path, metavar="RUN", help="a second trained model; without it the first one runs under "
         "another attention rule beside itself")  # fmt: skip
-    add("--ask_with", choices=("conversation", "again", "alone"), default="conversation", help="what a question is "
-        "asked with at first: the conversation before it, that and the picture again, or the picture only, for models "
-        "that were trained on single questions (default %(default)s; the page lets you choose)")  # fmt: skip
+    add("--ask_with", choices=("conversation", "again", "alone"), help="what a question is asked with first: the "
+        "conversation before it, that and the picture again, the picture only (default: as in training)")  # fmt: skip
+    add("--instruction", metavar="TEXT", help="put before every question at first, such as 'Answer the question "
+        "using a single word or phrase.' (default: as in training)")  # fmt: skip
     add("--port", type=whole_number(0, 65535), default=0, help="port; 0: a free one (default %(default)s)")
     add("--no_browser", action="store_true", help="only print the address")
     add("--tokenizer", type=as_path, help="folder of the tokenizer, where a checkpoint has none")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from aki_megatron.checkpoint import files
-from aki_megatron.config.data import SYSTEM_MESSAGE, ImagesConfig
+from aki_megatron.config.data import SYSTEM_MESSAGE, ImagesConfig, SourceConfig
 from aki_megatron.config.yaml_file import read_yaml
 from aki_megatron.data.fingerprint import TOKENIZER_FILES, Fingerprint, tokenizer_fingerprint
 from aki_megatron.errors import CheckpointError
@@ -58,6 +58,12 @@ def run_system_message(checkpoint: Path) -> str:
 def run_images(checkpoint: Path) -> ImagesConfig:
     """Return how the run that wrote a checkpoint made pixels of images; AKI's way where a conversion wrote it."""
     return ImagesConfig.model_validate(_data_section(checkpoint).get("images", {}))
+
+
+def run_sources(checkpoint: Path) -> tuple[SourceConfig, ...]:
+    """Return the fine-tuning sources of the run that wrote a checkpoint; none for captions and conversions."""
+    sources = _data_section(checkpoint).get("sources")
+    return tuple(SourceConfig.model_validate(source) for source in sources) if isinstance(sources, list) else ()
 
 
 def _data_section(checkpoint: Path) -> dict[str, object]:

@@ -1,5 +1,6 @@
 """What the page gets from its server: files, models under two rules, the attention of a picture."""
 
+import json
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from aki_megatron.evaluate.attention_analysis.question import inspect_question, 
 from aki_megatron.evaluate.chat_page.compared import Comparison, NamedModel, compare_rules, compare_runs, with_attention
 from aki_megatron.evaluate.chat_page.example import Example, ExampleQuestion
 from aki_megatron.evaluate.chat_page.page import STATIC
+from aki_megatron.evaluate.chat_page.wording import Wording, trained_wording
 from aki_megatron.model.stage import build_model
 from aki_megatron.types import Conversation, MediaItem, Modality, Placeholder, Turn
 
@@ -90,7 +92,7 @@ def test_the_page_loads_everything_from_its_server(comparison: Comparison) -> No
             {"id": CAUSAL, "rule": "causal", "sees_question": False},
         ]
         assert 0 < setup["limits"]["image_bytes"] < PAGE_LIMITS.body_bytes * 3 / 4
-        assert setup["history"] == "conversation"
+        assert setup["wording"] == {"instruction": "", "history": "conversation"}
         assert setup["examples"][0]["questions"] == [{"text": "What?", "answer": "a box"}]
         listed = [model["id"] for model in httpx.get(f"{address}/v1/models").json()["data"]]
         assert listed == [NAME, CAUSAL] and httpx.get(f"{address}/v1/models/{CAUSAL}").json()["id"] == CAUSAL
@@ -138,3 +140,22 @@ def test_system_messages_are_no_part_of_the_words(comparison: Comparison) -> Non
         comparison.models[0].model.stage, comparison.models[0].model.template, conversation(QUESTION)
     )
     assert not {word.text for word in found.words} & {"Answer", "one"}
+
+
+@pytest.mark.parametrize(
+    ("sources", "expected"),
+    [
+        ([], Wording()),
+        (
+            [{"name": "vqav2"}, {"name": "refcoco"}],
+            Wording("Answer the question using a single word or phrase.", "alone"),
+        ),
+        ([{"name": "vqav2"}, {"name": "llava150k"}], Wording("", "alone")),
+        ([{"name": "llava150k", "split_turns": False}], Wording("", "conversation")),
+        ([{"name": "mine", "format": "llava", "path": "chat.jsonl"}], Wording("", "conversation")),
+    ],
+)
+def test_questions_are_put_as_in_training(sources: list[dict[str, object]], expected: Wording, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(json.dumps({"data": {"sources": sources}}))
+    assert trained_wording(tmp_path) == expected
+    assert trained_wording(tmp_path / "an exported folder") == Wording()

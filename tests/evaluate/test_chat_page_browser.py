@@ -152,6 +152,13 @@ def test_a_picture_is_asked_about(comparison: Comparison, page: Any, tmp_path: P
         page.one("#history").send_keys("the picture only")
         ask(page, FIRST)
         assert shown_texts(page, ".answer .text")[-2:] == expected
+        page.one("#instruction").send_keys("Be brief.")
+        ask(page, THIRD)
+        assert shown_texts(page, ".word.given .name") == ["Be", "brief", "."]
+        assert shown_texts(page, ".word:not(.all, .given) .name") == ["What", "is", "it", "?"]
+        content = [picture_part(photo), {"type": "text", "text": f"\nBe brief. {THIRD}"}]
+        brief = answers(address, comparison, [{"role": "user", "content": content}])
+        assert shown_texts(page, ".answer .text")[-2:] == brief
 
         # a small screen, with all of it on the page
         page.resize(360, 640)

@@ -10,6 +10,7 @@ from typing import Any
 from aki_megatron.evaluate.chat_page.compared import Comparison
 from aki_megatron.evaluate.chat_page.example import Example
 from aki_megatron.evaluate.chat_page.inspection import Inspection
+from aki_megatron.evaluate.chat_page.wording import DEFAULT_WORDING, Wording
 from aki_megatron.evaluate.serving.app import Endpoint
 from aki_megatron.evaluate.serving.backend import Backend
 from aki_megatron.evaluate.serving.limits import Limits
@@ -31,9 +32,6 @@ HEADERS = {
     "cache-control": "no-cache",
 }
 
-HISTORIES = ("conversation", "again", "alone")
-"""What a question is asked with: the conversation before it, that and the picture again, or the picture only."""
-
 MESSAGE_BYTES = 2**16
 """Of a request's largest body, what is left for everything but the picture."""
 
@@ -42,14 +40,13 @@ def page_endpoints(
     backends: Mapping[str, Backend],
     comparison: Comparison,
     examples: Sequence[Example] = (),
-    history: str = HISTORIES[0],
+    wording: Wording = DEFAULT_WORDING,
 ) -> list[Endpoint]:
     """Return the endpoints of the page: /, its files below /page/, /page/setup and /inspect.
 
     backends  of the models of ``comparison``, by name
-    history   what questions are asked with until the user chooses otherwise, one of HISTORIES
+    wording   how questions are put until the user chooses otherwise
     """
-    assert history in HISTORIES, history
     first = comparison.models[0].model
     body = {
         "about": comparison.about,
@@ -57,7 +54,7 @@ def page_endpoints(
             {"id": each.name, "rule": each.rule, "sees_question": each.sees_question} for each in comparison.models
         ],
         "limits": _limits(backends[comparison.models[0].name].limits),
-        "history": history,
+        "wording": asdict(wording),
         "images": {"exif_rotation": first.image_options.exif_rotation},
         "examples": [_example(example) for example in examples],
     }

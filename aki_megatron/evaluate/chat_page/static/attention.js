@@ -48,8 +48,8 @@ export class AttentionView {
     clearHeat(element("heat"), "No heat");
   }
 
-  /** Show an answer of /inspect. */
-  show(found) {
+  /** Show an answer of /inspect; words of the instruction before the last question stand back. */
+  show(found, instruction) {
     this.found = found;
     this.chosen = -1;
     this.total = sum(found.words.map((word) => word.mass));
@@ -63,6 +63,10 @@ export class AttentionView {
       this.#option(-1, "All words", percent(this.total)),
       ...found.words.map((word, number) => this.#option(number, word.text, percent(word.mass), word.mass / most)),
     );
+    found.words.forEach((word, number) => {
+      // the prompt is a line break, the instruction, a space and the question
+      element(`word-${number}`).classList.toggle("given", found.is_last && word.start <= instruction.length);
+    });
     this.choose(-1);
   }
 

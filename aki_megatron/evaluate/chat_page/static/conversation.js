@@ -22,7 +22,7 @@ export class Conversation {
   }
 
   restart() {
-    this.turns = []; // {question, history, answers: Map of model id -> text}
+    this.turns = []; // {question, instruction, history, answers: Map of model id -> text}
     this.stopper = null;
     for (const turn of this.log.querySelectorAll(".turn")) turn.remove();
     this.log.querySelector("#empty").hidden = false;
@@ -45,10 +45,11 @@ export class Conversation {
     const last = turns.at(-1);
     const before = last.history === "alone" ? [] : turns.slice(0, -1).filter((turn) => turn.answers.get(model.id));
     return [...before, last].flatMap((turn, number) => {
-      const content = [{ type: "text", text: turn.question }];
+      const text = turn.instruction ? `${turn.instruction} ${turn.question}` : turn.question;
+      const content = [{ type: "text", text }];
       if (number === 0 || turn.history === "again") {
         // as in AKI's format: the picture, a line break, the question
-        content[0].text = `\n${turn.question}`;
+        content[0].text = `\n${text}`;
         content.unshift({ type: "image_url", image_url: { url } });
       }
       const asked = { role: "user", content };
@@ -57,8 +58,8 @@ export class Conversation {
   }
 
   /** Ask all models at once. Returns the errors that occurred, each once. */
-  async ask(question, url, { history, reference }) {
-    const turn = { question, history, answers: new Map() };
+  async ask(question, url, { instruction, history, reference }) {
+    const turn = { question, instruction, history, answers: new Map() };
     this.turns.push(turn);
     const turns = [...this.turns];
     this.log.querySelector("#empty").hidden = true;

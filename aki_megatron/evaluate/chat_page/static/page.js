@@ -29,7 +29,8 @@ async function start() {
   element("about").textContent = setup.about;
   conversation.models = setup.models;
   picture.configure(setup);
-  element("history").value = setup.history;
+  element("history").value = setup.wording.history;
+  element("instruction").value = setup.wording.instruction;
   setup.models.forEach((model, number) => {
     const label = document.createElement("label"), input = document.createElement("input");
     label.className = number === 0 ? "choice" : "choice second";
@@ -98,7 +99,8 @@ async function ask(event) {
   attention.note("The attention is shown once the answers are complete.");
   const reference = example?.questions.find((each) => each.text === question)?.answer;
   const turns = conversation.turns;
-  const errors = await conversation.ask(question, picture.url, { history: element("history").value, reference });
+  const instruction = element("instruction").value.trim(), history = element("history").value;
+  const errors = await conversation.ask(question, picture.url, { instruction, history, reference });
   if (turns !== conversation.turns) return; // another conversation has begun meanwhile
   setRunning(false);
   if (errors.length) {
@@ -118,7 +120,7 @@ async function showAttention() {
   attention.note("Computing the attention ...", { isBusy: true });
   try {
     const found = await inspect(model.id, conversation.messages(model, conversation.turns, picture.url), signal);
-    if (!signal.aborted) attention.show(found);
+    if (!signal.aborted) attention.show(found, conversation.turns.at(-1).instruction);
   } catch (error) {
     if (error.name === "AbortError") return;
     if (!(error instanceof PageError)) console.error(error);

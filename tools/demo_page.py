@@ -19,10 +19,14 @@ import webbrowser
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from aki_megatron.argument_types import as_path, whole_number
 from aki_megatron.errors import CheckpointError, ConfigError, UserError
 from aki_megatron.evaluate.chat_page.example import Example, ExampleQuestion
+
+if TYPE_CHECKING:  # it loads torch, for which --help and wrong arguments must not wait
+    from aki_megatron.evaluate.chat_page.compared import Comparison
 
 HOST = "127.0.0.1"
 DEMO_RUN = Path("runs/demo/sft")
@@ -51,13 +55,11 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         from aki_megatron.evaluate.serving.server import Server, bind, serve
     except ImportError as error:
-        if error.name not in ("starlette", "uvicorn"):
+        if error.name not in ("starlette", "uvicorn", "python_multipart"):
             raise
         raise ConfigError(f"The page needs {error.name}: pip install 'aki-megatron[serve]'.") from None
-    from aki_megatron.evaluate.chat_page.compared import NamedModel, compare_rules, compare_runs
     from aki_megatron.evaluate.chat_page.page import page_endpoints
     from aki_megatron.evaluate.chat_page.wording import Wording, trained_wording
-    from aki_megatron.evaluate.model_loading import DTYPES, default_device, load_saved_model
     from aki_megatron.evaluate.serving.app import build_app
     from aki_megatron.evaluate.serving.backend import Backend
     from aki_megatron.evaluate.serving.limits import Limits
@@ -65,19 +67,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     listener = bind(HOST, arguments.port)  # before the models are loaded, which may take minutes
-    device = arguments.device or default_device()
-    dtype = DTYPES[arguments.dtype or ("bf16" if device.startswith("cuda") else "fp32")]
-    models = [
-        NamedModel(str(path), load_saved_model(path, tokenizer=arguments.tokenizer, device=device, dtype=dtype))
-        for path in filter(None, (arguments.model, arguments.compare))
-    ]
-    comparison = compare_runs(*models) if len(models) > 1 else compare_rules(*models)
+    comparison = load_models(arguments)
     limits = Limits()
     backends = {
         each.name: Backend(AnsweringService(each.model), limits, model_name=each.name) for each in comparison.models
     }
     first, *others = backends.values()
-    wording = trained_wording(models[0].model.path)
+    wording = trained_wording(comparison.models[0].model.path)
     wording = Wording(
         wording.instruction if arguments.instruction is None else arguments.instruction,
         arguments.ask_with or wording.history,
@@ -90,19 +86,33 @@ def run(arguments: argparse.Namespace) -> int:
         for backend in backends.values():
             backend.service.stop(timeout=0)
 
+    server = Server(
+        app,
+        limits,
+        on_start=lambda: announce(address, with_browser=not arguments.no_browser),
+        on_stop=give_up,
+    )
     with ExitStack() as stack:
         for backend in backends.values():
             stack.callback(backend.close)
             backend.service.start()
             stack.callback(backend.service.stop, timeout=60)
-        server = Server(
-            app,
-            limits,
-            on_start=lambda: announce(address, with_browser=not arguments.no_browser),
-            on_stop=give_up,
-        )
         serve(server, listener)
     return 0
+
+
+def load_models(arguments: argparse.Namespace) -> "Comparison":
+    """Load one model for two attention rules, or two models."""
+    from aki_megatron.evaluate.chat_page.compared import NamedModel, compare_rules, compare_runs
+    from aki_megatron.evaluate.model_loading import DTYPES, default_device, load_saved_model
+
+    device = arguments.device or default_device()
+    dtype = DTYPES[arguments.dtype or ("bf16" if device.startswith("cuda") else "fp32")]
+    models = [
+        NamedModel(str(path), load_saved_model(path, tokenizer=arguments.tokenizer, device=device, dtype=dtype))
+        for path in filter(None, (arguments.model, arguments.compare))
+    ]
+    return compare_runs(*models) if len(models) > 1 else compare_rules(*models)
 
 
 def drawn_examples() -> list[Example]:

@@ -1,6 +1,6 @@
 """Which questions a run on benchmarks still has to answer, and how its processes share them.
 
-Questions are claimed in blocks, one after another, by whichever process has a free place: a slow one claims fewer and
+Questions are claimed in blocks, one after another, by whichever process can take more: a slow one claims fewer and
 holds up nobody. The plan holds only what has no prediction yet, so any number of processes may go on with a folder.
 """
 

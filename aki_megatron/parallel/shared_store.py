@@ -1,8 +1,8 @@
 """What the processes of one start tell each other without collectives: objects, counters, who is where.
 
 A process that is slow or has ended holds up nobody: there is nothing in which all take part at the same time but
-``SharedStore.open`` itself. Torch's key-value store carries it, on the address at which ranks meet for training too,
-and objects are pickled, as torch's collectives pickle them: the processes of a start trust each other.
+``SharedStore.open`` itself. Torch's key-value store carries it, on the address at which ranks meet for training too;
+it pickles objects, as torch's collectives do: the processes of a start trust each other.
 """
 
 import json

@@ -53,8 +53,8 @@ LIMITS = Limits(
     default_new_tokens=12,
     batch=4,
     queue=12,
-    body_seconds=60,
-    request_seconds=60,
+    body_seconds=300,
+    request_seconds=300,
 )
 """Small enough to be met by small requests."""
 
@@ -108,7 +108,7 @@ def backend(model: LoadedModel, limits: Limits = LIMITS, **settings: Any) -> Ite
     try:
         yield built
     finally:
-        service.stop(timeout=60)
+        service.stop(timeout=300)
         built.close()
 
 
@@ -119,10 +119,10 @@ def blocked(service: AnsweringService) -> Iterator[None]:
 
     def wait(_: object) -> None:
         is_blocked.set()
-        is_free.wait(60)
+        is_free.wait(300)
 
     service.call(wait, lambda result, error: None)
-    assert is_blocked.wait(60)
+    assert is_blocked.wait(300)
     try:
         yield
     finally:
@@ -130,8 +130,8 @@ def blocked(service: AnsweringService) -> Iterator[None]:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    """Return when a condition holds; fail after a minute."""
-    until = time.monotonic() + 60
+    """Return when a condition holds; fail after five minutes."""
+    until = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.01)
@@ -150,11 +150,11 @@ def running_server(
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
-        assert started.wait(60)
+        assert started.wait(300)
         yield f"http://{host}:{port}"
     finally:
         server.should_exit = True
-        thread.join(60)
+        thread.join(300)
         assert not thread.is_alive()
 
 
@@ -197,11 +197,16 @@ def ask(*parts: Any, **parameters: Any) -> dict[str, Any]:
     return {"model": NAME, "messages": [{"role": "user", "content": content}], **parameters}
 
 
+def http(method: str, url: str, **options: Any) -> httpx.Response:
+    """Send a request, past any proxy, without reading the certificates that nobody needs here."""
+    return httpx.request(method, url, **{"timeout": 300, "verify": False, "trust_env": False, **options})
+
+
 def post(address: str, body: Any, **options: Any) -> httpx.Response:
     """Send a request, a body in JSON or as it is."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     headers = {"content-type": "application/json", **options.pop("headers", {})}
-    return httpx.post(f"{address}/v1/chat/completions", content=content, headers=headers, timeout=60, **options)
+    return http("POST", f"{address}/v1/chat/completions", content=content, headers=headers, **options)
 
 
 def answer(address: str, body: Any, **options: Any) -> str:
@@ -221,7 +226,7 @@ def events(response: httpx.Response) -> list[dict[str, Any]]:
 def send_raw(address: str, pieces: Sequence[bytes]) -> socket.socket:
     """Open a connection and send bytes; the caller reads or closes it."""
     host, port = address.removeprefix("http://").split(":")
-    connection = socket.create_connection((host, int(port)), timeout=60)
+    connection = socket.create_connection((host, int(port)), timeout=300)
     for piece in pieces:
         connection.sendall(piece)
     return connection

@@ -4,11 +4,10 @@ import json
 import re
 from pathlib import Path
 
-import httpx
 import pytest
 import torch
 from page_models import PAGE_LIMITS, running_page, tiny_comparison
-from serving_models import NAME, SYSTEM_MESSAGE, ask, image_part, png
+from serving_models import NAME, SYSTEM_MESSAGE, ask, http, image_part, png
 
 from aki_megatron.config.attention import AttentionConfig
 from aki_megatron.errors import ConfigError
@@ -72,21 +71,21 @@ def test_what_is_compared_is_said(comparison: Comparison) -> None:
 def test_the_page_loads_everything_from_its_server(comparison: Comparison) -> None:
     example = Example(png("blue"), "A blue box", (ExampleQuestion("What?", "a box"),))
     with running_page(comparison, (example,)) as address:
-        page = httpx.get(address)
+        page = http("GET", address)
         assert page.headers["content-type"] == "text/html; charset=utf-8"
         assert "default-src 'none'" in page.headers["content-security-policy"]
         types = {".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8"}
         names = {path.name for path in STATIC.iterdir()} - {"index.html"}
         for name in names:
-            file = httpx.get(f"{address}/page/{name}")
+            file = http("GET", f"{address}/page/{name}")
             assert file.content == (STATIC / name).read_bytes()
             assert file.headers["content-type"] == types[Path(name).suffix]
             assert not re.search(r"https?://|//[a-z]+\.", file.text)
             assert set(re.findall(r'from "\./(.+?)"', file.text)) <= names
         assert set(re.findall(r'(?:href|src)="/page/(.+?)"', page.text)) <= names
-        assert "://" not in page.text and httpx.get(f"{address}/page/no.js").status_code == 404
+        assert "://" not in page.text and http("GET", f"{address}/page/no.js").status_code == 404
 
-        setup = httpx.get(f"{address}/page/setup").json()
+        setup = http("GET", f"{address}/page/setup").json()
         assert setup["models"] == [
             {"id": NAME, "rule": "mma", "sees_question": True},
             {"id": CAUSAL, "rule": "causal", "sees_question": False},
@@ -94,15 +93,15 @@ def test_the_page_loads_everything_from_its_server(comparison: Comparison) -> No
         assert 0 < setup["limits"]["image_bytes"] < PAGE_LIMITS.body_bytes * 3 / 4
         assert setup["wording"] == {"instruction": "", "history": "conversation"}
         assert setup["examples"][0]["questions"] == [{"text": "What?", "answer": "a box"}]
-        listed = [model["id"] for model in httpx.get(f"{address}/v1/models").json()["data"]]
-        assert listed == [NAME, CAUSAL] and httpx.get(f"{address}/v1/models/{CAUSAL}").json()["id"] == CAUSAL
+        listed = [model["id"] for model in http("GET", f"{address}/v1/models").json()["data"]]
+        assert listed == [NAME, CAUSAL] and http("GET", f"{address}/v1/models/{CAUSAL}").json()["id"] == CAUSAL
 
 
 def test_the_attention_of_a_picture_is_that_of_its_question(comparison: Comparison) -> None:
     with running_page(comparison) as address:
 
         def inspected(body: dict[str, object], status: int = 200) -> dict[str, object]:
-            response = httpx.post(f"{address}/inspect", json=body, timeout=60)
+            response = http("POST", f"{address}/inspect", json=body)
             assert response.status_code == status, response.text
             return response.json()
 

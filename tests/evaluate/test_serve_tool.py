@@ -10,11 +10,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 import pytest
 import torch
 from chat_folders import chat_folder
-from serving_models import ask, image_part, png, post, tiny_model, tokenizer_folder
+from serving_models import ask, http, image_part, png, post, tiny_model, tokenizer_folder
 
 from aki_megatron.checkpoint import files
 from aki_megatron.checkpoint.conversion_report import STRICT
@@ -145,9 +144,9 @@ def test_the_tool_serves_until_a_signal(saved: tuple[LoadedModel, Path]) -> None
         assert post(address, body).status_code == 401
         response = post(address, body, headers={"authorization": "Bearer secret"})
         assert response.status_code == 200 and response.json()["usage"]["total_tokens"] <= 300
-        assert httpx.get(f"{address}/health").json()["model"] == "run"
+        assert http("GET", f"{address}/health").json()["model"] == "run"
         process.send_signal(signal.SIGTERM)
-        _, log = process.communicate(timeout=60)
+        _, log = process.communicate(timeout=300)
         assert process.returncode == 0
         assert [line.split()[4] for line in log.splitlines()] == ["401", "200", "200"], log
 

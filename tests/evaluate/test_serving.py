@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from serving_models import (
     LATENTS,
@@ -20,6 +19,7 @@ from serving_models import (
     data_url,
     events,
     greedy,
+    http,
     image_part,
     png,
     post,
@@ -142,10 +142,10 @@ def test_a_form_brings_images_as_files(address: str) -> None:
     by_url = answer(address, ask(image_part(png("blue")), "What is in the picture?"))
     part = {"type": "image_url", "image_url": {"url": "attachment:photo 1"}}
     fields = {"request": (None, json.dumps(ask(part, "What is in the picture?"))), "photo 1": ("x.png", png("blue"))}
-    response = httpx.post(f"{address}/v1/chat/completions", files=fields, timeout=60)
+    response = http("POST", f"{address}/v1/chat/completions", files=fields)
     assert response.json()["choices"][0]["message"]["content"] == by_url
     fields.pop("photo 1")
-    response = httpx.post(f"{address}/v1/chat/completions", files=fields, timeout=60)
+    response = http("POST", f"{address}/v1/chat/completions", files=fields)
     assert response.status_code == 400 and "no file 'photo 1' (no file)" in response.json()["error"]["message"]
 
 
@@ -186,15 +186,15 @@ def test_an_answer_is_as_long_as_server_and_model_allow(served: Backend, address
 
 
 def test_models_and_health(served: Backend, address: str) -> None:
-    listed = httpx.get(f"{address}/v1/models").json()
+    listed = http("GET", f"{address}/v1/models").json()
     assert listed["object"] == "list" and [one["id"] for one in listed["data"]] == [NAME]
-    assert httpx.get(f"{address}/v1/models/{NAME}").json()["object"] == "model"
-    assert httpx.get(f"{address}/v1/models/gpt").json()["error"]["code"] == "model_not_found"
-    health = httpx.get(f"{address}/health").json()
+    assert http("GET", f"{address}/v1/models/{NAME}").json()["object"] == "model"
+    assert http("GET", f"{address}/v1/models/gpt").json()["error"]["code"] == "model_not_found"
+    health = http("GET", f"{address}/health").json()
     assert health == health | {"status": "ok", "model": NAME, "running": 0, "waiting": 0, "queue": LIMITS.queue}
     assert health["answered"] == served.service.load.answered
     for path, method, status in (("/v1/chat/completions", "GET", 405), ("/v1/completions", "POST", 404)):
-        response = httpx.request(method, address + path)
+        response = http(method, address + path)
         assert response.status_code == status and set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 

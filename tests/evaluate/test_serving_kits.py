@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from PIL import Image
-from serving_models import NAME, backend, data_url, greedy, running_server, tiny_model
+from serving_models import NAME, backend, data_url, greedy, http, running_server, tiny_model
 
 from aki_megatron.evaluate.serving.access import Access
 from aki_megatron.evaluate.serving.backend import Backend
@@ -118,8 +118,8 @@ def test_a_table_is_answered_as_generate_does(
 
     def ask(row: dict[str, Any]) -> dict[str, Any]:
         # VLMEvalKit's api_base is the whole address
-        response = httpx.post(
-            f"{address}/v1/chat/completions", headers=headers, content=json.dumps(shape(row)), timeout=60
+        response = http(
+            "POST", f"{address}/v1/chat/completions", headers=headers, content=json.dumps(shape(row)), timeout=300
         )
         assert response.status_code == 200, response.text
         return dict(json.loads(response.text))
@@ -139,7 +139,9 @@ def test_vlmevalkit_reads_a_stream_line_by_line(served: Backend, address: str) -
     body = {**vlmevalkit_gpt4v(TABLE[0]), "stream": True}
     pieces = []
     headers = {"Authorization": f"Bearer {KEY}"}
-    with httpx.stream("POST", f"{address}/v1/chat/completions", headers=headers, json=body, timeout=60) as response:
+    with httpx.stream(
+        "POST", f"{address}/v1/chat/completions", headers=headers, json=body, timeout=300, trust_env=False
+    ) as response:
         for line in response.iter_lines():
             if line.startswith("data:") and line[5:].strip() != "[DONE]":
                 choices = json.loads(line[5:]).get("choices", [])

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, TypeVar
 
+from aki_megatron.errors import UserError
 from aki_megatron.evaluate.answering import Request as AnswerRequest
 from aki_megatron.evaluate.serving.body import ClientGoneError, Hold, Parsed, Slots, parse_body, read_body
 from aki_megatron.evaluate.serving.conversations import PromptReader
@@ -248,6 +249,8 @@ def as_api_error(error: Exception) -> ApiError:
     """Return the error that a client gets for what happened on the model's thread."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, UserError):
+        return bad_request(str(error))
     if isinstance(error, QueueFullError):
         return overloaded("As many requests wait as may (--queue); come again.")
     return overloaded("The server is stopping.") if isinstance(error, StoppedError) else failed()

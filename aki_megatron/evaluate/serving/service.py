@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from aki_megatron.errors import DataError
+from aki_megatron.errors import DataError, UserError
 from aki_megatron.evaluate.answering import Answerer, Request
 from aki_megatron.evaluate.model_loading import LoadedModel
 from aki_megatron.model.stage import Stage
@@ -150,6 +150,8 @@ class AnsweringService:
             try:
                 result, error = call.function(self.model.stage), None
             except Exception as raised:
+                if not isinstance(raised, UserError):
+                    logger.exception("a function of the model failed")
                 result, error = None, raised
             _notify(call.on_done, result, error)
 

@@ -143,7 +143,7 @@ def test_a_stop_during_a_validation_comes_at_once_and_the_next_start_may_validat
             process.kill()
     assert [process.returncode for process in ranks] == [0, 0], outputs
     assert "stopped after step 2 (another rank was asked to stop)" in outputs[0][0], outputs
-    assert time.monotonic() - began < 20 and read_validations(paths.validation) == []
+    assert time.monotonic() - began < 120 and read_validations(paths.validation) == []
     latest = files.latest_checkpoint(paths.checkpoints)
     assert latest is not None and files.step_of(latest) == 2
 

@@ -33,7 +33,7 @@ def running_page(
             backends[each.name] = Backend(service, PAGE_LIMITS, model_name=each.name)
             stack.callback(backends[each.name].close)
             service.start()
-            stack.callback(service.stop, timeout=60)
+            stack.callback(service.stop, timeout=300)
         if served is not None:
             served += backends.values()
         first, *others = backends.values()

@@ -139,7 +139,7 @@ def start_ranks(tool: ModuleType, world_size: int, arguments: list[str]) -> list
 
 
 def wait_for_answers(out: Path, count: int) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while sum(path.read_bytes().count(b"\n") for path in out.glob("*/predictions*.jsonl")) < count:
         assert time.monotonic() < end, "no answers came"
         time.sleep(0.01)

@@ -62,7 +62,7 @@ def picture_part(content: bytes) -> dict[str, Any]:
 def answers(address: str, comparison: Comparison, messages: list[dict[str, Any]]) -> list[str]:
     """What the server answers to each model, not streamed."""
     bodies = [{"model": each.name, "messages": messages} for each in comparison.models]
-    replies = [httpx.post(f"{address}/v1/chat/completions", json=body, timeout=120).json() for body in bodies]
+    replies = [httpx.post(f"{address}/v1/chat/completions", json=body, timeout=300).json() for body in bodies]
     return [reply["choices"][0]["message"]["content"] for reply in replies]
 
 
@@ -114,7 +114,7 @@ def test_a_picture_is_asked_about(comparison: Comparison, page: Any, tmp_path: P
         assert page.run("return document.activeElement.id") == "question"
 
         # bars over words, heat for all of them and for one
-        found = httpx.post(f"{address}/inspect", json={"model": NAME, "messages": first}, timeout=120).json()
+        found = httpx.post(f"{address}/inspect", json={"model": NAME, "messages": first}, timeout=300).json()
         assert shown_texts(page, ".word:not(.all) .name") == [word["text"] for word in found["words"]]
         heights = [bar.size["height"] for bar in page.all(".bar i")]
         masses = [word["mass"] for word in found["words"]]
@@ -143,7 +143,7 @@ def test_a_picture_is_asked_about(comparison: Comparison, page: Any, tmp_path: P
             history = [*first, {"role": "assistant", "content": expected[number]}]
             history.append({"role": "user", "content": SECOND})
             body = {"model": model.name, "messages": history}
-            reply = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=120).json()
+            reply = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=300).json()
             assert shown_texts(page, ".answer .text")[2 + number] == reply["choices"][0]["message"]["content"]
         assert "question 1 of 2" in page.text("#attention-note")
         page.one("#history").send_keys("the conversation before it, and")

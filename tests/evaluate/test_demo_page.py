@@ -33,7 +33,7 @@ def test_the_page_is_served_until_a_signal(
 
         def visit() -> None:
             try:
-                seen.extend(httpx.get(f"{address}{path}", timeout=60) for path in ("", "page/setup"))
+                seen.extend(httpx.get(f"{address}{path}", timeout=300) for path in ("", "page/setup"))
             finally:
                 os.kill(os.getpid(), signal.SIGINT)
 

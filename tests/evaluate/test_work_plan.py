@@ -77,7 +77,7 @@ def test_prompts_are_read_ahead_in_order_and_no_further_than_asked() -> None:
     numbers = iter(range(100))
 
     def read_slowly(each: BenchmarkQuestion) -> Prepared:
-        assert may_read.wait(60)
+        assert may_read.wait(300)
         read.add(each.id)
         return Prepared(each, None, "refused")
 

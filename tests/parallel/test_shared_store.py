@@ -30,10 +30,10 @@ def test_several_processes_of_which_one_holds_the_store() -> None:
     port = free_port()
 
     def rank(number: int) -> bool:
-        store = SharedStore.open(launch(number, 3, port), timeout_seconds=60)
+        store = SharedStore.open(launch(number, 3, port), timeout_seconds=300)
         if number == 0:
             store.publish("plan", LARGE)
-        assert store.receive("plan", timeout_seconds=60) == LARGE
+        assert store.receive("plan", timeout_seconds=300) == LARGE
         claimed = [store.next_number("blocks") for _ in range(50)]
         store.set_status({"claimed": claimed})
         store.next_number("done")

@@ -101,8 +101,8 @@ def load_pretrained(
     for folder in folders:
         check_folder(folder, config, shapes)
         if folder.extended:
-            names = " and ".join(folder.extended)
-            logger.info("%s: rows for added tokens: %s extended %s", folder.path, names, folder.growth_note)
+            tables = " and ".join(folder.extended)
+            logger.info("%s: rows for added tokens: %s extended %s", folder.path, tables, folder.growth_note)
         source = _selected(to_native(folder.tensors, folder.table), names)
         remaining -= copy_weights(stage, source, tensor_rank=tensor_rank, tensor_ranks=tensor_ranks)
     return sorted(remaining)

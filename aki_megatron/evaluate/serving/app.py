@@ -71,6 +71,8 @@ def build_app(
         Endpoint("/health", _health(backend, others), needs_key=False),
         *endpoints,
     )
+    if all(each.path != "/" for each in every):
+        every = (*every, Endpoint("/", _about(every), needs_key=False))
 
     app = Starlette(
         routes=[Route(each.path, each.handler, methods=list(each.methods)) for each in every],
@@ -101,6 +103,20 @@ class _Models:
         if name not in self._models:
             raise unknown_model(name, self._models)
         return json_response(self._models[name])
+
+
+def _about(endpoints: Sequence[Endpoint]) -> Callable[[Request], Any]:
+    """Return the endpoint for whoever opens the address in a browser: what is here, and which tool has a page."""
+    paths = [f"{method} {each.path}" for each in endpoints for method in each.methods]
+    body = {
+        "about": "An OpenAI-compatible API. For a page to ask the model on: python tools/demo_page.py MODEL",
+        "endpoints": paths,
+    }
+
+    async def about(_: Request) -> Response:
+        return json_response(body)
+
+    return about
 
 
 def _health(backend: Backend, others: Sequence[Backend]) -> Callable[[Request], Any]:

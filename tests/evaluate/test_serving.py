@@ -195,6 +195,7 @@ def test_models_and_health(served: Backend, address: str) -> None:
     assert health["answered"] == served.service.load.answered
     about = http("GET", f"{address}/").json()
     assert "demo_page.py" in about["about"] and "POST /v1/chat/completions" in about["endpoints"]
+    assert "GET /v1/models/{name}" in about["endpoints"]
     for path, method, status in (("/v1/chat/completions", "GET", 405), ("/v1/completions", "POST", 404)):
         response = http(method, address + path)
         assert response.status_code == status and set(response.json()["error"]) == {"message", "type", "param", "code"}

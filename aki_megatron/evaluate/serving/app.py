@@ -58,7 +58,7 @@ def build_app(
     """Return the application.
 
     others     further models, which a request names; one that names none gets ``backend``
-    endpoints  further ones
+    endpoints  further ones; where none of them is /, that path lists all of them
     log        gets one line for each request
     """
     backends = {each.model_name: each for each in (backend, *others)}
@@ -107,10 +107,9 @@ class _Models:
 
 def _about(endpoints: Sequence[Endpoint]) -> Callable[[Request], Any]:
     """Return the endpoint for whoever opens the address in a browser: what is here, and which tool has a page."""
-    paths = [f"{method} {each.path}" for each in endpoints for method in each.methods]
     body = {
         "about": "An OpenAI-compatible API. For a page to ask the model on: python tools/demo_page.py MODEL",
-        "endpoints": paths,
+        "endpoints": [f"{method} {each.path.replace(':path', '')}" for each in endpoints for method in each.methods],
     }
 
     async def about(_: Request) -> Response:
